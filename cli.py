@@ -1,0 +1,213 @@
+"""Presets → command line; errors of the user → one line and exit code 2. The leaf that every module may import.
+
+A door calls `run` with its presets, a command without presets calls `run_config`. Both build one flag for every
+field of the configuration's dataclasses (tyro), call `main(config)` and print what it returns as JSON under `--json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import inspect
+import io
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
+"""What the machine may answer to a sound program: no permission, no space left, a file where a folder should be."""
+
+PLAIN_WORDS = (
+    (r"^Error parsing ", ""),
+    (r"^Unrecognized options: ", "unexpected "),
+    (r"^[Ii]nvalid choice ('.*?') for argument '(.*?)'\. Expected one of \((.*?),?\)", r"\2: \1 is not one of \3"),
+    (r"^Missing value for argument '(.*?)'.*", r"\1 needs a value"),
+    (r"invalid literal for int\(\) with base 10: ('.*?')", r"\1 is not a whole number"),
+    (r"could not convert string to float: ('.*?')", r"\1 is not a number"),
+    (r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1"),
+)
+"""Messages of tyro and Python, and what people understand; one that is not listed stays as it is."""
+
+
+class UserError(ValueError):
+    """An error in what the user gave. The message is one line: what was given; what is accepted; what to try."""
+
+
+def run(
+    main: Callable[[Any], Any],
+    presets: Mapping[str, Callable[[], Any]],
+    prog: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """`prog PRESET [flags]`: call `main` with the preset's configuration as the flags changed it.
+
+    A configuration whose `run_dir` is unset gets `runs/<prog>-<preset>`. Leaves by SystemExit where it fails:
+    2 for what the user gave, 1 for what the machine refused, 130 for Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with _one_line_errors("--debug" in arguments):
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(_preset_help(presets, prog, description))
+            return
+        name = arguments[0] if arguments else ""
+        if name not in presets:
+            given = f"unknown preset {name!r}" if arguments and not name.startswith("-") else "no preset given"
+            raise UserError(
+                f"{given}{_nearest(name, presets)}; `{prog} PRESET [flags]` takes one of {', '.join(presets)}"
+            )
+        preset = presets[name]
+        default = preset()
+        config = _parse(type(default), f"{prog} {name}", inspect.getdoc(preset), arguments[1:], default)
+        if getattr(config, "run_dir", "") is None:
+            config = dataclasses.replace(config, run_dir=f"runs/{prog}-{name}")
+        _call(main, config)
+
+
+def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: Sequence[str] | None = None) -> None:
+    """`prog [flags]`: call `main` with a `config_type` made from the flags; exit codes as in `run`.
+
+    If its first field has no default, the value may stand first without the flag: `prog RUN [flags]`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = dataclasses.fields(config_type)[0]
+    required = first.default is dataclasses.MISSING and first.default_factory is dataclasses.MISSING
+    if required and arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, f"--{first.name.replace('_', '-')}")
+    with _one_line_errors("--debug" in arguments):
+        _call(main, _parse(config_type, prog, inspect.getdoc(config_type), arguments))
+
+
+def _call(main: Callable[[Any], Any], config: Any) -> None:
+    result = main(config)
+    if getattr(config, "json", False) and result is not None:
+        print(json.dumps(_plain(result), allow_nan=False), flush=True)
+
+
+def _parse(config_type: type, prog: str, description: str | None, arguments: list[str], default: Any = None) -> Any:
+    """The configuration that the flags describe; UserError in one line where tyro would draw a box of many."""
+    import tyro
+
+    flags = dict(_flags(config_type))
+    for argument in arguments:
+        given, equals, value = argument.partition("=")
+        flag = given.replace("_", "-")
+        if not re.fullmatch(r"--[A-Za-z][\w.-]*", given) or flag in ("--help", "--tyro-print-completion"):
+            continue
+        # tyro would find these two itself, but count what follows the flag as unknown too.
+        if flag not in flags:
+            raise UserError(f"unknown flag {flag}{_nearest(flag, flags)}; `{prog} --help` lists all")
+        if equals and flags[flag] is bool:
+            raise UserError(f"{argument}: a switch takes no value; write {_switch(flag)}, not {value!r}")
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                config_type,
+                prog=prog,
+                description=description,
+                args=arguments,
+                default=tyro.MISSING_NONPROP if default is None else default,
+            )
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        cause: BaseException | None = exit
+        while cause := cause.__context__:
+            if isinstance(cause, UserError):
+                raise cause from None
+        raise UserError(f"{_unboxed(box.getvalue())}; `{prog} --help` says what is accepted") from None
+
+
+def _flags(config_type: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every flag of a dataclass with its type, nested ones as `--outer.inner`."""
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        hint, name = hints[field.name], field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from _flags(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
+            if hint is bool:
+                yield f"{prefix}no-{name}", hint
+
+
+def _switch(flag: str) -> str:
+    """Both spellings of a boolean flag: `--a.b or --a.no-b`."""
+    *outer, name = flag.removeprefix("--").split(".")
+    name = name.removeprefix("no-")
+    return " or ".join("--" + ".".join([*outer, spelling]) for spelling in (name, f"no-{name}"))
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    """'; did you mean …?' with up to three names: given without their group or by initials, else spelled alike."""
+    known = sorted(known)
+    wanted = given.lstrip("-").split(".")[-1]
+    near = []
+    for name in known:
+        last = name.lstrip("-").split(".")[-1]
+        if wanted in (last, "".join(word[:1] for word in last.split("-"))):
+            near.append(name)
+    near = near or difflib.get_close_matches(given, known, cutoff=0.65)
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _unboxed(box: str) -> str:
+    """The message inside tyro's box, on one line and in plain words."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    parts = [" ".join(part.split()) for part in re.split(r"^[─-]+$", "\n".join(lines), flags=re.M)]
+    # The title is in the frame (─ Value error ─), or above a rule where standard output cannot show a frame.
+    message = re.sub(r"^─.*?─+ ", "", parts[0]) if parts[0].startswith("─") else parts[1]
+    message = message.rstrip(".")
+    for pattern, plain in PLAIN_WORDS:
+        message = re.sub(pattern, plain, message)
+    return message
+
+
+def _preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, description: str) -> str:
+    width = max(map(len, presets)) + 4
+    lines = [f"usage: {prog} PRESET [flags]", "", description, "", "presets:"]
+    for name, preset in presets.items():
+        summary = (inspect.getdoc(preset) or "").split("\n")[0]
+        lines += textwrap.wrap(
+            f"  {name}".ljust(width) + summary, 118, subsequent_indent=" " * width, break_on_hyphens=False
+        )
+    return "\n".join([*lines, "", f"`{prog} PRESET --help` lists its flags and their values."])
+
+
+@contextlib.contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in REFUSALS:
+            raise
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: not-finite numbers are null (JSON has no NaN), paths are strings, NumPy scalars are numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,141 @@
+"""Named causal-LM runs. A preset is a function; its docstring says what it is, how to run it and what it reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from data.config import DataConfig
+from models.config import Execution, ModelConfig
+from models.families.gpt2 import GPT2, GPT2_MEDIUM
+from models.families.llama import LLAMA_1B, LLAMA_8B
+from sharding.mesh import MeshConfig
+from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """A causal-LM pretraining run."""
+
+    model: ModelConfig = field(default_factory=lambda: GPT2)
+    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer_kind="bpe"))
+    execution: Execution = field(default_factory=Execution)
+    eval_rows: int = 512
+    """Rows of held-out text in an evaluation (always the same)."""
+
+
+def debug() -> PretrainConfig:
+    """A toy that trains in seconds, to see that everything runs: `./launch.sh clm debug`. Built-in text, any hardware."""
+    return PretrainConfig(
+        steps=20,
+        batch_size=8,
+        log_every=5,
+        eval_every=10,
+        eval_rows=16,
+        model=replace(
+            GPT2,
+            vocab_size=1024,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=128,
+        ),
+        data=DataConfig(builtin="pydoc", tokenizer_kind="bpe", sequence_length=64),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        checkpoint=CheckpointConfig(every=10),
+    )
+
+
+def demo() -> PretrainConfig:
+    """A small Llama for 2 CPU cores on built-in text, about 4 minutes: `./launch.sh clm demo`."""
+    return PretrainConfig(
+        steps=1000,
+        batch_size=16,
+        log_every=25,
+        eval_every=250,
+        eval_rows=64,
+        model=replace(
+            LLAMA_1B,
+            vocab_size=4096,
+            hidden_size=256,
+            head_dim=None,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=768,
+            max_position_embeddings=1024,
+            rope_theta=10_000.0,
+            rope_scaling_factor=None,
+        ),
+        data=DataConfig(builtin="pydoc", tokenizer_kind="bpe", sequence_length=128),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", b2=0.95, weight_decay=0.1, final_fraction=0.1),
+        checkpoint=CheckpointConfig(every=250),
+    )
+
+
+def gpt2() -> PretrainConfig:
+    """GPT-2 (124M; Radford et al. 2019), half a million tokens a step: `./launch.sh clm gpt2 --data.files 'text/*.jsonl.gz'`.
+
+    Not yet run to the end. 19,073 steps are 10 billion tokens. On one GPU: `--batch-size 512 --accumulation 16`.
+    """
+    return PretrainConfig(
+        steps=19_073,
+        batch_size=512,
+        log_every=10,
+        eval_every=500,
+        model=replace(GPT2, hidden_dropout=0.0, attention_dropout=0.0),
+        data=DataConfig(tokenizer_kind="bpe", sequence_length=1024),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-4, schedule="cosine", warmup=700, final_fraction=0.1, weight_decay=0.1, b2=0.95, eps=1e-8
+        ),
+    )
+
+
+def gpt2_medium() -> PretrainConfig:
+    """GPT-2 medium (355M): `./launch.sh clm gpt2-medium --data.files …`. Not yet run."""
+    base = gpt2()
+    return replace(
+        base,
+        model=replace(GPT2_MEDIUM, hidden_dropout=0.0, attention_dropout=0.0),
+        optimizer=replace(base.optimizer, learning_rate=3e-4),
+    )
+
+
+def llama_1b() -> PretrainConfig:
+    """Llama 3.2 1B's architecture (1.24B), sharded over the devices: `./launch.sh clm llama-1b --data.files …`. Not yet run."""
+    return PretrainConfig(
+        steps=50_000,
+        batch_size=512,
+        log_every=10,
+        eval_every=1000,
+        model=LLAMA_1B,
+        data=DataConfig(tokenizer_kind="bpe", sequence_length=2048),
+        execution=Execution(remat="dots"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        optimizer=OptimizerConfig(
+            learning_rate=4e-4, schedule="cosine", warmup=2000, final_fraction=0.1, weight_decay=0.1, b2=0.95, eps=1e-8
+        ),
+    )
+
+
+def llama_8b() -> PretrainConfig:
+    """Llama 3.1 8B's architecture (8.03B; Dubey et al. 2024): `./launch.sh clm llama-8b --data.files …`. Not yet run."""
+    base = llama_1b()
+    return replace(
+        base,
+        steps=250_000,
+        model=LLAMA_8B,
+        data=replace(base.data, sequence_length=8192),
+        execution=Execution(remat="full"),
+        optimizer=replace(base.optimizer, learning_rate=3e-4, warmup=8000),
+    )
+
+
+PRESETS = {
+    "debug": debug,
+    "demo": demo,
+    "gpt2": gpt2,
+    "gpt2-medium": gpt2_medium,
+    "llama-1b": llama_1b,
+    "llama-8b": llama_8b,
+}

@@ -1,0 +1,91 @@
+"""Pretrain a decoder by causal LM: `python -m clm.pretrain PRESET [flags]`.
+
+Reads top to bottom: text → tokens → rows → objective → training loop → summary, samples and report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import replace
+
+import cli
+from clm.presets import PRESETS, PretrainConfig
+
+
+def main(config: PretrainConfig) -> dict:
+    """Run, or resume, the pretraining that `config` describes; returns the `--json` object."""
+    import jax
+
+    from clm.generate import continue_texts
+    from clm.loss import causal_lm_objective
+    from data.loader import Batches, Rows, prefetch
+    from data.packing import pack_split
+    from data.prepare import prepare
+    from data.token_tables import token_bytes
+    from data.tokenizer import save_tokenizer, special_ids, vocabulary_size
+    from models.transformer import flops_per_token, init_params, matrix_axes
+    from sharding.mesh import build_mesh, check_batch, host_rows
+    from training.loop import train
+    from training.report import write_report
+    from training.run import RunDirectory, summarise, write_json
+    from training.start import check_origin
+
+    length = config.data.sequence_length
+    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
+    mesh = build_mesh(config.mesh)
+    assert config.run_dir is not None
+    run = RunDirectory(config.run_dir)
+    check_origin(config, run)
+
+    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=False, runs=(run.path, config.init_from))
+    tokenizer = prepared.tokenizer
+    specials = special_ids(tokenizer, need=("bos", "eos"))
+    model = config.model.fitted(vocabulary_size(tokenizer), length)
+    config = replace(config, model=model)
+    config_dict = dataclasses.asdict(config) | {"task": "causal_lm", "fingerprints": prepared.fingerprints}
+    run.create_or_resume(config_dict)
+    save_tokenizer(tokenizer, run.tokenizer)
+
+    rows, held_out = (
+        Rows(
+            store,
+            pack_split(store.offsets, length),
+            length,
+            specials,
+            kind="causal_lm",
+            token_bytes=token_bytes(tokenizer),
+        )
+        for store in (prepared.train, prepared.validation)
+    )
+    batches = Batches(rows, config.batch_size, config.seed)
+    objective = causal_lm_objective(model, execution=config.execution)
+
+    result = train(
+        config,
+        init_params=lambda key: init_params(model, key, heads=("causal_lm",)),
+        matrix_axes=matrix_axes,
+        objective=objective,
+        eval_objective=objective,
+        batches_from=lambda step: prefetch(
+            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch
+        ),
+        eval_batches=Batches(held_out, config.batch_size).fixed(config.eval_rows, host_rows(config.batch_size)),
+        finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},
+        run=run,
+        config_dict=config_dict,
+        mesh=mesh,
+        tokens_per_step=config.batch_size * length,
+        flops_per_step=config.batch_size * length * flops_per_token(model, length, 1.0),
+    )
+
+    summary = summarise(run, result)
+    if jax.process_index() == 0:
+        texts = continue_texts(model, jax.device_get(result.state.params), tokenizer, [""] * 3)
+        write_json(run.path / "samples.json", {"texts": texts})
+        write_report(run.path)
+    return summary
+
+
+if __name__ == "__main__":
+    cli.run(main, PRESETS, prog="clm", description="Pretrain a decoder by causal LM.")

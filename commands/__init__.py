@@ -1,0 +1,1 @@
+"""Commands that cross the doors (demo, report)."""

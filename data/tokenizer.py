@@ -1,0 +1,299 @@
+"""Tokenizers: train one, load one, and what masking, packing and bits per byte must know about its tokens.
+
+WordPiece as in BERT (Devlin et al. 2019) and byte-level BPE as in GPT-2 (Radford et al. 2019), as `tokenizers` and
+`transformers` run them. Training gives the same tokenizer wherever it runs, so that every host can train its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cli import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+WORDPIECE_SPECIALS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+BPE_SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+BPE_MASKED_LM_SPECIALS = BPE_SPECIALS | {"cls_token": "<|cls|>", "sep_token": "<|sep|>", "mask_token": "<|mask|>"}
+SENTENCEPIECE_SPECIALS = {
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "mask_token": "<mask>",
+}
+ALPHABET = 1000
+"""WordPiece knows at most this many characters, the most frequent ones; the rest become [UNK]."""
+SAMPLE = 2**28
+"""Characters a tokenizer is learnt from at most: more change its vocabulary little, and cost memory and minutes."""
+MIN_VOCABULARY = 300
+"""256 bytes and the special tokens must fit."""
+
+
+class SpecialIds(NamedTuple):
+    """Ids of the special tokens; cls and bos, sep and eos stand in for each other where a tokenizer has one of them."""
+
+    pad: int
+    cls: int | None
+    sep: int | None
+    mask: int | None
+    bos: int | None
+    eos: int | None
+    all: tuple[int, ...]
+    """Every special token of the tokenizer, sorted."""
+
+
+def train_tokenizer(
+    texts: Iterable[str], kind: str, vocab_size: int, *, for_masked_lm: bool = True
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most vocab_size tokens for these texts. kind: "wordpiece" or "bpe".
+
+    Learnt from at most SAMPLE characters, drawn by hash. A bpe tokenizer has cls, sep and mask tokens of its own only
+    with for_masked_lm.
+    """
+    if vocab_size < MIN_VOCABULARY:
+        raise UserError(f"a vocabulary of {vocab_size} tokens is too small; give at least {MIN_VOCABULARY}")
+    if kind not in ("wordpiece", "bpe"):
+        raise UserError(f"unknown kind of tokenizer {kind!r}; choose wordpiece or bpe")
+    chosen = sample(texts, SAMPLE)
+    if kind == "wordpiece":
+        return _wrap(_train_wordpiece(chosen, vocab_size), WORDPIECE_SPECIALS)
+    specials = BPE_MASKED_LM_SPECIALS if for_masked_lm else BPE_SPECIALS
+    return _wrap(_train_bpe(chosen, vocab_size, specials), specials)
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder (tokenizer.json, tokenizer_config.json) or a bare tokenizer.json; never the network."""
+    path = pathlib.Path(path).expanduser()
+    folder = path.parent if path.name == "tokenizer.json" else path
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"no tokenizer at {path}: expected tokenizer.json or a folder that holds one "
+            "(in Python: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER))"
+        )
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if (folder / "tokenizer_config.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the Rust side raises plain Exception, from_pretrained many kinds
+        raise UserError(f"{path} is no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known = (WORDPIECE_SPECIALS, BPE_MASKED_LM_SPECIALS, SENTENCEPIECE_SPECIALS)
+    return _wrap(backend, {name: text for specials in known for name, text in specials.items() if text in present})
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> None:
+    """Write tokenizer.json and tokenizer_config.json, in the format that transformers 4 and 5 both load."""
+    tokenizer.save_pretrained(str(folder))
+    path = pathlib.Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    # Version 5 writes the class name TokenizersBackend, which version 4 does not know; both know this one.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over what decides the ids of a text and its special tokens."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Calling a tokenizer with truncation or padding leaves these behind in its backend.
+    content["truncation"] = content["padding"] = None
+    encoded = json.dumps([content, special_ids(tokenizer)], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(encoded.encode()).hexdigest()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast, need: tuple[str, ...] = ()) -> SpecialIds:
+    """Ids of the special tokens. need: names in SpecialIds that the objective cannot do without."""
+
+    def first(*names: str) -> int | None:
+        found = (getattr(tokenizer, f"{name}_token_id") for name in names)
+        return next((int(index) for index in found if index is not None), None)
+
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    every = {index for index, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    pad = first("pad", "eos", "sep")
+    ids = SpecialIds(
+        pad=0 if pad is None else pad,
+        cls=first("cls", "bos", "eos"),
+        sep=first("sep", "eos", "bos"),
+        mask=first("mask"),
+        bos=first("bos", "cls", "eos"),
+        eos=first("eos", "sep", "bos"),
+        all=tuple(sorted(int(index) for index in every)),
+    )
+    missing = [name for name in need if getattr(ids, name) is None]
+    if missing:
+        tokens = ", ".join(str(tokenizer.convert_ids_to_tokens(index)) for index in ids.all) or "none"
+        raise UserError(
+            f"the tokenizer has no {' and no '.join(missing)} token (its special tokens: {tokens}); take another one, "
+            "or leave out --data.tokenizer to train one"
+        )
+    return ids
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """V: one more than the greatest id, added tokens included."""
+    return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy that turns text into tokens and nothing else: a literal "[SEP]" in the text is text, nothing is cut."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def pieces(text: str, limit: int = 20_000) -> Iterator[str]:
+    """Cut a long text before blanks between letters, where no tokenizer joins what is on both sides.
+
+    Tokenizers need memory in proportion to the length of their input. Without such a blank, any whitespace or, at
+    worst, any place is taken.
+    """
+    start = 0
+    while len(text) - start > limit:
+        cut = end = start + limit
+        while (cut := text.rfind(" ", start + 1, cut)) > 0:
+            if text[cut - 1].isalnum() and text[cut + 1].isalnum():
+                break
+        if cut <= start:
+            cut = next((at for at in range(end, start, -1) if text[at].isspace() and not text[at - 1].isspace()), end)
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def sample(texts: Iterable[str], limit: int) -> list[str]:
+    """The texts in pieces; of more than `limit` characters an even part of the pieces, drawn by their hash."""
+    kept: list[tuple[int, str]] = []
+    size, threshold = 0, 2**64
+    for text in texts:
+        for piece in pieces(text):
+            mark = int.from_bytes(hashlib.sha256(piece.encode()).digest()[:8], "big")
+            if mark < threshold:
+                kept.append((mark, piece))
+                size += len(piece)
+            while size > limit:
+                threshold //= 2
+                kept = [item for item in kept if item[0] < threshold]
+                size = sum(len(piece) for _, piece in kept)
+    return [piece for _, piece in kept]
+
+
+def _wrap(backend: Tokenizer, specials: dict[str, str]) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
+
+
+def _train_bpe(texts: list[str], vocab_size: int, specials: dict[str, str]) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(dict.fromkeys(specials.values())),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if "cls_token" in specials:
+        backend.post_processor = _template(backend, specials["cls_token"], specials["sep_token"])
+    else:
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
+    """WordPiece whose vocabulary depends on the texts alone.
+
+    The trainer of `tokenizers` numbers the inner characters ("##e") in the order of a hash table that is seeded anew in
+    every process, and breaks ties between merges by these numbers. Handing it all of them as special tokens fixes
+    the numbers; afterwards they are made ordinary ones.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = list(WORDPIECE_SPECIALS.values())
+    room = vocab_size - len(specials)
+    characters, inner = _alphabet(texts, backend, min(ALPHABET, room // 2))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*specials, *(f"##{character}" for character in inner)],
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        min_frequency=2,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    trained = Tokenizer(models.WordPiece(backend.get_vocab(with_added_tokens=True), unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    trained.decoder = decoders.WordPiece(prefix="##")
+    trained.add_special_tokens(specials)
+    trained.post_processor = _template(trained, "[CLS]", "[SEP]")
+    return trained
+
+
+def _alphabet(texts: list[str], backend: Tokenizer, limit: int) -> tuple[list[str], list[str]]:
+    """The `limit` most frequent characters after normalisation, and those of them that occur inside words.
+
+    Normalisation looks at one character at a time, so it runs on the distinct ones only.
+    """
+    count_C = np.zeros(sys.maxunicode + 1, np.int64)
+    joins_C = np.zeros(sys.maxunicode + 1, bool)
+    inner_C = np.zeros(sys.maxunicode + 1, bool)
+    normal: dict[int, str] = {}
+    for text in texts:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        present = np.bincount(codes)
+        count_C[: len(present)] += present
+        for code in np.flatnonzero(present).tolist():
+            if code not in normal:
+                normal[code] = backend.normalizer.normalize_str(chr(code))
+                joins_C[code] = len(backend.pre_tokenizer.pre_tokenize_str(f"a{normal[code]}a")) == 1
+        inner_C[codes[1:][joins_C[codes[1:]] & joins_C[codes[:-1]]]] = True
+    counts: Counter[str] = Counter()
+    inner: set[str] = set()
+    for code, characters in normal.items():
+        counts.update({character: int(count_C[code]) for character in characters if not character.isspace()})
+        inner.update(characters[0 if inner_C[code] else 1 :])
+    kept = sorted(counts, key=lambda character: (-counts[character], character))[:limit]
+    return sorted(kept), sorted(inner.intersection(kept))
+
+
+def _template(backend: Tokenizer, cls: str, sep: str):
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
+    )

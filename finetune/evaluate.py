@@ -1,0 +1,79 @@
+"""What a classifier predicts, and how good that is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from data.labelled import Labelled
+from finetune.tasks.classify import class_logits
+from models.config import Execution, ModelConfig
+from sharding.mesh import place_batch
+
+
+def class_probabilities(
+    model: ModelConfig, params: Any, batches: Sequence[dict], mesh: Mesh, execution: Execution
+) -> np.ndarray:
+    """Probabilities [N, C] of the examples of `batches` (this process's rows), in order; empty rows are left out."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def predict(params, batch):
+        return jax.nn.softmax(class_logits(model, params, batch, execution), axis=-1), batch["example_weights"] > 0
+
+    # On every device, so that each process can read the rows of the others too.
+    predict = jax.jit(predict, out_shardings=everywhere)
+    parts = []
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            probability_BC, real_B = jax.device_get(predict(params, place_batch(batch, mesh)))
+            parts.append(probability_BC[real_B])
+    return np.concatenate(parts)
+
+
+def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:
+    """accuracy, f1, macro_f1 and matthews.
+
+    f1 is that of label 1 where there are two classes (as GLUE defines it), else the same as macro_f1, the mean over
+    the classes. matthews: Matthews correlation (for more than two classes: Gorodkin 2004).
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    # scikit-learn has no types, and pyright guesses them from the defaults.
+    settings: Any = {"labels": range(classes), "average": None, "zero_division": 0}
+    f1_C = np.asarray(f1_score(labels_N, predictions_N, **settings))
+    macro = float(np.mean(f1_C))
+    # Undefined where one class is all there is; scikit-learn says 0 too, with a warning.
+    several = len(np.union1d(labels_N, predictions_N)) > 1
+    return {
+        "accuracy": float(accuracy_score(labels_N, predictions_N)),
+        "f1": float(f1_C[1]) if classes == 2 else macro,
+        "macro_f1": macro,
+        "matthews": float(matthews_corrcoef(labels_N, predictions_N)) if several else 0.0,
+    }
+
+
+def confusion(labels_N: np.ndarray, predictions_N: np.ndarray, names: Sequence[str]) -> dict:
+    """confusion.json: counts, rows are true labels and columns predicted ones."""
+    from sklearn.metrics import confusion_matrix
+
+    matrix = confusion_matrix(labels_N, predictions_N, labels=range(len(names)))
+    return {"labels": list(names), "matrix": matrix.tolist()}
+
+
+def write_predictions(path: Path, texts: Labelled, labels_N, probability_NC, names: Sequence[str]) -> None:
+    """predictions.jsonl: text (and text_b), label, prediction and its probability, in the order of the file."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for row, (label, probability_C) in enumerate(zip(labels_N, probability_NC, strict=True)):
+            best = int(np.argmax(probability_C))
+            record = {"text": texts.texts_a[row]} | ({} if texts.texts_b is None else {"text_b": texts.texts_b[row]})
+            record |= {"label": names[label], "prediction": names[best], "probability": float(probability_C[best])}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)

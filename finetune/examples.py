@@ -1,0 +1,101 @@
+"""Labelled files as examples: checked, encoded, their labels numbered."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cli import UserError
+from data.labelled import Encoded, Labelled, encode_pairs, read_labelled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from finetune.presets import FinetuneData
+    from models.config import ModelConfig
+
+LONGEST = 512
+"""Tokens of an example at most, unless --data.max-length asks for more: attention costs their square."""
+
+
+class Part(NamedTuple):
+    """The examples of one file, in its order."""
+
+    texts: Labelled
+    encoded: list[Encoded]
+    labels: list[int]
+
+
+class Examples(NamedTuple):
+    """What a classifier learns from and what it is measured on."""
+
+    train: Part
+    validation: Part
+    names: list[str]
+    """The labels, by their number: those of the training file, sorted (numbers by value)."""
+    fingerprints: dict[str, str]
+    """SHA-256 of both files."""
+
+
+def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Examples:
+    """Both files, encoded for the model. UserError where a file or its labels will not do."""
+    length = max_length(data, model)
+    files, fingerprints = {}, {}
+    for name in ("train", "validation"):
+        path = getattr(data, name)
+        if path is None:
+            raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv or .jsonl file of labelled texts")
+        files[name] = _read(path, data)
+        fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    names = _sorted(set(files["train"].labels))
+    if len(names) < 2:
+        raise UserError(f"{data.train}: every example has the label {names[0]!r}; a classifier needs two or more")
+    unseen = _sorted(set(files["validation"].labels) - set(names))
+    if unseen:
+        raise UserError(
+            f"{data.validation} has labels that {data.train} has no example of: {_listed(unseen)}; known are "
+            f"{_listed(names)}; correct the labels, or add training examples"
+        )
+    if (files["train"].texts_b is None) != (files["validation"].texts_b is None):
+        raise UserError(
+            f"one of {data.train} and {data.validation} has pairs of texts and the other single texts; "
+            "name the columns with --data.text"
+        )
+
+    def part(texts: Labelled) -> Part:
+        encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
+        return Part(texts, encoded, [names.index(label) for label in texts.labels or ()])
+
+    return Examples(part(files["train"]), part(files["validation"]), names, fingerprints)
+
+
+def max_length(data: FinetuneData, model: ModelConfig) -> int:
+    """Tokens of an example at most."""
+    limit = model.max_position_embeddings
+    if data.max_length is None:
+        return min(limit, LONGEST)
+    if data.max_length > limit and model.position_embedding == "learned":
+        raise UserError(f"data.max_length={data.max_length} exceeds the model's {limit} learned positions; try {limit}")
+    return data.max_length
+
+
+def _read(path: str, data: FinetuneData) -> Labelled:
+    file = read_labelled(path, data.text, data.label)
+    if file.labels is None:
+        raise UserError(f"{path} has no column of labels that is known by its name; name it with --data.label")
+    if "" in file.labels:
+        raise UserError(f"{path}: {file.labels.count('')} examples have an empty label; label or remove them")
+    return file
+
+
+def _sorted(labels: set[str]) -> list[str]:
+    try:
+        return sorted(labels, key=float)
+    except ValueError:
+        return sorted(labels)
+
+
+def _listed(labels: list[str], most: int = 8) -> str:
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(map(repr, labels[:most])) + more

@@ -1,0 +1,100 @@
+"""Named fine-tuning runs. A preset is a function; its docstring says what it is, how to run it and what it reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cli import UserError
+from models.config import Execution
+from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """Labelled texts: .tsv, .csv or .jsonl files with named columns."""
+
+    train: str | None = None
+    """File to learn from."""
+    validation: str | None = None
+    """File to measure on; its labels are those of the training file."""
+    text: tuple[str, ...] = ()
+    """One column of text, or two for pairs; unset = guessed from the names, as in GLUE's files."""
+    label: str | None = None
+    """Column of labels; unset = guessed (label, Quality, gold_label, target, class)."""
+    max_length: int | None = None
+    """Tokens of an example, the rest is cut off; unset = as many as the model has positions, at most 512."""
+
+    def __post_init__(self):
+        if self.max_length is not None and self.max_length < 8:
+            raise UserError(f"data.max_length={self.max_length} is too short; at least 8")
+
+
+@dataclass(frozen=True)
+class FinetuneOptimizer(OptimizerConfig):
+    """Optimizer and schedule of a fine-tuning."""
+
+    learning_rate: float | None = None  # type: ignore[assignment]
+    """Peak learning rate; unset = 5e-5 × 768 / hidden_size, but not above 3e-4."""
+    warmup: float = 0.1
+    """Warm-up: a fraction of the steps below 1, else a number of steps."""
+    b2: float = 0.999
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """A fine-tuning run; model and tokenizer are those of the checkpoint."""
+
+    steps: int | None = None  # type: ignore[assignment]
+    """Length of the schedule in optimizer steps; unset = three epochs, but at least 200 steps (Mosbach et al. 2021)."""
+    epochs: float | None = None
+    """Length of the schedule in passes over the training file, instead of steps."""
+    eval_every: int | None = None  # type: ignore[assignment]
+    """Steps between evaluations; unset = an epoch, or a tenth of the run if that is longer."""
+    init_from: str | None = None
+    """The run directory whose weights, tokenizer and architecture are taken."""
+    scratch: bool = False
+    """Take architecture and tokenizer alone and start from random weights, to see what the pretraining is worth."""
+    dropout: float = 0.1
+    """Dropout of hidden states and attention; replaces the checkpoint's."""
+    optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
+    data: FinetuneData = field(default_factory=FinetuneData)
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.epochs is not None and self.epochs <= 0:
+            raise UserError(f"epochs={self.epochs} must be greater than 0; try 3")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
+        if self.init_optimizer:
+            raise UserError(
+                "init_optimizer: a classifier cannot take over a pretraining's optimizer state; leave it out"
+            )
+
+
+def classify() -> FinetuneConfig:
+    """Classify texts or pairs: `./launch.sh finetune classify --init-from RUN --data.train F --data.validation F`.
+
+    From an mlm or a clm run. Three epochs of batches of 32, dropout 0.1, linear decay (Devlin et al. 2019, app. A.3).
+    """
+    return FinetuneConfig(log_every=10, checkpoint=CheckpointConfig(every=1000))
+
+
+def classify_debug() -> FinetuneConfig:
+    """Ten steps, to see that all runs: `./launch.sh finetune classify-debug --init-from RUN --data.train F …`."""
+    return FinetuneConfig(steps=10, batch_size=8, log_every=5, eval_every=5, checkpoint=CheckpointConfig(every=5))
+
+
+def demo() -> FinetuneConfig:
+    """What the demo does with a few labelled examples of each class (`./launch.sh`): small model, many epochs."""
+    return FinetuneConfig(
+        steps=200,
+        batch_size=32,
+        log_every=10,
+        eval_every=50,
+        optimizer=FinetuneOptimizer(learning_rate=5e-4),
+        checkpoint=CheckpointConfig(every=1000, keep=1),
+    )
+
+
+PRESETS = {"classify": classify, "classify-debug": classify_debug, "demo": demo}

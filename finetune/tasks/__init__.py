@@ -1,0 +1,1 @@
+"""One file a task kind; a task turns labelled rows into a loss and metrics."""

@@ -1,0 +1,1 @@
+"""Masked-LM pretraining: mask on the device, predict the masked tokens, save a checkpoint."""

@@ -1,0 +1,52 @@
+"""The masked-LM objective: maximise Σ log p(w_t | text with M hidden) over the hidden positions t in M.
+
+Only the hidden positions reach the vocabulary head (Devlin et al. 2019, sec. 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from mlm.masking import Vocabulary, mask_batch
+from models.config import Execution, ModelConfig
+from models.heads import masked_lm_head
+from models.transformer import apply
+from models.vocabulary import token_logprobs
+from training.step import Objective
+
+if TYPE_CHECKING:
+    from mlm.presets import MaskingConfig
+
+
+def masked_lm_objective(
+    model: ModelConfig,
+    masking: MaskingConfig,
+    vocabulary: Vocabulary,
+    *,
+    rate: Callable,
+    execution: Execution,
+) -> Objective:
+    """The two pure functions of the objective. rate: (traced) step → mask rate, see `mlm.masking.rate_at`."""
+
+    def prepare(batch, key, step):
+        batch = mask_batch(batch, key, rate(step), masking, vocabulary)
+        return batch, jnp.maximum(jnp.sum(batch["masked_weights"]), 1.0)
+
+    def loss_fn(trainable, frozen, batch, key, norms):
+        params = trainable | frozen
+        x_BTD = apply(model, params, batch, execution=execution, key=key)
+        hidden_BMD = jnp.take_along_axis(x_BTD, batch["masked_positions"][:, :, None], axis=1)
+        features_BMD, table_VD, bias_V = masked_lm_head(model, params, hidden_BMD, execution)
+        logprob_BM, correct_BM = token_logprobs(
+            features_BMD, table_VD, bias_V, batch["masked_labels"], vocab_size=model.vocab_size
+        )
+        weights_BM = batch["masked_weights"]
+        loss_sum, weight = -jnp.sum(weights_BM * logprob_BM), jnp.sum(weights_BM)
+        metrics = {"loss": (loss_sum, weight), "accuracy": (jnp.sum(weights_BM * correct_BM), weight)}
+        return loss_sum / norms, jax.lax.stop_gradient(metrics)
+
+    return Objective(prepare, loss_fn)

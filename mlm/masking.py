@@ -1,0 +1,88 @@
+"""Choosing and hiding the tokens that the model must predict, on the device, inside the jitted step.
+
+Everything is drawn for the *global* batch from one key, so hosts, meshes and micro-batches change nothing. Shapes are
+static: M slots a row, of which the first k are used. k = round(rate × ordinary tokens of the row), exactly, and at
+least 1. Whole words are drawn in random order until k tokens are reached; the word that would overflow k is cut: only its
+first tokens are hidden. (Skipping it instead would favour short words and leave k open.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from mlm.presets import MaskingConfig
+
+
+class Vocabulary(NamedTuple):
+    """What masking must know of the tokenizer; small tables that become constants of the compiled step."""
+
+    mask_id: int
+    ordinary_V: np.ndarray
+    """bool: may be hidden, and may replace a hidden token (not a special token)."""
+    words_V: np.ndarray
+    """uint8: bit 0 = continues the word before it, bit 1 = may be continued (data.tokenizer.word_table)."""
+
+
+def slots(config: MaskingConfig, sequence_length: int) -> int:
+    """M: masked positions stored for each row."""
+    return math.ceil(max(config.rate, config.final_rate or 0.0) * sequence_length)
+
+
+def rate_at(config: MaskingConfig, step, steps: int):
+    """Mask rate at a (traced) step: linear from rate to final_rate over the run."""
+    if config.final_rate is None:
+        return jnp.float32(config.rate)
+    progress = jnp.clip(jnp.asarray(step, jnp.float32) / max(steps - 1, 1), 0.0, 1.0)
+    return config.rate + (config.final_rate - config.rate) * progress
+
+
+def mask_batch(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabulary) -> dict:
+    """Hide k tokens of every row.
+
+    batch: `input_ids`, `segment_ids` [B,T]. Returns the batch with hidden tokens in `input_ids`, and `masked_positions`,
+    `masked_labels` (int32) and `masked_weights` (float32; 1 for the k used slots, 0 for the rest), all [B,M].
+    """
+    choose_key, action_key, random_key = jax.random.split(key, 3)
+    input_BT = batch["input_ids"]
+    slot_count = slots(config, input_BT.shape[1])
+    positions_BM, weights_BM = _choose(choose_key, batch, rate, slot_count, config.whole_words, vocabulary)
+    labels_BM = jnp.take_along_axis(input_BT, positions_BM, axis=1)
+
+    action_BM = jax.random.uniform(action_key, labels_BM.shape)
+    ordinary_ids = jnp.asarray(np.flatnonzero(vocabulary.ordinary_V), jnp.int32)
+    random_BM = ordinary_ids[jax.random.randint(random_key, labels_BM.shape, 0, len(ordinary_ids))]
+    hidden_BM = jnp.where(action_BM < config.mask_fraction + config.random_fraction, random_BM, labels_BM)
+    hidden_BM = jnp.where(action_BM < config.mask_fraction, vocabulary.mask_id, hidden_BM)
+    hidden_BM = jnp.where(weights_BM > 0, hidden_BM, labels_BM)
+    return batch | {
+        "input_ids": jax.vmap(lambda row, at, values: row.at[at].set(values))(input_BT, positions_BM, hidden_BM),
+        "masked_positions": positions_BM,
+        "masked_labels": labels_BM,
+        "masked_weights": weights_BM,
+    }
+
+
+def _choose(key, batch, rate, slot_count, whole_words, vocabulary):
+    """Positions and weights [B,M] of the tokens to predict; positions within a row are distinct."""
+    input_BT, segment_BT = batch["input_ids"], batch["segment_ids"]
+    ordinary_BT = jnp.asarray(vocabulary.ordinary_V)[input_BT] & (segment_BT > 0)
+    draw_BT = jax.random.uniform(key, input_BT.shape)
+    if whole_words:
+        table_BT = jnp.asarray(vocabulary.words_V)[input_BT]
+        same_segment = segment_BT[:, 1:] == segment_BT[:, :-1]
+        continues = (table_BT[:, 1:] & 1 > 0) & (table_BT[:, :-1] & 2 > 0) & same_segment
+        starts_BT = jnp.pad(~continues, ((0, 0), (1, 0)), constant_values=True)
+        word_BT = jnp.cumsum(starts_BT, axis=1) - 1
+        draw_BT = jnp.take_along_axis(draw_BT, word_BT, axis=1)
+    # top_k returns equal scores in order of position, so the last word chosen is cut at its end.
+    _, positions_BM = jax.lax.top_k(jnp.where(ordinary_BT, draw_BT, -1.0), slot_count)
+    count_B1 = jnp.sum(ordinary_BT, axis=1, keepdims=True, dtype=jnp.float32)
+    used_B1 = jnp.minimum(jnp.maximum(jnp.round(rate * count_B1), 1.0), count_B1)
+    weights_BM = (jnp.arange(slot_count)[None, :] < used_B1).astype(jnp.float32)
+    return positions_BM.astype(jnp.int32), weights_BM

@@ -1,0 +1,156 @@
+"""Named masked-LM runs. A preset is a function; its docstring says what it is, how to run it and what it reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from cli import UserError
+from data.config import DataConfig
+from models.config import Execution, ModelConfig
+from models.families.bert import BERT_BASE, BERT_LARGE
+from models.families.modernbert import MODERNBERT_BASE
+from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """What the model must predict (Devlin et al. 2019; whole words: Cui et al. 2021; rates: Wettig et al. 2023)."""
+
+    rate: float = 0.15
+    """Part of each row's ordinary tokens that is predicted."""
+    final_rate: float | None = None
+    """Rate at the last step, reached linearly (e.g. 0.30 to 0.15); unset = constant."""
+    mask_fraction: float = 0.8
+    """Of the chosen tokens, the part that is replaced by [MASK]; 1 = all."""
+    random_fraction: float = 0.1
+    """The part that is replaced by a random token; the rest stays as it is."""
+    whole_words: bool = False
+    """Choose whole words instead of tokens."""
+
+    def __post_init__(self):
+        for name in ("rate", "final_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"masking.{name}={value} must lie between 0 and 1, for instance 0.15")
+        if self.mask_fraction < 0 or self.random_fraction < 0 or self.mask_fraction + self.random_fraction > 1:
+            raise UserError(
+                f"masking.mask_fraction={self.mask_fraction} and random_fraction={self.random_fraction} must not be "
+                "negative or sum to more than 1; try 0.8 and 0.1"
+            )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """A masked-LM pretraining run."""
+
+    model: ModelConfig = field(default_factory=lambda: BERT_BASE)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    execution: Execution = field(default_factory=Execution)
+    eval_rows: int = 512
+    """Rows of held-out text in an evaluation (always the same rows with the same masks)."""
+
+
+def debug() -> PretrainConfig:
+    """A toy that trains in seconds, to see that everything runs: `./launch.sh mlm debug`. Built-in text, any hardware."""
+    return PretrainConfig(
+        steps=20,
+        batch_size=8,
+        log_every=5,
+        eval_every=10,
+        eval_rows=16,
+        model=replace(
+            BERT_BASE,
+            vocab_size=1024,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=64,
+            type_vocab_size=0,
+        ),
+        data=DataConfig(builtin="pydoc", sequence_length=64),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        checkpoint=CheckpointConfig(every=10),
+    )
+
+
+def demo() -> PretrainConfig:
+    """A small encoder for 2 CPU cores on built-in text, about 3 minutes: `./launch.sh mlm demo`."""
+    return PretrainConfig(
+        steps=1500,
+        batch_size=32,
+        log_every=25,
+        eval_every=250,
+        eval_rows=128,
+        model=replace(
+            MODERNBERT_BASE,
+            vocab_size=6144,
+            hidden_size=192,
+            num_hidden_layers=4,
+            prefix_layers=(),
+            layer_period=("global",),
+            first_attention_norm=True,
+            num_attention_heads=3,
+            intermediate_size=384,
+            max_position_embeddings=512,
+        ),
+        data=DataConfig(builtin="pydoc", sequence_length=128),
+        masking=MaskingConfig(rate=0.3, final_rate=0.15, whole_words=True),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=500),
+    )
+
+
+def bert_base() -> PretrainConfig:
+    """BERT-base (110M; Devlin et al. 2019), length 512, 256 rows: `./launch.sh mlm bert-base --data.files 'text/*.jsonl.gz'`.
+
+    Not yet run to the end. The recipe's first 90 % at length 128 is `--data.sequence-length 128 --batch-size 1024`.
+    """
+    return PretrainConfig(
+        steps=1_000_000,
+        batch_size=256,
+        log_every=50,
+        eval_every=5000,
+        model=BERT_BASE,
+        data=DataConfig(sequence_length=512),
+        optimizer=OptimizerConfig(learning_rate=1e-4, b2=0.999, eps=1e-6, warmup=10_000, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=5000),
+    )
+
+
+def bert_large() -> PretrainConfig:
+    """BERT-large (335M), fully sharded over the devices: `./launch.sh mlm bert-large --data.files …`. Not yet run."""
+    from sharding.mesh import MeshConfig
+
+    return replace(bert_base(), model=BERT_LARGE, mesh=MeshConfig(data=1, fsdp=-1))
+
+
+def modern_base() -> PretrainConfig:
+    """ModernBERT-base's architecture (149M; Warner et al. 2024), 30 % masks: `./launch.sh mlm modern-base --data.files …`.
+
+    Not yet run. Length 1024 and a warm-up, stable, decay schedule as in the paper's first phase; extend it with
+    `--init-from RUN --init-optimizer --data.sequence-length 8192`.
+    """
+    return PretrainConfig(
+        steps=400_000,
+        batch_size=512,
+        log_every=50,
+        eval_every=5000,
+        model=MODERNBERT_BASE,
+        data=DataConfig(sequence_length=1024, tokenizer_kind="bpe"),
+        masking=MaskingConfig(rate=0.3, mask_fraction=1.0, random_fraction=0.0),
+        optimizer=OptimizerConfig(
+            learning_rate=8e-4, schedule="wsd", warmup=2000, decay_fraction=0.1, weight_decay=1e-5, b2=0.98, eps=1e-6
+        ),
+        checkpoint=CheckpointConfig(every=5000),
+    )
+
+
+PRESETS = {
+    "debug": debug,
+    "demo": demo,
+    "bert-base": bert_base,
+    "bert-large": bert_large,
+    "modern-base": modern_base,
+}

@@ -1,0 +1,96 @@
+"""Pretrain an encoder by masked LM: `python -m mlm.pretrain PRESET [flags]`.
+
+Reads top to bottom: text → tokens → rows → objective → training loop → summary, samples and report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import replace
+
+import cli
+from mlm.presets import PRESETS, PretrainConfig
+
+
+def main(config: PretrainConfig) -> dict:
+    """Run, or resume, the pretraining that `config` describes; returns the `--json` object."""
+    import jax
+    import numpy as np
+
+    from data.loader import Batches, Rows, prefetch
+    from data.packing import pack_best_fit
+    from data.prepare import prepare
+    from data.token_tables import word_table
+    from data.tokenizer import save_tokenizer, special_ids, vocabulary_size
+    from mlm.loss import masked_lm_objective
+    from mlm.masking import Vocabulary, rate_at
+    from mlm.samples import masked_samples, unigram_entropy
+    from models.transformer import flops_per_token, init_params, matrix_axes
+    from sharding.mesh import build_mesh, check_batch, host_rows
+    from training.loop import train
+    from training.report import write_report
+    from training.run import RunDirectory, summarise, write_json
+    from training.start import check_origin
+
+    length = config.data.sequence_length
+    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
+    mesh = build_mesh(config.mesh)
+    assert config.run_dir is not None
+    run = RunDirectory(config.run_dir)
+    check_origin(config, run)
+
+    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=True, runs=(run.path, config.init_from))
+    tokenizer = prepared.tokenizer
+    specials = special_ids(tokenizer, need=("cls", "sep", "mask"))
+    model = config.model.fitted(vocabulary_size(tokenizer), length)
+    config = replace(config, model=model)
+    config_dict = dataclasses.asdict(config) | {"task": "masked_lm", "fingerprints": prepared.fingerprints}
+    run.create_or_resume(config_dict)
+    save_tokenizer(tokenizer, run.tokenizer)
+
+    ordinary_V = ~np.isin(np.arange(model.vocab_size), specials.all)
+    vocabulary = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
+    rows, held_out = (
+        Rows(store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm")
+        for store in (prepared.train, prepared.validation)
+    )
+    batches = Batches(rows, config.batch_size, config.seed)
+    eval_batches = Batches(held_out, config.batch_size).fixed(config.eval_rows, host_rows(config.batch_size))
+
+    def objective(rate):
+        return masked_lm_objective(model, config.masking, vocabulary, rate=rate, execution=config.execution)
+
+    result = train(
+        config,
+        init_params=lambda key: init_params(model, key, heads=("masked_lm",)),
+        matrix_axes=matrix_axes,
+        objective=objective(lambda step: rate_at(config.masking, step, config.steps)),
+        eval_objective=objective(lambda step: rate_at(config.masking, config.steps, config.steps)),
+        batches_from=lambda step: prefetch(
+            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch
+        ),
+        eval_batches=eval_batches,
+        finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},
+        run=run,
+        config_dict=config_dict,
+        mesh=mesh,
+        tokens_per_step=config.batch_size * length,
+        flops_per_step=config.batch_size * length * flops_per_token(model, length, config.masking.rate),
+    )
+
+    summary = summarise(run, result)
+    if jax.process_index() == 0:
+        params = jax.device_get(result.state.params)
+        samples = masked_samples(
+            model, params, eval_batches[0], tokenizer, vocabulary, config.masking, config.execution, seed=config.seed
+        )
+        counts = (store.counts(model.vocab_size) for store in (prepared.train, prepared.validation))
+        entropy = unigram_entropy(*counts, vocabulary)
+        write_json(run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
+        write_report(run.path)
+    return summary
+
+
+if __name__ == "__main__":
+    cli.run(main, PRESETS, prog="mlm", description="Pretrain an encoder by masked LM.")

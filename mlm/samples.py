@@ -1,0 +1,94 @@
+"""What a person looks at after masked-LM pretraining: masked words with the model's guesses, and the unigram bar."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlm.masking import Vocabulary, mask_batch
+from mlm.presets import MaskingConfig
+from models.config import Execution, ModelConfig
+from models.heads import masked_lm_head
+from models.transformer import apply
+from models.vocabulary import logits
+
+
+def unigram_entropy(train_V: np.ndarray, held_out_V: np.ndarray, vocabulary: Vocabulary) -> float:
+    """Nats a token of guessing by frequency alone: -Σ q(w) log p(w), q held-out, p training frequencies (add-one).
+
+    train_V, held_out_V: how often each token occurs. A model that has learnt nothing but word frequencies has this
+    masked-LM loss on the held-out text.
+    """
+    train_V, held_out_V = train_V + 1, held_out_V * vocabulary.ordinary_V
+    p_V = train_V / train_V[vocabulary.ordinary_V].sum()
+    return float(-(held_out_V * np.log(p_V)).sum() / max(held_out_V.sum(), 1))
+
+
+def masked_samples(
+    model: ModelConfig,
+    params,
+    batch: dict,
+    tokenizer,
+    vocabulary: Vocabulary,
+    masking: MaskingConfig,
+    execution: Execution,
+    *,
+    count: int = 8,
+    guesses: int = 3,
+    window: int = 32,
+    seed: int = 0,
+) -> list[dict]:
+    """`count` randomly chosen excerpts of held-out rows with hidden tokens and the model's best guesses for them.
+
+    batch: held-out rows [B,T]. Returns, for each excerpt, `tokens` (strings) and `masked`: index in the excerpt, truth,
+    and guesses as (string, probability) pairs. Every hidden token is shown as [MASK].
+    """
+    key = jax.random.key(seed)
+    shown = MaskingConfig(
+        rate=masking.final_rate or masking.rate, mask_fraction=1.0, random_fraction=0.0, whole_words=masking.whole_words
+    )
+
+    @jax.jit
+    def guess(params, batch):
+        hidden = mask_batch(batch, key, shown.rate, shown, vocabulary)
+        x_BTD = apply(model, params, hidden, execution=execution)
+        x_BMD = jnp.take_along_axis(x_BTD, hidden["masked_positions"][:, :, None], axis=1)
+        score = functools.partial(logits, vocab_size=model.vocab_size)
+        probability_BMV = jax.nn.softmax(score(*masked_lm_head(model, params, x_BMD, execution)), axis=-1)
+        return hidden, *jax.lax.top_k(probability_BMV, guesses)
+
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(batch["segment_ids"][:, 0] > 0))[:count]
+    batch = {name: array[rows] for name, array in batch.items()}
+    hidden, top_BMG, ids_BMG = jax.tree.map(np.asarray, guess(params, batch))
+    excerpts = []
+    for row in range(len(rows)):
+        used = hidden["masked_weights"][row] > 0
+        order = np.argsort(hidden["masked_positions"][row][used])
+        positions = hidden["masked_positions"][row][used][order]
+        start = max(0, int(positions[len(positions) // 2]) - window // 2)
+        inside = (positions >= start) & (positions < start + window)
+        excerpts.append(
+            {
+                "tokens": tokenizer.convert_ids_to_tokens(hidden["input_ids"][row, start : start + window].tolist()),
+                "masked": [
+                    {
+                        "index": int(at) - start,
+                        "truth": tokenizer.convert_ids_to_tokens(int(batch["input_ids"][row, at])),
+                        "guesses": [
+                            [tokenizer.convert_ids_to_tokens(int(token)), round(float(probability), 4)]
+                            for token, probability in zip(ids, tops, strict=True)
+                        ],
+                    }
+                    for at, ids, tops in zip(
+                        positions[inside],
+                        ids_BMG[row][used][order][inside],
+                        top_BMG[row][used][order][inside],
+                        strict=True,
+                    )
+                ],
+            }
+        )
+    return excerpts

@@ -1,0 +1,154 @@
+"""One transformer layer: attention and MLP with their residuals and norms, as the config asks.
+
+Pre-norm: x + f(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + f(x)) (Vaswani et al. 2017, BERT).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.attention import attend, spec_for
+from models.config import LayerKind, ModelConfig
+from models.layers import Einsum, Norm, activation, dropout, make_norm, rotate
+from sharding.mesh import constrain
+
+DROPOUTS = 3
+"""Random keys a layer needs: attention probabilities, attention output, MLP output."""
+LayerCache = dict[str, jax.Array]
+"""k, v [B, S, K, H] of one layer."""
+
+
+class Context(NamedTuple):
+    """What every layer of a pass shares."""
+
+    q_segments_BT: jax.Array
+    k_segments_BS: jax.Array
+    q_index_BT: jax.Array
+    k_index_BS: jax.Array
+    rotary: dict[str, tuple[jax.Array, jax.Array]]
+    """Rotary tables by kind of layer; empty with learned positions."""
+    end: jax.Array | None
+    """Where in the cache this pass writes; None without a cache."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads."""
+
+    config: ModelConfig
+    kind: LayerKind
+    dtype: jnp.dtype
+    backend: str
+
+    @nn.compact
+    def __call__(self, x_BTD, context: Context, cache: LayerCache | None, key: jax.Array | None):
+        c = self.config
+        D, N, K, H = c.hidden_size, c.num_attention_heads, c.kv_heads, c.head_size
+
+        def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
+            return Einsum(shape, c.attention_bias, stddev, self.dtype, name=name)
+
+        q_BTNH = linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD)
+        kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", x_BTD)
+        k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+        if c.qk_norm:
+            q_BTNH = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="q_norm")(q_BTNH)
+            k_BTKH = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="k_norm")(k_BTKH)
+        if context.rotary:
+            q_BTNH = rotate(q_BTNH, context.rotary[self.kind])
+            k_BTKH = rotate(k_BTKH, context.rotary[self.kind])
+        q_BTNH, k_BTKH, v_BTKH = (constrain(y, "batch", None, "tensor", None) for y in (q_BTNH, k_BTKH, v_BTKH))
+
+        if cache is not None:
+            start = (0, context.end, 0, 0)
+            cache = {
+                name: jax.lax.dynamic_update_slice(cache[name], new.astype(cache[name].dtype), start)
+                for name, new in (("k", k_BTKH), ("v", v_BTKH))
+            }
+            k_BTKH, v_BTKH = cache["k"].astype(self.dtype), cache["v"].astype(self.dtype)
+        out_BTNH = attend(
+            spec_for(c, self.kind),
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            context.q_segments_BT,
+            context.k_segments_BS,
+            context.q_index_BT,
+            context.k_index_BS,
+            backend=self.backend,
+            dropout_rate=c.attention_dropout,
+            dropout_key=key,
+        )
+        return linear((N, H, D), "out", output_stddev(c))("BTNH,NHD->BTD", out_BTNH), cache
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        D, F = c.hidden_size, c.intermediate_size
+        act = activation(c.hidden_act)
+
+        def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
+            return Einsum(shape, c.mlp_bias, stddev, self.dtype, name=name)
+
+        if c.gated_mlp:
+            # C next to F, not in front: one product without transposing its result (a quarter faster on CPU).
+            gate_up_BTCF = linear((2, D, F), "gate_up")("BTD,CDF->BTCF", x_BTD)
+            gate_up_BTCF = constrain(gate_up_BTCF, "batch", None, None, "tensor")
+            h_BTF = act(gate_up_BTCF[:, :, 0]) * gate_up_BTCF[:, :, 1]
+        else:
+            h_BTF = act(constrain(linear((D, F), "up")("BTD,DF->BTF", x_BTD), "batch", None, "tensor"))
+        return linear((F, D), "down", output_stddev(c))("BTF,FD->BTD", h_BTF)
+
+
+class Block(nn.Module):
+    """A layer of the stack; returns (x_BTD, its cache). keys [DROPOUTS]: turn dropout on."""
+
+    config: ModelConfig
+    kind: LayerKind
+    first: bool
+    """Whether this is the first layer of the stack, which may go without an attention norm."""
+    dtype: jnp.dtype
+    backend: str
+
+    @nn.compact
+    def __call__(self, x_BTD, context: Context, cache: LayerCache | None = None, keys: jax.Array | None = None):
+        c = self.config
+        attention = Attention(c, self.kind, self.dtype, self.backend, name="attention")
+        mlp = MLP(c, self.dtype, name="mlp")
+        mlp_norm = make_norm(c, self.dtype, "mlp_norm")
+        attention_norm = make_norm(c, self.dtype, "attention_norm")
+        if self.first and not c.first_attention_norm:
+            attention_norm = _identity
+        keys = [None] * DROPOUTS if keys is None else keys
+
+        if c.norm_position == "pre":
+            y_BTD, cache = attention(attention_norm(x_BTD), context, cache, keys[0])
+            x_BTD = constrain(x_BTD + dropout(y_BTD, c.hidden_dropout, keys[1]), "batch", None, None)
+            x_BTD = x_BTD + dropout(mlp(mlp_norm(x_BTD)), c.hidden_dropout, keys[2])
+        else:
+            y_BTD, cache = attention(x_BTD, context, cache, keys[0])
+            x_BTD = attention_norm(x_BTD + dropout(y_BTD, c.hidden_dropout, keys[1]))
+            x_BTD = constrain(x_BTD, "batch", None, None)
+            x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD), c.hidden_dropout, keys[2]))
+        return constrain(x_BTD, "batch", None, None), cache
+
+
+def output_stddev(config: ModelConfig) -> float:
+    """Initial scale of what writes to the residual stream: pre-norm stacks divide by √(2L) (GPT-2, section 2.3)."""
+    if config.norm_position == "post":
+        return config.initializer_range
+    return config.initializer_range * (2 * config.num_hidden_layers) ** -0.5
+
+
+def _identity(x):
+    return x

@@ -1,0 +1,1 @@
+"""One file a family: published model shapes as `ModelConfig` values."""

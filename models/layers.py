@@ -1,0 +1,179 @@
+"""The leaf layers: einsum projection, norm, embeddings, rotary positions, dropout.
+
+Parameters are float32; each layer casts them to the compute dtype where it uses them. Norms run in float32.
+Rotary embedding: Su et al. 2021 in the half-split layout of Hugging Face; its Llama 3 frequency scaling:
+Grattafiori et al. 2024, section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import Execution, ModelConfig
+from sharding.mesh import constrain
+
+
+class Einsum(nn.Module):
+    """A linear map with the equation at the call: `Einsum((D, N, H), ...)("BTD,DNH->BTNH", x)`.
+
+    The bias has the kernel's output axes, in the kernel's order, which must be their order in the result too.
+    """
+
+    shape: tuple[int, ...]
+    bias: bool
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.truncated_normal(self.stddev), self.shape, jnp.float32)
+        y = jnp.einsum(equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.bias:
+            return y
+        letters, result = equation.split(",")[1].split("->")
+        sizes = dict(zip(letters, self.shape, strict=True))
+        bias = self.param("bias", nn.initializers.zeros, tuple(sizes[a] for a in letters if a in result), jnp.float32)
+        return y + bias.astype(self.dtype).reshape([sizes.get(a, 1) for a in result])
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis."""
+
+    kind: str
+    eps: float
+    bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (x.shape[-1],)
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y * _over_last(self.param("scale", nn.initializers.ones, features, jnp.float32), y)
+        if self.bias:
+            y = y + _over_last(self.param("bias", nn.initializers.zeros, features, jnp.float32), y)
+        return y.astype(self.dtype)
+
+
+def make_norm(config: ModelConfig, dtype: jnp.dtype, name: str | None = None) -> Norm:
+    """The norm that `config` asks for."""
+    bias = config.norm_bias and config.norm == "layernorm"
+    return Norm(config.norm, config.norm_eps, bias, dtype, name=name)
+
+
+class Embed(nn.Module):
+    """A table of vectors; looked up by gather, so that its gradient is a scatter-add and no one-hot product."""
+
+    rows: int
+    features: int
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        shape = (self.rows, self.features)
+        table = self.param("embedding", nn.initializers.truncated_normal(self.stddev), shape, jnp.float32)
+        # Out-of-range ids are clipped: the default would fill with NaN through an extra pass over the result.
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+
+
+class Embeddings(nn.Module):
+    """Token + learned position + token type, then norm and dropout, as the config asks."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, input_ids_BT, positions_BT, token_type_ids_BT=None, key=None) -> jax.Array:
+        c = self.config
+
+        def table(rows: int, name: str) -> Embed:
+            return Embed(rows, c.hidden_size, c.initializer_range, self.dtype, name=name)
+
+        x_BTD = table(c.padded_vocab_size, "token")(input_ids_BT)
+        if c.position_embedding == "learned":
+            x_BTD = x_BTD + table(c.max_position_embeddings, "position")(positions_BT)
+        if c.type_vocab_size:
+            if token_type_ids_BT is None:  # One row for all: broadcasting keeps a scatter out of the backward pass.
+                token_type_ids_BT = jnp.zeros((1, 1), jnp.int32)
+            x_BTD = x_BTD + table(c.type_vocab_size, "token_type")(token_type_ids_BT)
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        if c.embedding_norm:
+            x_BTD = make_norm(c, self.dtype, "norm")(x_BTD)
+        return dropout(x_BTD, c.hidden_dropout, key)
+
+
+def compute_dtype(execution: Execution) -> jnp.dtype:
+    """The dtype of activations: bfloat16 where the hardware gains by it, else float32 (XLA:CPU is no faster)."""
+    name = execution.dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key of its own for every name, whatever other names there are."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """An activation by its Hugging Face name."""
+    return {"gelu": gelu, "gelu_new": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}[name]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU (Hendrycks & Gimpel 2016)."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero a random `rate` of `x` and scale up the rest; the identity without a key.
+
+    The rate is rounded to 1/256: four elements then share a random word, which makes dropout four times cheaper.
+    """
+    if key is None or rate == 0.0:
+        return x
+    dropped = min(255, max(1, round(rate * 256)))
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return jnp.where(draws >= dropped, x * (256 / (256 - dropped)), jnp.zeros((), x.dtype))
+
+
+def rotary_frequencies(head_size: int, theta: float, scaling_factor: float | None = None) -> np.ndarray:
+    """Radians a position turns each pair of dimensions, float32 [H/2]; with Llama 3 scaling if a factor is given."""
+    frequency = theta ** -(np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    if scaling_factor is not None:
+        # Llama 3.1's constants, the same in every published Llama 3: wavelengths longer than the original context
+        # of 8192 are stretched by the factor, those shorter than a quarter of it stay, between them it blends.
+        original_context, low, high = 8192, 1.0, 4.0
+        turns = original_context * frequency / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = kept * frequency + (1 - kept) * frequency / scaling_factor
+    return frequency.astype(np.float32)
+
+
+def rotary_tables(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every position's angles, float32 [B, T, 1, H/2] (the 1 spans the heads)."""
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn queries or keys by their positions (Su et al. 2021, eq. 34; dimension i pairs with i + H/2)."""
+    cos, sin = tables
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def _over_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)

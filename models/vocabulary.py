@@ -1,0 +1,71 @@
+"""Probabilities over the vocabulary without ever holding them for all tokens.
+
+Scores are formed for a chunk of tokens at a time, in float32, and formed anew in the backward pass. Masked LM,
+causal LM, preference losses and scoring are sums over what `token_logprobs` returns.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sharding.mesh import constrain
+
+
+def token_logprobs(
+    features_BTD: jax.Array,
+    table_VD: jax.Array,
+    bias_V: jax.Array | None,
+    labels_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk_elements: int = 2**24,
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(label), 1.0 where the label has the highest score), both float32 [B, T].
+
+    features_BTD decides the compute dtype; table rows from vocab_size on are padding and have probability 0.
+    chunk_elements: how many scores one device may hold at a time (64 MiB by default). The second result has no
+    gradient; a label that ties with another for the highest score counts as right.
+    """
+    table_VD = table_VD.astype(features_BTD.dtype)
+    batch, length, _ = features_BTD.shape
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    chunk = max(1, chunk_elements * devices // (batch * table_VD.shape[0]))
+    if chunk >= length:
+        return _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size)
+
+    chunks = -(-length // chunk)
+    chunk = -(-length // chunks)
+    padding = chunks * chunk - length
+
+    def by_chunk(x):
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
+
+    one = jax.checkpoint(lambda x, labels: _chunk_logprobs(x, table_VD, bias_V, labels, vocab_size), prevent_cse=False)
+    results = jax.lax.map(lambda inputs: one(*inputs), (by_chunk(features_BTD), by_chunk(labels_BT)))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(batch, chunks * chunk)[:, :length], results)
+
+
+def logits(features_BTD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, vocab_size: int) -> jax.Array:
+    """Scores of the real vocabulary, float32 [B, T, vocab_size]: for a few tokens, as in generation."""
+    return _scores(features_BTD, table_VD.astype(features_BTD.dtype), bias_V)[..., :vocab_size]
+
+
+def _scores(features_BTD, table_VD, bias_V):
+    scores_BTV = jnp.einsum("BTD,VD->BTV", features_BTD, table_VD, preferred_element_type=jnp.float32)
+    scores_BTV = constrain(scores_BTV, "batch", None, "tensor")
+    return scores_BTV if bias_V is None else scores_BTV + bias_V[None, None]
+
+
+def _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size):
+    scores_BTV = _scores(features_BTD, table_VD, bias_V)
+    entry_V = jnp.arange(table_VD.shape[0], dtype=jnp.int32)[None, None]
+    if vocab_size < table_VD.shape[0]:
+        scores_BTV = jnp.where(entry_V < vocab_size, scores_BTV, jnp.float32(-1e30))
+    best_BT = jax.lax.stop_gradient(scores_BTV.max(-1))
+    normaliser_BT = best_BT + jnp.log(jnp.exp(scores_BTV - best_BT[..., None]).sum(-1))
+    # Compared, not indexed: with the vocabulary split over devices, each looks through its own part.
+    label_BT = jnp.where(entry_V == labels_BT[..., None], scores_BTV, jnp.float32(0)).sum(-1)
+    correct_BT = jax.lax.stop_gradient(label_BT >= best_BT).astype(jnp.float32)
+    return label_BT - normaliser_BT, correct_BT

@@ -1,0 +1,97 @@
+"""The one table that says how every parameter is split over the mesh.
+
+A rule is a regular expression over the end of the parameter's path and the mesh axes of its last dimensions;
+leading dimensions (the stack of repeated layers) stay whole. Exactly one rule must match each parameter, so that a new
+parameter cannot be replicated by accident. The layout is Megatron's (Shoeybi et al. 2019) over `tensor`
+combined with ZeRO-3 (Rajbhandari et al. 2020) over `fsdp`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cli import UserError
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embeddings/token/embedding", ("tensor", "fsdp")),
+    (r"embeddings/(position|token_type)/embedding", (None, "fsdp")),
+    (r"(\w+_)?norm/(scale|bias)", (None,)),
+    (r"attention/q/kernel", ("fsdp", "tensor", None)),
+    (r"attention/q/bias", ("tensor", None)),
+    (r"attention/kv/kernel", (None, "fsdp", "tensor", None)),
+    (r"attention/kv/bias", (None, "tensor", None)),
+    (r"attention/out/kernel", ("tensor", None, "fsdp")),
+    (r"attention/out/bias", (None,)),
+    (r"mlp/up/kernel", ("fsdp", "tensor")),
+    (r"mlp/up/bias", ("tensor",)),
+    (r"mlp/gate_up/kernel", (None, "fsdp", "tensor")),
+    (r"mlp/gate_up/bias", (None, "tensor")),
+    (r"mlp/down/kernel", ("tensor", "fsdp")),
+    (r"mlp/down/bias", (None,)),
+    (r"head/masked_lm/transform/kernel", ("fsdp", None)),
+    (r"head/masked_lm/transform/bias", (None,)),
+    (r"head/causal_lm/kernel", ("tensor", "fsdp")),
+    (r"head/(masked_lm|causal_lm)/bias", ("tensor",)),
+    (r"head/classification/(dense|out)/kernel", ("fsdp", None)),
+    (r"head/classification/(dense|out)/bias", (None,)),
+)
+
+
+def path_of(key_path: tuple) -> str:
+    """A JAX key path as `a/b/c`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path)
+
+
+def param_spec(path: str, ndim: int) -> PartitionSpec:
+    """The split of one parameter; raises ValueError unless exactly one rule matches its path."""
+    matches = [axes for pattern, axes in RULES if re.search(rf"(^|/){pattern}$", path)]
+    if len(matches) != 1:
+        count = "no rule" if not matches else f"{len(matches)} rules"
+        raise ValueError(f"{count} in sharding/rules.py for parameter {path!r}; exactly one must match")
+    (axes,) = matches
+    assert len(axes) <= ndim, f"{path}: rule has {len(axes)} axes, parameter {ndim}"
+    return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)
+
+
+def shard_params(shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a parameter tree (arrays or ShapeDtypeStructs)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: _checked(path_of(key_path), leaf, param_spec(path_of(key_path), leaf.ndim), mesh), shapes
+    )
+
+
+def shard_like_params(shapes: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds copies of the parameters (optimizer state): moments follow their parameter.
+
+    A leaf whose path ends in a parameter's path and has its shape is split like it; anything else (counters) is
+    replicated.
+    """
+    known = {
+        path_of(key_path): (leaf.shape, param_spec(path_of(key_path), leaf.ndim))
+        for key_path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+    def sharding(key_path, leaf):
+        parts = path_of(key_path).split("/")
+        for start in range(len(parts)):
+            shape, spec = known.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def _checked(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
+    for size, axis in zip(leaf.shape, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            fits = [n for n in range(1, mesh.shape[axis] + 1) if size % n == 0]
+            raise UserError(
+                f"mesh axis {axis}={mesh.shape[axis]} does not divide the {size} of {path} {tuple(leaf.shape)}; "
+                f"try {axis} = {' or '.join(map(str, fits[-2:]))}"
+            )
+    return NamedSharding(mesh, spec)

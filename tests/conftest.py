@@ -1,0 +1,94 @@
+"""Eight CPU devices, no network, a cache of its own, and helpers for data and command lines."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could ask for eight CPU devices"
+DEVICES = "--xla_force_host_platform_device_count={}"
+# Tiny programs are compiled far more often than they are run: unoptimised code makes the suite several times faster.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES.format(8)} {QUICK_COMPILE}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Many tests start the same small program in a process of its own: it is compiled once a session.
+COMPILED = tempfile.TemporaryDirectory(prefix="espalier-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# The same cases on every run: a failure in CI is the failure on the desk.
+settings.register_profile("espalier", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("espalier")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Iterator[pathlib.Path]:
+    """ESPALIER_CACHE for the whole session, so that no test sees or leaves anything in the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ESPALIER_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder with the real texts and labelled sets: `../shared/data`."""
+    if not (SHARED_DATA / "SHA256SUMS").is_file():
+        pytest.fail(f"{SHARED_DATA} is not there; this test reads real data: put shared/data beside the checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def start_cli(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """start_cli("mlm.pretrain", "debug", "--steps", 3, devices=8): a running process with text pipes.
+
+    It sees `devices` CPU devices and works in `cwd` (unset = tmp_path). What still runs when the test ends is killed.
+    """
+    started = []
+
+    def start(module: str, *arguments: object, devices: int = 1, cwd=None, env: dict[str, str] | None = None):
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *map(str, arguments)],
+            cwd=cwd or tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{DEVICES.format(devices)} {QUICK_COMPILE}"}
+            | (env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_cli(start_cli) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `start_cli`, but waits: a CompletedProcess. Any exit code but `code` (None = all allowed) fails the test."""
+
+    def run(module: str, *arguments: object, code: int | None = 0, timeout: float = 240, **options):
+        process = start_cli(module, *arguments, **options)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            pytest.fail(f"{module} {arguments} still ran after {timeout} s\n{out[-3000:]}\n{err[-3000:]}")
+        if code is not None and process.returncode != code:
+            pytest.fail(f"{module} {arguments}: exit {process.returncode}, not {code}\n{out[-3000:]}\n{err[-6000:]}")
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run

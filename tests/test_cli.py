@@ -1,0 +1,263 @@
+"""The command line: presets, flags, and errors that fit on one line."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pytest
+
+import cli
+from cli import UserError
+
+pytestmark = pytest.mark.corner  # cli.py reads what tyro prints, which differs between versions
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adamw", "muon"] = "adamw"
+    """Which one."""
+    learning_rate: float = 1e-4
+    """How fast it learns."""
+    scales: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self):
+        if self.learning_rate < 0:
+            raise UserError(f"learning_rate={self.learning_rate} must not be negative; try 1e-4")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    steps: int = 10
+    """How many steps\n    it takes."""
+    files: tuple[str, ...] = ()
+    run_dir: str | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    json: bool = False
+    debug: bool = False
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps} must be at least 1")
+
+
+def small() -> Config:
+    """A small run: `./launch.sh mlm small`.
+
+    It takes a second.
+    """
+    return Config(steps=3, optimizer=Optimizer(name="muon"))
+
+
+def bert_base() -> Config:
+    """BERT-base."""
+    return Config(steps=1000)
+
+
+PRESETS = {"small": small, "bert-base": bert_base}
+
+
+def configured(*argv: str) -> Config:
+    """The configuration that a command line arrives at."""
+    seen = []
+    cli.run(seen.append, PRESETS, "mlm", "Masked-LM pretraining.", argv)
+    return seen[0]
+
+
+def refused(capsys, *argv: str, code: int = 2) -> str:
+    """The one line on stderr with which a command line is refused."""
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda config: pytest.fail("main was called"), PRESETS, "mlm", "", argv)
+    out, err = capsys.readouterr()
+    assert exit.value.code == code and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+def test_a_preset_without_flags_is_the_preset():
+    assert configured("small") == dataclasses.replace(small(), run_dir="runs/mlm-small")
+
+
+def test_flags_change_the_preset_and_nothing_else():
+    config = configured(
+        *"small --steps=5 --optimizer.learning-rate 3e-4 --optimizer.scales a 0.5 b 2 --files x y --json".split()
+    )
+    scales = (("a", 0.5), ("b", 2.0))
+    assert config == Config(
+        steps=5, files=("x", "y"), run_dir="runs/mlm-small", optimizer=Optimizer("muon", 3e-4, scales), json=True
+    )
+
+
+def test_underscores_and_switched_off_booleans_are_understood():
+    config = configured("small", "--run_dir", "here", "--json", "--no-json")
+    assert config.run_dir == "here" and config.json is False
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("", ["no preset given", "small, bert-base"]),
+        ("--steps 3", ["no preset given", "small, bert-base"]),
+        ("bert-bas", ["'bert-bas'", "did you mean bert-base?", "small, bert-base"]),
+        ("small --optimzer.learning-rate 1", ["--optimzer.learning-rate", "did you mean --optimizer.learning-rate?"]),
+        ("small --learning-rate 1", ["--learning-rate", "did you mean --optimizer.learning-rate?"]),
+        ("small --lr 1", ["--lr", "did you mean --optimizer.learning-rate?"]),
+        ("small --qqq", ["--qqq", "`mlm small --help`"]),
+        ("small --steps many", ["--steps", "'many' is not a whole number"]),
+        ("small --steps 1e6", ["--steps", "'1e6' is not a whole number"]),
+        ("small --optimizer.learning-rate fast", ["--optimizer.learning-rate", "'fast' is not a number"]),
+        ("small --optimizer.name sgd", ["--optimizer.name", "'sgd'", "'adamw', 'muon'"]),
+        ("small --optimizer.scales a b", ["--optimizer.scales", "a", "b"]),
+        ("small --steps", ["--steps", "needs a value"]),
+        ("small --json=True", ["--json=True", "--json or --no-json"]),
+        ("small steps=3", ["unexpected steps=3"]),
+        ("small -x", ["unexpected -x"]),
+        ("small --steps 0", ["steps=0 must be at least 1"]),
+        ("small --optimizer.learning-rate -1", ["learning_rate=-1.0 must not be negative; try 1e-4"]),
+    ],
+)
+def test_what_the_user_mistook_is_said_in_one_line(capsys, argv, expected):
+    line = refused(capsys, *argv.split())
+    for part in expected:
+        assert part in line
+    assert not re.search("[│╭─]", line)
+
+
+def test_the_nearest_flags_are_flags_of_this_preset(capsys):
+    line = refused(capsys, "small", "--optimizer.nmae", "x")
+    suggested = re.findall(r"--[\w.-]+", line.split("did you mean")[1].split("?")[0])
+    assert "--optimizer.name" in suggested
+    assert set(suggested) <= {"--optimizer.name", "--optimizer.scales", "--optimizer.learning-rate"}
+
+
+def test_help_lists_the_presets(capsys):
+    cli.run(pytest.fail, PRESETS, "mlm", "Masked-LM pretraining.", ["--help"])
+    out = capsys.readouterr().out
+    assert "Masked-LM pretraining." in out
+    assert re.search(r"^  small +A small run: `./launch.sh mlm small`\.$", out, re.M)
+    assert re.search(r"^  bert-base +BERT-base\.$", out, re.M)
+    assert "It takes a second." not in out
+
+
+def test_help_of_a_preset_lists_every_flag_with_its_meaning_and_value(capsys):
+    with pytest.raises(SystemExit) as exit:
+        configured("small", "--help")
+    assert not exit.value.code
+    out = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert "It takes a second." in out
+    for part in ["--steps INT How many steps it takes. (default: 3)", "--optimizer.name {adamw,muon} Which one."]:
+        assert part in out
+    for flag in ["--files", "--run-dir", "--optimizer.learning-rate", "--optimizer.scales", "--json", "--no-json"]:
+        assert flag in out
+
+
+def test_an_error_of_the_user_inside_main_is_one_line(capsys):
+    def main(config):
+        raise UserError("text/*.jsonl matches nothing;\ntry another glob")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, PRESETS, "mlm", "", ["small"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: text/*.jsonl matches nothing; try another glob\n"
+
+
+def test_debug_adds_the_traceback(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.run(print, PRESETS, "mlm", "", ["small", "--steps", "0", "--debug"])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and "Traceback" in err and "__post_init__" in err
+    assert err.endswith("error: steps=0 must be at least 1\n")
+
+
+def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(capsys):
+    def full(config):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
+
+    def bug(config):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "shard")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(full, PRESETS, "mlm", "", ["small"])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'runs/x'\n"
+    with pytest.raises(FileNotFoundError):
+        cli.run(bug, PRESETS, "mlm", "", ["small"])
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(lambda config: (_ for _ in ()).throw(ValueError("a bug")).__next__(), PRESETS, "mlm", "", ["small"])
+
+
+def test_json_is_the_last_line_and_valid(capsys):
+    run_dir = pathlib.Path("runs/x")
+    result = {"loss": np.float32(0.5), "ppl": math.inf, "steps": np.int64(3), "dir": run_dir, "a": (1, None)}
+    cli.run(lambda config: print("progress") or result, PRESETS, "mlm", "", ["small", "--json"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    parsed = json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert parsed == {"loss": 0.5, "ppl": None, "steps": 3, "dir": "runs/x", "a": [1, None]}
+
+
+def test_without_json_nothing_is_printed(capsys):
+    cli.run(lambda config: {"loss": 1.0}, PRESETS, "mlm", "", ["small"])
+    assert capsys.readouterr().out == ""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command without presets."""
+
+    run_dir: str
+    """Which run."""
+    prompt: tuple[str, ...] = ("",)
+
+
+def test_a_command_without_presets_takes_flags_and_names_what_is_missing(capsys):
+    seen = []
+    cli.run_config(seen.append, Command, "generate", ["--run-dir", "runs/x", "--prompt", "Once upon", "a time"])
+    assert seen == [Command("runs/x", ("Once upon", "a time"))]
+    with pytest.raises(SystemExit) as exit:
+        cli.run_config(seen.append, Command, "generate", [])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and "--run-dir" in err
+
+
+def run_script(start_cli, folder, main: str, **env):
+    """Start `main`'s lines as a command whose configuration is `steps: int = 1`."""
+    (folder / "script.py").write_text(
+        "import dataclasses, sys, time, cli\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class C:\n    steps: int = 1\n"
+        f"def main(config):\n    {main}\n"
+        "cli.run_config(main, C, 'script')\n"
+    )
+    path = os.pathsep.join([str(folder), str(pathlib.Path(cli.__file__).parent)])
+    return lambda *argv: start_cli("script", *argv, env={"PYTHONPATH": path, **env})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_line_is_the_same_whatever_the_terminal_can_show(tmp_path, start_cli, encoding):
+    start = run_script(start_cli, tmp_path, "pass", PYTHONIOENCODING=encoding)
+    for argv, message in [
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "x" * 40], f"--steps: '{'x' * 40}' is not a whole number"),
+        (["more"], "unexpected more"),
+    ]:
+        out, err = start(*argv).communicate(timeout=60)
+        assert (out, err) == ("", f"error: {message}; `script --help` says what is accepted\n")
+
+
+def test_ctrl_c_leaves_with_130_and_one_line(tmp_path, start_cli):
+    process = run_script(start_cli, tmp_path, "print('started', flush=True); time.sleep(60)")()
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "interrupted\n")
+    assert process.returncode == 130

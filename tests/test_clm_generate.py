@@ -1,0 +1,96 @@
+"""Sampling against brute force, and generation against a loop without a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clm.presets
+from clm.generate import SamplingConfig, generate, next_token
+from cli import UserError
+from models.heads import causal_lm_head
+from models.transformer import Execution, apply, init_params
+from models.vocabulary import logits
+
+TINY = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+MODELS = {
+    "gpt2": dataclasses.replace(clm.presets.debug().model, **TINY, max_position_embeddings=32),
+    "llama": dataclasses.replace(clm.presets.demo().model, **TINY, num_key_value_heads=2),
+}
+
+
+def frequencies(sampling, probabilities, draws=20_000):
+    logits_BV = jnp.tile(jnp.log(jnp.asarray(probabilities, jnp.float32)), (draws, 1))
+    tokens = np.asarray(next_token(logits_BV, jax.random.key(0), sampling))
+    return np.bincount(tokens, minlength=len(probabilities)) / draws
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (SamplingConfig(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
+        (SamplingConfig(temperature=0.0), [1, 0, 0, 0]),
+        (SamplingConfig(temperature=0.5), np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
+        (SamplingConfig(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (SamplingConfig(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0]),
+        (SamplingConfig(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
+        (SamplingConfig(temperature=1.0, top_p=0.9), np.array([0.5, 0.3, 0.15, 0]) / 0.95),
+    ],
+)
+def test_sampling_draws_from_the_stated_distribution(sampling, expected):
+    # Four standard deviations of a frequency over 20,000 draws are at most 0.0142.
+    np.testing.assert_allclose(frequencies(sampling, [0.5, 0.3, 0.15, 0.05]), expected, atol=0.0142)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_equals_a_loop_without_cache(name):
+    model = MODELS[name]
+    params = init_params(model, jax.random.key(1), heads=("causal_lm",))
+    prompts = [[7, 3, 9, 11, 2], [5], [8, 8, 1]]
+    new = generate(model, params, prompts, SamplingConfig(max_new_tokens=8, temperature=0.0), end_id=None)
+    for prompt, got in zip(prompts, new, strict=True):
+        ids = list(prompt)
+        for _ in range(8):
+            batch = {
+                "input_ids": np.array([ids], np.int32),
+                "segment_ids": np.ones((1, len(ids)), np.int32),
+                "positions": np.arange(len(ids), dtype=np.int32)[None],
+            }
+            x_BTD = apply(model, params, batch)
+            features, table, bias = causal_lm_head(model, params, x_BTD[:, -1:], Execution())
+            ids.append(int(jnp.argmax(logits(features, table, bias, model.vocab_size)[0, -1])))
+        assert got == ids[len(prompt) :]
+
+
+def test_a_row_ends_at_the_end_token_and_others_go_on():
+    model = MODELS["llama"]
+    params = init_params(model, jax.random.key(1), heads=("causal_lm",))
+    greedy = SamplingConfig(max_new_tokens=6, temperature=0.0)
+    free = generate(model, params, [[7, 3], [5]], greedy, end_id=None)
+    end = free[0][2]
+    stopped = generate(model, params, [[7, 3], [5]], greedy, end_id=end)
+    assert stopped[0] == free[0][: free[0].index(end)]
+    assert stopped[1] == (free[1][: free[1].index(end)] if end in free[1] else free[1])
+
+
+def test_same_seed_same_text():
+    model = MODELS["gpt2"]
+    params = init_params(model, jax.random.key(1), heads=("causal_lm",))
+    one, same, other = (
+        generate(model, params, [[1, 2]], SamplingConfig(max_new_tokens=16, temperature=1.0, seed=s), end_id=None)
+        for s in (0, 0, 1)
+    )
+    assert one == same != other
+
+
+def test_generation_beyond_the_learned_positions_is_refused():
+    with pytest.raises(UserError, match="exceeds the model's 32 positions; try max_new_tokens=30"):
+        generate(MODELS["gpt2"], {}, [[1, 2]], SamplingConfig(max_new_tokens=100), end_id=None)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(UserError, match="out of range"):
+        SamplingConfig(**bad)

@@ -1,0 +1,198 @@
+"""Labelled files in the forms people have them, and batches that keep every example and waste little."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cli import UserError
+from data.labelled import Encoded, LabelledBatches, encode_pairs, read_labelled
+from data.tokenizer import special_ids, train_tokenizer
+
+
+def write(path, content: str | bytes):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "labels", "pairs"),
+    [
+        ("SST-2", (67_349, 872), {"0", "1"}, False),
+        ("MRPC", (3_667, 408), {"0", "1"}, True),
+        ("RTE", (2_490, 277), {"entailment", "not_entailment"}, True),
+    ],
+)
+def test_glue_files(shared_data, task, rows, labels, pairs):
+    """As many rows as the files have lines, less the header."""
+    for name, count in zip(("train.tsv", "dev.tsv"), rows, strict=True):
+        found = read_labelled(shared_data / "glue" / task / name)
+        assert found.labels is not None
+        assert len(found.texts_a) == len(found.labels) == count and set(found.labels) == labels
+        assert (found.texts_b is not None) == pairs
+
+
+def test_quotes_of_glue_are_characters(shared_data):
+    found = read_labelled(shared_data / "glue" / "MRPC" / "train.tsv")
+    assert found.labels and found.texts_b
+    assert found.labels[0] == "1"
+    assert found.texts_a[0] == (
+        'Amrozi accused his brother , whom he called " the witness " , of deliberately distorting his evidence .'
+    )
+    assert found.texts_b[0].startswith('Referring to him as only " the witness "')
+
+
+def test_csv_has_real_quoting(tmp_path):
+    path = write(tmp_path / "a.csv", '\ufefftext,label\r\n"two\nlines, ""quoted""",1\r\n\r\nplain,0\r\n')
+    assert read_labelled(path) == (['two\nlines, "quoted"', "plain"], None, ["1", "0"])
+
+
+def test_jsonl(tmp_path):
+    first = {"premise": "a", "hypothesis": "b", "label": 1, "meta": {"x": 1}}
+    rows = [first, {"hypothesis": "d", "premise": "c", "label": 0}]
+    path = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, rows)))
+    assert read_labelled(path) == (["a", "c"], ["b", "d"], ["1", "0"])
+
+
+def test_columns_are_guessed_or_named(tmp_path):
+    path = write(tmp_path / "a.tsv", "id\tquery\tanswer\tclass\n1\tq\ta\tx\n2\tr\tb\ty\n")
+    assert read_labelled(path) == (["q", "r"], ["a", "b"], ["x", "y"])
+    assert read_labelled(path, ("answer",), "id") == (["a", "b"], None, ["1", "2"])
+    unlabelled = write(tmp_path / "b.tsv", "index\tsentence\n0\tone\n")
+    assert read_labelled(unlabelled) == (["one"], None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "sentence\tlabel\nfine\t1\nshort\n", "a.tsv:3: 1 columns, but the first line names 2"),
+        ("a.tsv", "sentence\tlabel\nfine\t1\n\nlong\t1\t2\n", "a.tsv:4: 3 columns"),
+        ("a.tsv", b"sentence\tlabel\nfine\t1\n\xe4\t1\n", "a.tsv:3: byte 0xe4 is not valid UTF-8"),
+        ("a.tsv", "", "a.tsv holds no rows"),
+        ("a.tsv", "sentence\tlabel\n", "a.tsv holds no rows"),
+        ("a.tsv", "a\tb\tc\tlabel\nx\ty\tz\t1\n", "which columns hold the text? It has 'a', 'b', 'c', 'label'"),
+        ("a.csv", 'text,label\n"open,1\n', "a.csv:2: "),
+        ("a.csv", 'text,label\n"two\nlines",1\nshort\n', "a.csv:4: 1 columns"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "a.jsonl:2: no string or number under 'label'"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": null, "label": 1}\n', "a.jsonl:2: no string or number under"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1: JSON of type list"),
+        ("a.jsonl", '{"text"\n', "a.jsonl:1: not JSON"),
+        ("a.xlsx", "", "unknown kind of file; labelled text is read from .tsv, .csv, .jsonl"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, name, content, message):
+    with pytest.raises(UserError) as error:
+        read_labelled(write(tmp_path / name, content))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_column_lists_what_is_there(tmp_path):
+    path = write(tmp_path / "a.tsv", "sentence\tlabel\nx\t1\n")
+    with pytest.raises(UserError, match="no column 'text'; its columns are 'sentence', 'label'"):
+        read_labelled(path, ("text",))
+    with pytest.raises(UserError, match="no column 'gold'"):
+        read_labelled(path, label="gold")
+    with pytest.raises(UserError, match="no file"):
+        read_labelled(tmp_path / "b.tsv")
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    text = ["some words of a text that is not long but long enough"] * 3
+    causal = train_tokenizer(text, "bpe", 400, for_masked_lm=False)
+    return {False: train_tokenizer(text, "wordpiece", 300), True: causal}
+
+
+def test_encoder_examples_are_what_the_tokenizer_makes(tokenizers):
+    """The reference is the tokenizer's own template and truncation."""
+    tokenizer = tokenizers[False]
+    a, b = ["some words", "a text that is not long", ""], ["of a text", "words " * 30, "some"]
+    for texts_b, limit in ((None, 8), (None, 64), (b, 64)):
+        found = encode_pairs(tokenizer, a, texts_b, limit, causal=False)
+        for row, example in enumerate(found):
+            expected = tokenizer(
+                a[row], texts_b and texts_b[row], truncation=True, max_length=limit, return_token_type_ids=True
+            )
+            assert example.ids == expected["input_ids"] and example.types == expected["token_type_ids"]
+
+
+def test_long_pairs_are_cut_to_fit(tokenizers):
+    for causal, tokenizer in tokenizers.items():
+        for a, b in ((5, 50), (50, 5), (50, 50), (3, 3)):
+            texts = ["text " * a], ["words " * b]
+            [example] = encode_pairs(tokenizer, *texts, 25, causal)
+            whole = [len(encode_pairs(tokenizer, text, None, 999, causal)[0].ids) - 2 for text in texts]
+            parts = [example.types.count(0) - 2, example.types.count(1) - 1]
+            assert len(example.ids) == len(example.types) == min(25, sum(whole) + 3)
+            # The shorter text stays whole while it takes no more than its half.
+            for part, size in zip(parts, whole, strict=True):
+                assert part == size or part >= 11
+
+
+def test_causal_examples_end_where_the_classifier_reads(tokenizers):
+    ids = special_ids(tokenizers[True])
+    single, pair = (encode_pairs(tokenizers[True], ["some"], b, 32, causal=True)[0].ids for b in (None, ["words"]))
+    assert single[0] == pair[0] == ids.bos and single[-1] == pair[-1] == ids.eos
+    assert sum(token == ids.eos for token in pair) == 1 + sum(token == ids.eos for token in single)
+
+
+def examples(lengths):
+    """Example n holds the token n + 10, `lengths[n]` times."""
+    return [Encoded([number + 10] * size, [0] * (size - 1) + [1]) for number, size in enumerate(lengths)]
+
+
+def batches_of(lengths, batch_size, seed=0):
+    labels = np.arange(len(lengths)) % 3
+    return LabelledBatches(examples(lengths), labels, batch_size, seed, pad_id=0, max_length=100)
+
+
+@pytest.mark.parametrize("longest", [1, 16, 17, 65, 97, 100])
+def test_rows_hold_the_longest_example_and_little_more(longest):
+    for batch in batches_of([longest, 1, longest, 2], 2).fixed():
+        assert longest <= batch["input_ids"].shape[1] <= min(longest + 15, 100)
+
+
+def test_few_row_lengths_and_most_batches_are_short():
+    """Each row length is a compilation; a batch with only short examples must not pay for the longest of all."""
+    lengths = np.where(np.arange(400) % 100 == 7, 90, np.random.default_rng(0).integers(3, 20, 400))
+    batches = batches_of(lengths, 8)
+    drawn = [batches.batch(step)["input_ids"].shape[1] for step in range(100)]
+    assert len(set(drawn)) == 2 and np.mean(np.array(drawn) < 40) > 0.8
+
+
+def test_fixed_batches_are_the_file():
+    lengths = [3, 40, 5, 7, 2, 90, 4]
+    batches = batches_of(lengths, 3)
+    fixed = batches.fixed()
+    assert [len(batch["input_ids"]) for batch in fixed] == [3, 3, 3]
+    number = 0
+    for batch in fixed:
+        for row in range(3):
+            size = lengths[number] if number < len(lengths) else 0
+            assert batch["input_ids"][row].tolist() == [number + 10] * size + [0] * (batch["input_ids"].shape[1] - size)
+            assert batch["segment_ids"][row].sum() == size and (batch["segment_ids"][row, :size] == 1).all()
+            assert batch["positions"][row, :size].tolist() == list(range(size))
+            assert batch["token_type_ids"][row].sum() == (size > 0)
+            assert batch["example_weights"][row] == (size > 0)
+            assert batch["labels"][row] == (number % 3 if size else 0)
+            number += 1
+    assert {name: array.dtype.name for name, array in fixed[0].items()} == {
+        **dict.fromkeys(["input_ids", "segment_ids", "positions", "token_type_ids", "labels"], "int32"),
+        "example_weights": "float32",
+    }
+
+
+def test_epochs_and_hosts():
+    lengths = np.random.default_rng(0).integers(1, 90, 30)
+    batches = batches_of(lengths, 6, seed=5)
+    epochs = [np.concatenate([batches.batch(epoch * 5 + at)["input_ids"][:, 0] for at in range(5)]) for epoch in (0, 1)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10, 40))] * 2
+    assert epochs[0].tolist() != epochs[1].tolist()
+    for step in range(10):
+        whole = batches.batch(step)
+        parts = [batches_of(lengths, 6, seed=5).batch(step, part) for part in (slice(0, 3), slice(3, 6))]
+        for name, array in whole.items():
+            np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
+    assert batches.batch(0)["example_weights"].tolist() == [1.0] * 6
+    with pytest.raises(UserError, match="no labelled examples"):
+        LabelledBatches([], [], 4, pad_id=0, max_length=16)

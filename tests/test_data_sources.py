@@ -1,0 +1,141 @@
+"""Reading text files, telling the user what is wrong with them, and splitting off the validation part."""
+
+import gzip
+import json
+import pathlib
+
+import pytest
+
+from cli import UserError
+from data.builtin import Document
+from data.config import DataConfig
+from data.sources import FileSource, open_sources, split_validation
+
+
+class Texts:
+    """A source of given texts."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def __iter__(self):
+        return (Document(text, str(number)) for number, text in enumerate(self.texts))
+
+    def fingerprint(self):
+        return str(hash(self.texts))
+
+    def size(self):
+        return sum(map(len, self.texts))
+
+
+def write(path: pathlib.Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def texts(source) -> list[str]:
+    return [document.text for document in source]
+
+
+def test_reads_every_kind_of_file_in_order(tmp_path):
+    write(tmp_path / "b.txt", "\ufeffzwei\r\nZeilen")
+    write(tmp_path / "a.jsonl", '{"text": "eins"}\n\n{"text": "  "}\n{"text": "noch eins", "id": 3}')
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "gepackt"}\n'))
+    source = FileSource((f"{tmp_path}/*.txt", f"{tmp_path}/*.jsonl*", f"{tmp_path}/b.txt"))
+    assert texts(source) == ["eins", "noch eins", "zwei\nZeilen", "gepackt"] == texts(source)
+    assert [document.name.rsplit("/")[-1] for document in source] == ["a.jsonl:1", "a.jsonl:4", "b.txt", "c.jsonl.gz:1"]
+
+
+def test_another_field(tmp_path):
+    assert texts(FileSource((write(tmp_path / "a.jsonl", '{"body": "x", "text": 1}'),), "body")) == ["x"]
+
+
+def test_a_name_with_brackets_is_no_glob(tmp_path):
+    assert texts(FileSource((write(tmp_path / "a[1].txt", "here"),))) == ["here"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"one\ntwo\n\xff three", "a.txt:3: byte 0xff"),
+        ("a.txt", b" \n", "a.txt is empty"),
+        ("a.txt", b"", "a.txt is empty"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y}\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n["y"]\n', "a.jsonl:3: JSON of type list"),
+        ("a.jsonl", b'{"body": "x", "id": 1}\n', "a.jsonl:1: no field 'text'; it has 'body', 'id'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', "a.jsonl:2: field 'text' is of type int"),
+        ("a.jsonl", b'{"text": "\xe4"}\n', "a.jsonl:1: byte 0xe4"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: half a surrogate pair"),
+        ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "a.jsonl holds no text"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "damaged gzip"),
+        ("a.jsonl.gz", b'{"text": "x"}\n', "damaged gzip"),
+        ("a.pdf", b"%PDF", "unknown kind of file; text is read from .txt, .jsonl, .jsonl.gz"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError) as error:
+        list(FileSource((path,)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(UserError, match="no file matches .*nothing"):
+        FileSource((f"{tmp_path}/nothing*.txt",))
+    with pytest.raises(UserError, match=r"is a folder; name its files"):
+        FileSource((str(tmp_path),))
+    with pytest.raises(UserError, match="--data.files"):
+        open_sources(DataConfig())
+
+
+def test_a_file_on_both_sides_is_refused(tmp_path):
+    path = write(tmp_path / "a.txt", "text")
+    with pytest.raises(UserError, match="also training files"):
+        open_sources(DataConfig(files=(f"{tmp_path}/*",), validation_files=(path,)))
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    (tmp_path / "x").mkdir()
+    here = FileSource((write(tmp_path / "a.txt", "text"),)).fingerprint()
+    assert here == FileSource((write(tmp_path / "x" / "b.txt", "text"),)).fingerprint()
+    assert here != FileSource((write(tmp_path / "x" / "b.txt", "texT"),)).fingerprint()
+
+
+def test_many_documents_are_split_whole_and_by_content():
+    documents = [f"document {number % 1900} with some text" for number in range(2000)]
+    train, validation = map(texts, split_validation(Texts(*documents), 0.05))
+    assert sorted(train + validation) == sorted(documents)
+    assert not set(train) & set(validation), "equal documents must fall on one side"
+    assert 0.035 < len(validation) / 2000 < 0.065
+    # The same text stays on its side when other documents come and go.
+    fewer = texts(split_validation(Texts(*documents[::2]), 0.05).validation)
+    assert fewer == [text for text in documents[::2] if text in set(validation)]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.3])
+def test_few_documents_lose_their_tails(fraction):
+    lines = [f"line {number} of the only document" for number in range(500)]
+    source = Texts("\n".join(lines), " ".join(lines))
+    train, validation = split_validation(source, fraction)
+    for whole, kept, held_out in zip(texts(source), texts(train), texts(validation), strict=True):
+        assert kept + held_out == whole
+        assert kept[-1] in "\n ", "a word was cut"
+        assert fraction * 0.95 < len(held_out) / len(whole) < 2 * fraction
+    assert train.fingerprint() != validation.fingerprint()
+
+
+def test_tiny_text_is_not_cut():
+    train, validation = split_validation(Texts("word"), 0.02)
+    assert (texts(train), texts(validation)) == (["word"], [])
+
+
+def test_real_books_as_one_file_and_as_lines(shared_data, tmp_path):
+    book = shared_data / "tinyshakespeare" / "input.txt"
+    train, validation = open_sources(DataConfig(files=(str(book),)))
+    assert "".join(texts(train) + texts(validation)) == book.read_text()
+    assert 0.015 < len(texts(validation)[0]) / book.stat().st_size < 0.03
+    lines = [line for line in book.read_text().splitlines() if line.strip()]
+    path = write(tmp_path / "lines.jsonl", "\n".join(json.dumps({"text": line}) for line in lines))
+    train, validation = open_sources(DataConfig(files=(path,)))
+    assert len(texts(train)) + len(texts(validation)) == len(lines)
+    assert 0.01 < len(texts(validation)) / len(lines) < 0.03

@@ -1,0 +1,257 @@
+"""Tokenizers: the same everywhere, exact about bytes and words, and clear about what is missing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+
+from cli import UserError
+from data.token_tables import CONTINUABLE, CONTINUES, token_bytes, word_table
+from data.tokenizer import (
+    fingerprint,
+    load_tokenizer,
+    pieces,
+    plain_backend,
+    sample,
+    save_tokenizer,
+    special_ids,
+    train_tokenizer,
+    vocabulary_size,
+)
+
+TRAIN = """
+import pathlib, sys
+from data.tokenizer import fingerprint, train_tokenizer
+text = pathlib.Path(sys.argv[1]).read_text()[:300_000]
+print(*(fingerprint(train_tokenizer([text], kind, 1000)) for kind in ("wordpiece", "bpe")))
+"""
+
+
+@pytest.fixture(scope="module")
+def shakespeare(shared_data) -> str:
+    return (shared_data / "tinyshakespeare" / "input.txt").read_text()[:300_000]
+
+
+@pytest.fixture(scope="module")
+def trained(shakespeare):
+    return {kind: train_tokenizer([shakespeare], kind, 1000) for kind in ("wordpiece", "bpe")}
+
+
+@pytest.fixture(params=["wordpiece", "bpe"])
+def tokenizer(request, trained):
+    return trained[request.param]
+
+
+def encode(tokenizer, text):
+    return plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
+
+
+def words(tokenizer, text) -> list[str]:
+    """The text's tokens, joined where the word table says that they are one word."""
+    table, ids, found = word_table(tokenizer), encode(tokenizer, text), []
+    for at, index in enumerate(ids):
+        piece = tokenizer.decode([index]).replace("##", "")
+        if at and table[index] & CONTINUES and table[ids[at - 1]] & CONTINUABLE:
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return [word.strip() for word in found]
+
+
+def test_every_process_trains_the_same(trained, shared_data):
+    source = str(shared_data / "tinyshakespeare" / "input.txt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", TRAIN, source]
+    other = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert other.stdout.split() == [fingerprint(trained[kind]) for kind in ("wordpiece", "bpe")], other.stderr
+
+
+def test_sizes_and_special_tokens(trained):
+    wordpiece, bpe = trained["wordpiece"], trained["bpe"]
+    assert vocabulary_size(wordpiece) == vocabulary_size(bpe) == 1000 == len(token_bytes(bpe)) == len(word_table(bpe))
+    assert special_ids(wordpiece, need=("mask",))[:4] == (0, 2, 3, 4)
+    ids = special_ids(bpe, need=("mask", "cls", "sep", "bos", "eos"))
+    assert ids.bos == ids.eos and len(set(ids.all)) == 5
+    causal = train_tokenizer(["some text, some more"] * 9, "bpe", 400, for_masked_lm=False)
+    assert vocabulary_size(causal) <= 400
+    with pytest.raises(UserError, match=r"no mask token \(its special tokens: <\|endoftext\|>, <\|pad\|>\)"):
+        special_ids(causal, need=("mask",))
+
+
+def test_pairs_are_framed(tokenizer):
+    ids = special_ids(tokenizer)
+    encoding = tokenizer.backend_tokenizer.encode("first", "second")
+    assert encoding.ids[0] == ids.cls and encoding.ids[-1] == ids.sep and encoding.ids.count(ids.sep) == 2
+    assert encoding.type_ids == sorted(encoding.type_ids) and set(encoding.type_ids) == {0, 1}
+
+
+def test_a_text_without_much_in_it_makes_a_small_vocabulary(tokenizer):
+    kind = "wordpiece" if "[MASK]" in tokenizer.get_vocab() else "bpe"
+    small = train_tokenizer(["abc abc"], kind, 1000)
+    assert vocabulary_size(small) < 300
+    assert tokenizer.decode(encode(small, "abc")) is not None
+    with pytest.raises(UserError, match="at least 300"):
+        train_tokenizer(["abc"], kind, 100)
+
+
+def test_wordpiece_leaves_rare_characters_out_rather_than_outgrow_its_size():
+    han = "".join(chr(0x4E00 + number) for number in range(5000))
+    tokenizer = train_tokenizer(["the most frequent words " * 50, han], "wordpiece", 500)
+    assert vocabulary_size(tokenizer) <= 500
+    assert tokenizer.unk_token_id not in encode(tokenizer, "the most frequent words")
+
+
+def test_markers_in_the_text_are_text(tokenizer):
+    marker = tokenizer.sep_token
+    assert special_ids(tokenizer).sep not in encode(tokenizer, f"a {marker} b")
+    as_it_is = tokenizer.backend_tokenizer.encode(f"a {marker} b", add_special_tokens=False)
+    assert special_ids(tokenizer).sep in as_it_is.ids
+
+
+@given(text=st.text(max_size=60))
+def test_byte_level_bytes_are_exact(trained, text):
+    tokenizer = trained["bpe"]
+    ids = encode(tokenizer, text)
+    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_wordpiece_bytes_are_those_of_the_pieces(trained):
+    tokenizer = trained["wordpiece"]
+    sizes = token_bytes(tokenizer)
+    assert sizes[encode(tokenizer, "the king's unhappiness")].sum() == len("theking'sunhappiness")
+    assert not sizes[list(special_ids(tokenizer).all)].any()
+
+
+def test_words_of_real_text_are_those_of_the_pre_tokenizer(trained, shakespeare):
+    """BERT's pre-tokenizer is an independent word splitter for both: letters together, punctuation apart."""
+    part = shakespeare[:20_000].lower().replace("'", " ")  # GPT-2 keeps the apostrophe with the letters: 't, 'll
+    expected = [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(part)]
+    assert words(trained["wordpiece"], part) == expected
+    in_bpe = [word for word in words(trained["bpe"], part) if word]
+    only_letters = [word for word in expected if word.isalnum()]
+    assert [word for word in in_bpe if word.isalnum()] == only_letters
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("naïve café", ["naïve", "café"]),
+        ("don't stop", ["don", "'t", "stop"]),
+        ("x=f(y1)", ["x", "=", "f", "(", "y1", ")"]),
+        ("Привет мир", ["Привет", "мир"]),
+        ("ἀρχή", ["ἀρχή"]),
+    ],
+)
+def test_bytes_of_characters_and_words_belong_together(trained, text, expected):
+    tokenizer = trained["bpe"]
+    table, ids, groups = word_table(tokenizer), encode(tokenizer, text), []
+    for at, index in enumerate(ids):
+        if at and table[index] & CONTINUES and table[ids[at - 1]] & CONTINUABLE:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    found = [tokenizer.decode(group).strip() for group in groups]
+    assert [word for word in found if word] == expected
+
+
+def test_unspaced_scripts_have_one_token_words():
+    text = "日本語の文章です。 ภาษาไทย " * 20 + "plain words"
+    tokenizer = train_tokenizer([text], "bpe", 400)
+    table = word_table(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        content = str(tokenizer.decode([index]))
+        if content.startswith("\ufffd"):
+            continue  # begins within a character, and must stay with the rest of it
+        if any("\u0e00" <= character <= "\u0eff" or "\u3040" <= character <= "\u9fff" for character in content):
+            assert not table[index] & CONTINUES, (token, content)
+    assert [word for word in words(tokenizer, "plain words") if word] == ["plain", "words"]
+
+
+def test_special_tokens_stand_alone(tokenizer):
+    special = list(special_ids(tokenizer).all)
+    assert not word_table(tokenizer)[special].any() and not token_bytes(tokenizer)[special].any()
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.json").write_bytes((tmp_path / "tokenizer" / "tokenizer.json").read_bytes())
+    for path in (tmp_path / "tokenizer", tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "bare"):
+        loaded = load_tokenizer(path)
+        assert fingerprint(loaded) == fingerprint(tokenizer)
+        assert special_ids(loaded) == special_ids(tokenizer)
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast", "transformers 4 knows no other"
+
+
+def test_transformers_loads_what_was_saved(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("Some text")["input_ids"] == tokenizer("Some text")["input_ids"]
+    assert loaded.mask_token == tokenizer.mask_token
+
+
+def test_fingerprint_follows_what_decides_the_tokens(tokenizer, trained, tmp_path):
+    before = fingerprint(tokenizer)
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=8)
+    assert fingerprint(tokenizer) == before, "using a tokenizer changes nothing"
+    assert len(encode(tokenizer, "word " * 50)) >= 50
+    assert fingerprint(trained["bpe"]) != fingerprint(trained["wordpiece"])
+    save_tokenizer(tokenizer, tmp_path)
+    other = load_tokenizer(tmp_path)
+    other.sep_token = other.mask_token
+    assert fingerprint(other) != before
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": {}}'])
+def test_a_folder_without_tokenizer_is_an_error(tmp_path, content):
+    if content:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_of_the_hub_is_no_path():
+    with pytest.raises(UserError, match="no tokenizer at bert-base-uncased"):
+        load_tokenizer("bert-base-uncased")
+
+
+@given(st.text(alphabet="ab \n.", max_size=200), st.integers(2, 30))
+def test_pieces_are_the_text(text, limit):
+    cut = list(pieces(text, limit))
+    assert "".join(cut) == text and all(0 < len(piece) <= limit for piece in cut)
+
+
+def test_pieces_do_not_change_the_tokens(tokenizer, shakespeare):
+    part = shakespeare[:50_000]
+    cut = list(pieces(part, 700))
+    assert len(cut) > 60
+    assert np.concatenate([encode(tokenizer, piece) for piece in cut]).tolist() == encode(tokenizer, part)
+
+
+def test_pieces_do_not_change_the_words_of_newer_tokenizers(shakespeare):
+    """Llama 3 keeps line breaks with the punctuation before them, so a cut at any whitespace would not do."""
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    splitter = pre_tokenizers.Split(Regex(words), "isolated")
+    part = shakespeare[:50_000]
+    found = [word for piece in pieces(part, 61) for word, _ in splitter.pre_tokenize_str(piece)]
+    assert found == [word for word, _ in splitter.pre_tokenize_str(part)]
+
+
+def test_a_sample_is_even_and_keeps_its_order():
+    texts = [f"text number {number}" for number in range(2000)]
+    assert sample(texts, 10**6) == texts
+    some = sample(texts, 8000)
+    assert 3000 < sum(map(len, some)) <= 8000
+    assert some == [text for text in texts if text in set(some)]
+    assert sample(iter(texts), 8000) == some

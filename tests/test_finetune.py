@@ -1,0 +1,339 @@
+"""Fine-tuning: what is taken from the checkpoint, what is learnt, what is measured and written, what is refused."""
+
+import dataclasses
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cli import UserError
+from data.tokenizer import fingerprint, save_tokenizer, train_tokenizer, vocabulary_size
+from finetune import evaluate
+from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
+from finetune.pretrained import load_trunk, open_pretrained
+from finetune.tasks.classify import classification_objective
+from finetune.train import main, resolved
+from models.config import Execution, ModelConfig
+from models.transformer import init_params
+from sharding.mesh import MeshConfig, build_mesh
+from sharding.rules import shard_params
+from training.checkpoint import Checkpoints, read_config, restore_params
+from training.config import CheckpointConfig, OptimizerConfig
+from training.run import RunDirectory, write_json
+from training.state import new_state
+
+WORDS = {
+    "fruit": "apple pear plum cherry".split(),
+    "bird": "crow robin wren heron".split(),
+    "tool": "saw axe file plane".split(),
+}
+ENCODER = ModelConfig(
+    vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, type_vocab_size=2,
+    max_position_embeddings=16, hidden_dropout=0.3, attention_dropout=0.3,
+)  # fmt: skip
+DECODER = dataclasses.replace(
+    ENCODER, causal=True, norm_position="pre", final_norm=True, embedding_norm=False, type_vocab_size=0, head_bias=False
+)
+
+
+def sentences(count: int) -> list[dict]:
+    """One word of a kind among others that say nothing."""
+    random = np.random.default_rng(count)
+    rows = []
+    for number in range(count):
+        kind = list(WORDS)[number % 3]
+        rows.append({"sentence": f"we saw the {random.choice(WORDS[kind])} here", "label": kind})
+    return rows
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_run(folder, model: ModelConfig, extra: dict | None = None):
+    """A run directory as pretraining leaves it, with random weights. extra: parameters that do not belong there."""
+    task = "causal_lm" if model.causal else "masked_lm"
+    texts = [row["sentence"] for row in sentences(60)] * 3
+    tokenizer = train_tokenizer(texts, "bpe" if model.causal else "wordpiece", 300, for_masked_lm=not model.causal)
+    model = dataclasses.replace(model, vocab_size=vocabulary_size(tokenizer))
+    config = {"task": task, "model": dataclasses.asdict(model), "fingerprints": {"tokenizer": fingerprint(tokenizer)}}
+    params = init_params(model, jax.random.key(1), heads=(task,)) | (extra or {})
+    run = RunDirectory(folder)
+    folder.mkdir()
+    write_json(run.config, config)
+    save_tokenizer(tokenizer, run.tokenizer)
+    checkpoints = Checkpoints(run.checkpoints, announce=lambda line: None)
+    checkpoints.save(new_state(params, lambda params: {}, OptimizerConfig(), jax.random.key(0)), config, {"step": 0})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """An encoder run, a decoder run, and labelled files."""
+    root = tmp_path_factory.mktemp("finetune")
+    return SimpleNamespace(
+        root=root,
+        encoder=write_run(root / "encoder", ENCODER),
+        decoder=write_run(root / "decoder", DECODER),
+        train=write_jsonl(root / "train.jsonl", sentences(48)),
+        validation=write_jsonl(root / "validation.jsonl", sentences(20)),
+    )
+
+
+def config_for(there, run_dir, init_from=None, **changes) -> FinetuneConfig:
+    defaults = dict(
+        init_from=str(init_from or there.encoder),
+        run_dir=str(run_dir),
+        steps=30,
+        batch_size=16,
+        eval_every=15,
+        data=FinetuneData(train=there.train, validation=there.validation),
+        optimizer=FinetuneOptimizer(learning_rate=5e-3),
+        checkpoint=CheckpointConfig(every=100),
+        mesh=MeshConfig(2, 2, 2),
+    )
+    return FinetuneConfig(**defaults | changes)
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_encoder_learns_and_a_resumed_run_ends_alike(there, tmp_path):
+    summary = main(config_for(there, tmp_path / "whole"))
+    assert summary["metrics"] == dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), 1.0)
+    whole = tmp_path / "whole"
+    for name in (
+        "config.json",
+        "tokenizer/tokenizer.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints/30",
+        "report.html",
+    ):
+        assert (whole / name).exists(), name
+    config = json.loads((whole / "config.json").read_text())
+    assert config["labels"] == ["bird", "fruit", "tool"] and config["task"] == "classification"
+    assert config["model"]["hidden_dropout"] == config["model"]["attention_dropout"] == 0.1
+    assert json.loads((whole / "summary.json").read_text()).items() >= summary.items()
+
+    rows, given = lines_of(whole / "predictions.jsonl"), lines_of(there.root / "validation.jsonl")
+    assert [(row["text"], row["label"]) for row in rows] == [(row["sentence"], row["label"]) for row in given]
+    assert all(row["prediction"] == row["label"] and 1 / 3 < row["probability"] <= 1 for row in rows)
+    confusion = json.loads((whole / "confusion.json").read_text())
+    assert confusion == {"labels": ["bird", "fruit", "tool"], "matrix": [[7, 0, 0], [0, 7, 0], [0, 0, 6]]}
+
+    # The pretraining run may be gone once the fine-tuning has a checkpoint of its own.
+    parts = tmp_path / "parts"
+    moved = shutil.copytree(there.encoder, tmp_path / "encoder")
+    assert not main(config_for(there, parts, moved, stop_at=15))["finished"]
+    shutil.rmtree(moved)
+    assert main(config_for(there, parts, moved))["finished"]
+    assert (parts / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+
+
+def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path):
+    """The label hangs on the second text alone, and stands in a column of another name."""
+    random = np.random.default_rng(0)
+    for name, count in (("train", 96), ("validation", 40)):
+        kinds = random.choice(["fruit", "bird"], count)
+        rows = [f"{random.choice(WORDS['tool'])}\t{random.choice(WORDS[kind])}\t{kind}\n" for kind in kinds]
+        (tmp_path / f"{name}.tsv").write_text("one\ttwo\tkind\n" + "".join(rows))
+    files = {name: str(tmp_path / f"{name}.tsv") for name in ("train", "validation")}
+    data = FinetuneData(**files, text=("one", "two"), label="kind")
+    changes = dict(data=data, dropout=0.0, mesh=MeshConfig(8, 1, 1))
+    summary = main(config_for(there, tmp_path / "run", there.decoder, **changes))
+    assert summary["metrics"]["accuracy"] == 1.0
+    row = lines_of(tmp_path / "run" / "predictions.jsonl")[0]
+    assert row.keys() == {"text", "text_b", "label", "prediction", "probability"}
+
+
+def test_scratch_takes_architecture_and_tokenizer_but_no_weights(there, tmp_path):
+    still = FinetuneOptimizer(learning_rate=0.0)
+    main(config_for(there, tmp_path / "run", scratch=True, steps=1, optimizer=still, mesh=MeshConfig(8, 1, 1)))
+    pretrained, scratch = restore_params(there.encoder), restore_params(tmp_path / "run")
+    assert read_config(tmp_path / "run")["model"]["hidden_size"] == ENCODER.hidden_size
+    ours, theirs = (params["embeddings"]["token"]["embedding"] for params in (scratch, pretrained))
+    assert ours.shape == theirs.shape and abs(np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_trunk_is_that_of_the_checkpoint_and_the_head_is_new(there, kind):
+    folder = getattr(there, kind)
+    abstract, load = loader(folder, there.root / "none")
+    params, saved = load(abstract), restore_params(folder)
+    head = params.pop("head")
+    saved.pop("head", None)
+    assert head.keys() == {"classification"}
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), params, saved)
+    assert all(jax.tree.leaves(same)) and jax.tree.leaves(same)
+    for leaf, wanted in zip(jax.tree.leaves(params | {"head": head}), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+
+
+def test_parameters_that_do_not_fit_are_listed(there, tmp_path):
+    folder = write_run(tmp_path / "odd", ENCODER, extra={"final_norm": {"scale": jnp.ones(32)}})
+    abstract, load = loader(folder, tmp_path / "none")
+    with pytest.raises(UserError, match="final_norm/scale is not expected"):
+        load(abstract)
+
+
+def loader(folder, run_dir):
+    """(abstract parameters with a head of three classes, load_trunk's function)."""
+    pretrained = open_pretrained(str(folder), run_dir)
+    mesh = build_mesh(MeshConfig(2, 2, 2))
+
+    def init(key):
+        return init_params(pretrained.model, key, heads=("sequence_classification",), num_labels=3)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shard_params(shapes, mesh)
+    )
+    return abstract, load_trunk(pretrained, init, 0, mesh)
+
+
+def test_the_loss_is_the_weighted_mean_and_micro_batches_add_up():
+    params = init_params(ENCODER, jax.random.key(0), heads=("sequence_classification",), num_labels=3)
+    # Away from zero, so that the examples' losses differ.
+    params = jax.tree.map(lambda x: x + 0.05 * np.sin(np.arange(x.size, dtype=np.float32).reshape(x.shape)), params)
+    random = np.random.default_rng(0)
+    lengths = np.array([3, 8, 5, 3, 8, 4])
+    segments = (np.arange(8) < lengths[:, None]).astype(np.int32)
+    batch = {
+        "input_ids": random.integers(0, 300, (6, 8)).astype(np.int32),
+        "segment_ids": segments,
+        "positions": np.arange(8, dtype=np.int32) * segments,
+        "labels": np.array([0, 2, 1, 1, 0, 2], np.int32),
+        "example_weights": np.array([1, 1, 0, 1, 1, 0], np.float32),
+    }
+    objective = classification_objective(ENCODER, execution=Execution())
+    prepared, norms = objective.prepare(batch, None, 0)
+
+    @jax.jit
+    def run(part):
+        (loss, sums), grads = jax.value_and_grad(objective.loss_fn, has_aux=True)(params, {}, part, None, norms)
+        return loss, sums, grads
+
+    alone = jax.jit(lambda one: objective.loss_fn(params, {}, one, None, 1.0)[0])
+
+    def of_row(row):
+        """Probabilities by themselves: one row, no padding."""
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        for name in ("input_ids", "segment_ids", "positions"):
+            one[name] = one[name][:, : lengths[row]]
+        one["example_weights"] = np.ones(1, np.float32)
+        return float(alone(one))
+
+    expected = np.mean([of_row(row) for row in (0, 1, 3, 4)])
+    loss, sums, grads = run(prepared)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert sums["loss"][1] == sums["accuracy"][1] == 4
+
+    halves = [run({name: value[start::2] for name, value in prepared.items()}) for start in (0, 1)]
+    together = jax.tree.map(jnp.add, *halves)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), together, (loss, sums, grads))
+
+
+def test_metrics_are_those_of_the_textbooks():
+    # 50 true positives, 10 false positives, 5 false negatives, 35 true negatives
+    labels = np.repeat([1, 0, 1, 0], [50, 10, 5, 35])
+    predictions = np.repeat([1, 1, 0, 0], [50, 10, 5, 35])
+    f1, other = 100 / 115, 70 / 85
+    matthews = (50 * 35 - 10 * 5) / math.sqrt(60 * 55 * 45 * 40)
+    found = evaluate.metrics(labels, predictions, 2)
+    assert found == pytest.approx({"accuracy": 0.85, "f1": f1, "macro_f1": (f1 + other) / 2, "matthews": matthews})
+
+    # Three classes, the last never predicted and the second never right: F1 is 2/4, 0, 0.
+    found = evaluate.metrics(np.array([0, 1, 2]), np.array([0, 0, 1]), 3)
+    assert found["f1"] == found["macro_f1"] == pytest.approx((2 / 3) / 3)
+    confusion = evaluate.confusion(np.array([0, 1, 2]), np.array([0, 0, 1]), ["a", "b", "c"])
+    assert confusion["matrix"] == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
+    assert evaluate.metrics(np.array([1, 1]), np.array([1, 1]), 3)["matthews"] == 0.0
+
+
+def test_defaults_follow_data_and_model():
+    config = PRESETS["classify"]()
+    small, large = resolved(config, 4000, 192), resolved(config, 4000, 1024)
+    assert small.steps == 3 * 125 and small.eval_every == 125
+    assert [resolved(config, examples, 192).steps for examples in (2, 96, 1001)] == [200] * 3
+    asked = dataclasses.replace(PRESETS["classify-debug"](), epochs=0.5)
+    assert resolved(asked, 320, 192).steps == 20 and resolved(resolved(asked, 320, 192), 320, 192).steps == 20
+    assert small.optimizer.learning_rate == pytest.approx(2e-4) and large.optimizer.learning_rate < 5e-5
+    assert resolved(config, 4000, 64).optimizer.learning_rate == 3e-4
+    asked = dataclasses.replace(config, steps=7, eval_every=3, optimizer=FinetuneOptimizer(learning_rate=1e-3))
+    assert resolved(asked, 1000, 192) == asked
+
+
+BAD = {
+    "no init_from": (dict(init_from=None), "no --init-from RUN given"),
+    "no checkpoint": (dict(init_from="nowhere"), "no checkpoint in .*nowhere"),
+    "no training file": (dict(data=dict(train=None)), "no --data.train FILE given"),
+    "missing file": (dict(data=dict(validation="gone.tsv")), "no file gone.tsv"),
+    "unseen label": (dict(validation=[{"sentence": "a", "label": "mineral"}]), "no example of: 'mineral'; known are"),
+    "one label": (dict(train=[{"sentence": "a", "label": "bird"}]), "every example has the label 'bird'"),
+    "no labels": (dict(train=[{"sentence": "a"}]), "no column of labels"),
+    "empty label": (dict(train=[{"sentence": "a", "label": ""}]), "1 examples have an empty label"),
+    "pairs and singles": (
+        dict(validation=[{"sentence1": "a", "sentence2": "b", "label": "bird"}]), "has pairs of texts and the other"
+    ),
+    "wrong column": (dict(data=dict(text=("review",))), "no column 'review'.*'sentence'"),
+    "too long": (dict(data=dict(max_length=99)), "exceeds the model's 16 learned positions"),
+    "batch": (dict(batch_size=6), "not divisible"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused_leaves_nothing_behind(there, tmp_path, case):
+    changes, words = BAD[case]
+    changes = dict(changes)
+    files = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", changes.pop(name))
+        for name in ("train", "validation")
+        if name in changes
+    }
+    settings = {"train": there.train, "validation": there.validation} | files | changes.pop("data", {})
+    config = dataclasses.replace(config_for(there, tmp_path / "run"), data=FinetuneData(**settings), **changes)
+    with pytest.raises(UserError, match=words) as error:
+        main(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_beside_the_checkpoint_is_refused(there, tmp_path):
+    folder = shutil.copytree(there.encoder, tmp_path / "encoder")
+    size = read_config(folder)["model"]["vocab_size"]
+    save_tokenizer(train_tokenizer(["something else entirely"] * 9, "wordpiece", 300), folder / "tokenizer")
+    with pytest.raises(UserError, match=rf"tokenizer has \d+ tokens, not the {size}"):
+        main(config_for(there, tmp_path / "run", folder))
+    # As many tokens, but others.
+    path = there.encoder / "tokenizer" / "tokenizer.json"
+    (folder / "tokenizer" / "tokenizer.json").write_text(path.read_text().replace('"heron"', '"stork"'))
+    with pytest.raises(UserError, match="other tokens"):
+        main(config_for(there, tmp_path / "run", folder))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_cannot_be_meant():
+    for changes, words in (
+        (dict(epochs=0), "epochs=0"),
+        (dict(dropout=1.0), "dropout=1.0"),
+        (dict(init_from="x", init_optimizer=True), "init_optimizer"),
+        (dict(steps=0), "steps=0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            FinetuneConfig(**changes)
+
+
+def test_the_command_line_says_it_in_one_line(run_cli, tmp_path):
+    arguments = ("classify", "--init-from", "nowhere", "--data.train", "F", "--data.validation", "F")
+    done = run_cli("finetune.train", *arguments, code=2)
+    assert done.stderr.startswith("error: no checkpoint in ") and done.stderr.count("\n") == 1
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []

@@ -1,0 +1,145 @@
+"""Who may import whom (DESIGN, "The house"), and that command lines start without the heavy libraries."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+DOOR = {"models", "data", "training", "sharding"}
+MAY_IMPORT = {
+    "mlm": DOOR,
+    "clm": DOOR,
+    "finetune": DOOR,
+    "models": {"sharding"},
+    "training": {"sharding"},
+    "data": set(),
+    "sharding": set(),
+    "commands": DOOR | {"mlm", "clm", "finetune"},
+    "cli": set(),
+}
+"""Besides itself and `cli`, the leaf. A door never imports another door, nothing imports `commands`."""
+
+MODELS_MAY_TAKE = {"constrain"}
+"""What `models` takes from `sharding`; models/hub.py also places weights by the rules."""
+
+KNOWN_ONLY_IN = {
+    "flax": "models/",
+    "orbax": "training/checkpoint.py",
+    "tyro": "cli.py",
+    "tensorboardX": "training/tracker.py",
+    "torch": "nowhere",
+    "tensorflow": "nowhere",
+}
+"""Libraries behind one place; the last two are never needed at run time."""
+
+HEAVY = "jax flax numpy transformers tokenizers datasets optax orbax matplotlib sklearn".split()
+
+
+def sources() -> list[pathlib.Path]:
+    return [
+        path
+        for name in MAY_IMPORT
+        for path in (sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"])
+    ]
+
+
+def imports(source: str) -> list[tuple[str, str]]:
+    """(module, name or "") of every import in a file, also in functions, under TYPE_CHECKING or by import_module."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}: the table is read from absolute ones"
+            found += [(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                found.append((str(node.args[0].value), ""))
+    return found
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What the file at `path` (relative to the repository) imports and must not."""
+    own = path.removesuffix(".py").split("/")[0]
+    bad = []
+    for module, name in imports(source):
+        top = module.split(".")[0]
+        if top in MAY_IMPORT and top not in MAY_IMPORT[own] | {own, "cli"}:
+            bad.append(f"{path} imports {module}: {own} may import {sorted(MAY_IMPORT[own]) or 'nothing but cli'}")
+        if own == "models" and top == "sharding" and path != "models/hub.py" and name not in MODELS_MAY_TAKE:
+            bad.append(f"{path} takes {name or module} from sharding; only {sorted(MODELS_MAY_TAKE)}")
+        if top in KNOWN_ONLY_IN and not path.startswith(KNOWN_ONLY_IN[top]):
+            bad.append(f"{path} imports {module}, which is known only in {KNOWN_ONLY_IN[top]}")
+    return bad
+
+
+def test_imports_follow_the_table():
+    bad = [line for path in sources() for line in violations(str(path.relative_to(ROOT)), path.read_text())]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("clm/pretrain.py", "def main():\n    from mlm.masking import choose"),
+        ("training/loop.py", "import importlib\nimportlib.import_module('models.transformer')"),
+        ("data/loader.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import sharding.mesh"),
+        ("models/layers.py", "from sharding.rules import param_spec"),
+        ("finetune/train.py", "import commands.report as r"),
+        ("cli.py", "import data"),
+        ("training/step.py", "import flax.linen as nn"),
+        ("finetune/train.py", "import orbax.checkpoint"),
+        ("models/hub.py", "import torch"),
+    ],
+)
+def test_a_forbidden_import_is_found(path, source):
+    assert len(violations(path, source)) == 1
+
+
+def test_every_package_is_in_the_table():
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {path.stem for path in ROOT.glob("*.py")}
+    assert packages - {"tests"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", ["datasets", "tokenizers", "evaluate"])
+def test_no_folder_hides_a_library(name):
+    assert not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["cli", "sharding.mesh"]
+    + sorted(f"{path.parent.name}.{path.stem}" for kind in ("config", "presets") for path in ROOT.glob(f"*/{kind}.py"))
+    + sorted(f"models.families.{path.stem}" for path in ROOT.glob("models/families/[a-z]*.py")),
+)
+def test_configurations_import_nothing_heavy(module):
+    code = f"import {module}, sys; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [], f"{module} imports {result.stdout}: `--help` would take seconds"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["mlm.pretrain debug", "clm.pretrain debug", "finetune.train", "clm.generate", "data.prepare", "commands.report"],
+)
+def test_help_imports_nothing_heavy(command):
+    """The time of `--help`, without a clock: on an idle machine what is left takes a third of a second."""
+    code = textwrap.dedent(f"""
+        import runpy, sys
+        sys.argv = {command.split()!r} + ["--help"]
+        try:
+            runpy.run_module({command.split()[0]!r}, run_name="__main__", alter_sys=True)
+        except SystemExit as exit:
+            assert not exit.code, exit.code
+        print("heavy:", *(name for name in {HEAVY!r} if name in sys.modules))
+    """)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "heavy:"
+    assert "usage:" in result.stdout

@@ -1,0 +1,125 @@
+"""Masking: exact counts, the 80/10/10 split, whole words, and independence of the mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cli import UserError
+from mlm.masking import Vocabulary, mask_batch, rate_at, slots
+from mlm.presets import MaskingConfig
+from sharding.mesh import MeshConfig, build_mesh, place_batch
+
+MASK, VOCAB, SPECIALS = 4, 100, 5
+T = 64
+
+
+def vocabulary(words=None):
+    ordinary_V = np.arange(VOCAB) >= SPECIALS
+    return Vocabulary(MASK, ordinary_V, np.full(VOCAB, 2, np.uint8) if words is None else words)
+
+
+def batch(rows=8, seed=0, padding=True):
+    """Rows of [CLS]=1 … [SEP]=2 documents, two a row, padded at the end by a different amount each."""
+    rng = np.random.default_rng(seed)
+    input_BT = rng.integers(SPECIALS, VOCAB, (rows, T)).astype(np.int32)
+    segment_BT = np.ones((rows, T), np.int32)
+    segment_BT[:, 30:] = 2
+    input_BT[:, [0, 30]] = 1
+    input_BT[:, 29] = 2
+    for row in range(rows if padding else 0):
+        input_BT[row, T - 1 - row :] = 0
+        segment_BT[row, T - 1 - row :] = 0
+    return {"input_ids": input_BT, "segment_ids": segment_BT}
+
+
+def test_exactly_k_ordinary_tokens_a_row():
+    config, source = MaskingConfig(rate=0.3, random_fraction=0.0, mask_fraction=1.0), batch()
+    masked = mask_batch(source, jax.random.key(0), 0.3, config, vocabulary())
+    for row in range(8):
+        ordinary = np.flatnonzero((source["input_ids"][row] >= SPECIALS) & (source["segment_ids"][row] > 0))
+        hidden = np.flatnonzero(np.asarray(masked["input_ids"][row]) == MASK)
+        assert len(hidden) == round(0.3 * len(ordinary))
+        assert set(hidden) <= set(ordinary)
+        used = np.asarray(masked["masked_weights"][row]) > 0
+        assert set(np.asarray(masked["masked_positions"][row])[used]) == set(hidden)
+        np.testing.assert_array_equal(
+            np.asarray(masked["masked_labels"][row])[used],
+            source["input_ids"][row][np.asarray(masked["masked_positions"][row])[used]],
+        )
+
+
+def test_80_10_10_and_nothing_else_changes():
+    config, source = MaskingConfig(rate=0.5), batch(rows=512, padding=False)
+    masked = mask_batch(source, jax.random.key(1), 0.5, config, vocabulary())
+    positions, weights = np.asarray(masked["masked_positions"]), np.asarray(masked["masked_weights"])
+    chosen = np.zeros((512, T), bool)
+    np.put_along_axis(chosen, positions, weights > 0, axis=1)
+    after, before = np.asarray(masked["input_ids"]), source["input_ids"]
+    assert (after == before)[~chosen].all()
+    became_mask = (after == MASK)[chosen].mean()
+    kept = (after == before)[chosen].mean()
+    # A random token equals the old one once in 95 draws; three standard deviations of 15,000 draws are about 0.01.
+    assert became_mask == pytest.approx(0.8, abs=0.01)
+    assert kept == pytest.approx(0.1 + 0.1 / 95, abs=0.01)
+    assert (after[chosen] == MASK)[after[chosen] < SPECIALS].all(), "a random token must not be a special token"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whole_words_are_hidden_whole_but_for_the_last_one(seed):
+    words = np.where(np.arange(VOCAB) % 2 == 1, 3, 2).astype(np.uint8)  # odd ids continue the token before them
+    words[:SPECIALS] = 0
+    config, source = MaskingConfig(rate=0.3, mask_fraction=1.0, random_fraction=0.0, whole_words=True), batch(seed=seed)
+    masked = mask_batch(source, jax.random.key(seed), 0.3, config, vocabulary(words))
+    for row in range(8):
+        ids, segments = source["input_ids"][row], source["segment_ids"][row]
+        hidden = np.asarray(masked["input_ids"][row]) == MASK
+        ordinary = (ids >= SPECIALS) & (segments > 0)
+        assert hidden.sum() == round(0.3 * ordinary.sum())
+        word_of, cut = np.zeros(T, int), 0
+        for t in range(1, T):
+            continues = words[ids[t]] & 1 and words[ids[t - 1]] & 2 and segments[t] == segments[t - 1]
+            word_of[t] = word_of[t - 1] + (not continues)
+        for word in np.unique(word_of[ordinary]):
+            inside = hidden[(word_of == word) & ordinary]
+            if inside.any() and not inside.all():
+                cut += 1
+                assert inside[: inside.sum()].all(), "a cut word loses its end, not its beginning"
+        assert cut <= 1
+
+
+def test_masks_are_equal_on_one_and_eight_devices():
+    config, source, key = MaskingConfig(rate=0.3, whole_words=True), batch(), jax.random.key(3)
+    alone = mask_batch(source, key, 0.3, config, vocabulary())
+    mesh = build_mesh(MeshConfig(data=4, fsdp=2))
+    with jax.set_mesh(mesh):
+        spread = jax.jit(lambda b: mask_batch(b, key, 0.3, config, vocabulary()))(place_batch(source, mesh))
+    assert len(spread["input_ids"].sharding.device_set) == 8
+    for name in alone:
+        np.testing.assert_array_equal(np.asarray(alone[name]), np.asarray(spread[name]), err_msg=name)
+
+
+def test_other_keys_give_other_masks():
+    config, source = MaskingConfig(), batch()
+    first, second = (mask_batch(source, jax.random.key(k), 0.15, config, vocabulary()) for k in (0, 1))
+    assert (np.asarray(first["masked_positions"]) != np.asarray(second["masked_positions"])).any()
+
+
+def test_rate_schedule_is_linear_and_slots_hold_its_maximum():
+    config = MaskingConfig(rate=0.3, final_rate=0.15)
+    assert slots(config, 128) == 39
+    rates = [float(rate_at(config, jnp.int32(step), 101)) for step in (0, 50, 100)]
+    np.testing.assert_allclose(rates, [0.3, 0.225, 0.15], atol=1e-6)
+
+
+def test_an_empty_row_has_no_weight():
+    source = {"input_ids": np.zeros((1, T), np.int32), "segment_ids": np.zeros((1, T), np.int32)}
+    masked = mask_batch(source, jax.random.key(0), 0.15, MaskingConfig(), vocabulary())
+    assert np.asarray(masked["masked_weights"]).sum() == 0
+    np.testing.assert_array_equal(np.asarray(masked["input_ids"]), source["input_ids"])
+
+
+@pytest.mark.parametrize("bad", [{"rate": 0.0}, {"rate": 1.5}, {"mask_fraction": 0.9, "random_fraction": 0.2}])
+def test_bad_masking_is_refused(bad):
+    with pytest.raises(UserError, match="try|instance"):
+        MaskingConfig(**bad)

@@ -1,0 +1,386 @@
+"""The stack: who influences whom, packing, the ways to run it, the cache, dropout, meshes, and its numbers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import (  # noqa: F401
+    BERT,
+    FAMILIES,
+    GPT,
+    LLAMA,
+    MODERN,
+    as_jax,
+    batch_of,
+    close,
+    random_params,
+    strict_and_quick,
+)
+
+from cli import UserError
+from models.config import Execution, ModelConfig
+from models.heads import causal_lm_head, masked_lm_head
+from models.transformer import apply, count_params, flops_per_token, init_cache, init_params, matrix_axes
+from models.vocabulary import token_logprobs
+from sharding.mesh import MeshConfig, build_mesh, place_batch
+from sharding.rules import shard_params
+
+pytestmark = pytest.mark.corner
+
+# Every part a stack can have: prefix, two periods of two, suffix, grouped heads, norms of queries and keys, a gate.
+EVERYTHING = dataclasses.replace(
+    MODERN,
+    num_hidden_layers=6,
+    layer_period=("local", "global"),
+    suffix_layers=("local",),
+    num_key_value_heads=2,
+    qk_norm=True,
+    attention_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
+    head_transform_bias=True,
+    type_vocab_size=2,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+)
+
+
+# ------------------------------------------------------------------------------------------ who influences whom
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BERT,
+        GPT,
+        dataclasses.replace(MODERN, prefix_layers=(), layer_period=("local",), first_attention_norm=True),
+        dataclasses.replace(LLAMA, num_hidden_layers=3, layer_period=("local",), sliding_window=3),
+    ],
+    ids=["bidirectional", "causal", "bidirectional window", "causal window"],
+)
+def test_gradients_reach_exactly_the_tokens_that_may_be_seen(config):
+    """In two rows of documents and padding; every token has an id of its own, whose embedding takes the gradient."""
+    batch = batch_of(config, [[9, 4, -3], [-2, 11]], 16)
+    batch["input_ids"] = np.arange(32, dtype=np.int32).reshape(2, 16)
+    params = random_params(config)
+    direction = np.random.default_rng(0).normal(size=config.hidden_size).astype(np.float32)
+
+    @jax.jit
+    def influence(table):
+        def outputs(table):
+            embeddings = params["embeddings"] | {"token": {"embedding": table}}
+            return (apply(config, params | {"embeddings": embeddings}, batch) @ direction).reshape(32)
+
+        _, pull = jax.vjp(outputs, table)
+        return jnp.abs(jax.vmap(lambda output: pull(output)[0])(jnp.eye(32, dtype=jnp.float32))).max(-1)[:, :32]
+
+    segments, row = batch["segment_ids"].reshape(32), np.repeat([0, 1], 16)
+    ahead = np.arange(32)[None, :] - np.arange(32)[:, None]
+    seen = (segments[:, None] == segments) & (segments != 0) & (row[:, None] == row)
+    seen &= (ahead <= 0) if config.causal else True
+    if config.sliding_window:
+        seen &= (ahead > -config.sliding_window) if config.causal else (np.abs(ahead) <= config.sliding_window // 2)
+    reached = np.linalg.matrix_power(seen | np.eye(32, dtype=bool), config.num_hidden_layers)
+    if config.sliding_window:
+        assert (reached ^ (seen | np.eye(32, dtype=bool))).sum() > 0
+    np.testing.assert_array_equal(np.asarray(influence(params["embeddings"]["token"]["embedding"])) > 0, reached)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_packed_row_equals_its_documents_alone(name):
+    config, params = FAMILIES[name], random_params(FAMILIES[name])
+    batch = batch_of(config, [[7, 5, 3], [-4, 7], [5], [3]], 16)
+    ids = batch["input_ids"]
+    ids[1, 4:11], ids[2, :5], ids[3, :3] = ids[0, :7], ids[0, 7:12], ids[0, 12:15]
+    x_BTD = np.asarray(jax.jit(functools.partial(apply, config))(params, batch))
+    alone = np.concatenate([x_BTD[1, 4:11], x_BTD[2, :5], x_BTD[3, :3]])
+    close(x_BTD[0, :15], alone)
+
+
+# --------------------------------------------------------------------------------------------- the ways to run it
+
+
+def loss(config, params, batch, execution, key=None):
+    x_BTD = apply(config, params, batch, execution=execution, key=key)
+    head = causal_lm_head if config.causal else masked_lm_head
+    chunk = 4 * batch["input_ids"].shape[0] * config.padded_vocab_size // max(1, jax.sharding.get_abstract_mesh().size)
+    labels = jnp.flip(jnp.asarray(batch["input_ids"]), axis=1)
+    scores = head(config, params, x_BTD, execution)
+    logprob_BT, _ = token_logprobs(*scores, labels, vocab_size=config.vocab_size, chunk_elements=chunk)
+    return -jnp.where(batch["segment_ids"] != 0, logprob_BT, 0.0).sum(), x_BTD
+
+
+@functools.cache
+def problem():
+    batch = batch_of(EVERYTHING, [[7, 5], [12], [-3, 9], [4, -1, 6]] * 2, 12)
+    batch["token_type_ids"] = (batch["positions"] > 3).astype(np.int32)
+    return random_params(EVERYTHING, ("masked_lm",)), batch
+
+
+def value_and_gradients(params, batch, execution):
+    """((loss, hidden states), gradients) with dropout, whose masks must not depend on how the model runs."""
+    run = jax.value_and_grad(lambda params: loss(EVERYTHING, params, batch, execution, jax.random.key(3)), has_aux=True)
+    return run(params)
+
+
+@functools.cache
+def plainest_run():
+    """Unrolled, nothing recomputed, on one device."""
+    return jax.device_get(jax.jit(value_and_gradients, static_argnums=2)(*problem(), Execution(scan_layers=False)))
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [Execution(scan_layers=True), Execution(remat="full"), Execution(scan_layers=True, remat="dots")],
+    ids=["scan", "remat full", "scan and remat dots"],
+)
+def test_scan_and_rematerialisation_change_nothing(execution):
+    close(jax.jit(value_and_gradients, static_argnums=2)(*problem(), execution), plainest_run())
+
+
+def test_rematerialisation_recomputes_and_scan_scans():
+    def operations(name, **execution):
+        program = jax.make_jaxpr(value_and_gradients, static_argnums=2)(*problem(), Execution(**execution))
+        return str(program).count(f"= {name}[")
+
+    none, dots, full = (operations("dot_general", remat=remat) for remat in ("none", "dots", "full"))
+    assert none < dots < full
+    scans = [operations("scan", scan_layers=scan) for scan in (False, True)]
+    assert scans[1] == scans[0] + 2  # One loop forward, one backward.
+    # Without a loop the stacked gradients are put together once, not padded to full size once a layer.
+    assert operations("pad", scan_layers=False) == operations("pad", scan_layers=True)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+def test_meshes_change_nothing(sizes):
+    params, batch = problem()
+    mesh = build_mesh(MeshConfig(*sizes))
+    with jax.set_mesh(mesh):
+        arguments = (jax.device_put(params, shard_params(params, mesh)), place_batch(batch, mesh))
+        program = jax.jit(value_and_gradients, static_argnums=2).lower(*arguments, Execution()).compile()
+        close(program(*arguments), plainest_run())
+    assert "all-reduce" in program.as_text()
+
+
+def test_a_batch_that_no_mesh_divides_still_runs():
+    """One prompt on eight devices, as in generation."""
+    params, batch = random_params(LLAMA), batch_of(LLAMA, [[5]], 6)
+    expected = jax.jit(functools.partial(apply, LLAMA))(params, batch)
+    with jax.set_mesh(build_mesh(MeshConfig(data=2, tensor=4))):
+        close(jax.jit(functools.partial(apply, LLAMA))(params, batch), expected)
+
+
+def test_bfloat16_computes_in_bfloat16_and_differentiates_in_float32():
+    params, batch = random_params(MODERN, ("masked_lm",)), batch_of(MODERN, [[12]], 12)
+    execution = Execution(dtype="bfloat16")
+    run = functools.partial(jax.value_and_grad(loss, argnums=1, has_aux=True), MODERN)
+    (value, x_BTD), gradients = jax.jit(lambda params: run(params, batch, execution))(params)
+    (expected, _), _ = jax.eval_shape(lambda params: run(params, batch, Execution()), params), None
+    assert x_BTD.dtype == jnp.bfloat16 and value.dtype == expected[0].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    close(x_BTD.astype(jnp.float32), jax.jit(functools.partial(apply, MODERN))(params, batch), 5e-2)
+
+
+# ------------------------------------------------------------------------------------------------- cache, dropout
+
+
+@pytest.mark.parametrize(
+    ("config", "scan"),
+    [
+        (GPT, False),
+        (
+            dataclasses.replace(
+                LLAMA, num_hidden_layers=4, prefix_layers=("global",), layer_period=("local",), sliding_window=5
+            ),
+            True,
+        ),
+    ],
+    ids=["gpt2", "llama with windows, scanned"],
+)
+def test_decoding_with_the_cache_equals_the_whole_sequence(config, scan):
+    """Prompts of 5, 8 and 1 tokens, padded on the left; then four tokens, one at a time."""
+    params, batch = random_params(config), batch_of(config, [[-3, 9], [12], [-7, 5]], 12)
+    execution = Execution(scan_layers=scan)
+    expected = jax.jit(lambda params: apply(config, params, batch))(params)
+
+    @jax.jit
+    def go_on(cache, part):
+        return apply(config, params, part, execution=execution, cache=cache)
+
+    cache, parts = init_cache(config, 3, 14), []
+    for start, end in ((0, 8), (8, 9), (9, 10), (10, 11), (11, 12)):
+        x_BTD, cache = go_on(cache, {name: array[:, start:end] for name, array in batch.items()})
+        parts.append(x_BTD)
+    assert int(cache["end"]) == 12
+    real = (batch["segment_ids"] != 0)[:, :, None]
+    close(np.where(real, np.concatenate(parts, axis=1), 0), np.where(real, expected, 0))
+
+
+def test_a_cache_that_is_too_small_is_refused():
+    batch = batch_of(GPT, [[9]], 9)
+    with pytest.raises(AssertionError, match="9 tokens do not fit a cache of 8"):
+        apply(GPT, random_params(GPT), batch, cache=init_cache(GPT, 1, 8))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_only_with_a_key_and_at_every_place(scan):
+    params, batch = problem()
+
+    def draws(key, config=EVERYTHING):
+        program = jax.make_jaxpr(
+            lambda key: apply(config, params, batch, key=key, execution=Execution(scan_layers=scan))
+        )
+        return str(program(key)).count("= random_bits[")
+
+    # Embeddings once; attention probabilities, attention output and MLP output of each layer that is written out.
+    layers = 1 + 2 + 1 if scan else 6
+    assert draws(None) == 0
+    assert draws(jax.random.key(0)) == 1 + 3 * layers
+    assert draws(jax.random.key(0), dataclasses.replace(EVERYTHING, hidden_dropout=0.0)) == layers
+    assert draws(jax.random.key(0), dataclasses.replace(EVERYTHING, attention_dropout=0.0)) == 1 + 2 * layers
+
+
+def test_every_dropout_has_a_key_of_its_own():
+    """A stack of layers that do nothing but drop: what comes out was never dropped the same way twice."""
+    config = dataclasses.replace(BERT, num_hidden_layers=4, hidden_dropout=0.5, attention_dropout=0.5)
+    params, batch = random_params(config), batch_of(config, [[16]] * 2, 16)
+    run = jax.jit(lambda key: apply(config, params, batch, key=key))
+    one, same, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    assert (np.asarray(one) == np.asarray(same)).all() and not np.allclose(one, other)
+    program = str(jax.make_jaxpr(lambda key: apply(config, params, batch, key=key))(jax.random.key(0)))
+    assert program.count("random_split") == 1
+
+
+# ------------------------------------------------------------------------------------------------ heads and numbers
+
+
+@pytest.mark.parametrize("config", [BERT, MODERN], ids=["bert", "modernbert"])
+def test_the_head_of_some_positions_equals_the_whole_head_there(config):
+    params = random_params(config, ("masked_lm",))
+    rng = np.random.default_rng(0)
+    x_BTD = rng.normal(size=(2, 10, config.hidden_size)).astype(np.float32)
+    positions_BM = np.array([[1, 7, 3], [0, 9, 9]])
+    some = np.take_along_axis(x_BTD, positions_BM[:, :, None], axis=1)
+    features, table, bias = masked_lm_head(config, params, some, Execution())
+    whole, _, _ = masked_lm_head(config, params, x_BTD, Execution())
+    close(features, np.take_along_axis(np.asarray(whole), positions_BM[:, :, None], axis=1))
+    assert table is params["embeddings"]["token"]["embedding"] and bias is params["head"]["masked_lm"]["bias"]
+
+
+def test_initial_parameters():
+    config = dataclasses.replace(EVERYTHING, hidden_size=64, intermediate_size=96)
+
+    def init(key):
+        return init_params(config, key), init_params(config, key, ("sequence_classification",), 3)
+
+    params, classifier = jax.device_get(jax.jit(init)(jax.random.key(0)))
+    spread = 0.02 * 0.8796  # A normal distribution cut at two standard deviations.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [entry.key for entry in path]
+        expected_mean = {"scale": 1.0}.get(names[-1], 0.0)
+        expected_spread = {"scale": 0.0, "bias": 0.0}.get(names[-1], spread)
+        if names[-2] in ("out", "down"):
+            expected_spread /= 12**0.5
+        error = 5 * expected_spread / leaf.size**0.5 + 1e-9
+        assert leaf.dtype == np.float32
+        assert abs(leaf.mean() - expected_mean) <= error, names
+        assert abs(leaf.std() - expected_spread) <= error, names
+        if names[1] == "period" and expected_spread:
+            assert not np.allclose(leaf[0], leaf[1]), names
+    # The trunk is the same whatever stands on it.
+    for part in ("embeddings", "layers", "final_norm"):
+        jax.tree.map(np.testing.assert_array_equal, params[part], classifier[part])
+    assert set(classifier["head"]) == {"classification"}
+
+
+@pytest.mark.parametrize("config", [EVERYTHING, BERT, LLAMA], ids=["everything", "bert", "llama"])
+def test_matrix_axes_multiply_what_the_layers_multiply(config):
+    D, N, K, H, F = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_size, 48
+    sizes = {
+        "q": ((D,), (N, H)),
+        "kv": ((D,), (K, H)),
+        "out": ((N, H), (D,)),
+        "up": ((D,), (F,)),
+        "gate_up": ((D,), (F,)),
+        "down": ((F,), (D,)),
+    }
+    params = random_params(config, ("masked_lm",) if not config.causal else ("causal_lm",))
+    structure = jax.tree.structure(params)
+    for (path, leaf), axes in zip(
+        jax.tree_util.tree_leaves_with_path(params), structure.flatten_up_to(matrix_axes(params)), strict=True
+    ):
+        names = [entry.key for entry in path]
+        if names[0] == "layers" and names[-1] == "kernel":
+            reduction, output = axes
+            found = tuple(tuple(leaf.shape[axis] for axis in group) for group in (reduction, output))
+            assert found == sizes[names[-2]], names
+            rest = set(range(leaf.ndim)) - {*reduction, *output}
+            assert len(rest) == (names[1] == "period") + (names[-2] in ("kv", "gate_up"))
+        else:
+            assert axes is None, names
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flops_equal_those_of_the_compiler(name):
+    """Three times the forward pass (PaLM, appendix B) as XLA counts it, which adds the elementwise part."""
+    full_window = dict(sliding_window=1024) if FAMILIES[name].sliding_window else {}
+    config = dataclasses.replace(
+        FAMILIES[name],
+        hidden_size=512,
+        intermediate_size=1024,
+        vocab_size=3072,
+        max_position_embeddings=256,
+        **full_window,
+    )
+    head = "causal_lm" if config.causal else "masked_lm"
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), (head,)))
+    batch = jax.eval_shape(lambda: as_jax(batch_of(config, [[256]] * 2, 256)))
+
+    def scores(params, batch):
+        x_BTD = apply(config, params, batch, execution=Execution(scan_layers=False))
+        features, table, _ = (causal_lm_head if config.causal else masked_lm_head)(config, params, x_BTD, Execution())
+        return features @ table.T
+
+    counted = jax.jit(scores).lower(params, batch).cost_analysis()["flops"] / 512
+    counted -= 2 * config.hidden_size * (config.padded_vocab_size - config.vocab_size)
+    assert 0 <= 3 * counted / flops_per_token(config, 256) - 1 < 0.04
+
+
+def test_flops_of_windows_and_of_predicted_tokens():
+    config = dataclasses.replace(MODERN, sliding_window=64)
+    local = dataclasses.replace(config, prefix_layers=("local",), layer_period=("local",))
+    keys = 512 - 65
+    assert flops_per_token(config, 512) - flops_per_token(local, 512) == 12 * 32 * keys * config.layers.count("global")
+    assert flops_per_token(config, 512) - flops_per_token(config, 512, 0.25) == 0.75 * 6 * 32 * (200 + 32)
+
+
+def test_padding_of_the_vocabulary_is_not_counted():
+    leaves = jax.tree.leaves(random_params(LLAMA, ("causal_lm",)))
+    assert sum(leaf.size for leaf in leaves) - count_params(LLAMA, "causal_lm") == 56 * 32
+    untied = dataclasses.replace(LLAMA, tie_word_embeddings=False)
+    assert count_params(untied, "causal_lm") - count_params(LLAMA, "causal_lm") == 200 * 32
+    assert count_params(BERT, "masked_lm") - count_params(BERT) == 32 * 32 + 3 * 32 + 200
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(num_hidden_layers=9), "num_hidden_layers=9 does not fit prefix 1 .* try 10"),
+        (dict(prefix_layers=(), num_hidden_layers=3), "first_attention_norm=False needs the first layer in prefix"),
+        (dict(sliding_window=None), "local layers need sliding_window"),
+        (dict(num_attention_heads=5), "hidden_size=32 is not divisible by num_attention_heads=5"),
+        (dict(num_key_value_heads=3), "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
+    ],
+)
+def test_impossible_models_are_refused(bad, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(MODERN, **bad)
+    with pytest.raises(UserError, match="share the token embedding"):
+        init_params(dataclasses.replace(BERT, tie_word_embeddings=False), jax.random.key(0))
+
+
+def test_a_config_survives_json():
+    assert ModelConfig.from_dict(dataclasses.asdict(EVERYTHING) | {"suffix_layers": ["local"]}) == EVERYTHING

@@ -1,0 +1,189 @@
+"""report.html from the files of a run directory: what is in it, what may be missing, and what is refused."""
+
+import base64
+import html.parser
+import json
+import re
+import struct
+
+import pytest
+
+import cli
+from cli import UserError
+from commands.report import ReportConfig, main
+from training.report import write_report
+
+CONFIG = {"task": "masked_lm", "steps": 40, "init_from": None, "optimizer": {"learning_rate": 0.0003, "name": "adamw"}}
+METRICS = [{"step": step, "loss": 7.0 - step / 10, "learning_rate": 1e-3} for step in range(1, 41)] + [
+    {"step": 20, "eval/loss": 5.25, "eval/accuracy": 0.25},
+    {"step": 40, "eval/loss": 3.5, "eval/accuracy": 0.5},
+]
+SUMMARY = {
+    "step": 40,
+    "finished": True,
+    "eval": {"loss": 3.5, "accuracy": 0.5, "perplexity": 33.1},
+    "tokens": 163840,
+    "tokens_per_second": 15234.6,
+    "mfu": None,
+    "environment": {"jax": "0.10.1", "devices": "8 × cpu"},
+}
+SAMPLES = {
+    "unigram_entropy": 6.125,
+    "samples": [
+        {
+            "tokens": ["[CLS]", "a", "[MASK]", "##s", "<b>", "[MASK]"],
+            "masked": [
+                {"index": 2, "truth": "robin", "guesses": [["robin", 0.75], ["wren", 0.002]]},
+                {"index": 5, "truth": "sings", "guesses": [["flies", 0.5], ["sings", 0.25]]},
+            ],
+        }
+    ],
+}
+CONFUSION = {"labels": ["yes & no", "maybe"], "matrix": [[3, 1], [0, 6]]}
+PREDICTIONS = [
+    {"text": "fine <script>", "label": "maybe", "prediction": "maybe", "probability": 0.9},
+    {"text": "odd <script>", "text_b": "second", "label": "maybe", "prediction": "yes & no", "probability": 0.8},
+    {"text": "odder", "label": "yes & no", "prediction": "maybe", "probability": 0.95},
+]
+
+
+class Page(html.parser.HTMLParser):
+    """The page as its elements, its text, and its pictures."""
+
+    VOID = {"meta", "img", "source", "br"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.text, self.open, self.links = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open, f"never closed: {self.open}"
+        self.words = re.sub(r"\s+", " ", " ".join(self.text)).replace("\u202f", " ")
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.links += [value for name, value in attrs if name in ("src", "srcset", "href", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+    def pictures(self):
+        return [attrs["alt"] for tag, attrs in self.elements if tag == "img"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "walk"
+    folder.mkdir()
+    write(folder, config=CONFIG, summary=SUMMARY, samples=SAMPLES)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+    return folder
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_pretraining_run_shows_what_happened(run):
+    page = Page(write_report(run))
+    for words in (
+        "walk", "Masked language model. Finished at step 40 of 40.", "held-out loss 3.500", "perplexity 33.1",
+        "held-out accuracy 50.0 %", "163,840", "15,235", "green where the first guess is right (1 of 2)",
+        "flies 50 %", "sings 25 %", "wren <1 %", "learning_rate 0.0003", "8 × cpu",
+    ):  # fmt: skip
+        assert words in page.words, words
+    loss = next(alt for alt in page.pictures() if alt.startswith("nats a token"))
+    assert "training 3" in loss and "held-out 3.5" in loss
+    assert [attrs["class"] for tag, attrs in page.elements if tag == "mark"] == ["right", "wrong"] * 2
+    # Pieces of words are joined to what is before them, and what looks like HTML in a text is text.
+    assert "robin s <b> sings" in page.words
+
+
+def test_the_page_needs_nothing_but_itself(run):
+    page = Page(write_report(run))
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    for link in page.links:
+        png = base64.b64decode(link.partition(",")[2])
+        assert png[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", png[16:24])
+        assert width > 500 and height > 300
+    dark = [attrs for tag, attrs in page.elements if tag == "source"]
+    assert len(dark) == len(page.pictures()) and all("dark" in attrs["media"] for attrs in dark)
+    assert "http" not in (run / "report.html").read_text().replace(base64_of(page), "")
+    assert not list(run.glob(".report*"))
+
+
+def base64_of(page):
+    return "|".join(page.links)
+
+
+def test_a_classifier_shows_its_confusions_and_surest_mistakes(run):
+    config = CONFIG | {"task": "classification", "labels": CONFUSION["labels"], "init_from": "runs/demo"}
+    metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79}
+    write(run, config=config, summary=SUMMARY | {"metrics": metrics}, confusion=CONFUSION, samples={})
+    (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PREDICTIONS))
+    page = Page(write_report(run))
+    assert "Classifier with 2 labels, from the weights of runs/demo." in page.words
+    assert "accuracy 90.0 % F1 of maybe 87.5 % Matthews 0.790" in page.words
+    assert "10 held-out examples" in page.words and "75 %" in page.words and "100 %" in page.words
+    assert page.words.index("yes & no, taken for maybe 95 %") < page.words.index("maybe, taken for yes & no 80 %")
+    assert "odd <script> / second" in page.words and "fine" not in page.words
+    assert "script" not in [tag for tag, _ in page.elements]
+
+
+def test_runs_and_baselines_side_by_side(run):
+    for name, accuracy in (("tuned", 0.84), ("raw", 0.41)):
+        (run / name).mkdir()
+        write(run / name, config=CONFIG | {"task": "classification"}, confusion=CONFUSION)
+        lines = [{"step": 5, "loss": 1.0}, {"step": 5, "eval/accuracy": accuracy}]
+        (run / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [
+        {"name": "pretrained", "note": "from this run", "value": 0.84, "run": "tuned"},
+        {"name": "scratch", "value": 0.41, "run": "raw"},
+        {"name": "majority", "value": 0.125},
+    ]
+    write(run, comparison={"title": "What it is worth", "note": "On 80 examples.", "rows": rows})
+    page = Page(write_report(run))
+    assert (
+        "What it is worth On 80 examples. pretrained from this run 84.0 % scratch 41.0 % majority 12.5 %" in page.words
+    )
+    assert "held-out accuracy over the steps; last: pretrained 0.84, scratch 0.41" in page.pictures()
+    assert "Confusion matrix: pretrained" in page.words and "Confusion matrix: scratch" not in page.words
+    widths = re.findall(r"width:([\d.]+)%'", (run / "report.html").read_text())
+    assert widths == ["84.0", "41.0", "12.5"]
+
+
+def test_whatever_is_there_is_enough(tmp_path):
+    write(tmp_path, config={"task": "causal_lm", "steps": 9})
+    assert "Causal language model. Not finished." in Page(write_report(tmp_path)).words
+    # A line that was cut off while it was written, and numbers that no curve can show.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 4.5}\n{"step": 3, "lo')
+    write(tmp_path, samples={"texts": ["Once <upon>", ""]}, summary={"step": 2, "finished": False, "tokens": 64})
+    page = Page(write_report(tmp_path))
+    assert "Paused at step 2 of 9." in page.words and "Once <upon>" in page.words and "(nothing)" in page.words
+    assert page.pictures() == ["nats a token over the steps; last: training 4.5"]
+
+
+def test_a_folder_without_a_run_and_a_damaged_file_are_refused(run, tmp_path):
+    with pytest.raises(UserError, match="no run in .*config.json"):
+        write_report(tmp_path)
+    (run / "samples.json").write_text("{")
+    with pytest.raises(UserError, match="samples.json is damaged"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_the_command_takes_the_run_with_or_without_its_flag(run, capsys):
+    for arguments in ([str(run), "--json"], ["--json", "--run-dir", str(run)]):
+        cli.run_config(main, ReportConfig, prog="report", argv=arguments)
+        printed = capsys.readouterr().out.splitlines()
+        assert json.loads(printed[-1]) == {"report": str(run / "report.html"), "run_dir": str(run)}
+    with pytest.raises(SystemExit) as exit:
+        cli.run_config(main, ReportConfig, prog="report", argv=[])
+    assert exit.value.code == 2 and "run-dir" in capsys.readouterr().err

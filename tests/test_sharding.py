@@ -1,0 +1,114 @@
+"""The table of rules covers every parameter exactly once, meshes are built from flags, optimizer state follows."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import clm.presets
+import mlm.presets
+from cli import UserError
+from models.transformer import init_params
+from sharding import rules
+from sharding.mesh import MeshConfig, build_mesh, check_batch, place_batch
+
+HEADS = {mlm.presets: "masked_lm", clm.presets: "causal_lm"}
+PRESETS = [(door, name) for door in HEADS for name in door.PRESETS]
+
+
+def shapes(door, name):
+    model = door.PRESETS[name]().model
+    return jax.eval_shape(
+        lambda key: init_params(model, key, heads=(HEADS[door], "sequence_classification"), num_labels=2),
+        jax.random.key(0),
+    )
+
+
+@pytest.mark.parametrize(("door", "name"), PRESETS, ids=[f"{d.__name__[:3]}-{n}" for d, n in PRESETS])
+def test_every_parameter_of_every_preset_matches_one_rule_and_splits(door, name):
+    mesh = build_mesh(MeshConfig(data=1, fsdp=8))
+    tree = shapes(door, name)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = rules.path_of(key_path)
+        matching = [pattern for pattern, _ in rules.RULES if re.search(f"(^|/){pattern}$", path)]
+        assert len(matching) == 1, (path, matching)
+        assert len(rules.param_spec(path, leaf.ndim)) == leaf.ndim
+    rules.shard_params(tree, mesh)
+
+
+def test_every_rule_is_used():
+    used = set()
+    for door, name in PRESETS:
+        for key_path, _ in jax.tree_util.tree_leaves_with_path(shapes(door, name)):
+            path = rules.path_of(key_path)
+            used |= {p for p, _ in rules.RULES if re.search(f"(^|/){p}$", path)}
+    assert used == {pattern for pattern, _ in rules.RULES}
+
+
+def test_unknown_and_ambiguous_parameters_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="no rule.*'layers/period/0/mystery'"):
+        rules.param_spec("layers/period/0/mystery", 1)
+    monkeypatch.setattr(rules, "RULES", rules.RULES + ((r"up/kernel", (None, None)),))
+    with pytest.raises(ValueError, match="2 rules.*'mlp/up/kernel'"):
+        rules.param_spec("mlp/up/kernel", 2)
+
+
+def test_optimizer_moments_follow_their_parameter():
+    mesh = build_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    params = {"layers": {"period": {"0": {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((3, 16, 8), jnp.float32)}}}}}}
+    state = jax.eval_shape(optax.adam(1e-3).init, params)
+    shardings = rules.shard_like_params(state, params, mesh)
+    kernel = shardings[0].mu["layers"]["period"]["0"]["mlp"]["up"]["kernel"]
+    assert kernel.spec == P(None, "fsdp", "tensor")
+    assert shardings[0].count.spec == P()
+
+
+def test_an_axis_that_does_not_divide_is_refused_by_name():
+    tree = {
+        "layers": {"suffix": {"0": {"attention": {"q": {"kernel": jax.ShapeDtypeStruct((16, 3, 8), jnp.float32)}}}}}
+    }
+    with pytest.raises(UserError, match=r"tensor=2 does not divide the 3 of layers/suffix/0/attention/q/kernel.*try"):
+        rules.shard_params(tree, build_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(MeshConfig(), (8, 1, 1)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(1, 1, 1), (1, 1, 1))],
+)
+def test_mesh_sizes(config, sizes):
+    assert config.sizes(8) == sizes
+    assert tuple(build_mesh(config).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(16, 1, 1), "needs 16 devices and there are 8"),
+        (MeshConfig(-1, 3, 1), "3 does not divide the 8 devices"),
+        (MeshConfig(-1, -1, 1), "one of them may be -1"),
+        (MeshConfig(0, 1, 1), "at least 1"),
+    ],
+)
+def test_impossible_meshes_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        config.sizes(8)
+
+
+def test_batch_that_does_not_split_is_refused():
+    with pytest.raises(
+        UserError, match="batch_size=10 is not divisible by data×fsdp×accumulation=4×2×1=8; try 8 or 16"
+    ):
+        check_batch(MeshConfig(4, 2, 1), 8, 10)
+    check_batch(MeshConfig(4, 2, 1), 8, 16, accumulation=2)
+
+
+def test_batch_rows_lie_on_data_and_fsdp():
+    mesh = build_mesh(MeshConfig(2, 2, 2))
+    rows = np.arange(8, dtype=np.int32).reshape(8, 1)
+    placed = place_batch({"input_ids": rows}, mesh)["input_ids"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1)}
+    np.testing.assert_array_equal(np.asarray(placed), rows)

@@ -1,0 +1,235 @@
+"""Checkpoints come back bit by bit on any mesh, and damage, misfits and failed saves are said aloud."""
+
+import json
+import re
+import shutil
+import threading
+import time
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from toy import quick_compilation  # noqa: F401
+
+from cli import UserError
+from sharding.mesh import MeshConfig, build_mesh
+from training.checkpoint import Checkpoints, complete_steps, read_config, restore_optimizer, restore_params
+from training.config import OptimizerConfig
+from training.optimizer import build_optimizer
+from training.state import new_state, shard_state
+
+pytestmark = pytest.mark.corner
+
+CONFIG = {"model": {"hidden_size": 16}, "files": ["a", "b"]}
+
+
+def layout(mesh_config=None, name: Literal["adamw", "muon"] = "muon"):
+    """The abstract state on a mesh, and a jitted function step → a state full of random bits."""
+    config = OptimizerConfig(name=name)
+    shapes = jax.eval_shape(toy.init_params, jax.random.key(0))
+    optimizer = build_optimizer(config, shapes, toy.matrix_axes(shapes))
+    mesh = build_mesh(mesh_config or MeshConfig(1, 4, 2))
+    empty = jax.eval_shape(
+        lambda: new_state(toy.init_params(jax.random.key(0)), optimizer.init, config, jax.random.key(5))
+    )
+    abstract = shard_state(empty, mesh)
+
+    def fill(step):
+        random = np.random.default_rng(step)
+
+        def leaf(a):
+            if not a.ndim:
+                return jax.device_put(np.asarray(step, a.dtype), a.sharding)
+            return jax.device_put(random.normal(size=a.shape).astype(a.dtype), a.sharding)
+
+        return jax.tree.map(leaf, abstract)
+
+    return abstract, fill
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with checkpoint 3, written from 8 devices, and the state in it."""
+    folder = tmp_path_factory.mktemp("saved")
+    _, fill = layout()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(fill(3), CONFIG, {"step": 3})
+    checkpoints.close()
+    return folder, fill(3)
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 4, 2), MeshConfig(1, 1, 1), MeshConfig(4, 2, 1)])
+def test_a_state_comes_back_bit_by_bit_on_any_mesh(saved, mesh):
+    folder, state = saved
+    abstract, _ = layout(mesh)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    restored, data = checkpoints.restore_state(abstract)
+    checkpoints.close()
+    assert data == {"step": 3}
+    assert_equal(restored, state)
+    jax.tree.map(
+        lambda leaf, a: leaf.sharding.is_equivalent_to(a.sharding, leaf.ndim) or pytest.fail(), restored, abstract
+    )
+
+
+def test_params_and_config_alone_suffice_to_use_the_model(copied, saved):
+    for unneeded in ("opt_state", "data"):
+        shutil.rmtree(copied / "checkpoints" / "3" / unneeded)
+    abstract, _ = layout(MeshConfig(1, 8, 1))
+    assert_equal(restore_params(copied, abstract.params), saved[1].params)
+    as_numpy = restore_params(copied)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(as_numpy))
+    assert_equal(as_numpy, saved[1].params)
+    assert read_config(copied) == CONFIG | {"format_version": 1}
+
+
+def test_the_optimizer_state_alone(saved):
+    abstract, _ = layout()
+    assert_equal(restore_optimizer(saved[0], abstract), saved[1].opt_state)
+
+
+def test_misfits_are_listed(saved):
+    abstract, _ = layout()
+    wanted = dict(abstract.params)
+    wanted["embeddings"] = {"token": {"embedding": jax.ShapeDtypeStruct((99, 16), jnp.float32)}}
+    wanted["head"] = {
+        "causal_lm": {"kernel": jax.ShapeDtypeStruct((32, 16), jnp.int32)},
+        "extra": wanted["head"]["causal_lm"]["kernel"],
+    }
+    del wanted["layers"]
+    with pytest.raises(UserError) as error:
+        restore_params(saved[0], wanted)
+    for words in (
+        r"embeddings/token/embedding is float32 (32, 16), wanted float32 (99, 16)",
+        r"head/causal_lm/kernel is float32 (32, 16), wanted int32 (32, 16)",
+        "head/extra is missing",
+        "layers/period/0/mlp/up/kernel is not expected",
+    ):
+        assert words in str(error.value)
+
+
+def test_another_optimizer_does_not_fit(saved):
+    abstract, _ = layout(name="adamw")
+    checkpoints = Checkpoints(saved[0] / "checkpoints")
+    with pytest.raises(
+        UserError, match="opt_state does not fit.*optimizer/mu/embeddings/token/embedding is missing.*and .. more"
+    ):
+        checkpoints.restore_state(abstract)
+    checkpoints.close()
+
+
+def test_a_part_of_the_parameters(saved):
+    abstract, _ = layout()
+    part = {name: abstract.params[name] for name in ("embeddings", "layers")}
+    with pytest.raises(UserError, match="head/causal_lm/kernel is not expected"):
+        restore_params(saved[0], part)
+    assert_equal(restore_params(saved[0], part, partial=True), {name: saved[1].params[name] for name in part})
+
+
+def test_one_flipped_bit_is_found(copied):
+    files = [path for path in (copied / "checkpoints" / "3" / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=f"checkpoint .*3 is damaged: params/.*{largest.name} is not as it was written"):
+        restore_params(copied)
+
+
+def test_a_lost_file_is_found(copied):
+    next((copied / "checkpoints" / "3" / "params").rglob("manifest.ocdbt")).unlink()
+    with pytest.raises(UserError, match="is damaged.*manifest.ocdbt"):
+        restore_params(copied)
+
+
+def test_a_checkpoint_without_manifest_does_not_count(copied):
+    folder = copied / "checkpoints"
+    shutil.copytree(folder / "3", folder / "9")
+    (folder / "9" / "manifest.json").unlink()
+    said = []
+    checkpoints = Checkpoints(folder, announce=said.append)
+    assert checkpoints.latest() == 3
+    assert not (folder / "9").exists() and "checkpoint 9" in said[0]
+    _, fill = layout()
+    checkpoints.save(fill(7), CONFIG, {"step": 7})
+    checkpoints.close()
+    assert complete_steps(folder) == [3, 7]
+
+
+def test_what_is_not_there_is_named(saved, tmp_path):
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}/checkpoints"):
+        restore_params(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint of step 4 .*there are 3"):
+        restore_params(saved[0], step=4)
+
+
+def test_a_newer_format_is_refused(copied):
+    file = copied / "checkpoints" / "3" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
+    for read in (restore_params, read_config):
+        with pytest.raises(UserError, match="format version 99 and this code reads 1"):
+            read(copied)
+
+
+def test_the_newest_stay_and_steps_only_grow(tmp_path):
+    _, fill = layout(name="adamw")
+    said = []
+    checkpoints = Checkpoints(tmp_path, keep=2, announce=said.append)
+    for step in (1, 2, 3):
+        checkpoints.save(fill(step), CONFIG, {"step": step})
+    with pytest.raises(ValueError, match="step 2 is not after 3"):
+        checkpoints.save(fill(2), CONFIG, {})
+    assert checkpoints.latest() == 3
+    checkpoints.close()
+    assert complete_steps(tmp_path) == [2, 3]
+    assert len(said) == 3 and re.fullmatch(r"saved step 1 \(0\.\d MB, \d+\.\d s\)", said[0])
+
+
+def test_the_state_may_be_donated_while_it_is_written(tmp_path):
+    abstract, fill = layout()
+    state, expected = fill(5), jax.device_get(fill(5))
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf * 0 + 1, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, CONFIG, {})
+    for _ in range(20):
+        state = overwrite(state)
+    checkpoints.wait()
+    assert_equal(jax.device_get(checkpoints.restore_state(abstract)[0]), expected)
+    checkpoints.close()
+
+
+def test_a_failed_save_is_raised_at_the_next_look(tmp_path, monkeypatch):
+    _, fill = layout()
+    checkpoints = Checkpoints(tmp_path)
+    wait = checkpoints._manager.wait_until_finished
+
+    def full():
+        wait()
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
+    checkpoints.save(fill(1), CONFIG, {})
+    with pytest.raises(OSError, match="checkpoint 1 could not be written: no space left") as error:
+        for _ in range(3000):
+            checkpoints.check()
+            time.sleep(0.01)
+    assert error.value.errno == 28
+    assert checkpoints.latest() is None
+    checkpoints.close()

@@ -1,0 +1,245 @@
+"""Interrupted equals uninterrupted, bit by bit; runs start, pause, fork and fail as they should."""
+
+import dataclasses
+import gc
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from toy import quick_compilation  # noqa: F401
+
+import training.loop
+from cli import UserError
+from sharding.mesh import MeshConfig
+from training.checkpoint import complete_steps, restore_params
+from training.config import CheckpointConfig, OptimizerConfig
+from training.loop import NonFiniteLoss
+from training.step import Objective
+
+pytestmark = pytest.mark.corner
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def without_timing(records):
+    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "mfu")} for record in records]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "accumulation"),
+    [(MeshConfig(), "adamw", 1), (MeshConfig(1, 4, 2), "muon", 2)],
+)
+def test_two_and_two_steps_equal_four(tmp_path, mesh, name, accumulation):
+    drawn = []
+
+    def batches_from(step):
+        while True:
+            drawn.append(step)
+            yield toy.batch(step)
+            step += 1
+
+    common = dict(mesh=mesh, accumulation=accumulation, optimizer=OptimizerConfig(name=name, warmup=2), eval_every=2)
+    more = dict(batches_from=batches_from, objective=toy.objective(noise=0.1))
+    whole = toy.run(toy.config(tmp_path / "whole", **common), **more)
+    assert drawn == [0, 1, 2, 3]
+    half = toy.run(toy.config(tmp_path / "parts", stop_at=2, **common), **more)
+    assert (half.step, half.finished) == (2, False)
+    parts = toy.run(toy.config(tmp_path / "parts", **common), **more)
+    assert drawn == [0, 1, 2, 3] * 2
+    assert_equal(parts.state, whole.state)
+    assert (parts.step, parts.finished, parts.loss, parts.eval) == (4, True, whole.loss, whole.eval)
+    assert parts.tokens == whole.tokens == 4 * toy.ROWS * toy.LENGTH
+    assert without_timing(toy.metrics_of(tmp_path / "parts")) == without_timing(toy.metrics_of(tmp_path / "whole"))
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    toy.run(toy.config(tmp_path, stop_at=2, mesh=MeshConfig(1, 4, 2)))
+    moved = toy.run(toy.config(tmp_path, mesh=MeshConfig(2, 1, 1), accumulation=2))
+    whole = toy.run(toy.config(tmp_path / "whole"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), moved.state.params, whole.state.params)
+    assert moved.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
+def test_the_start_is_resume_then_init_from_then_scratch(tmp_path, capsys):
+    base = toy.run(toy.config(tmp_path / "base"))
+    assert "started from scratch" in capsys.readouterr().out
+    forked = toy.config(tmp_path / "fork", init_from=str(tmp_path / "base"), stop_at=1, seed=5)
+    still = OptimizerConfig(learning_rate=0.0)
+
+    weights = toy.run(dataclasses.replace(forked, optimizer=still))
+    assert f"started from the weights of {tmp_path}/base" in capsys.readouterr().out
+    assert_equal(weights.state.params, base.state.params)
+    assert weights.step == 1 and weights.state.opt_state.count == 1
+
+    resumed = toy.run(dataclasses.replace(forked, optimizer=still, stop_at=2))
+    assert "resumed at step 1" in capsys.readouterr().out
+    assert resumed.step == 2
+
+    both = dataclasses.replace(forked, run_dir=str(tmp_path / "both"), init_optimizer=True)
+    state = toy.run(both).state
+    assert state.opt_state.count == base.state.opt_state.count + 1
+    assert state.step == 1
+
+
+def test_the_schedule_of_a_fork_begins_anew(tmp_path):
+    toy.run(toy.config(tmp_path / "base"))
+    optimizer = OptimizerConfig(learning_rate=0.1, warmup=4)
+    fork = toy.config(tmp_path / "fork", init_from=str(tmp_path / "base"), init_optimizer=True, optimizer=optimizer)
+    toy.run(fork)
+    rates = [record["learning_rate"] for record in toy.metrics_of(tmp_path / "fork") if "loss" in record]
+    np.testing.assert_allclose(rates, [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
+
+
+def test_given_weights_are_laid_out_as_asked(tmp_path):
+    def load_params(abstract):
+        draw = lambda a: jax.device_put(np.full(a.shape, 0.5, a.dtype), a.sharding)  # noqa: E731
+        return jax.tree.map(draw, abstract)
+
+    result = toy.run(
+        toy.config(tmp_path, stop_at=1, optimizer=OptimizerConfig(learning_rate=0.0)), load_params=load_params
+    )
+    assert all((leaf == 0.5).all() for leaf in jax.tree.leaves(jax.device_get(result.state.params)))
+
+
+def test_evaluations_and_saves_come_when_they_should(tmp_path):
+    config = toy.config(tmp_path, steps=7, eval_every=3, checkpoint=CheckpointConfig(every=2, keep=9), log_every=4)
+    result = toy.run(config, finalize_eval=lambda m: m | {"perplexity": float(np.exp(m["loss"]))})
+    records = toy.metrics_of(tmp_path)
+    assert [r["step"] for r in records if "eval/loss" in r] == [3, 6, 7]
+    assert [r["step"] for r in records if "loss" in r] == [1, 4, 7]
+    assert complete_steps(tmp_path / "checkpoints") == [2, 4, 6, 7]
+    assert result.eval["perplexity"] == pytest.approx(np.exp(result.eval["loss"]))
+    assert records[-1]["eval/perplexity"] == result.eval["perplexity"]
+    assert {"learning_rate", "gradient_norm", "tokens_per_second"} <= records[-2].keys()
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_loss_that_is_no_number_stops_the_run_unsaved(tmp_path, every):
+    """Step 3 goes wrong; also when each step is saved, no checkpoint holds what it did."""
+
+    def batches_from(step):
+        for batch in toy.batches_from(step):
+            yield batch | {"poison": np.full(toy.ROWS, np.nan if step == 2 else 0, np.float32)}
+            step += 1
+
+    def loss_fn(trainable, frozen, batch, key, norms):
+        loss, sums = toy.objective().loss_fn(trainable, frozen, batch, key, norms)
+        return loss + batch["poison"].sum(), sums
+
+    poisoned = Objective(toy.objective().prepare, loss_fn)
+    config = toy.config(tmp_path, steps=6, checkpoint=CheckpointConfig(every=every, keep=9))
+    with pytest.raises(NonFiniteLoss, match="at step 3 the loss is nan") as error:
+        toy.run(config, objective=poisoned, batches_from=batches_from)
+    assert "\n" not in str(error.value)
+    assert complete_steps(tmp_path / "checkpoints") == ([1, 2] if every == 1 else [])
+    assert [r["step"] for r in toy.metrics_of(tmp_path)] == [1, 2]
+    assert gc.isenabled()
+
+
+def test_the_host_reads_the_step_before_the_one_it_started(tmp_path, monkeypatch):
+    """Step n+1 is handed to the device before anybody waits for step n."""
+    order = []
+
+    def batches_from(step):
+        for batch in toy.batches_from(step):
+            order.append(f"feed {step + 1}")
+            yield batch
+            step += 1
+
+    log = training.loop.Tracker.log
+
+    def spy(self, step, metrics):
+        order.append(f"read {step}")
+        log(self, step, metrics)
+
+    monkeypatch.setattr(training.loop.Tracker, "log", spy)
+    toy.run(toy.config(tmp_path, steps=3), batches_from=batches_from)
+    assert order == ["feed 1", "feed 2", "read 1", "feed 3", "read 2", "read 3"]
+
+
+def test_the_state_is_donated(tmp_path, monkeypatch):
+    first = []
+    start = training.loop.first_state
+
+    def spy(*arguments):
+        state, origin = start(*arguments)
+        first.append(state)
+        return state, origin
+
+    monkeypatch.setattr(training.loop, "first_state", spy)
+    toy.run(toy.config(tmp_path, stop_at=1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first[0].params, first[0].opt_state)))
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, capsys):
+    done = toy.run(toy.config(tmp_path))
+    lines = toy.metrics_of(tmp_path)
+    again = toy.run(toy.config(tmp_path))
+    assert "nothing left to train: step 4 of 4 is done" in capsys.readouterr().out
+    assert (again.step, again.finished, again.loss, again.eval) == (4, True, None, done.eval)
+    assert toy.metrics_of(tmp_path) == lines
+
+
+def test_a_signal_saves_and_leaves(tmp_path, capfd):
+    def batches_from(step):
+        for batch in toy.batches_from(step):
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+            step += 1
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stopped = toy.run(toy.config(tmp_path, steps=50), batches_from=batches_from)
+    assert (stopped.step, stopped.finished, stopped.eval) == (3, False, {})
+    out, err = capfd.readouterr()
+    assert "SIGTERM: saving after this step" in err
+    assert "paused at step 3 of 50, saved; the same command goes on from here" in out
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert toy.run(toy.config(tmp_path, steps=50, stop_at=4)).step == 4
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    def batches_from(step):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        yield from toy.batches_from(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(toy.config(tmp_path), batches_from=batches_from)
+
+
+def test_pausing_says_how_to_go_on(tmp_path, capsys):
+    toy.run(toy.config(tmp_path, stop_at=2))
+    assert (
+        "paused at step 2 of 4, saved; the same command without --stop-at goes on from here" in capsys.readouterr().out
+    )
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    toy.run(toy.config(tmp_path / "base", stop_at=1))
+
+    def wider(key):
+        params = toy.init_params(key)
+        return params | {"head": {"causal_lm": {"kernel": jnp.zeros((64, 16))}}}
+
+    with pytest.raises(UserError, match=r"kernel is float32 \(32, 16\), wanted float32 \(64, 16\)"):
+        toy.run(toy.config(tmp_path / "fork", init_from=str(tmp_path / "base")), init_params=wider)
+
+
+def test_speeds_are_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.loop, "peak_flops", lambda device: 1e9)
+    result = toy.run(toy.config(tmp_path, steps=3, mesh=MeshConfig(4, 1, 1)), flops_per_step=1e6)
+    assert result.first_step_seconds and result.tokens_per_second
+    per_token = 1e6 / (toy.ROWS * toy.LENGTH)
+    assert result.mfu == pytest.approx(result.tokens_per_second * per_token / 4e9)
+    assert "MFU" in capsys.readouterr().out
+
+
+def test_restored_params_are_those_of_the_run(tmp_path):
+    result = toy.run(toy.config(tmp_path, stop_at=2))
+    assert_equal(restore_params(tmp_path), result.state.params)

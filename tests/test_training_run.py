@@ -1,0 +1,203 @@
+"""What a run keeps on disk beside its checkpoints: config.json, metrics.jsonl, the lines on the screen."""
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from cli import UserError
+from training import tracker as tracker_module
+from training.run import RunDirectory, identity
+from training.tracker import Tracker
+
+pytestmark = pytest.mark.corner
+
+CONFIG = {
+    "steps": 10,
+    "seed": 0,
+    "optimizer": {"learning_rate": 0.1},
+    "run_dir": "a",
+    "mesh": {"data": 8},
+    "files": ("x", "y"),
+}
+
+
+def begun(path):
+    """A run directory in which something was trained."""
+    run = RunDirectory(path)
+    run.create_or_resume(CONFIG)
+    run.metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    return run
+
+
+def test_a_run_is_created_then_resumed(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "new")
+    assert run.create_or_resume(CONFIG) is False
+    assert json.loads(run.config.read_text()) == CONFIG | {"files": ["x", "y"]}
+    assert run.create_or_resume(CONFIG) is True
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+
+
+def test_execution_may_change(tmp_path):
+    run = begun(tmp_path)
+    moved = CONFIG | {"run_dir": "b", "mesh": {"data": 1}, "accumulation": 4}
+    assert run.create_or_resume(moved) is True
+    assert json.loads(run.config.read_text())["mesh"] == {"data": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"optimizer": {"learning_rate": 0.2}}, "optimizer.learning_rate was 0.1, now 0.2"),
+        ({"tokenizer": "ab12"}, "tokenizer was unset, now ab12"),
+        ({"seed": 2, "steps": 20}, "seed was 0, now 2; steps was 10, now 20"),
+    ],
+)
+def test_identity_may_not_change(tmp_path, changes, words):
+    run = begun(tmp_path)
+    with pytest.raises(UserError, match="other settings: .*; give another --run-dir") as error:
+        run.create_or_resume(CONFIG | changes)
+    assert words in str(error.value)
+    assert json.loads(run.config.read_text())["seed"] == 0
+
+
+def test_settings_may_be_corrected_until_something_was_trained(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.create_or_resume(CONFIG)
+    run.checkpoints.mkdir()
+    run.metrics.touch()
+    assert run.create_or_resume(CONFIG | {"seed": 1}) is True
+    assert json.loads(run.config.read_text())["seed"] == 1
+
+
+def test_folders_of_other_things_are_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files and no run"):
+        RunDirectory(tmp_path).create_or_resume(CONFIG)
+    with pytest.raises(UserError, match="thesis.txt is a file"):
+        RunDirectory(tmp_path / "thesis.txt").create_or_resume(CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"steps": ')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        RunDirectory(tmp_path).create_or_resume(CONFIG)
+
+
+def test_identity_at_any_depth():
+    assert identity({"a": {"cache": 1, "b": [{"mesh": 1, "c": 2}]}, "debug": True}) == {"a": {"b": [{"c": 2}]}}
+
+
+class Clock:
+    """Stands in for `time`: moves only when told."""
+
+    now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(tracker_module, "time", clock)
+    return clock
+
+
+def tracked(path, **changes):
+    options: dict[str, Any] = dict(total_steps=1000, start_step=0, last_step=1000, tokens_per_step=500, log_every=10)
+    return Tracker(RunDirectory(path), **options | changes)
+
+
+def lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_progress_line_and_the_clock(tmp_path, clock, capsys):
+    """10 s for the first step, then 2 steps a second; an evaluation of 50 s counts for nothing."""
+    tracker = tracked(tmp_path, flops_per_step=1e9, peak_flops=4e9)
+    clock.now += 10
+    for step in range(1, 121):
+        tracker.log(step, {"loss": 4.3211, "learning_rate": 1e-3})
+        if step == 115:
+            with tracker.paused():
+                clock.now += 50
+        clock.now += 0.5
+    with tracker.paused():
+        clock.now += 50
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "step 1/1000  loss 4.321"
+    assert out[-1] == "step 120/1000  loss 4.321  1.0k tok/s  7:20 left  MFU 50 %"
+    assert len(out) == 13
+    assert tracker.first_step_seconds == pytest.approx(10)
+    assert tracker.tokens_per_second == pytest.approx(1000)
+    assert tracker.mfu == pytest.approx(0.5)
+    assert lines(tmp_path)[-1] == {
+        "step": 120,
+        "loss": 4.3211,
+        "learning_rate": 1e-3,
+        "tokens_per_second": pytest.approx(1000),
+        "mfu": pytest.approx(0.5),
+    }
+    tracker.close()
+
+
+def test_metrics_are_cut_where_the_run_goes_on(tmp_path, capsys):
+    first = tracked(tmp_path, log_every=1)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": 1.0})
+    first.evaluation(2, {"loss": 0.5})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    second = tracked(tmp_path, start_step=2)
+    second.log(3, {"loss": 3.0})
+    second.close()
+    assert [(r["step"], r.get("loss", r.get("eval/loss"))) for r in lines(tmp_path)] == [
+        (1, 1),
+        (2, 1),
+        (2, 0.5),
+        (3, 3),
+    ]
+    assert "evaluation at step 2  loss 0.5" in capsys.readouterr().out
+
+
+def test_a_terminal_line_is_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    tracker = tracked(tmp_path, log_every=1, last_step=3)
+    tracker.log(1, {"loss": 3.0})
+    tracker.log(2, {"loss": 2.0})
+    tracker.say("saved step 2")
+    tracker.log(3, {"loss": 1.0})
+    tracker.close()
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 2 and shown.count("\r\033[K") == 2
+    assert "\r\033[Ksaved step 2\n" in shown
+
+
+def test_tensorboard_reads_the_same_numbers(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    tracker = tracked(tmp_path)
+    tracker.log(1, {"loss": 3.5})
+    tracker.evaluation(1, {"loss": 2.5})
+    tracker.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, found = file.read_bytes(), {}
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        for value in event_pb2.Event.FromString(content[12 : 12 + size]).summary.value:  # pyright: ignore
+            found[value.tag] = value.simple_value
+        content = content[16 + size :]
+    assert found == {"loss": 3.5, "eval/loss": 2.5}
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    tracker = tracked(tmp_path / "none", quiet=True, log_every=1)
+    tracker.log(1, {"loss": 1.0})
+    tracker.evaluation(1, {"loss": 1.0})
+    tracker.close()
+    assert capsys.readouterr().out == "" and not (tmp_path / "none").exists()

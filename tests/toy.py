@@ -1,0 +1,134 @@
+"""A model small enough to train in milliseconds, with the parameter names of a real one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sharding.mesh import MeshConfig, build_mesh
+from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from training.loop import Result, train
+from training.run import RunDirectory
+from training.step import Objective
+
+VOCAB, WIDTH, LENGTH, ROWS = 32, 16, 8, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    """Toy programs run for microseconds and compile for seconds. To be imported by the test files they concern."""
+    settings = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("programs")), None),
+        "jax_persistent_cache_min_compile_time_secs": (0, 1),
+        "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
+    }
+    for name, (value, _) in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
+
+
+def init_params(key):
+    """Values that look random; sines compile in a fraction of the time of `jax.random.normal`."""
+    start = jax.random.key_data(key).astype(jnp.float32).sum() % 1000
+
+    def draw(number, *shape):
+        return jnp.sin(jnp.arange(math.prod(shape)) * 12.9898 + start + number).reshape(shape)
+
+    up = {"kernel": draw(1, 2, WIDTH, 32) / 3, "bias": jnp.zeros((2, 32))}
+    return {
+        "embeddings": {"token": {"embedding": draw(0, VOCAB, WIDTH)}},
+        "layers": {"period": {"0": {"mlp": {"up": up, "down": {"kernel": draw(2, 2, 32, WIDTH) / 4}}}}},
+        "head": {"causal_lm": {"kernel": draw(3, VOCAB, WIDTH) / 3}},
+    }
+
+
+def matrix_axes(params):
+    axes = jax.tree.map(lambda _: None, params)
+    mlp = {"up": {"kernel": ((1,), (2,)), "bias": None}, "down": {"kernel": ((1,), (2,))}}
+    return axes | {"layers": {"period": {"0": {"mlp": mlp}}}}
+
+
+def objective(noise: float = 0.0) -> Objective:
+    """Predict each label; a random part of them, drawn in prepare, counts (so that weights are uneven)."""
+
+    def prepare(batch, key, step):
+        chosen = jax.random.bernoulli(key, 0.5, batch["labels"].shape) * batch["loss_weights"]
+        return batch | {"loss_weights": chosen}, jnp.maximum(chosen.sum(), 1.0)
+
+    def loss_fn(trainable, frozen, batch, key, norms):
+        params = trainable | frozen
+        x = params["embeddings"]["token"]["embedding"][batch["input_ids"]]
+        mlp = params["layers"]["period"]["0"]["mlp"]
+        for layer in range(2):
+            hidden = jax.nn.relu(x @ mlp["up"]["kernel"][layer] + mlp["up"]["bias"][layer])
+            x = x + hidden @ mlp["down"]["kernel"][layer]
+        if noise and key is not None:
+            x = x * jax.random.bernoulli(key, 1 - noise, x.shape)
+        logits = x @ params["head"]["causal_lm"]["kernel"].T
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], -1)[..., 0]
+        loss, weight = -jnp.sum(picked * batch["loss_weights"]), batch["loss_weights"].sum()
+        hits = jnp.sum((logits.argmax(-1) == batch["labels"]) * batch["loss_weights"])
+        return loss / norms, {"loss": (loss, weight), "accuracy": (hits, weight)}
+
+    return Objective(prepare, loss_fn)
+
+
+def batch(step: int, rows: int = ROWS) -> dict:
+    """Rows of a little language (next = 3·this + 1) whose ends are padding, so that weights are uneven."""
+    random = np.random.default_rng([7, step])
+    ids = random.integers(0, VOCAB, (rows, LENGTH)).astype(np.int32)
+    weights = (np.arange(LENGTH) < random.integers(1, LENGTH + 1, (rows, 1))).astype(np.float32)
+    return {"input_ids": ids, "labels": (3 * ids + 1) % VOCAB, "loss_weights": weights}
+
+
+def batches_from(step: int):
+    while True:
+        yield batch(step)
+        step += 1
+
+
+def config(run_dir, **changes) -> TrainConfig:
+    defaults: dict[str, Any] = dict(
+        steps=4,
+        batch_size=ROWS,
+        run_dir=str(run_dir),
+        optimizer=OptimizerConfig(learning_rate=0.01),
+        checkpoint=CheckpointConfig(every=100),
+        mesh=MeshConfig(),
+        log_every=1,
+        eval_every=100,
+    )
+    return TrainConfig(**defaults | changes)
+
+
+def run(config: TrainConfig, **changes) -> Result:
+    """Train the toy as a door would."""
+    assert config.run_dir is not None
+    directory = RunDirectory(config.run_dir)
+    settings = {"steps": config.steps, "seed": config.seed, "batch_size": config.batch_size}
+    directory.create_or_resume(settings)
+    arguments: dict[str, Any] = dict(
+        init_params=init_params,
+        matrix_axes=matrix_axes,
+        objective=objective(),
+        eval_objective=objective(),
+        batches_from=batches_from,
+        eval_batches=[batch(10_000 + i) for i in range(3)],
+        run=directory,
+        config_dict=settings,
+        mesh=build_mesh(config.mesh),
+        tokens_per_step=config.batch_size * LENGTH,
+    )
+    return train(config, **arguments | changes)
+
+
+def metrics_of(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

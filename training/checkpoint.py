@@ -1,0 +1,263 @@
+"""Checkpoints on disk; the only file that knows Orbax.
+
+    checkpoints/<step>/params      the parameters, a nested dict: enough, with config, to use the model
+                       opt_state   the rest of the state, a flat dict of paths: optimizer/…, rates/…, step, key
+                       data        JSON: where the data goes on
+                       config      JSON: the run's configuration, format_version
+                       manifest.json   SHA-256 of every file, written last
+
+A checkpoint counts only once its manifest is there, so one whose writer was killed is never read. Orbax keeps no
+checksum of contents and casts types silently when it restores; both are checked here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from cli import UserError
+from sharding.rules import path_of
+from training.run import RunDirectory, write_json
+from training.state import TrainState
+
+# Every failure is raised to the loop; Orbax and its tasks would log pages of traces besides.
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: asynchronous saves, the newest `keep` stay on disk.
+
+    announce: receives a line for each finished save.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, announce: Callable[[str], None] = print):
+        self.folder = Path(folder).resolve()
+        self._keep = max(1, keep)
+        self.announce = announce
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        if jax.process_index() == 0:
+            for step in _step_folders(self.folder):
+                if not (self.folder / str(step) / MANIFEST).exists():
+                    announce(f"removed checkpoint {step}: it was not written to its end")
+                    shutil.rmtree(self.folder / str(step))
+        # Orbax keeps every step: it would delete old ones before the manifest of the new one is written.
+        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, max_to_keep=None)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(complete_steps(self.folder), default=None)
+
+    def save(self, state: TrainState, config: dict, data: dict) -> None:
+        """Begin to write `state` under its step; returns once it may be donated. Raises what the last save met.
+
+        data: where the data goes on, JSON values. Steps only grow: ValueError for one that is not after the latest.
+        """
+        self.wait()
+        started, step, latest = time.perf_counter(), int(state.step), self.latest()
+        if latest is not None and step <= latest:
+            raise ValueError(f"step {step} is not after {latest}, the newest checkpoint in {self.folder}")
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(state.params),
+            opt_state=ocp.args.PyTreeSave(_named(_rest(state))),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config),
+        )
+        with _plain_errors(step, self.folder):
+            saved = self._manager.save(step, args=items, force=True)
+        assert saved, f"Orbax did not save step {step}"
+        self._writer = threading.Thread(target=self._finish, args=(step, started), name=f"save-{step}")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until the save under way is complete; raises OSError if it failed."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the OSError of a save that failed meanwhile; does not wait."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def restore_state(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """The state and the data position of `step` (default: the latest), laid out as `abstract` says."""
+        folder = _step_folder(self.folder, step)
+        return replace(_restore_rest(folder, abstract), params=_restore(folder, "params", abstract.params)), _json(
+            folder, "data"
+        )
+
+    def close(self) -> None:
+        """Finish the save under way and let go of the folder; raises as wait()."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # Orbax repeats the failure that wait() raised
+                self._manager.close()
+
+    def _finish(self, step: int, started: float) -> None:
+        try:
+            with _plain_errors(step, self.folder):
+                self._manager.wait_until_finished()
+                if jax.process_index() == 0:
+                    size = _write_manifest(self.folder / str(step))
+                    for old in complete_steps(self.folder)[: -self._keep]:
+                        (self.folder / str(old) / MANIFEST).unlink()
+                        shutil.rmtree(self.folder / str(old))
+                    self.announce(f"saved step {step} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)")
+        except BaseException as error:  # raised where the loop asks next, in wait()
+            self._failure = error
+
+
+def restore_params(run_dir: str | Path, abstract_params: Any = None, step: int | None = None, *, partial=False) -> Any:
+    """The parameters of a run's checkpoint (default: the newest). The optimizer state is not read.
+
+    abstract_params: ShapeDtypeStructs with shardings; None = NumPy arrays, everything there is. UserError lists
+    what is missing, unexpected or of another shape or type.
+    partial: parameters in the checkpoint that abstract_params lacks (another head) are left out instead.
+    """
+    return _restore(_step_folder(RunDirectory(run_dir).checkpoints, step), "params", abstract_params, partial)
+
+
+def restore_optimizer(run_dir: str | Path, abstract: TrainState) -> Any:
+    """The optimizer state alone of a run's newest checkpoint, laid out as `abstract.opt_state` says."""
+    return _restore_rest(_step_folder(RunDirectory(run_dir).checkpoints, None), abstract).opt_state
+
+
+def read_config(run_dir: str | Path) -> dict:
+    """The configuration in a run's newest checkpoint; reads no arrays."""
+    return _json(_step_folder(RunDirectory(run_dir).checkpoints, None), "config")
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    return [step for step in _step_folders(folder) if (folder / str(step) / MANIFEST).exists()]
+
+
+def _step_folders(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def _step_folder(folder: Path, step: int | None) -> Path:
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"no checkpoint in {folder}; give the folder of a run that has saved one")
+    if step is not None and step not in steps:
+        raise UserError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def _rest(state: TrainState) -> dict:
+    return {"optimizer": state.opt_state, "rates": state.rates, "step": state.step, "key": state.key}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
+    """`abstract` with everything but the parameters read."""
+    named = _restore(folder, "opt_state", _named(_rest(abstract)))
+    rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract)), named.values())
+    return replace(abstract, opt_state=rest["optimizer"], rates=rest["rates"], step=rest["step"], key=rest["key"])
+
+
+def _restore(folder: Path, item: str, abstract: Any, partial: bool = False) -> Any:
+    _verify(folder, item)
+    handler = ocp.PyTreeCheckpointHandler()
+    saved = handler.metadata(epath.Path(folder / item)).tree
+    if abstract is None:
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        args = ocp.args.PyTreeRestore(restore_args=as_arrays)
+    else:
+        _compare(folder / item, _named(saved), _named(abstract), partial)
+        layout = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout, partial_restore=partial)
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(folder / item, args=args)
+
+
+def _compare(where: Path, saved: dict, wanted: dict, partial: bool) -> None:
+    faults = [f"{path} is missing" for path in wanted if path not in saved]
+    faults += [f"{path} is not expected" for path in saved if path not in wanted and not partial]
+    for path in (path for path in wanted if path in saved):
+        there, here = ((tuple(leaf.shape), np.dtype(leaf.dtype).name) for leaf in (saved[path], wanted[path]))
+        if there != here:
+            faults.append(f"{path} is {there[1]} {there[0]}, wanted {here[1]} {here[0]}")
+    if faults:
+        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise UserError(
+            f"{where} does not fit this model: {'; '.join(faults[:8])}{more}; use the settings of the run that wrote it"
+        )
+
+
+def _json(folder: Path, item: str) -> dict:
+    _verify(folder, item)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder / item)
+
+
+def _write_manifest(folder: Path) -> int:
+    """Write the manifest of a step's folder; returns the bytes it covers."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "sha256": sums})
+    return sum(path.stat().st_size for path in files)
+
+
+def _verify(folder: Path, item: str) -> None:
+    """UserError unless every file of the item is there with the contents it was written with."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version, sums = manifest["format_version"], manifest["sha256"]
+        damaged = [name for name in sums if name.startswith(item + "/") and _sha256(folder / name) != sums[name]]
+    except (OSError, ValueError, KeyError) as error:
+        version, damaged = FORMAT_VERSION, [str(error)]
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has format version {version} and this code reads {FORMAT_VERSION}; use its own code")
+    if damaged:
+        others = [str(step) for step in complete_steps(folder.parent) if str(step) != folder.name]
+        rest = f"; delete {folder} to go on from step {others[-1]}" if others else "; restore it from a copy"
+        raise UserError(f"checkpoint {folder} is damaged: {damaged[0]} is not as it was written{rest}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _plain_errors(step: int, folder: Path) -> Iterator[None]:
+    """Whatever Orbax raises while writing, as an OSError on one line."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or re.search("no space left|RESOURCE_EXHAUSTED", said, re.I):
+            number, said = errno.ENOSPC, "no space left; make some, and the same command goes on from the last one"
+        else:
+            number, said = getattr(error, "errno", None) or errno.EIO, " ".join(said.split())[:300]
+        raise OSError(number, f"checkpoint {step} could not be written: {said}", str(folder)) from error

@@ -1,0 +1,111 @@
+"""Settings shared by every kind of training run, as frozen dataclasses.
+
+A run's *identity* (model, data, objective, optimizer, seed, global batch, steps) must be the same for it to
+resume; its *execution* (fields named in `EXECUTION_FIELDS`) may change at any time. Imports no JAX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cli import UserError
+from sharding.mesh import MeshConfig
+
+EXECUTION_FIELDS = frozenset(
+    "run_dir stop_at accumulation mesh execution checkpoint log_every eval_every prefetch json debug cache".split()
+)
+"""Field names, at any depth, that a resumed run may change."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and schedule; the schedule spans `steps` of the run."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices of the layers with adamw for the rest (Jordan et al. 2024)."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices under muon."""
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    """After warm-up: linear or cosine to the end, or stable until the last decay_fraction (wsd)."""
+    warmup: float = 0.06
+    """Warm-up: a fraction of the steps below 1, else a number of steps."""
+    decay_fraction: float = 0.2
+    """wsd: the part of the steps in which the rate falls."""
+    final_fraction: float = 0.0
+    """Learning rate at the end, as a fraction of the peak."""
+    weight_decay: float = 0.01
+    no_decay: str = r"(bias|scale|norm|embedding)"
+    """Parameters whose path matches (regular expression) are not decayed."""
+    rate_scales: tuple[tuple[str, float], ...] = ()
+    """(regular expression, factor) pairs: the first that matches a path scales its learning rate."""
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 = off."""
+
+    def __post_init__(self):
+        if self.warmup < 0 or (self.learning_rate or 0) < 0 or not 0 <= self.decay_fraction <= 1:
+            raise UserError(
+                f"optimizer: warmup={self.warmup}, learning_rate={self.learning_rate} must not be negative and "
+                f"decay_fraction={self.decay_fraction} lies between 0 and 1"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written; the last step is always saved."""
+
+    every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many of the newest stay on disk."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the training loop itself needs; the doors extend it with model, data and objective."""
+
+    steps: int = 1000
+    """Length of the schedule in optimizer steps."""
+    batch_size: int = 32
+    """Rows in the global batch."""
+    seed: int = 0
+    """Seeds parameters, data order, masking and dropout."""
+    run_dir: str | None = None
+    """Where everything of this run goes; unset = runs/<preset>."""
+    stop_at: int | None = None
+    """Pause after this step, before the schedule ends; the same command without it goes on."""
+    init_from: str | None = None
+    """Start from the weights of this run directory."""
+    init_optimizer: bool = False
+    """With --init-from: take its optimizer state too (a fork, e.g. the decay phase of a stable run)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    accumulation: int = 1
+    """Micro-batches a step; gradients are summed exactly."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 10
+    """Steps between progress lines and logged metrics."""
+    eval_every: int = 500
+    """Steps between evaluations on held-out data; the end is always evaluated."""
+    prefetch: int = 2
+    """Batches prepared ahead by a thread."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every"):
+            value = getattr(self, name)
+            # A door may leave one unset until it has seen the data.
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise UserError(f"stop_at={self.stop_at} must be at least 1; leave it out to train to the end")
+        if self.init_optimizer and not self.init_from:
+            raise UserError("init_optimizer needs --init-from RUN: whose optimizer state should be taken?")

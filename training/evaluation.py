@@ -1,0 +1,50 @@
+"""Evaluation on held-out batches: sums and weights added up over all of them, divided once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sharding.mesh import place_batch
+from training.step import Objective, make_eval_step
+
+EVAL_SEED = 20_250_101
+"""Draws the masks of evaluations: the same in every run, whatever its seed."""
+
+
+def make_evaluate(
+    objective: Objective,
+    batches: Iterable[dict],
+    mesh: Mesh,
+    finalize: Callable[[dict[str, float]], dict[str, float]] = dict,
+) -> Callable[[Any], dict[str, float]]:
+    """params → metrics over all `batches` (this process's rows, NumPy); they are gone through at every call.
+
+    finalize: metrics → metrics with what follows from them (perplexity = exp loss).
+    """
+    eval_step = make_eval_step(objective)
+
+    @jax.jit
+    def sums_of(params, batch, index):
+        return eval_step(params, batch, jax.random.fold_in(jax.random.key(EVAL_SEED), index))
+
+    def evaluate(params: Any) -> dict[str, float]:
+        totals: dict[str, np.ndarray] = {}
+        pending: dict = {}
+        for index, batch in enumerate(batches):
+            sums = sums_of(params, place_batch(batch, mesh), np.uint32(index))
+            _add(totals, pending)
+            pending = sums
+        _add(totals, pending)
+        return finalize({name: float(total / (weight or 1.0)) for name, (total, weight) in totals.items()})
+
+    return evaluate
+
+
+def _add(totals: dict[str, np.ndarray], sums: dict) -> None:
+    for name, pair in sums.items():
+        totals[name] = totals.get(name, np.zeros(2)) + np.array([float(part) for part in pair])

@@ -1,0 +1,183 @@
+"""The training loop, from the first parameter to the last checkpoint. Read it top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from sharding.mesh import place_batch
+from sharding.topology import peak_flops
+from training.checkpoint import Checkpoints
+from training.config import TrainConfig
+from training.evaluation import make_evaluate
+from training.guard import StopSignal
+from training.optimizer import build_optimizer, schedule
+from training.run import RunDirectory
+from training.start import first_state
+from training.state import TrainState
+from training.step import Objective, make_train_step
+from training.tracker import Tracker
+
+
+class NonFiniteLoss(SystemExit):
+    """Training met a loss or gradient that is no number. Uncaught, it is one line on stderr and exit code 1."""
+
+
+class Batches(Protocol):
+    """An iterator over batches, this process's rows as NumPy arrays; a generator is one."""
+
+    def __next__(self) -> dict: ...
+    def close(self) -> object: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a session ended."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    """Whether the schedule was completed, rather than paused or stopped."""
+    loss: float | None
+    """Training loss of the last step; None if there was nothing left to do."""
+    eval: dict[str, float]
+    """Metrics of the last evaluation."""
+    tokens: int
+    """Tokens trained on since step 0."""
+    tokens_per_second: float | None
+    """Without the first step and evaluations."""
+    first_step_seconds: float | None
+    """Compilation included."""
+    mfu: float | None
+
+
+def train(
+    config: TrainConfig,
+    *,
+    init_params: Callable[[jax.Array], Any],
+    matrix_axes: Callable[[Any], Any],
+    objective: Objective,
+    eval_objective: Objective,
+    batches_from: Callable[[int], Batches],
+    eval_batches: Iterable[dict],
+    run: RunDirectory,
+    config_dict: dict,
+    mesh: Mesh,
+    tokens_per_step: int,
+    flops_per_step: float | None = None,
+    finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
+    load_params: Callable[[Any], Any] | None = None,
+) -> Result:
+    """Train until config.steps (or stop_at, or a signal); resume the run if its directory has a checkpoint.
+
+    init_params: key → parameters. matrix_axes: parameter shapes → see `build_optimizer`.
+    batches_from: step → the batches from that step on. eval_batches: gone through at each evaluation.
+    config_dict: JSON values, saved with each checkpoint.
+    load_params: parameter shapes with shardings → parameters to start from; default: those of config.init_from.
+    finalize_eval: adds what follows from the metrics of an evaluation (perplexity).
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
+
+        shapes = jax.eval_shape(init_params, jax.random.key(0))
+        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
+        factor = schedule(config.optimizer, config.steps)
+        state, origin = first_state(config, init_params, optimizer, mesh, checkpoints, load_params)
+        start = int(state.step)
+        layout = jax.tree.map(lambda x: x.sharding, state)
+
+        train_step = jax.jit(
+            make_train_step(objective, optimizer, factor, config.accumulation),
+            donate_argnums=0,
+            out_shardings=(layout, None),
+        )
+        evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval)
+
+        last = min(config.stop_at or config.steps, config.steps)
+        peak = peak_flops(mesh.devices.flat[0])
+        tracker = Tracker(
+            run,
+            total_steps=config.steps,
+            start_step=start,
+            last_step=last,
+            tokens_per_step=tokens_per_step,
+            flops_per_step=flops_per_step,
+            peak_flops=peak and peak * mesh.size,
+            log_every=config.log_every,
+            quiet=jax.process_index() != 0,
+        )
+        stack.callback(tracker.close)
+        tracker.say(origin)
+        checkpoints.announce = tracker.say
+        batches = stack.enter_context(contextlib.closing(batches_from(start)))
+        stop = stack.enter_context(StopSignal())
+        # A collection in the middle of a step stalls every device of the mesh.
+        gc.disable()
+        stack.callback(gc.enable)
+
+        step, loss, evaluation, pending = start, None, {}, None
+        while step < last:
+            state, metrics = train_step(state, place_batch(next(batches), mesh))
+            step += 1
+            # The device works on this step while the host reads the one before.
+            if pending is not None:
+                loss = _report(tracker, checkpoints, *pending)
+            pending = step, metrics
+
+            stopping = stop.reached(step)
+            ending = stopping or step == last
+            evaluating = not stopping and (step % config.eval_every == 0 or ending)
+            saving = step % config.checkpoint.every == 0 or ending
+            if evaluating or saving:
+                # Before the save, so that a state which is not finite never reaches the disk.
+                loss = _report(tracker, checkpoints, *pending)
+                pending = None
+            if evaluating:
+                with tracker.paused():
+                    evaluation = evaluate(state.params)
+                    gc.collect()
+                tracker.evaluation(step, evaluation)
+            if saving:
+                checkpoints.save(state, config_dict, data={"step": step})
+            if ending:
+                break
+
+        if start >= last:
+            tracker.say(f"nothing left to train: step {start} of {config.steps} is done")
+            evaluation = evaluate(state.params)
+        checkpoints.wait()
+        if step < config.steps:
+            change = " without --stop-at" if step == last else ""
+            tracker.say(f"paused at step {step} of {config.steps}, saved; the same command{change} goes on from here")
+        return Result(
+            state=state,
+            step=step,
+            finished=step == config.steps,
+            loss=loss,
+            eval=evaluation,
+            tokens=step * tokens_per_step,
+            tokens_per_second=tracker.tokens_per_second,
+            first_step_seconds=tracker.first_step_seconds,
+            mfu=tracker.mfu,
+        )
+
+
+def _report(tracker: Tracker, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> float:
+    """Wait for the metrics of a step and log them; raises where training cannot go on. Returns the loss."""
+    values = {name: float(value) for name, value in metrics.items()}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        raise NonFiniteLoss(
+            f"error: at step {step} the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
+            "nothing was saved since the last checkpoint; try a lower --optimizer.learning-rate or a longer warm-up"
+        )
+    checkpoints.check()
+    tracker.log(step, values)
+    return values["loss"]

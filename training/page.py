@@ -1,0 +1,255 @@
+"""The building blocks of a report: one self-contained HTML page, readable on a phone, in light and in dark.
+
+A section is a title and a piece of HTML; `write_page` makes a file of them. Everything that comes
+from a run is escaped here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Section(NamedTuple):
+    """A part of the page; `note` stands under the title, both plain text. body: HTML."""
+
+    title: str
+    body: str
+    note: str = ""
+
+
+def write_page(path: Path, title: str, subtitle: str, sections: Iterable[Section], tiles: str = "") -> Path:
+    """Write the page whole or not at all. title, subtitle: plain text. tiles: from `tiles`, above the first section."""
+    head = f"<p class=mark>Espalier</p><h1>{escape(title)}</h1><p class=sub>{escape(subtitle)}</p>"
+    parts = [f"<header>{head}{tiles}</header>"]
+    for section in sections:
+        note = f"<p class=note>{escape(section.note)}</p>" if section.note else ""
+        parts.append(f"<section><h2>{escape(section.title)}</h2>{note}{section.body}</section>")
+    page = (
+        "<!doctype html>\n<html lang=en><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        f'<meta name=color-scheme content="light dark"><title>{escape(title)} · Espalier</title><style>{STYLE}</style>'
+        f"<main>{''.join(parts)}</main></html>\n"
+    )
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def tiles(items: Iterable[tuple[str, str]]) -> str:
+    """Key figures as (name, value) side by side."""
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items)
+    return f"<dl class=tiles>{cells}</dl>" if cells else ""
+
+
+def picture(light: str, dark: str, description: str) -> str:
+    """A drawing as two base64 PNGs, for light and for dark. description: what a person who cannot see it is told."""
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img alt="{escape(description)}" src="data:image/png;base64,{light}"></picture>'
+    )
+
+
+def grid(bodies: Sequence[str]) -> str:
+    """Pieces of HTML side by side where there is room."""
+    return f"<div class=grid>{''.join(f'<div>{body}</div>' for body in bodies)}</div>"
+
+
+def entries(items: Iterable[tuple[str, str, str]]) -> str:
+    """A list of (title, small remark, text)."""
+    parts = (
+        f"<li><strong>{escape(title)}</strong> <small>{escape(remark)}</small><p>{escape(text)}</p></li>"
+        for title, remark, text in items
+    )
+    return f"<ul class=entries>{''.join(parts)}</ul>"
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, highlight: int = 0) -> str:
+    """Horizontal bars for values from 0 to 1: (name, value, note). highlight: the row in the accent colour."""
+    parts = []
+    for number, (name, value, note) in enumerate(rows):
+        kind = " class=own" if number == highlight else ""
+        small = f"<small>{escape(note)}</small>" if note else ""
+        width = 100 * min(max(value, 0.0), 1.0)
+        parts.append(
+            f"<li{kind}><span>{escape(name)}{small}</span><i><b style='width:{width:.1f}%'></b></i>"
+            f"<em>{percent(value)}</em></li>"
+        )
+    return f"<ul class=bars>{''.join(parts)}</ul>"
+
+
+def confusion_table(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
+    """Rows are true labels, columns predicted ones; the shade is the part of the row."""
+    head = "".join(f"<th><span>{escape(label)}</span></th>" for label in labels)
+    turned = " class=tall" if len(labels) > 5 or max(map(len, labels)) > 12 else ""
+    rows = []
+    for i, (label, counts) in enumerate(zip(labels, matrix, strict=True)):
+        total = max(sum(counts), 1)
+        cells = "".join(
+            f"<td class={'hit' if i == j else 'miss'} style='--part:{100 * count / total:.0f}%'>{count or '·'}</td>"
+            for j, count in enumerate(counts)
+        )
+        rows.append(f"<tr><th>{escape(label)}</th>{cells}<td class=sum>{percent(counts[i] / total, 0)}</td></tr>")
+    return (
+        f"<div class=scroll><table class=confusion><thead{turned}><tr><td class=corner>true ↓ &nbsp;predicted →</td>"
+        f"{head}<th><span>recall</span></th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def masked_words(samples: Sequence[dict]) -> str:
+    """Excerpts with hidden words: what stood there, green where the first guess is right, and the guesses."""
+    cards = []
+    for sample in samples:
+        slots = {slot["index"]: slot for slot in sample["masked"]}
+        text, rows = [], []
+        for index, token in enumerate(sample["tokens"]):
+            slot = slots.get(index)
+            shown, blank = _spoken(slot["truth"] if slot else token)
+            space = " " if blank and text else ""
+            if slot is None:
+                special = token[:1] in "[<" and token[-1:] in "]>" and len(token) > 2
+                text.append(f"{space}<s>{escape(token)}</s>" if special else space + escape(shown))
+                continue
+            right = bool(slot["guesses"]) and slot["guesses"][0][0] == slot["truth"]
+            kind = "right" if right else "wrong"
+            text.append(f"{space}<mark class={kind}>{escape(shown)}</mark>")
+            guesses = "".join(
+                f"<li{' class=truth' if word == slot['truth'] else ''}>{escape(_spoken(word)[0])} "
+                f"<small>{escape(percent(probability, 0))}</small></li>"
+                for word, probability in slot["guesses"]
+            )
+            rows.append(f"<tr><th><mark class={kind}>{escape(shown)}</mark></th><td><ol>{guesses}</ol></td></tr>")
+        cards.append(f"<article><p>{''.join(text)}</p><table class=guesses>{''.join(rows)}</table></article>")
+    return f"<div class=samples>{''.join(cards)}</div>"
+
+
+def texts(items: Iterable[str]) -> str:
+    """Generated texts, as they are."""
+    return "".join(f"<blockquote>{escape(text.strip()) or '(nothing)'}</blockquote>" for text in items)
+
+
+def settings(config: dict) -> str:
+    """A configuration, its groups (nested dictionaries) folded away under the settings of the run itself."""
+    plain = [(name, value) for name, value in config.items() if not isinstance(value, dict)]
+    parts = [_definitions(plain)] if plain else []
+    for name, values in config.items():
+        if isinstance(values, dict):
+            parts.append(f"<details><summary>{escape(name)}</summary>{_definitions(values.items())}</details>")
+    return "".join(parts)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number as people write it: 12,345, 0.0003, 3.142, 1.2 M; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 1e7 else f"{value / 1e6:,.1f} M"
+    return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.{digits}g}"
+
+
+def percent(part: float, digits: int = 1) -> str:
+    """A part of 1 in percent, with the narrow blank before the sign that keeps both on one line."""
+    shown = f"{100 * part:.{digits}f}"
+    return f"{'<1' if shown == '0' and part > 0 else shown}\u202f%"
+
+
+def _definitions(items: Iterable[tuple[str, Any]]) -> str:
+    rows = "".join(f"<div><dt>{escape(str(name))}</dt><dd>{escape(_plain(value))}</dd></div>" for name, value in items)
+    return f"<dl class=settings>{rows}</dl>"
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == []:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _spoken(token: str) -> tuple[str, bool]:
+    """A token as text and whether a blank stands before it, in the spelling of WordPiece or byte-level BPE."""
+    if token.startswith("##"):
+        return token[2:], False
+    if token.startswith(("Ġ", "▁")):
+        return token[1:].replace("Ġ", " ").replace("Ċ", "↵") or "␣", True
+    return token.replace("Ċ", "↵"), True
+
+
+STYLE = """
+:root{--paper:#fbfbf9;--card:#fff;--ink:#1d2321;--soft:#5d6864;--line:#e2e5e1;--accent:#1b6e53;--fill:#dfece6;
+--right:#d5eddf;--right-ink:#0f5c3d;--wrong:#fbe3d3;--wrong-ink:#8f3d0c;--bar:#b9c3be}
+@media(prefers-color-scheme:dark){:root{--paper:#141816;--card:#1b201e;--ink:#e6ebe8;--soft:#9aa7a1;--line:#2d3532;
+--accent:#6cc5a1;--fill:#22362e;--right:#1d4533;--right-ink:#9fe3c2;--wrong:#4a2c1b;--wrong-ink:#f3b893;--bar:#4d5954}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.55 ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+main{max-width:50rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+.mark{margin:0;color:var(--accent);font-size:.8rem;font-weight:600;letter-spacing:.09em;text-transform:uppercase}
+h1{margin:.15rem 0 .2rem;font-size:clamp(1.6rem,5vw,2.2rem);line-height:1.15;letter-spacing:-.02em;
+overflow-wrap:anywhere}
+.sub{margin:0;color:var(--soft);max-width:42rem}
+h2{margin:3rem 0 .3rem;font-size:1.2rem;letter-spacing:-.01em}
+.note{margin:0 0 1rem;color:var(--soft);font-size:.9rem;max-width:42rem}
+dl,dd,ul,ol{margin:0;padding:0;list-style:none}
+.tiles{display:flex;flex-wrap:wrap;margin:1.75rem 0 0;gap:1px;
+background:var(--line);border:1px solid var(--line);border-radius:10px;overflow:hidden}
+.tiles div{flex:1 1 8.5rem;background:var(--card);padding:.75rem .9rem}
+.tiles dt{color:var(--soft);font-size:.78rem}
+.tiles dd{font-size:1.3rem;font-weight:600;letter-spacing:-.01em;font-variant-numeric:tabular-nums}
+picture,img{display:block;width:100%;height:auto}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem 1.5rem;align-items:start}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
+table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;vertical-align:top}
+.entries{display:grid;gap:.8rem}.entries small{color:var(--soft)}
+.entries p{margin:.1rem 0 0;font-family:ui-serif,Georgia,"Times New Roman",serif;overflow-wrap:anywhere}
+.bars li{display:grid;grid-template-columns:minmax(8rem,15rem) 1fr 4.2rem;gap:.75rem;align-items:center;
+padding:.45rem 0}
+.bars small{display:block;color:var(--soft);font-size:.78rem;line-height:1.3}
+.bars i{background:var(--line);border-radius:4px;height:.85rem;overflow:hidden}
+.bars b{display:block;height:100%;background:var(--bar);border-radius:4px}
+.bars em{font-style:normal;text-align:right;font-variant-numeric:tabular-nums}
+.bars .own b{background:var(--accent)}.bars .own em,.bars .own span{font-weight:600}.bars .own small{font-weight:400}
+.confusion{font-size:.85rem}
+.confusion th{font-weight:500;white-space:nowrap;padding-right:.6rem;vertical-align:middle}
+.confusion thead th{color:var(--soft);vertical-align:bottom;text-align:center;padding:.3rem}
+.confusion .tall span{writing-mode:vertical-rl;transform:rotate(180deg)}
+.confusion .corner{text-align:left;vertical-align:bottom;color:var(--soft);font-size:.75rem;white-space:nowrap}
+.confusion td{min-width:2.9rem;padding:.5rem .4rem;text-align:center;border:2px solid var(--paper);border-radius:6px}
+.confusion .hit{background:color-mix(in srgb,var(--accent) calc(var(--part)*.62),var(--card))}
+.confusion .miss{background:color-mix(in srgb,var(--wrong-ink) calc(var(--part)*.62),var(--card))}
+.confusion .sum{color:var(--soft)}
+.samples{display:grid;gap:1rem}
+.samples article{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem 1.1rem .6rem}
+.samples p{margin:0 0 .7rem;font-family:ui-serif,Georgia,"Times New Roman",serif;font-size:1.05rem;line-height:1.7;
+overflow-wrap:anywhere}
+.samples s{color:var(--soft);text-decoration:none;font:.72rem ui-monospace,Menlo,Consolas,monospace}
+mark{padding:.08em .3em;border-radius:5px}
+mark.right{background:var(--right);color:var(--right-ink)}mark.wrong{background:var(--wrong);color:var(--wrong-ink)}
+.guesses{width:100%}
+.guesses th{width:30%;font-weight:400}
+.guesses th,.guesses td{border-top:1px solid var(--line);padding:.3rem .5rem .3rem 0}
+.guesses ol{display:flex;flex-wrap:wrap;gap:.1rem 1rem}.guesses small{color:var(--soft)}.guesses .truth{font-weight:600}
+blockquote{margin:0 0 1rem;padding:.8rem 1.1rem;background:var(--card);border:1px solid var(--line);border-radius:10px;
+white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-serif,Georgia,"Times New Roman",serif}
+.settings{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));column-gap:2rem;font-size:.86rem}
+.settings div{display:flex;justify-content:space-between;gap:1rem;padding:.25rem 0;border-bottom:1px solid var(--line)}
+.settings dt{color:var(--soft)}
+.settings dd{text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+details{border-bottom:1px solid var(--line);padding:.15rem 0}
+details[open]{padding-bottom:1rem}
+summary{cursor:pointer;padding:.4rem 0;font-weight:500;font-size:.92rem}
+@media(max-width:34rem){main{padding-top:1.5rem}
+.bars li{grid-template-columns:1fr 4.2rem}.bars li span{grid-column:1/-1}
+.settings{grid-template-columns:1fr}}
+@media print{details>*{display:block}section{break-inside:avoid}}
+"""

@@ -1,0 +1,162 @@
+"""What a run reports while it goes: the progress line, metrics.jsonl and TensorBoard. One place that logs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from training.run import RunDirectory
+
+
+class Tracker:
+    """Logs one run from `start_step` on; speeds leave out the first step (it compiles) and evaluations.
+
+    total_steps: of the schedule. last_step: where this session ends, for the time left.
+    flops_per_step, peak_flops: of the whole mesh; MFU is left out where one of them is None.
+    quiet: measure only (all processes but the first).
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        total_steps: int,
+        start_step: int,
+        last_step: int,
+        tokens_per_step: int,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
+        log_every: int = 10,
+        quiet: bool = False,
+    ):
+        self.first_step_seconds: float | None = None
+        self._total, self._start, self._last, self._log_every = total_steps, start_step, last_step, log_every
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
+        self._quiet = quiet
+        self._terminal = sys.stdout.isatty()
+        self._open_line = False
+        self._step = start_step
+        self._clock = self._mark = self._seen = time.perf_counter()
+        self._marked_step = start_step
+        self._metrics = self._board = None
+        if not quiet:
+            from tensorboardX import SummaryWriter
+
+            cut_metrics(run, start_step)
+            self._metrics = run.metrics.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean over this session's steps after the first, up to the last one logged."""
+        return self._rate(self._start + 1, self._clock)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP/s over the peak of the hardware (PaLM, Chowdhery et al. 2022, app. B), as tokens_per_second."""
+        return self._utilisation(self.tokens_per_second)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """To be called for every step once its metrics are known; writes the first, the last, every log_every-th."""
+        self._step, self._seen = step, time.perf_counter()
+        if self.first_step_seconds is None:
+            self.first_step_seconds = self._seen - self._clock
+            speed = None
+            self._clock = self._seen
+        elif step % self._log_every and step != self._last:
+            return
+        else:
+            speed = self._rate(self._marked_step, self._mark)
+        self._mark, self._marked_step = self._seen, step
+        mfu = self._utilisation(speed)
+        timing = {"tokens_per_second": speed, "mfu": mfu}
+        self._write(step, metrics | {name: value for name, value in timing.items() if value is not None})
+        line = f"step {step}/{self._total}  loss {metrics['loss']:.3f}"
+        if speed:
+            left = (self._last - step) * self._tokens / speed
+            line += f"  {_short(speed)} tok/s  {_clock(left)} left"
+        if mfu is not None:
+            line += f"  MFU {mfu:.0%}".replace("%", " %")
+        self._show(line, keep=step == self._last)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation after `step`."""
+        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self._show(f"evaluation at step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), keep=True)
+
+    def say(self, line: str) -> None:
+        """Print a line of its own; safe from other threads."""
+        self._show(line, keep=True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        began = time.perf_counter()
+        yield
+        gap = time.perf_counter() - began
+        self._clock, self._mark, self._seen = self._clock + gap, self._mark + gap, self._seen + gap
+
+    def close(self) -> None:
+        if self._open_line:
+            self._show("", keep=True)
+        for sink in (self._metrics, self._board):
+            if sink is not None:
+                sink.close()
+
+    def _rate(self, since_step: int, since: float) -> float | None:
+        steps = self._step - since_step
+        return steps * self._tokens / (self._seen - since) if steps > 0 else None
+
+    def _utilisation(self, speed: float | None) -> float | None:
+        return speed / self._tokens * self._flops / self._peak if speed and self._flops and self._peak else None
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        if self._metrics is not None and self._board is not None:
+            self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+            self._metrics.flush()
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def _show(self, line: str, keep: bool) -> None:
+        if self._quiet:
+            return
+        begin = "\r\033[K" if self._terminal and self._open_line else ""
+        self._open_line = self._terminal and not keep
+        print(begin + line, end="" if self._open_line else "\n", flush=True)
+
+
+def cut_metrics(run: RunDirectory, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, and one that was not written to its end."""
+    if not run.metrics.exists():
+        return
+    kept = [line for line in run.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    shorter = run.metrics.with_suffix(".tmp")
+    shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(shorter, run.metrics)
+
+
+def _step_of(line: str) -> float:
+    try:
+        record: Any = json.loads(line)
+        return record["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
