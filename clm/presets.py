@@ -24,7 +24,7 @@ class PretrainConfig(TrainConfig):
 
 
 def debug() -> PretrainConfig:
-    """A toy that trains in seconds, to see that everything runs: `./launch.sh clm debug`. Built-in text, any hardware."""
+    """A toy that trains in seconds, to see that everything runs: `./launch.sh clm debug`. Any hardware."""
     return PretrainConfig(
         steps=20,
         batch_size=8,
@@ -74,7 +74,7 @@ def demo() -> PretrainConfig:
 
 
 def gpt2() -> PretrainConfig:
-    """GPT-2 (124M; Radford et al. 2019), half a million tokens a step: `./launch.sh clm gpt2 --data.files 'text/*.jsonl.gz'`.
+    """GPT-2 (124M; Radford et al. 2019), half a million tokens a step: `./launch.sh clm gpt2 --data.files …`.
 
     Not yet run to the end. 19,073 steps are 10 billion tokens. On one GPU: `--batch-size 512 --accumulation 16`.
     """
@@ -102,7 +102,7 @@ def gpt2_medium() -> PretrainConfig:
 
 
 def llama_1b() -> PretrainConfig:
-    """Llama 3.2 1B's architecture (1.24B), sharded over the devices: `./launch.sh clm llama-1b --data.files …`. Not yet run."""
+    """Llama 3.2 1B's architecture, sharded over the devices: `./launch.sh clm llama-1b --data.files …`. Not yet run."""
     return PretrainConfig(
         steps=50_000,
         batch_size=512,
@@ -119,7 +119,7 @@ def llama_1b() -> PretrainConfig:
 
 
 def llama_8b() -> PretrainConfig:
-    """Llama 3.1 8B's architecture (8.03B; Dubey et al. 2024): `./launch.sh clm llama-8b --data.files …`. Not yet run."""
+    """Llama 3.1 8B's architecture (Dubey et al. 2024): `./launch.sh clm llama-8b --data.files …`. Not yet run."""
     base = llama_1b()
     return replace(
         base,

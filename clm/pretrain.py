@@ -37,6 +37,7 @@ def main(config: PretrainConfig) -> dict:
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
     check_origin(config, run)
+    config.model.fitted(config.model.vocab_size, length)
 
     prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=False, runs=(run.path, config.init_from))
     tokenizer = prepared.tokenizer

@@ -1,8 +1,8 @@
 """The demo: pretrain a small encoder on the text that ships with Python, and see what the pretraining is worth.
 
-`./launch.sh` runs it. A classifier (which library does this docstring belong to?) is fine-tuned from the checkpoint and, with the same
-budget, from scratch; beside them stand TF-IDF with logistic regression and the majority class. The validation files
-of that task are in neither the tokenizer's nor the pretraining text.
+`./launch.sh` runs it. A classifier (which topic is this docstring about?) is fine-tuned from the checkpoint and, with
+the same budget, from scratch; beside them stand TF-IDF with logistic regression and the majority class. The validation
+files of that task are in neither the tokenizer's nor the pretraining text.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def main(config: DemoConfig) -> dict:
     )
     print(f"\n1/3  Pretraining on Python's own documentation, without the {len(task.validation_files)} held-out files")
     pretrained = mlm.pretrain.main(pretraining)
+    if not pretrained["finished"]:
+        return {"step": pretrained["step"], "run_dir": str(root), "finished": False}
 
     files = {}
     for name in ("train", "validation"):
@@ -76,6 +78,8 @@ def main(config: DemoConfig) -> dict:
     for number, (name, weights) in enumerate((("pretrained", "pretrained"), ("scratch", "random")), 2):
         print(f"\n{number}/3  Classifying docstrings by topic, {len(task.train)} labelled, from {weights} weights")
         run = finetune.train.main(replace(tuning, scratch=name == "scratch", run_dir=str(root / name)))
+        if not run["finished"]:
+            return {"step": run["step"], "run_dir": str(root / name), "finished": False}
         accuracy[name] = run["metrics"]["accuracy"]
     accuracy["tfidf"] = tfidf_accuracy(task.train, task.validation)
     accuracy["majority"] = majority_accuracy(task.train, task.validation)
@@ -85,7 +89,7 @@ def main(config: DemoConfig) -> dict:
         root / "comparison.json",
         {
             "title": "What is the pretraining worth?",
-            "note": f"Accuracy on {len(task.validation)} docstrings of files that nothing above has read. The task: which "
+            "note": f"Accuracy on {len(task.validation)} docstrings of files that nothing above has read: which "
             f"topic ({', '.join(topics)}) does a docstring belong to, learnt from {config.labels_per_class} labelled "
             "ones of each.",
             "rows": [

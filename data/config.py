@@ -15,7 +15,8 @@ class DataConfig:
     files: tuple[str, ...] = ()
     """Files or globs of training text: .txt (one document a file), .jsonl, .jsonl.gz (one a line)."""
     builtin: Literal["pydoc", "packages"] | None = None
-    """Text that is on this machine already: Python's own documentation (2 MB), or the docstrings of all installed packages too (tens of MB)."""
+    """Where no files are given, text that is on this machine already: Python's own documentation (2 MB), or the
+    docstrings of all installed packages too (tens of MB)."""
     builtin_exclude: tuple[str, ...] = ()
     """Files of the built-in text to leave out (the demo's held-out ones)."""
     validation_files: tuple[str, ...] = ()
@@ -34,8 +35,6 @@ class DataConfig:
     """Folder of tokenized text; unset = $ESPALIER_CACHE, else ~/.cache/espalier."""
 
     def __post_init__(self):
-        if self.files and self.builtin:
-            raise UserError("data: both files and builtin are given; choose one text source")
         if self.sequence_length < 8:
             raise UserError(f"data.sequence_length={self.sequence_length} is too short; at least 8")
         if not 0 < self.validation_fraction < 1:

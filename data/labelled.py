@@ -122,9 +122,10 @@ def encode_pairs(
 class LabelledBatches:
     """Encoded examples in batches whose rows are as long as their longest example needs.
 
-    There are two row lengths, so that a jitted step is compiled twice and not for each length: one that holds the longest
-    example of about half of the batches, one that holds all. Arrays: `input_ids`, `segment_ids`, `positions`, `token_type_ids` int32 [B,T], `labels` int32 [B],
-    `example_weights` float32 [B] (0 for the rows that fill up the last evaluation batch).
+    There are two row lengths, so that a jitted step is compiled twice and not for each length: one that holds the
+    longest example of about half of the batches, one that holds all. Arrays: `input_ids`, `segment_ids`, `positions`,
+    `token_type_ids` int32 [B,T], `labels` int32 [B], `example_weights` float32 [B] (0 for the rows that fill up the
+    last evaluation batch).
     """
 
     def __init__(

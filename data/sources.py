@@ -44,10 +44,10 @@ class Sources(NamedTuple):
 
 def open_sources(config: DataConfig) -> Sources:
     """Training and validation text of a run."""
-    if config.builtin:
-        source: Source = BuiltinSource(config.builtin, frozenset(config.builtin_exclude))
-    elif config.files:
-        source = FileSource(config.files, config.text_field)
+    if config.files:
+        source: Source = FileSource(config.files, config.text_field)
+    elif config.builtin:
+        source = BuiltinSource(config.builtin, frozenset(config.builtin_exclude))
     else:
         raise UserError("no text was given; use --data.files 'text/*.txt', or --data.builtin pydoc for what is here")
     if not config.validation_files:

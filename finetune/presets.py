@@ -88,10 +88,12 @@ def classify_debug() -> FinetuneConfig:
 def demo() -> FinetuneConfig:
     """What the demo does with a few labelled examples of each class (`./launch.sh`): small model, many epochs."""
     return FinetuneConfig(
-        steps=200,
+        steps=120,
         batch_size=32,
         log_every=10,
-        eval_every=50,
+        eval_every=60,
+        data=FinetuneData(max_length=96),
+        execution=Execution(scan_layers=True),
         optimizer=FinetuneOptimizer(learning_rate=5e-4),
         checkpoint=CheckpointConfig(every=1000, keep=1),
     )

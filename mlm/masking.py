@@ -2,8 +2,8 @@
 
 Everything is drawn for the *global* batch from one key, so hosts, meshes and micro-batches change nothing. Shapes are
 static: M slots a row, of which the first k are used. k = round(rate × ordinary tokens of the row), exactly, and at
-least 1. Whole words are drawn in random order until k tokens are reached; the word that would overflow k is cut: only its
-first tokens are hidden. (Skipping it instead would favour short words and leave k open.)
+least 1. Whole words are drawn in random order until k tokens are reached; the word that would overflow k is cut: only
+its first tokens are hidden. (Skipping it instead would favour short words and leave k open.)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def rate_at(config: MaskingConfig, step, steps: int):
 def mask_batch(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabulary) -> dict:
     """Hide k tokens of every row.
 
-    batch: `input_ids`, `segment_ids` [B,T]. Returns the batch with hidden tokens in `input_ids`, and `masked_positions`,
+    batch: `input_ids`, `segment_ids` [B,T]. Returns it with hidden tokens in `input_ids`, and `masked_positions`,
     `masked_labels` (int32) and `masked_weights` (float32; 1 for the k used slots, 0 for the rest), all [B,M].
     """
     choose_key, action_key, random_key = jax.random.split(key, 3)

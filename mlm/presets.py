@@ -52,7 +52,7 @@ class PretrainConfig(TrainConfig):
 
 
 def debug() -> PretrainConfig:
-    """A toy that trains in seconds, to see that everything runs: `./launch.sh mlm debug`. Built-in text, any hardware."""
+    """A toy that trains in seconds, to see that everything runs: `./launch.sh mlm debug`. Any hardware."""
     return PretrainConfig(
         steps=20,
         batch_size=8,
@@ -78,32 +78,34 @@ def debug() -> PretrainConfig:
 def demo() -> PretrainConfig:
     """A small encoder for 2 CPU cores on built-in text, about 3 minutes: `./launch.sh mlm demo`."""
     return PretrainConfig(
-        steps=1500,
+        steps=450,
         batch_size=32,
         log_every=25,
-        eval_every=250,
+        eval_every=150,
         eval_rows=128,
         model=replace(
             MODERNBERT_BASE,
-            vocab_size=6144,
-            hidden_size=192,
+            vocab_size=4096,
+            hidden_size=128,
             num_hidden_layers=4,
             prefix_layers=(),
             layer_period=("global",),
             first_attention_norm=True,
-            num_attention_heads=3,
-            intermediate_size=384,
+            num_attention_heads=4,
+            intermediate_size=256,
             max_position_embeddings=512,
+            classifier_pooling="mean",
         ),
         data=DataConfig(builtin="pydoc", sequence_length=128),
         masking=MaskingConfig(rate=0.3, final_rate=0.15, whole_words=True),
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="linear", weight_decay=0.01),
-        checkpoint=CheckpointConfig(every=500),
+        execution=Execution(scan_layers=True),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup=0.1, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=150),
     )
 
 
 def bert_base() -> PretrainConfig:
-    """BERT-base (110M; Devlin et al. 2019), length 512, 256 rows: `./launch.sh mlm bert-base --data.files 'text/*.jsonl.gz'`.
+    """BERT-base (110M; Devlin et al. 2019), length 512, 256 rows: `./launch.sh mlm bert-base --data.files …`.
 
     Not yet run to the end. The recipe's first 90 % at length 128 is `--data.sequence-length 128 --batch-size 1024`.
     """
@@ -127,7 +129,7 @@ def bert_large() -> PretrainConfig:
 
 
 def modern_base() -> PretrainConfig:
-    """ModernBERT-base's architecture (149M; Warner et al. 2024), 30 % masks: `./launch.sh mlm modern-base --data.files …`.
+    """ModernBERT-base's architecture (149M; Warner et al. 2024): `./launch.sh mlm modern-base --data.files …`.
 
     Not yet run. Length 1024 and a warm-up, stable, decay schedule as in the paper's first phase; extend it with
     `--init-from RUN --init-optimizer --data.sequence-length 8192`.

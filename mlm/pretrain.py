@@ -39,6 +39,7 @@ def main(config: PretrainConfig) -> dict:
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
     check_origin(config, run)
+    config.model.fitted(config.model.vocab_size, length)
 
     prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=True, runs=(run.path, config.init_from))
     tokenizer = prepared.tokenizer
@@ -49,6 +50,7 @@ def main(config: PretrainConfig) -> dict:
     run.create_or_resume(config_dict)
     save_tokenizer(tokenizer, run.tokenizer)
 
+    assert specials.mask is not None
     ordinary_V = ~np.isin(np.arange(model.vocab_size), specials.all)
     vocabulary = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
     rows, held_out = (
@@ -85,8 +87,8 @@ def main(config: PretrainConfig) -> dict:
         samples = masked_samples(
             model, params, eval_batches[0], tokenizer, vocabulary, config.masking, config.execution, seed=config.seed
         )
-        counts = (store.counts(model.vocab_size) for store in (prepared.train, prepared.validation))
-        entropy = unigram_entropy(*counts, vocabulary)
+        train_V, held_out_V = (store.counts(model.vocab_size) for store in (prepared.train, prepared.validation))
+        entropy = unigram_entropy(train_V, held_out_V, vocabulary)
         write_json(run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
         write_report(run.path)
     return summary

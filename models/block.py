@@ -63,6 +63,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = (constrain(y, "batch", None, "tensor", None) for y in (q_BTNH, k_BTKH, v_BTKH))
 
         if cache is not None:
+            assert context.end is not None
             start = (0, context.end, 0, 0)
             cache = {
                 name: jax.lax.dynamic_update_slice(cache[name], new.astype(cache[name].dtype), start)
@@ -129,17 +130,17 @@ class Block(nn.Module):
         attention_norm = make_norm(c, self.dtype, "attention_norm")
         if self.first and not c.first_attention_norm:
             attention_norm = _identity
-        keys = [None] * DROPOUTS if keys is None else keys
+        key = [None] * DROPOUTS if keys is None else keys
 
         if c.norm_position == "pre":
-            y_BTD, cache = attention(attention_norm(x_BTD), context, cache, keys[0])
-            x_BTD = constrain(x_BTD + dropout(y_BTD, c.hidden_dropout, keys[1]), "batch", None, None)
-            x_BTD = x_BTD + dropout(mlp(mlp_norm(x_BTD)), c.hidden_dropout, keys[2])
+            y_BTD, cache = attention(attention_norm(x_BTD), context, cache, key[0])
+            x_BTD = constrain(x_BTD + dropout(y_BTD, c.hidden_dropout, key[1]), "batch", None, None)
+            x_BTD = x_BTD + dropout(mlp(mlp_norm(x_BTD)), c.hidden_dropout, key[2])
         else:
-            y_BTD, cache = attention(x_BTD, context, cache, keys[0])
-            x_BTD = attention_norm(x_BTD + dropout(y_BTD, c.hidden_dropout, keys[1]))
+            y_BTD, cache = attention(x_BTD, context, cache, key[0])
+            x_BTD = attention_norm(x_BTD + dropout(y_BTD, c.hidden_dropout, key[1]))
             x_BTD = constrain(x_BTD, "batch", None, None)
-            x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD), c.hidden_dropout, keys[2]))
+            x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD), c.hidden_dropout, key[2]))
         return constrain(x_BTD, "batch", None, None), cache
 
 

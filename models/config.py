@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cli import UserError
 
@@ -74,6 +74,8 @@ class ModelConfig:
     """A bias in the dense layer before the vocabulary (BERT: yes, ModernBERT: no)."""
     classifier_pooler: Literal["tanh", "transform"] = "tanh"
     """Encoder classification: first token → dense + tanh (BERT) or dense + activation + norm (ModernBERT)."""
+    classifier_pooling: Literal["cls", "mean"] = "cls"
+    """What an encoder classifies by: its first token, or the mean of all (better with few labels)."""
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
@@ -144,9 +146,10 @@ class ModelConfig:
         return dataclasses.replace(self, vocab_size=vocab_size, max_position_embeddings=sequence_length)
 
     @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Rebuild from JSON (lists become tuples)."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
 @dataclass(frozen=True)

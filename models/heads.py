@@ -5,6 +5,8 @@ A language-model head returns what `models.vocabulary` multiplies (features, tab
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,8 @@ def masked_lm_head(config: ModelConfig, params: dict, hidden_BMD: jax.Array, exe
     head = params.get("head", {}).get("masked_lm", {})
     if config.head_transform:
         weights = {name: head[name] for name in ("transform", "norm")}
-        hidden_BMD = MaskedLMTransform(config, compute_dtype(execution)).apply({"params": weights}, hidden_BMD)
+        transform: Any = MaskedLMTransform(config, compute_dtype(execution))
+        hidden_BMD = transform.apply({"params": weights}, hidden_BMD)
     return hidden_BMD, params["embeddings"]["token"]["embedding"], head.get("bias")
 
 
@@ -68,7 +71,7 @@ def classification_logits(
 ) -> jax.Array:
     """Class scores, float32 [B, C], of rows that hold one example each; a key turns dropout on."""
     weights = params["head"]["classification"]
-    classifier = Classifier(config, weights["out"]["kernel"].shape[-1])
+    classifier: Any = Classifier(config, weights["out"]["kernel"].shape[-1])
     return classifier.apply({"params": weights}, hidden_BTD, segment_ids_BT, key)
 
 
@@ -88,7 +91,10 @@ class MaskedLMTransform(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoders: first token → dense, tanh (or activation and norm) → out. Causal: last token → out without bias."""
+    """Encoders: first token, or the mean of all → dense, tanh (or activation and norm) → out.
+
+    Causal models: last token → out without bias.
+    """
 
     config: ModelConfig
     num_labels: int
@@ -98,8 +104,12 @@ class Classifier(nn.Module):
         c, dtype = self.config, x_BTD.dtype
         D = c.hidden_size
         real_BT = segment_ids_BT != 0
-        at_B = real_BT.shape[1] - 1 - real_BT[:, ::-1].argmax(1) if c.causal else real_BT.argmax(1)
-        x_BMD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
+        if c.causal or c.classifier_pooling == "cls":
+            at_B = real_BT.shape[1] - 1 - real_BT[:, ::-1].argmax(1) if c.causal else real_BT.argmax(1)
+            x_BMD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
+        else:
+            count_B1 = jnp.maximum(real_BT.sum(1, keepdims=True), 1).astype(dtype)
+            x_BMD = jnp.einsum("BTD,BT->BD", x_BTD, real_BT.astype(dtype) / count_B1)[:, None]
         if not c.causal:
             bias = c.head_transform_bias or c.classifier_pooler == "tanh"
             x_BMD = Einsum((D, D), bias, c.initializer_range, dtype, name="dense")("BMD,DE->BME", x_BMD)

@@ -7,6 +7,7 @@ The repeated layers' parameters are stacked `[R, …]`; the tree is the same whe
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def apply(
     execution: Execution = DEFAULT_EXECUTION,
     key: jax.Array | None = None,
     cache: dict | None = None,
-):
+) -> Any:
     """Final hidden states x_BTD of a batch (`input_ids`, `segment_ids`, `positions`, optional `token_type_ids`).
 
     key: turns dropout on. cache: from `init_cache`; then the batch continues what the cache holds, and
@@ -171,7 +172,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, predicted_fractio
         keys = sequence_length
         if kind == "local":
             spec = spec_for(c, kind)
-            keys = min(keys, spec.left + (spec.right or 0) + 1)
+            keys = min(keys, (spec.left or 0) + (spec.right or 0) + 1)
         total += 12.0 * c.num_attention_heads * c.head_size * keys
     return total
 
@@ -270,4 +271,4 @@ def _split(leaf: jax.Array, count: int) -> list[jax.Array]:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return [leaf[i] for i in range(count)]
     # One lax.split, whose gradient is a single concatenate; slices would each be padded to full size and added.
-    return jax.lax.split(leaf, (1,) * count, axis=0)
+    return list(jax.lax.split(leaf, (1,) * count, axis=0))

@@ -46,7 +46,8 @@ class MeshConfig:
                 f"mesh {given} needs {known} devices and there are {device_count}; "
                 "make an axis smaller, or set one to -1 = the rest"
             )
-        return tuple(sizes)
+        data, fsdp, tensor = sizes
+        return data, fsdp, tensor
 
 
 def _divisors(n: int) -> list[int]:

@@ -78,7 +78,7 @@ def shard_like_params(shapes: Any, params: Any, mesh: Mesh) -> Any:
     def sharding(key_path, leaf):
         parts = path_of(key_path).split("/")
         for start in range(len(parts)):
-            shape, spec = known.get("/".join(parts[start:]), (None, None))
+            shape, spec = known.get("/".join(parts[start:]), (None, PartitionSpec()))
             if shape == leaf.shape:
                 return NamedSharding(mesh, spec)
         return NamedSharding(mesh, PartitionSpec())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import clm.presets
-from clm.generate import SamplingConfig, generate, next_token
 from cli import UserError
+from clm.generate import SamplingConfig, generate, next_token
 from models.heads import causal_lm_head
 from models.transformer import Execution, apply, init_params
 from models.vocabulary import logits

@@ -23,19 +23,19 @@ from tiny_models import (  # noqa: F401
 from cli import UserError
 from models.config import Execution, ModelConfig
 from models.heads import causal_lm_head, masked_lm_head
-from models.transformer import apply, count_params, flops_per_token, init_cache, init_params, matrix_axes
+from models.transformer import _dropout_keys, apply, count_params, flops_per_token, init_cache, init_params, matrix_axes
 from models.vocabulary import token_logprobs
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 from sharding.rules import shard_params
 
 pytestmark = pytest.mark.corner
 
-# Every part a stack can have: prefix, two periods of two, suffix, grouped heads, norms of queries and keys, a gate.
+# Every part a stack can have: prefix, two periods, suffix, grouped heads, norms of queries and keys, a gate.
 EVERYTHING = dataclasses.replace(
     MODERN,
-    num_hidden_layers=6,
-    layer_period=("local", "global"),
-    suffix_layers=("local",),
+    num_hidden_layers=4,
+    layer_period=("local",),
+    suffix_layers=("global",),
     num_key_value_heads=2,
     qk_norm=True,
     attention_bias=True,
@@ -103,6 +103,15 @@ def test_a_packed_row_equals_its_documents_alone(name):
 # --------------------------------------------------------------------------------------------- the ways to run it
 
 
+def count(jaxpr, name):
+    """How often an operation stands in a program, inner programs included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(list(equation.params.values()))]
+        total += (equation.primitive.name == name) + sum(count(leaf, name) for leaf in inner if hasattr(leaf, "eqns"))
+    return total
+
+
 def loss(config, params, batch, execution, key=None):
     x_BTD = apply(config, params, batch, execution=execution, key=key)
     head = causal_lm_head if config.causal else masked_lm_head
@@ -144,7 +153,7 @@ def test_scan_and_rematerialisation_change_nothing(execution):
 def test_rematerialisation_recomputes_and_scan_scans():
     def operations(name, **execution):
         program = jax.make_jaxpr(value_and_gradients, static_argnums=2)(*problem(), Execution(**execution))
-        return str(program).count(f"= {name}[")
+        return count(program.jaxpr, name)
 
     none, dots, full = (operations("dot_general", remat=remat) for remat in ("none", "dots", "full"))
     assert none < dots < full
@@ -178,8 +187,7 @@ def test_bfloat16_computes_in_bfloat16_and_differentiates_in_float32():
     execution = Execution(dtype="bfloat16")
     run = functools.partial(jax.value_and_grad(loss, argnums=1, has_aux=True), MODERN)
     (value, x_BTD), gradients = jax.jit(lambda params: run(params, batch, execution))(params)
-    (expected, _), _ = jax.eval_shape(lambda params: run(params, batch, Execution()), params), None
-    assert x_BTD.dtype == jnp.bfloat16 and value.dtype == expected[0].dtype == jnp.float32
+    assert x_BTD.dtype == jnp.bfloat16 and value.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
     close(x_BTD.astype(jnp.float32), jax.jit(functools.partial(apply, MODERN))(params, batch), 5e-2)
 
@@ -230,13 +238,11 @@ def test_dropout_only_with_a_key_and_at_every_place(scan):
     params, batch = problem()
 
     def draws(key, config=EVERYTHING):
-        program = jax.make_jaxpr(
-            lambda key: apply(config, params, batch, key=key, execution=Execution(scan_layers=scan))
-        )
-        return str(program(key)).count("= random_bits[")
+        run = functools.partial(apply, config, params, batch, execution=Execution(scan_layers=scan))
+        return count(jax.make_jaxpr(lambda key: run(key=key))(key).jaxpr, "random_bits")
 
     # Embeddings once; attention probabilities, attention output and MLP output of each layer that is written out.
-    layers = 1 + 2 + 1 if scan else 6
+    layers = 1 + 1 + 1 if scan else 4
     assert draws(None) == 0
     assert draws(jax.random.key(0)) == 1 + 3 * layers
     assert draws(jax.random.key(0), dataclasses.replace(EVERYTHING, hidden_dropout=0.0)) == layers
@@ -244,14 +250,13 @@ def test_dropout_only_with_a_key_and_at_every_place(scan):
 
 
 def test_every_dropout_has_a_key_of_its_own():
-    """A stack of layers that do nothing but drop: what comes out was never dropped the same way twice."""
-    config = dataclasses.replace(BERT, num_hidden_layers=4, hidden_dropout=0.5, attention_dropout=0.5)
-    params, batch = random_params(config), batch_of(config, [[16]] * 2, 16)
-    run = jax.jit(lambda key: apply(config, params, batch, key=key))
-    one, same, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
-    assert (np.asarray(one) == np.asarray(same)).all() and not np.allclose(one, other)
-    program = str(jax.make_jaxpr(lambda key: apply(config, params, batch, key=key))(jax.random.key(0)))
-    assert program.count("random_split") == 1
+    first, layers = _dropout_keys(EVERYTHING, jax.random.key(0))
+    keys = [np.asarray(jax.random.key_data(key)).reshape(-1, 2) for key in [first, *jax.tree.leaves(layers)]]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 1 + 3 * EVERYTHING.num_hidden_layers
+    params, _ = problem()
+    assert {section: set(keys) for section, keys in layers.items()} == {
+        section: set(layers) for section, layers in params["layers"].items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ heads and numbers
@@ -283,7 +288,7 @@ def test_initial_parameters():
         expected_mean = {"scale": 1.0}.get(names[-1], 0.0)
         expected_spread = {"scale": 0.0, "bias": 0.0}.get(names[-1], spread)
         if names[-2] in ("out", "down"):
-            expected_spread /= 12**0.5
+            expected_spread /= 8**0.5
         error = 5 * expected_spread / leaf.size**0.5 + 1e-9
         assert leaf.dtype == np.float32
         assert abs(leaf.mean() - expected_mean) <= error, names
@@ -378,8 +383,11 @@ def test_padding_of_the_vocabulary_is_not_counted():
 def test_impossible_models_are_refused(bad, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(MODERN, **bad)
+
+
+def test_an_untied_masked_lm_is_refused():
     with pytest.raises(UserError, match="share the token embedding"):
-        init_params(dataclasses.replace(BERT, tie_word_embeddings=False), jax.random.key(0))
+        random_params(dataclasses.replace(BERT, tie_word_embeddings=False), ("masked_lm",))
 
 
 def test_a_config_survives_json():

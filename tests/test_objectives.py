@@ -1,4 +1,4 @@
-"""Both pretraining objectives, one suite: against plain log-softmax, over meshes, micro-batches, and down to zero loss."""
+"""Both pretraining objectives: against plain log-softmax, over meshes, micro-batches, and learning by heart."""
 
 import dataclasses
 import functools

@@ -1,0 +1,109 @@
+"""The command line, end to end, in processes of its own: train, pause, resume, fork, generate, and bad input."""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from training.checkpoint import restore_params
+
+DOORS = ("mlm", "clm")
+QUICK = ("--eval-rows", 8, "--log-every", 1, "--eval-every", 4, "--checkpoint.every", 2, "--json")
+
+
+def last_json(result) -> dict:
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def pretrain(run_cli, door, run_dir, *flags, **options):
+    return run_cli(f"{door}.pretrain", "debug", "--run-dir", run_dir, *QUICK, *flags, **options)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_paused_run_goes_on_bitwise(run_cli, tmp_path, door):
+    whole = last_json(pretrain(run_cli, door, tmp_path / "whole", "--steps", 4))
+    assert last_json(pretrain(run_cli, door, tmp_path / "parts", "--steps", 4, "--stop-at", 2))["step"] == 2
+    parts = last_json(pretrain(run_cli, door, tmp_path / "parts", "--steps", 4))
+    assert parts["step"] == whole["step"] == 4
+    assert parts["loss"] == whole["loss"] and parts["eval"] == whole["eval"]
+    one, two = (restore_params(tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    losses = [
+        [(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in r]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+    for name in ("config.json", "tokenizer/tokenizer.json", "samples.json", "summary.json", "report.html"):
+        assert (tmp_path / "whole" / name).is_file(), name
+    assert list((tmp_path / "whole" / "tensorboard").iterdir())
+    keys = {"step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "run_dir"}
+    assert keys <= whole.keys()
+    assert whole["tokens"] == 4 * 8 * 64
+    expected = {"mlm": {"loss", "perplexity", "accuracy"}, "clm": {"loss", "perplexity", "bits_per_byte"}}
+    assert expected[door] <= whole["eval"].keys()
+
+    other = pretrain(run_cli, door, tmp_path / "whole", "--steps", 6, code=2)
+    assert "steps was 4, now 6" in other.stderr and "--run-dir" in other.stderr
+
+    fork = pretrain(
+        run_cli, door, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer"
+    )
+    assert "started from the weights" in fork.stdout
+    assert last_json(fork)["loss"] < 6.9
+
+
+def test_a_run_on_eight_devices_equals_one_on_one(run_cli, tmp_path):
+    one = last_json(pretrain(run_cli, "mlm", tmp_path / "one", "--steps", 2))
+    eight = last_json(
+        pretrain(run_cli, "mlm", tmp_path / "eight", "--steps", 2, "--mesh.data", 4, "--mesh.fsdp", 2, devices=8)
+    )
+    assert eight["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_generate_continues_prompts_of_own_text(run_cli, tmp_path, shared_data):
+    corpus = tmp_path / "corpus.jsonl.gz"
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()
+    with gzip.open(corpus, "wt") as file:
+        for start in range(0, 300_000, 3000):
+            file.write(json.dumps({"text": text[start : start + 3000]}) + "\n")
+    pretrain(run_cli, "clm", tmp_path / "run", "--steps", 3, "--data.files", corpus)
+    result = run_cli(
+        "clm.generate", "--run-dir", tmp_path / "run", "--prompt", "ROMEO:", "First Citizen", "--json",
+        "--sampling.max-new-tokens", 8, "--sampling.top-k", 20, "--sampling.top-p", 0.9,
+    )  # fmt: skip
+    out = last_json(result)
+    assert out["prompts"] == ["ROMEO:", "First Citizen"] and len(out["completions"]) == 2
+    assert "ROMEO:" in result.stdout
+
+
+BAD_INPUT = {
+    "glob": ("mlm", ["--data.files", "nothing/*.txt"], "no file matches nothing/*.txt"),
+    "empty": ("mlm", ["--data.files", "empty.txt"], "empty.txt is empty"),
+    "utf8": ("clm", ["--data.files", "latin.txt"], "latin.txt:2: byte 0xef is not valid UTF-8"),
+    "json": ("mlm", ["--data.files", "broken.jsonl"], "broken.jsonl:2: not JSON"),
+    "field": ("mlm", ["--data.files", "field.jsonl"], "field.jsonl:1: no field 'text'"),
+    "batch": ("mlm", ["--batch-size", "10", "--mesh.data", "4"], "try 8 or 12"),
+    "mesh": ("clm", ["--mesh.data", "16"], "needs 16 devices and there are 4"),
+    "init": ("clm", ["--init-from", "nowhere"], "no checkpoint in"),
+    "tokenizer": ("mlm", ["--data.tokenizer", "nowhere"], "no tokenizer at nowhere"),
+    "length": ("mlm", ["--data.sequence-length", "128"], "--model.max-position-embeddings 128"),
+    "flag": ("mlm", ["--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
+}
+"""name → (door, flags, what the line must say)"""
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(run_cli, tmp_path, name):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "field.jsonl").write_text('{"body": "fine"}\n')
+    before = sorted(tmp_path.rglob("*"))
+    door, flags, message = BAD_INPUT[name]
+    result = pretrain(run_cli, door, tmp_path / "run", *flags, code=2, devices=4)
+    assert message in result.stderr, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
