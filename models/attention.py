@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import LayerKind, ModelConfig
-from models.layers import dropout
+from models.layers import dropout, float32_einsum
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _xla(spec, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, q_index_BT,
     q_BKGTH = (q_BTNH * spec.scale).reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
 
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = float32_einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, k_BKSH.dtype)
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     seen_BTS = visible(spec, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from models.layers import float32_einsum
 from sharding.mesh import constrain
 
 
@@ -27,7 +28,6 @@ def token_logprobs(
     chunk_elements: how many scores one device may hold at a time (64 MiB by default). The second result has no
     gradient; a label that ties with another for the highest score counts as right.
     """
-    table_VD = table_VD.astype(features_BTD.dtype)
     batch, length, _ = features_BTD.shape
     devices = max(1, jax.sharding.get_abstract_mesh().size)
     chunk = max(1, chunk_elements * devices // (batch * table_VD.shape[0]))
@@ -49,11 +49,12 @@ def token_logprobs(
 
 def logits(features_BTD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, vocab_size: int) -> jax.Array:
     """Scores of the real vocabulary, float32 [B, T, vocab_size]: for a few tokens, as in generation."""
-    return _scores(features_BTD, table_VD.astype(features_BTD.dtype), bias_V)[..., :vocab_size]
+    return _scores(features_BTD, table_VD, bias_V)[..., :vocab_size]
 
 
 def _scores(features_BTD, table_VD, bias_V):
-    scores_BTV = jnp.einsum("BTD,VD->BTV", features_BTD, table_VD, preferred_element_type=jnp.float32)
+    # The table stays float32 up to here, so that the chunks' gradients of it are added in float32.
+    scores_BTV = float32_einsum("BTD,VD->BTV", features_BTD, table_VD, features_BTD.dtype)
     scores_BTV = constrain(scores_BTV, "batch", None, "tensor")
     return scores_BTV if bias_V is None else scores_BTV + bias_V[None, None]
 

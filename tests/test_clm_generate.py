@@ -50,17 +50,21 @@ def test_greedy_generation_equals_a_loop_without_cache(name):
     params = init_params(model, jax.random.key(1), heads=("causal_lm",))
     prompts = [[7, 3, 9, 11, 2], [5], [8, 8, 1]]
     new = generate(model, params, prompts, SamplingConfig(max_new_tokens=8, temperature=0.0), end_id=None)
+
+    @jax.jit
+    def scores_at(ids_1T, length):
+        at_1T = jnp.arange(ids_1T.shape[1], dtype=jnp.int32)[None]
+        batch = {"input_ids": ids_1T, "segment_ids": (at_1T < length).astype(jnp.int32), "positions": at_1T}
+        x_BTD = apply(model, params, batch)
+        last_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, length - 1, 1, axis=1)
+        return logits(*causal_lm_head(model, params, last_BTD, Execution()), model.vocab_size)[0, 0]
+
     for prompt, got in zip(prompts, new, strict=True):
         ids = list(prompt)
         for _ in range(8):
-            batch = {
-                "input_ids": np.array([ids], np.int32),
-                "segment_ids": np.ones((1, len(ids)), np.int32),
-                "positions": np.arange(len(ids), dtype=np.int32)[None],
-            }
-            x_BTD = apply(model, params, batch)
-            features, table, bias = causal_lm_head(model, params, x_BTD[:, -1:], Execution())
-            ids.append(int(jnp.argmax(logits(features, table, bias, model.vocab_size)[0, -1])))
+            padded = np.zeros((1, 16), np.int32)
+            padded[0, : len(ids)] = ids
+            ids.append(int(jnp.argmax(scores_at(padded, len(ids)))))
         assert got == ids[len(prompt) :]
 
 

@@ -1,5 +1,6 @@
 """Chunked log-probabilities against a plain log-softmax: values, gradients, and that nothing large is formed."""
 
+import functools
 import re
 
 import jax
@@ -35,29 +36,29 @@ def plain(features, table, bias, labels):
     return chosen, (scores.argmax(-1) == labels).astype(jnp.float32)
 
 
+def values_and_gradients(function, bias, dtype):
+    arrays, labels, weights = inputs(bias, dtype)
+
+    def total(*arrays):
+        logprob, correct = function(*(*arrays, None)[:3], labels)
+        # The second result carries no gradient even if someone asks for it.
+        return (logprob * weights).sum() + (correct * weights).sum(), (logprob, correct)
+
+    gradients, values = jax.jit(jax.grad(total, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
+    return values, gradients
+
+
+expected_from = functools.cache(functools.partial(values_and_gradients, plain))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk", [10, 4, 1])
 def test_chunks_equal_a_plain_log_softmax_in_value_and_gradient(chunk, bias, dtype):
     """Chunks of 10 (all at once), 4 (uneven: 10 tokens make 3 chunks with 2 to spare), 1."""
-    arrays, labels, weights = inputs(bias, dtype)
-
-    def total(function, *arrays):
-        features, table, bias = (*arrays, None)[:3]
-        logprob, correct = function(features, table, bias, labels)
-        # The second result carries no gradient even if someone asks for it.
-        return (logprob * weights).sum() + (correct * weights).sum(), (logprob, correct)
-
-    def chunked(features, table, bias, labels):
-        return token_logprobs(features, table, bias, labels, vocab_size=V, chunk_elements=chunk * B * PADDED)
-
-    def run(function):
-        grad = jax.value_and_grad(lambda *a: total(function, *a), argnums=tuple(range(len(arrays))), has_aux=True)
-        (_, values), gradients = jax.jit(grad)(*arrays)
-        return values, gradients
-
-    (logprob, correct), gradients = run(chunked)
-    (expected, right), expected_gradients = run(plain)
+    chunked = functools.partial(token_logprobs, vocab_size=V, chunk_elements=chunk * B * PADDED)
+    (logprob, correct), gradients = values_and_gradients(chunked, bias, dtype)
+    (expected, right), expected_gradients = expected_from(bias, dtype)
     assert logprob.dtype == correct.dtype == jnp.float32
     close(logprob, expected)
     assert (np.asarray(correct) == np.asarray(right)).all() and 4 <= right.sum() < B * T

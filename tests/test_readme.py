@@ -1,14 +1,15 @@
 """The README is true: every command in it is accepted, every path exists, the small ones really run."""
 
 import importlib
+import pathlib
 import re
 import shlex
 
 import pytest
 
 import cli
-from tests.conftest import ROOT
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
 MODULES = {

@@ -1,5 +1,6 @@
 """The table of rules covers every parameter exactly once, meshes are built from flags, optimizer state follows."""
 
+import dataclasses
 import re
 
 import jax
@@ -20,8 +21,8 @@ HEADS = {mlm.presets: "masked_lm", clm.presets: "causal_lm"}
 PRESETS = [(door, name) for door in HEADS for name in door.PRESETS]
 
 
-def shapes(door, name):
-    model = door.PRESETS[name]().model
+def shapes(door, name, **changes):
+    model = dataclasses.replace(door.PRESETS[name]().model, **changes)
     return jax.eval_shape(
         lambda key: init_params(model, key, heads=(HEADS[door], "sequence_classification"), num_labels=2),
         jax.random.key(0),
@@ -42,8 +43,10 @@ def test_every_parameter_of_every_preset_matches_one_rule_and_splits(door, name)
 
 def test_every_rule_is_used():
     used = set()
-    for door, name in PRESETS:
-        for key_path, _ in jax.tree_util.tree_leaves_with_path(shapes(door, name)):
+    trees = [shapes(door, name) for door, name in PRESETS]
+    trees.append(shapes(mlm.presets, "debug", gated_mlp=True, mlp_bias=True))  # no preset has both
+    for tree in trees:
+        for key_path, _ in jax.tree_util.tree_leaves_with_path(tree):
             path = rules.path_of(key_path)
             used |= {p for p, _ in rules.RULES if re.search(f"(^|/){p}$", path)}
     assert used == {pattern for pattern, _ in rules.RULES}

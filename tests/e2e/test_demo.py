@@ -26,8 +26,8 @@ def test_the_demo_end_to_end(run_cli, tmp_path):
     assert held_out == demo_task(0, 4).validation_files
 
     for name in ("pretrained", "scratch"):
-        predictions = [json.loads(line) for line in (run / name / "predictions.jsonl").open()]
-        validation = [json.loads(line) for line in (run / "validation.jsonl").open()]
+        predictions = [json.loads(line) for line in (run / name / "predictions.jsonl").read_text().splitlines()]
+        validation = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
         assert [p["label"] for p in predictions] == [v["label"] for v in validation]
         metrics = json.loads((run / name / "summary.json").read_text())["metrics"]
         right = sum(p["label"] == p["prediction"] for p in predictions)

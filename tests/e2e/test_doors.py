@@ -30,10 +30,10 @@ def test_a_paused_run_goes_on_bitwise(run_cli, tmp_path, door):
     assert parts["loss"] == whole["loss"] and parts["eval"] == whole["eval"]
     one, two = (restore_params(tmp_path / name) for name in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, one, two)
-    losses = [
-        [(r["step"], r["loss"]) for r in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in r]
-        for name in ("whole", "parts")
-    ]
+    losses = []
+    for name in ("whole", "parts"):
+        records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([(record["step"], record["loss"]) for record in records if "loss" in record])
     assert losses[0] == losses[1]
 
     for name in ("config.json", "tokenizer/tokenizer.json", "samples.json", "summary.json", "report.html"):
