@@ -148,7 +148,7 @@ def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path):
         (tmp_path / f"{name}.tsv").write_text("one\ttwo\tkind\n" + "".join(rows))
     files = {name: str(tmp_path / f"{name}.tsv") for name in ("train", "validation")}
     data = FinetuneData(**files, text=("one", "two"), label="kind")
-    changes = dict(data=data, dropout=0.0, mesh=MeshConfig(8, 1, 1))
+    changes = dict(data=data, dropout=0.0, mesh=MeshConfig(1, 1, 1))
     summary = main(config_for(there, tmp_path / "run", there.decoder, **changes))
     assert summary["metrics"]["accuracy"] == 1.0
     row = lines_of(tmp_path / "run" / "predictions.jsonl")[0]
@@ -157,7 +157,7 @@ def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path):
 
 def test_scratch_takes_architecture_and_tokenizer_but_no_weights(there, tmp_path):
     still = FinetuneOptimizer(learning_rate=0.0)
-    main(config_for(there, tmp_path / "run", scratch=True, steps=1, optimizer=still, mesh=MeshConfig(8, 1, 1)))
+    main(config_for(there, tmp_path / "run", scratch=True, steps=1, optimizer=still, mesh=MeshConfig(1, 1, 1)))
     pretrained, scratch = restore_params(there.encoder), restore_params(tmp_path / "run")
     assert read_config(tmp_path / "run")["model"]["hidden_size"] == ENCODER.hidden_size
     ours, theirs = (params["embeddings"]["token"]["embedding"] for params in (scratch, pretrained))

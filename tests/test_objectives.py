@@ -177,7 +177,7 @@ def test_loss_and_gradient_equal_the_full_head(case):
 
     value, gradient = jax.value_and_grad(loss)(params)
     expected, expected_gradient = jax.value_and_grad(lambda p: plain_loss(case, p, prepared))(params)
-    assert value == pytest.approx(expected, rel=1e-6)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
     assert_same(gradient, expected_gradient)
 
 
@@ -193,13 +193,15 @@ def test_metrics_are_sums_over_the_same_tokens(case):
 
 @pytest.mark.corner
 def test_one_batch_is_learnt_by_heart(case):
-    """The causal loss has a floor: a document's first tokens cannot be told apart, so it falls less far."""
+    """The step is held at 0, so that the same tokens are hidden each time.
+
+    The causal loss has a floor above 0: the first tokens of documents look alike to it.
+    """
     mesh = build_mesh(ONE)
     with jax.set_mesh(mesh):
-        config = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=5, weight_decay=0.0)
+        config = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0, weight_decay=0.0)
         state, step = state_and_step(case, mesh, config=config, steps=150)
-        state = dataclasses.replace(state, key=state.key * 0)
         rows = place_batch(batch(), mesh)
         for _ in range(150):
-            state, metrics = step(dataclasses.replace(state, step=state.step), rows)
+            state, metrics = step(dataclasses.replace(state, step=state.step * 0), rows)
     assert float(metrics["loss"]) < 0.5, float(metrics["loss"])
