@@ -7,7 +7,6 @@ Grattafiori et al. 2024, section 3.2.
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -44,18 +43,21 @@ class Einsum(nn.Module):
         return y + bias.astype(self.dtype).reshape([sizes.get(a, 1) for a in result])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def float32_einsum(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Product of two arrays taken in `dtype`, its result in float32: for scores that go into a softmax.
 
     Its gradients are products in `dtype` too: by itself JAX would multiply in float32 there, because the result
     is. Each gradient has the dtype of its argument, so that those of float32 parameters are not rounded.
     """
+    return _float32_einsum(equation, x, y, dtype)
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _float32_einsum_forward(equation, x, y, dtype):
-    return float32_einsum(equation, x, y, dtype), (x, y)
+    return _product(equation, x, y, dtype), (x, y)
 
 
 def _float32_einsum_backward(equation, dtype, inputs, gradient):
@@ -72,7 +74,8 @@ def _float32_einsum_backward(equation, dtype, inputs, gradient):
     return product(y_term, y, x_term, x), product(x_term, x, y_term, y)
 
 
-float32_einsum.defvjp(_float32_einsum_forward, _float32_einsum_backward)
+_float32_einsum = jax.custom_vjp(_product, nondiff_argnums=(0, 3))
+_float32_einsum.defvjp(_float32_einsum_forward, _float32_einsum_backward)
 
 
 class Norm(nn.Module):

@@ -35,20 +35,18 @@ def init_params(
     x_BTD = jnp.zeros((1, 1, config.hidden_size), jnp.float32)
     context = _context(config, {"segment_ids": ids_BT, "positions": ids_BT}, None)
 
-    def init_layer(section: str, kind, first: bool):
-        block = Block(config, kind, first, jnp.float32, "xla")
-        return lambda key: block.init(key, x_BTD, context)["params"]
-
     layers = {}
     for section, kinds in _sections(config):
         layers[section] = {}
         for j, kind in enumerate(kinds):
-            init = init_layer(section, kind, section == "prefix" and j == 0)
+            block = Block(config, kind, section == "prefix" and j == 0, jnp.dtype(jnp.float32), "xla")
             layer_key = named_key(key, f"layers/{section}/{j}")
             if section == "period":
-                layers[section][str(j)] = jax.vmap(init)(jax.random.split(layer_key, config.repeats))
+                keys = jax.random.split(layer_key, config.repeats)
+                init = jax.vmap(block.init, in_axes=(0, None, None))
+                layers[section][str(j)] = init(keys, x_BTD, context)["params"]
             else:
-                layers[section][str(j)] = init(layer_key)
+                layers[section][str(j)] = block.init(layer_key, x_BTD, context)["params"]
 
     embeddings = Embeddings(config, jnp.float32)
     params = {"embeddings": embeddings.init(named_key(key, "embeddings"), ids_BT, ids_BT)["params"], "layers": layers}
@@ -94,7 +92,8 @@ def apply(
         blocks = {
             str(j): Block(config, kind, section == "prefix" and j == 0, dtype, backend) for j, kind in enumerate(kinds)
         }
-        layers = {j: _rematerialised(_pure(block), execution.remat, scan) for j, block in blocks.items()}
+        looped = scan and section == "period"
+        layers = {j: _rematerialised(_pure(block), execution.remat, looped) for j, block in blocks.items()}
 
         def step(x_BTD, inputs, layers=layers):
             params, cache, keys = inputs
@@ -107,7 +106,7 @@ def apply(
         inputs = (params["layers"][section], section_cache, layer_keys.get(section, {}))
         if section != "period":
             x_BTD, new_layers[section] = step(x_BTD, inputs)
-        elif scan:
+        elif looped:
             x_BTD, new_layers[section] = jax.lax.scan(step, x_BTD, inputs)
         else:
             x_BTD, new_layers[section] = _unrolled(step, x_BTD, inputs, config.repeats)
@@ -247,13 +246,13 @@ def _pure(block: Block):
     return lambda params, *inputs: block.apply({"params": params}, *inputs)
 
 
-def _rematerialised(run, name: str, scan: bool):
+def _rematerialised(run, name: str, looped: bool):
     if name == "none":
         return run
     policies = jax.checkpoint_policies
     policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[name]
-    # Inside a scan nothing can be merged across iterations, so the barriers against it would only cost.
-    return jax.checkpoint(run, policy=policy, prevent_cse=not scan)
+    # Inside a loop nothing can be merged across iterations, so the barriers against it would only cost.
+    return jax.checkpoint(run, policy=policy, prevent_cse=not looped)
 
 
 def _unrolled(step, x_BTD, inputs, repeats: int):
