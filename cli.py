@@ -26,6 +26,10 @@ from typing import Any
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
 """What the machine may answer to a sound program: no permission, no space left, a file where a folder should be."""
 
+OUT_OF_MEMORY = (
+    "the device has too little memory ({}); try --accumulation 2 or more, --execution.remat full, a shorter "
+    "--data.sequence-length, or --mesh.fsdp -1 on several devices; what was saved stays"
+)
 PLAIN_WORDS = (
     (r"^Error parsing ", ""),
     (r"^Unrecognized options: ", "unexpected "),
@@ -42,6 +46,10 @@ class UserError(ValueError):
     """An error in what the user gave. The message is one line: what was given; what is accepted; what to try."""
 
 
+class MachineError(Exception):
+    """What the machine refused, in one line; exit code 1."""
+
+
 def run(
     main: Callable[[Any], Any],
     presets: Mapping[str, Callable[[], Any]],
@@ -52,7 +60,7 @@ def run(
     """`prog PRESET [flags]`: call `main` with the preset's configuration as the flags changed it.
 
     A configuration whose `run_dir` is unset gets `runs/<prog>-<preset>`. Leaves by SystemExit where it fails:
-    2 for what the user gave, 1 for what the machine refused, 130 for Ctrl-C.
+    2 for what the user gave, 1 for what the machine refused, 128 + n where a signal n (Ctrl-C: 2) ended it early.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _one_line_errors("--debug" in arguments):
@@ -91,6 +99,9 @@ def _call(main: Callable[[Any], Any], config: Any) -> None:
     result = main(config)
     if getattr(config, "json", False) and result is not None:
         print(json.dumps(_plain(result), allow_nan=False), flush=True)
+    if isinstance(result, dict) and result.get("stopped_by"):
+        # As shells have it, so that what should follow a finished run does not follow an interrupted one.
+        raise SystemExit(128 + result["stopped_by"])
 
 
 def _parse(config_type: type, prog: str, description: str | None, arguments: list[str], default: Any = None) -> Any:
@@ -98,7 +109,7 @@ def _parse(config_type: type, prog: str, description: str | None, arguments: lis
     import tyro
 
     flags = dict(_flags(config_type))
-    for argument in arguments:
+    for number, argument in enumerate(arguments):
         given, equals, value = argument.partition("=")
         flag = given.replace("_", "-")
         if not re.fullmatch(r"--[A-Za-z][\w.-]*", given) or flag in ("--help", "--tyro-print-completion"):
@@ -106,6 +117,9 @@ def _parse(config_type: type, prog: str, description: str | None, arguments: lis
         # tyro would find these two itself, but count what follows the flag as unknown too.
         if flag not in flags:
             raise UserError(f"unknown flag {flag}{_nearest(flag, flags)}; `{prog} --help` lists all")
+        following = arguments[number + 1 : number + 2]
+        if flags[flag] == tuple[str, ...] and not equals and (not following or following[0].startswith("--")):
+            raise UserError(f"{flag} needs a value, or more; leave it out for none")
         if equals and flags[flag] is bool:
             raise UserError(f"{argument}: a switch takes no value; write {_switch(flag)}, not {value!r}")
     box = io.StringIO()
@@ -188,15 +202,18 @@ def _preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, descriptio
 def _one_line_errors(debug: bool) -> Iterator[None]:
     try:
         yield
-    except (UserError, KeyboardInterrupt, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in REFUSALS:
+    except (UserError, MachineError, KeyboardInterrupt, OSError, RuntimeError) as error:
+        refused = isinstance(error, OSError) and error.errno in REFUSALS
+        full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        if not (refused or full or isinstance(error, UserError | MachineError | KeyboardInterrupt)):
             raise
         if debug:
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 

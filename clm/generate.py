@@ -31,6 +31,8 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"sampling.seed={self.seed} must lie between 0 and {2**32 - 1}")
         if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 f"max_new_tokens={self.max_new_tokens} (at least 1), temperature={self.temperature} (0 or more), "
@@ -51,6 +53,10 @@ class GenerateConfig:
     """Print one JSON object with prompts and completions as the last line of standard output."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise UserError('--prompt needs a text, for instance --prompt "Once upon a time"; leave it out for none')
 
 
 def next_token(logits_BV, key, sampling: SamplingConfig):
@@ -92,9 +98,11 @@ def generate(
     longest = max(map(len, prompts))
     total = longest + sampling.max_new_tokens
     if config.position_embedding == "learned" and total > config.max_position_embeddings:
+        room = config.max_position_embeddings - longest
         raise UserError(
             f"prompt of {longest} tokens + max_new_tokens={sampling.max_new_tokens} = {total} exceeds the model's "
-            f"{config.max_position_embeddings} positions; try max_new_tokens={config.max_position_embeddings - longest}"
+            f"{config.max_position_embeddings} positions; "
+            + (f"try --sampling.max-new-tokens {room}" if room > 0 else "give a shorter prompt")
         )
     input_BT = np.zeros((len(prompts), longest), np.int32)
     segment_BT = np.zeros_like(input_BT)
@@ -138,29 +146,29 @@ def continue_texts(
     model: ModelConfig, params, tokenizer, texts, sampling: SamplingConfig = SamplingConfig()
 ) -> list[str]:
     """A completion for each text; an empty text starts from the beginning-of-text token alone."""
-    from data.tokenizer import special_ids
+    from data.tokenizer import plain_backend, special_ids
 
     specials = special_ids(tokenizer, need=("bos", "eos"))
-    prompts = [[specials.bos, *tokenizer.encode(text, add_special_tokens=False)] for text in texts]
+    # As training read its text: a special token that is spelled out in a prompt is text.
+    backend = plain_backend(tokenizer)
+    prompts = [[specials.bos, *backend.encode(text, add_special_tokens=False).ids] for text in texts]
     return [tokenizer.decode(ids) for ids in generate(model, params, prompts, sampling, end_id=specials.eos)]
 
 
 def main(config: GenerateConfig) -> dict:
     """Load the newest checkpoint of the run and print a completion for every prompt."""
-    import pathlib
-
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer import tokenizer_of_run
     from models.config import ModelConfig
     from training.checkpoint import read_config, restore_params
 
     saved = read_config(config.run_dir)
-    model = ModelConfig.from_dict(saved["model"])
-    if not model.causal:
+    if saved.get("task") != "causal_lm":
         raise UserError(
-            f"{config.run_dir} holds a {model.model_type} encoder, which fills blanks but does not continue text; "
+            f"{config.run_dir} holds a run of task {saved.get('task')!r}, which does not continue text; "
             "give the run directory of a `clm` run"
         )
-    tokenizer = load_tokenizer(pathlib.Path(config.run_dir) / "tokenizer")
+    model = ModelConfig.from_dict(saved["model"])
+    tokenizer = tokenizer_of_run(config.run_dir, saved)
     completions = continue_texts(model, restore_params(config.run_dir), tokenizer, config.prompt, config.sampling)
     for text, completion in zip(config.prompt, completions, strict=True):
         print(f"{'─' * 60}\n{text}{completion}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from cli import UserError
 from data.config import DataConfig
 from models.config import Execution, ModelConfig
 from models.families.gpt2 import GPT2, GPT2_MEDIUM
@@ -21,6 +22,15 @@ class PretrainConfig(TrainConfig):
     execution: Execution = field(default_factory=Execution)
     eval_rows: int = 512
     """Rows of held-out text in an evaluation (always the same)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.model.causal:
+            raise UserError(
+                "model.no_causal: a model that sees what it must predict learns nothing; leave it out, or use `mlm`"
+            )
+        if self.eval_rows < 1:
+            raise UserError(f"eval_rows={self.eval_rows} must be at least 1")
 
 
 def debug() -> PretrainConfig:
@@ -47,9 +57,12 @@ def debug() -> PretrainConfig:
 
 
 def demo() -> PretrainConfig:
-    """A small Llama for 2 CPU cores on built-in text, about 4 minutes: `./launch.sh clm demo`."""
+    """A small Llama for 2 CPU cores on built-in text: `./launch.sh clm demo`.
+
+    On 27 MB of books with `--steps 1800`: 12 minutes (JAX 0.10.1, 5,300 tokens/s), 1.825 bits per byte.
+    """
     return PretrainConfig(
-        steps=1000,
+        steps=750,
         batch_size=16,
         log_every=25,
         eval_every=250,
@@ -57,16 +70,17 @@ def demo() -> PretrainConfig:
         model=replace(
             LLAMA_1B,
             vocab_size=4096,
-            hidden_size=256,
+            hidden_size=128,
             head_dim=None,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            intermediate_size=768,
+            intermediate_size=384,
             max_position_embeddings=1024,
             rope_theta=10_000.0,
             rope_scaling_factor=None,
         ),
+        execution=Execution(scan_layers=True),
         data=DataConfig(builtin="pydoc", tokenizer_kind="bpe", sequence_length=128),
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", b2=0.95, weight_decay=0.1, final_fraction=0.1),
         checkpoint=CheckpointConfig(every=250),

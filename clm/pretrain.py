@@ -5,9 +5,8 @@ Reads top to bottom: text → tokens → rows → objective → training loop �
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import replace
+from functools import partial
 
 import cli
 from clm.presets import PRESETS, PretrainConfig
@@ -17,36 +16,35 @@ def main(config: PretrainConfig) -> dict:
     """Run, or resume, the pretraining that `config` describes; returns the `--json` object."""
     import jax
 
-    from clm.generate import continue_texts
+    from clm.generate import SamplingConfig, continue_texts
     from clm.loss import causal_lm_objective
     from data.loader import Batches, Rows, prefetch
     from data.packing import pack_split
     from data.prepare import prepare
     from data.token_tables import token_bytes
-    from data.tokenizer import save_tokenizer, special_ids, vocabulary_size
-    from models.transformer import flops_per_token, init_params, matrix_axes
+    from data.tokenizer import save_tokenizer, special_ids, tokenizer_of_run, vocabulary_size
+    from models.transformer import count_params, flops_per_token, init_params, matrix_axes
     from sharding.mesh import build_mesh, check_batch, host_rows
     from training.loop import train
     from training.report import write_report
-    from training.run import RunDirectory, summarise, write_json
-    from training.start import check_origin
+    from training.run import RunDirectory, settings, summarise, write_json
+    from training.start import find_origin
 
     length = config.data.sequence_length
     check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
     mesh = build_mesh(config.mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
-    check_origin(config, run)
+    origin = find_origin(config, run)
     config.model.fitted(config.model.vocab_size, length)
 
-    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=False, runs=(run.path, config.init_from))
+    of_weights = origin and tokenizer_of_run(origin.run_dir, origin.config)
+    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=False, of_weights=of_weights)
     tokenizer = prepared.tokenizer
     specials = special_ids(tokenizer, need=("bos", "eos"))
     model = config.model.fitted(vocabulary_size(tokenizer), length)
-    config = replace(config, model=model)
-    config_dict = dataclasses.asdict(config) | {"task": "causal_lm", "fingerprints": prepared.fingerprints}
-    run.create_or_resume(config_dict)
-    save_tokenizer(tokenizer, run.tokenizer)
+    config_dict, defaults = settings(config, model, task="causal_lm", fingerprints=prepared.fingerprints)
+    run.check(config_dict, defaults)
 
     rows, held_out = (
         Rows(
@@ -75,14 +73,18 @@ def main(config: PretrainConfig) -> dict:
         finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},
         run=run,
         config_dict=config_dict,
+        save_tokenizer=partial(save_tokenizer, tokenizer),
+        origin=origin,
         mesh=mesh,
         tokens_per_step=config.batch_size * length,
         flops_per_step=config.batch_size * length * flops_per_token(model, length, 1.0),
     )
 
-    summary = summarise(run, result)
-    if jax.process_index() == 0:
-        texts = continue_texts(model, jax.device_get(result.state.params), tokenizer, [""] * 3)
+    summary = summarise(run, result, parameters=count_params(model, "causal_lm"))
+    if jax.process_index() == 0 and not result.stopped_by:
+        longest = model.max_position_embeddings if model.position_embedding == "learned" else length
+        sampling = SamplingConfig(max_new_tokens=min(100, longest - 1))
+        texts = continue_texts(model, jax.device_get(result.state.params), tokenizer, [""] * 3, sampling)
         write_json(run.path / "samples.json", {"texts": texts})
         write_report(run.path)
     return summary

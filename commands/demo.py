@@ -1,8 +1,8 @@
 """The demo: pretrain a small encoder on the text that ships with Python, and see what the pretraining is worth.
 
-`./launch.sh` runs it. A classifier (which topic is this docstring about?) is fine-tuned from the checkpoint and, with
-the same budget, from scratch; beside them stand TF-IDF with logistic regression and the majority class. The validation
-files of that task are in neither the tokenizer's nor the pretraining text.
+`./launch.sh` runs it. A classifier (are the words of this sentence in order?) is fine-tuned from the checkpoint and,
+with the same budget, from scratch; beside them stand TF-IDF with logistic regression and the majority class. The
+validation files of that task are in neither the tokenizer's nor the pretraining text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cli
+from cli import UserError
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,20 @@ class DemoConfig:
     """Pretraining steps; unset = those of the `mlm demo` preset."""
     finetune_steps: int | None = None
     """Steps of each fine-tuning; unset = those of the `finetune demo` preset."""
-    labels_per_class: int = 16
-    """Labelled docstrings of each class to learn from."""
+    labels: int = 1000
+    """Labelled sentences to learn from, half of them shuffled."""
     seed: int = 0
-    """Seeds everything: weights, data order, masks, and which docstrings are labelled."""
+    """Seeds everything: weights, data order, masks, and which sentences are labelled."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("finetune_steps", 1), ("labels", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}; leave it out for the demo as it is")
 
 
 def main(config: DemoConfig) -> dict:
@@ -48,50 +55,54 @@ def main(config: DemoConfig) -> dict:
     from training.run import write_json
 
     root = Path(config.run_dir)
-    task = demo_task(config.seed, config.labels_per_class)
+    task = demo_task(config.seed, config.labels)
+    rows = {name: root / f"{name}.jsonl" for name in ("train", "validation")}
+    for name, path in rows.items():
+        if path.exists() and path.read_text(encoding="utf-8") != _jsonl(getattr(task, name)):
+            raise UserError(
+                f"{root} holds a demo with other labelled sentences; give its --seed and --labels, or another --run-dir"
+            )
     pretraining = mlm.presets.demo()
     pretraining = replace(
         pretraining,
         data=replace(pretraining.data, builtin_exclude=tuple(sorted(task.validation_files))),
-        steps=config.steps or pretraining.steps,
+        steps=pretraining.steps if config.steps is None else config.steps,
         seed=config.seed,
         run_dir=str(root),
     )
     print(f"\n1/3  Pretraining on Python's own documentation, without the {len(task.validation_files)} held-out files")
     pretrained = mlm.pretrain.main(pretraining)
     if not pretrained["finished"]:
-        return {"step": pretrained["step"], "run_dir": str(root), "finished": False}
+        return {name: pretrained[name] for name in ("step", "run_dir", "finished", "stopped_by")}
 
-    files = {}
-    for name in ("train", "validation"):
-        files[name] = str(root / f"{name}.jsonl")
-        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in getattr(task, name)), encoding="utf-8")
+    files = {name: str(path) for name, path in rows.items()}
+    for name, path in rows.items():
+        path.write_text(_jsonl(getattr(task, name)), encoding="utf-8")
     tuning = finetune.presets.demo()
     tuning = replace(
         tuning,
         data=replace(tuning.data, **files),
         init_from=str(root),
-        steps=config.finetune_steps or tuning.steps,
+        steps=tuning.steps if config.finetune_steps is None else config.finetune_steps,
         seed=config.seed,
     )
     accuracy = {}
     for number, (name, weights) in enumerate((("pretrained", "pretrained"), ("scratch", "random")), 2):
-        print(f"\n{number}/3  Classifying docstrings by topic, {len(task.train)} labelled, from {weights} weights")
+        print(f"\n{number}/3  Is a sentence in order? Learnt from {len(task.train):,} labelled ones, {weights} weights")
         run = finetune.train.main(replace(tuning, scratch=name == "scratch", run_dir=str(root / name)))
         if not run["finished"]:
-            return {"step": run["step"], "run_dir": str(root / name), "finished": False}
+            return {name: run[name] for name in ("step", "run_dir", "finished", "stopped_by")}
         accuracy[name] = run["metrics"]["accuracy"]
     accuracy["tfidf"] = tfidf_accuracy(task.train, task.validation)
     accuracy["majority"] = majority_accuracy(task.train, task.validation)
 
-    topics = sorted({row["label"] for row in task.validation})
+    judged = f"{len(task.validation)} sentences of files that nothing above has read"
     write_json(
         root / "comparison.json",
         {
             "title": "What is the pretraining worth?",
-            "note": f"Accuracy on {len(task.validation)} docstrings of files that nothing above has read: which "
-            f"topic ({', '.join(topics)}) does a docstring belong to, learnt from {config.labels_per_class} labelled "
-            "ones of each.",
+            "note": f"Accuracy on {judged}: are their words in order, or were they shuffled? Learnt from "
+            f"{len(task.train):,} labelled sentences.",
             "rows": [
                 {"name": NAMES[name][0], "note": NAMES[name][1], "value": value, "run": name if name in RUNS else None}
                 for name, value in accuracy.items()
@@ -99,7 +110,7 @@ def main(config: DemoConfig) -> dict:
         },
     )
     report = write_report(root)
-    print(f"\nAccuracy on {len(task.validation)} held-out docstrings of {len(topics)} topics")
+    print(f"\nAre the words in order? Accuracy on {judged}")
     for name, value in accuracy.items():
         print(f"  {NAMES[name][0]:32}{value:6.1%}   {NAMES[name][1]}")
     print(f"Report: {report}", flush=True)
@@ -119,6 +130,10 @@ NAMES = {
     "tfidf": ("TF-IDF + logistic regression", "words and word pairs, scikit-learn"),
     "majority": ("Majority class", "the most frequent label, always"),
 }
+
+
+def _jsonl(rows: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def tfidf_accuracy(train: list[dict[str, str]], validation: list[dict[str, str]]) -> float:

@@ -1,6 +1,6 @@
 """Text that every Python installation holds: its language reference and the docstrings of its libraries.
 
-Also a labelled task made of it, for the demo: which topic is a docstring about?
+Also a labelled task made of it, for the demo: is a sentence in order, or were its words shuffled?
 
 Source files are parsed with `ast`; nothing is imported or executed. Files that cannot be read or parsed, and test
 folders, are left out.
@@ -17,7 +17,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from cli import UserError
@@ -27,29 +27,12 @@ TOPICS_FILE = "pydoc_data/topics.py"
 SEPARATOR = "::"
 """Between file and the name inside it in `Document.name`."""
 
-TOPICS = {
-    "asyncio": ("asyncio",),
-    "gui": ("tkinter", "turtle", "turtledemo", "idlelib"),
-    "mail": ("email", "mailbox", "imaplib", "poplib", "smtplib", "nntplib"),
-    "files": (
-        *("pathlib", "shutil", "tarfile", "zipfile", "tempfile", "glob", "gzip", "bz2", "lzma", "fileinput", "filecmp"),
-        *("fnmatch", "os", "_pyio", "posixpath", "ntpath", "genericpath"),
-    ),
-    "numbers": (
-        *("decimal", "_pydecimal", "fractions", "statistics", "random", "numbers", "datetime", "_pydatetime"),
-        "calendar",
-    ),
-    "testing": ("unittest", "doctest", "pdb", "bdb", "trace", "timeit", "cProfile", "profile", "pstats"),
-    "imports": ("importlib", "pkgutil", "zipimport", "runpy", "modulefinder", "zipapp"),
-    "xml": ("xml",),
-    "web": ("http", "urllib", "wsgiref", "xmlrpc", "socketserver", "ftplib", "html", "cgi", "webbrowser", "ssl"),
-}
-"""Topic → top-level modules. The task takes the first TOPIC_COUNT with enough text: some systems lack tkinter."""
-TOPIC_COUNT = 6
-MIN_CHARACTERS = 40
-VALIDATION_PER_TOPIC = 80
+SENTENCE = re.compile(r"[A-Z][A-Za-z-]*( [A-Za-z][A-Za-z-]*)+\.")
+"""Words alone: a comma or a quotation mark that shuffling moves would give a sentence away."""
+SENTENCE_WORDS = range(8, 21)
+VALIDATION_SENTENCES = 600
 VALIDATION_FILE_LIMIT = 60
-"""Files with more docstrings than this stay in training: one file should not decide a topic's score."""
+"""Files with more sentences than this stay in training: one file should not decide the score."""
 
 
 class Document(NamedTuple):
@@ -59,16 +42,11 @@ class Document(NamedTuple):
     name: str
 
 
-class LabelledDocstring(NamedTuple):
-    """A docstring, the topic of its module, and its file in the standard library."""
-
-    text: str
-    label: str
-    file: str
-
-
 class DemoTask(NamedTuple):
-    """Rows are {"text": …, "label": …}; no validation row is from a file that training or pretraining reads."""
+    """Rows are {"text": …, "label": "in order" or "shuffled"}, as many of each.
+
+    No validation row is from a file that training or pretraining reads, nor does their text hold its sentence.
+    """
 
     train: list[dict[str, str]]
     validation: list[dict[str, str]]
@@ -116,61 +94,51 @@ def documents(name: str, exclude: frozenset[str] = frozenset()) -> Iterator[Docu
                     yield Document(text, prefix + relative)
 
 
-def labelled() -> list[LabelledDocstring]:
-    """All docstrings of the topics' modules, in a fixed order, without the short ones.
+def sentences() -> dict[str, str]:
+    """Sentence → its file, for the plain sentences in the standard library's docstrings, in a fixed order.
 
-    The names of these modules are replaced by the word "module" wherever they stand, in texts of every topic: the
-    task is to understand what a text is about, not to find the name of its package in it. A text that stands in several
-    files is left out, so that none is on both sides of a split by files.
+    A sentence that stands in several files is left out, so that none is on both sides of a split by files.
     """
-    topic_of = {module: topic for topic, modules in TOPICS.items() for module in modules}
-    names = re.compile(rf"(?<![a-z])({'|'.join(sorted(topic_of, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
-    root = standard_library()
-    found: dict[str, LabelledDocstring] = {}
+    found: dict[str, str] = {}
     repeated = set()
+    root = standard_library()
     for file in source_files(root):
-        topic = topic_of.get(file.split("/")[0].removesuffix(".py"))
-        if topic is None:
-            continue
         for _, text in docstrings(root / file):
-            if len(text) >= MIN_CHARACTERS:
-                masked = names.sub("module", text)
-                if found.setdefault(masked, LabelledDocstring(masked, topic, file)).file != file:
-                    repeated.add(masked)
-    return [row for row in found.values() if row.text not in repeated]
+            for paragraph in re.split(r"\n\s*\n", text):
+                for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
+                    plain = SENTENCE.fullmatch(sentence) and len(sentence.split()) in SENTENCE_WORDS
+                    if plain and found.setdefault(sentence, file) != file:
+                        repeated.add(sentence)
+    return {sentence: file for sentence, file in found.items() if sentence not in repeated}
 
 
-def demo_task(seed: int, train_per_class: int) -> DemoTask:
-    """Few labelled docstrings to learn from, drawn by seed, and a few hundred of other files to be judged by.
+def demo_task(seed: int, train_count: int) -> DemoTask:
+    """Are the words of a sentence in order, or shuffled? train_count sentences to learn from, drawn by seed.
 
-    The validation part depends on the Python version alone, so that one pretraining serves every seed: each topic gives
-    VALIDATION_PER_TOPIC docstrings of files drawn by the hash of their names.
+    After the probing tasks for word order of Conneau et al. 2018, made coarser: half of the sentences are shuffled as
+    a whole. The same words in both classes: only who knows how words follow each other can tell. The validation part
+    depends on the Python version alone, so that one pretraining serves every seed.
     """
-    by_topic: dict[str, list[LabelledDocstring]] = {topic: [] for topic in TOPICS}
-    for row in labelled():
-        by_topic[row.label].append(row)
-
-    train, validation, files = [], [], set()
-    chosen = 0
-    for topic, rows in by_topic.items():
-        held_out = _validation_files(rows)
-        judged = [row for row in rows if row.file in held_out]
-        learnt = [row for row in rows if row.file not in held_out]
-        if chosen == TOPIC_COUNT or len(judged) < VALIDATION_PER_TOPIC or len(learnt) < VALIDATION_PER_TOPIC:
-            continue
-        if train_per_class > len(learnt):
-            raise UserError(f"{train_per_class} labelled docstrings a class are too many; {topic} has {len(learnt)}")
-        chosen += 1
-        files |= held_out
-        train += _drawn(learnt, train_per_class, f"train {seed}")
-        validation += _drawn(judged, VALIDATION_PER_TOPIC, "validation")
-    if chosen < 2:
+    file_of = sentences()
+    counts = Counter(file_of.values())
+    files: set[str] = set()
+    for file in sorted(counts, key=_hash):
+        if counts[file] <= VALIDATION_FILE_LIMIT and sum(counts[name] for name in files) < VALIDATION_SENTENCES:
+            files.add(file)
+    learnt = [sentence for sentence, file in file_of.items() if file not in files]
+    judged = [sentence for sentence, file in file_of.items() if file in files]
+    # A sentence may also stand inside another one, or in the language reference.
+    elsewhere = "\n".join(" ".join(document.text.split()) for document in documents("pydoc", frozenset(files)))
+    judged = [sentence for sentence in judged if sentence not in elsewhere]
+    if len(judged) < VALIDATION_SENTENCES // 2:
         raise UserError(f"{standard_library()} holds too few docstrings for the demo; use a Python with its sources")
-    parts = (
-        [{"text": row.text, "label": row.label} for row in _drawn(rows, len(rows), f"order {seed}")]
-        for rows in (train, validation)
+    if train_count > len(learnt):
+        raise UserError(f"{train_count} labelled sentences are too many; there are {len(learnt)}")
+    return DemoTask(
+        _half_shuffled(learnt, train_count, f"train {seed}"),
+        _half_shuffled(judged, len(judged), "validation"),
+        frozenset(files),
     )
-    return DemoTask(*parts, validation_files=frozenset(files))
 
 
 def docstrings(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -192,29 +160,27 @@ def standard_library() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path("stdlib"))
 
 
-def corpus_hash(documents: Iterable[Document]) -> str:
-    """SHA-256 over texts and names, in order."""
-    digest = hashlib.sha256()
-    for document in documents:
-        for part in document:
-            encoded = part.encode()
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()
+def _half_shuffled(sentences: list[str], count: int, salt: str) -> list[dict[str, str]]:
+    """`count` of the sentences in a random order, every second one shuffled; by hashes, which no version of Python
+    draws differently."""
+    drawn = sorted(sentences, key=lambda sentence: _hash(f"{salt} {sentence}"))[:count]
+    return [
+        {"text": _shuffled(text), "label": "shuffled"} if number % 2 else {"text": text, "label": "in order"}
+        for number, text in enumerate(drawn)
+    ]
 
 
-def _validation_files(rows: list[LabelledDocstring]) -> set[str]:
-    """Files in the order of their names' hashes, until they hold enough of these docstrings."""
-    counts = Counter(row.file for row in rows)
-    chosen: set[str] = set()
-    for file in sorted(counts, key=_hash):
-        if counts[file] <= VALIDATION_FILE_LIMIT and sum(counts[name] for name in chosen) < VALIDATION_PER_TOPIC:
-            chosen.add(file)
-    return chosen
-
-
-def _drawn(rows: list[LabelledDocstring], count: int, salt: str) -> list[LabelledDocstring]:
-    """`count` of the rows in a random order; by hashes, which no version of Python draws differently."""
-    return sorted(rows, key=lambda row: _hash(f"{salt} {row.text}"))[:count]
+def _shuffled(sentence: str) -> str:
+    """The words in another order, again with a capital at the start and a full stop at the end."""
+    words = sentence.removesuffix(".").split()
+    if words[0][1:] == words[0][1:].lower():
+        words[0] = words[0].lower()
+    mixed = words
+    salt = 0
+    while mixed == words:
+        mixed = [word for _, word in sorted((_hash(f"{salt} {i} {sentence}"), word) for i, word in enumerate(words))]
+        salt += 1
+    return f"{mixed[0][0].upper()}{mixed[0][1:]} {' '.join(mixed[1:])}."
 
 
 def _hash(text: str) -> bytes:

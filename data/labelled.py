@@ -55,7 +55,7 @@ def read_labelled(path: str | os.PathLike, text: tuple[str, ...] = (), label: st
     text: one or two columns; label: the column of labels; unset = guessed from the names, else from what the columns
     hold. Raises UserError naming file and line where the content is not as expected.
     """
-    path = str(path)
+    path = os.path.expanduser(path)
     reader = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl}.get(os.path.splitext(path)[1])
     if reader is None:
         raise UserError(f"{path}: unknown kind of file; labelled text is read from .tsv, .csv, .jsonl")
@@ -239,6 +239,7 @@ def _read_tsv(path: str) -> tuple[list[str], list[_Row]]:
 def _read_csv(path: str) -> tuple[list[str], list[_Row]]:
     # A quoted field may hold line breaks, so the lines that were decoded one by one are joined again.
     text = "\n".join(line for _, line in _lines(path))
+    csv.field_size_limit(2**31 - 1)  # by default a long text is an error
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = [_Row(reader.line_num, list(cells)) for cells in reader if cells]

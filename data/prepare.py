@@ -44,21 +44,26 @@ def prepare(
     vocab_size: int,
     *,
     for_masked_lm: bool,
-    runs: Iterable[str | os.PathLike | None] = (),
+    of_weights: PreTrainedTokenizerFast | None = None,
 ) -> Prepared:
     """Tokens of the training and the held-out text, from the cache where they are there already.
 
-    The tokenizer is that of the first of `runs` (directories of runs whose weights are taken) that has one, because
-    weights and tokens belong together; else config.tokenizer, else one of at most vocab_size tokens, trained on the
-    training text alone. A config.tokenizer that is not that of the run is an error.
+    The tokenizer is `of_weights`, that of the weights that are taken, because weights and tokens belong together; else
+    config.tokenizer, else one of at most vocab_size tokens, trained on the training text alone. A config.tokenizer
+    that is not that of the weights is an error.
     """
     from data.sources import open_sources
-    from data.tokenizer import fingerprint
+    from data.tokenizer import fingerprint, load_tokenizer
 
     cache = cache_folder(config)
     sources = open_sources(config)
     keys = {name: getattr(sources, name).fingerprint() for name in ("train", "validation")}
-    tokenizer = _existing(config, runs)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else of_weights
+    if tokenizer and of_weights and fingerprint(tokenizer) != fingerprint(of_weights):
+        raise UserError(
+            f"{config.tokenizer} is not the tokenizer that the weights were trained with; leave out --data.tokenizer, "
+            "or start anew, without --init-from and in another --run-dir"
+        )
     if tokenizer is None:
         tokenizer = _trained(cache, sources.train, keys["train"], config.tokenizer_kind, vocab_size, for_masked_lm)
     tokenizer_key = fingerprint(tokenizer)
@@ -71,23 +76,6 @@ def prepare(
 def cache_folder(config: DataConfig) -> Path:
     """config.cache, else $ESPALIER_CACHE, else ~/.cache/espalier."""
     return Path(config.cache or os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier").expanduser()
-
-
-def _existing(config: DataConfig, runs: Iterable[str | os.PathLike | None]) -> PreTrainedTokenizerFast | None:
-    from data.tokenizer import fingerprint, load_tokenizer
-
-    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    for run in filter(None, runs):
-        folder = Path(run).expanduser() / "tokenizer"
-        if folder.is_dir():
-            tokenizer = load_tokenizer(folder)
-            if given and fingerprint(given) != fingerprint(tokenizer):
-                raise UserError(
-                    f"{config.tokenizer} is not the tokenizer that {run} was trained with; "
-                    "leave out --data.tokenizer, or start anew in another --run-dir"
-                )
-            return tokenizer
-    return given
 
 
 def _trained(cache: Path, source: Source, key: str, kind: str, vocab_size: int, for_masked_lm: bool):
@@ -152,10 +140,19 @@ class _Texts:
     def __iter__(self) -> Iterator[str]:
         from tqdm import tqdm
 
-        with tqdm(desc=self._label, unit="B", unit_scale=True, mininterval=0.5, leave=False, disable=None) as bar:
+        bar = tqdm(
+            desc=self._label,
+            total=self._source.size(),
+            unit="B",
+            unit_scale=True,
+            mininterval=0.5,
+            leave=False,
+            disable=None,
+        )
+        with bar:
             for document in self._source:
                 yield document.text
-                bar.update(len(document.text))
+                bar.update(len(document.text.encode()))
 
 
 def _digest(*parts) -> str:

@@ -20,7 +20,9 @@ from data.config import DataConfig
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 MIN_HASHED_DOCUMENTS = 100
-"""With fewer documents than this, the tail of each one is held out instead of whole documents."""
+"""From this many documents on, each falls on a side by its own hash alone."""
+MIN_TAIL = 200
+"""Characters that the tail of an average document must have to be worth reading."""
 
 
 class Source(Protocol):
@@ -111,26 +113,30 @@ class Part:
 def split_validation(source: Source, fraction: float) -> Sources:
     """Hold out about `fraction` of the text; the same content always falls on the same side.
 
-    Whole documents, drawn by the hash of their text, where there are enough of them (MIN_HASHED_DOCUMENTS, and ten
-    expected in the validation part); otherwise the tail of each document, cut at a line break or blank.
+    Of many documents (MIN_HASHED_DOCUMENTS, and ten expected in the validation part) those that their hash draws. Of
+    few, the tail of each, cut at a line break or blank; or, where such tails would be fragments (MIN_TAIL), as many
+    whole ones, first in the order of their hashes, as make up the fraction.
     """
     enough = max(MIN_HASHED_DOCUMENTS, math.ceil(10 / fraction))
-    if sum(1 for _ in islice(source, enough)) < enough:
-        name = "tails"
+    few = [(_rank(document.text), len(document.text)) for document in islice(source, enough)]
+    if len(few) == enough:
+        return _split(source, fraction, "documents", lambda text: text if _rank(text) < fraction * 2**64 else "")
+    size = sum(length for _, length in few)
+    if len(few) < 10 or size * fraction / len(few) >= MIN_TAIL:
+        return _split(source, fraction, "tails", lambda text: text[_tail_start(text, fraction) :])
+    drawn, held_out = set(), 0
+    for rank, length in sorted(few):
+        if held_out < fraction * size:
+            drawn.add(rank)
+            held_out += length
+    return _split(source, fraction, "first documents", lambda text: text if _rank(text) in drawn else "")
 
-        def held_out(text: str) -> str:
-            return text[_tail_start(text, fraction) :]
 
-        def kept(text: str) -> str:
-            return text[: _tail_start(text, fraction)]
-    else:
-        name = "documents"
+def _split(source: Source, fraction: float, name: str, held_out: Callable[[str], str]) -> Sources:
+    """held_out: text → its held-out end, which may be all or nothing of it."""
 
-        def held_out(text: str) -> str:
-            return text if _drawn(text, fraction) else ""
-
-        def kept(text: str) -> str:
-            return "" if _drawn(text, fraction) else text
+    def kept(text: str) -> str:
+        return text[: len(text) - len(held_out(text))]
 
     return Sources(Part(source, kept, f"all but {name}", 1 - fraction), Part(source, held_out, name, fraction))
 
@@ -234,16 +240,17 @@ def _file_digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _drawn(text: str, fraction: float) -> bool:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+def _rank(text: str) -> int:
+    """A number below 2^64 that looks random and depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _tail_start(text: str, fraction: float) -> int:
-    """Where the held-out tail begins: after the last line break before its share, else after a blank, else nowhere."""
+    """Where the held-out tail begins: after the last line break before its share, else after a blank, else there."""
     target = math.ceil(len(text) * (1 - fraction))
     lowest = math.floor(len(text) * max(1 - 2 * fraction, 0.0))
     for separator in ("\n", " "):
         cut = text.rfind(separator, lowest, target)
         if cut >= 0 and text[:cut].strip() and text[cut:].strip():
             return cut + 1
-    return len(text)
+    return target

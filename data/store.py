@@ -55,12 +55,18 @@ class TokenStore:
 
 
 def exists(folder: Path) -> bool:
-    """Whether a whole store is there: a deleted or shortened file makes it count as absent."""
-    if not (folder / MANIFEST).is_file() or not (folder / "offsets.npy").is_file():
+    """Whether a whole store of this format is there: a deleted or shortened file makes it count as absent."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        size = sum(path.stat().st_size for path in _shard_files(folder))
+        return (
+            manifest["format_version"] == FORMAT_VERSION
+            and offsets.shape == (manifest["documents"] + 1,)
+            and size == manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return False
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    size = sum(path.stat().st_size for path in _shard_files(folder))
-    return size == manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize
 
 
 @contextlib.contextmanager
@@ -103,7 +109,7 @@ def write_store(
                         name = f"tokens-{begin // shard_tokens:05}.bin"
                         file = stack.enter_context((unfinished / name).open("wb"))
                     room = shard_tokens - begin % shard_tokens
-                    tokens[:room].astype(dtype).tofile(file)
+                    file.write(tokens[:room].astype(dtype).data)
                     begin, tokens = begin + min(room, len(tokens)), tokens[room:]
         np.save(unfinished / "offsets.npy", np.array(offsets, np.int64))
         manifest = about | {

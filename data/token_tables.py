@@ -59,6 +59,23 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return np.array([len(piece.content) if piece else 0 for piece in _pieces(tokenizer)], np.int32)
 
 
+def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Each id as a person would write it, with the blank before it: " word", "ing", " [CLS]".
+
+    Bytes that are only a part of a character are shown as U+FFFD.
+    """
+    pieces = _pieces(tokenizer)
+    marked = any(piece.inside for piece in pieces if piece)
+    names = tokenizer.convert_ids_to_tokens(list(range(len(pieces))))
+    texts = []
+    for piece, name in zip(pieces, names, strict=True):
+        if piece is None:
+            texts.append(f" {name}")
+        else:
+            texts.append(" " * (marked and not piece.inside) + piece.content.decode(errors="replace"))
+    return texts
+
+
 def word_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """uint8 [V]: which tokens make up a word, to mask whole words (Cui et al. 2021).
 

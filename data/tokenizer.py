@@ -6,11 +6,13 @@ WordPiece as in BERT (Devlin et al. 2019) and byte-level BPE as in GPT-2 (Radfor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -102,14 +104,41 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     return _wrap(backend, {name: text for specials in known for name, text in specials.items() if text in present})
 
 
+def tokenizer_of_run(run_dir: str | os.PathLike, config: dict) -> PreTrainedTokenizerFast:
+    """The tokenizer beside a run's checkpoint; UserError unless it is the one that the checkpoint's config names."""
+    folder = pathlib.Path(run_dir).expanduser() / "tokenizer"
+    tokenizer = load_tokenizer(folder)
+    size, expected = vocabulary_size(tokenizer), config["model"]["vocab_size"]
+    if size != expected or fingerprint(tokenizer) != config["fingerprints"]["tokenizer"]:
+        found = f"{size:,} tokens" if size != expected else "other tokens"
+        raise UserError(
+            f"{folder} has {found}, not the {expected:,} that the checkpoint beside it knows; "
+            "put back the tokenizer of that run"
+        )
+    return tokenizer
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> None:
-    """Write tokenizer.json and tokenizer_config.json, in the format that transformers 4 and 5 both load."""
-    tokenizer.save_pretrained(str(folder))
-    path = pathlib.Path(folder) / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    # Version 5 writes the class name TokenizersBackend, which version 4 does not know; both know this one.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    """Write tokenizer.json and tokenizer_config.json, in the format that transformers 4 and 5 both load.
+
+    Each file appears whole, and a folder that holds this tokenizer is left alone: nothing can ruin a run's tokenizer.
+    """
+    folder = pathlib.Path(folder)
+    if (folder / "tokenizer.json").exists():
+        with contextlib.suppress(UserError):
+            if fingerprint(load_tokenizer(folder)) == fingerprint(tokenizer):
+                return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
+        tokenizer.save_pretrained(unfinished)
+        path = pathlib.Path(unfinished, "tokenizer_config.json")
+        settings = json.loads(path.read_text())
+        # Version 5 writes the class name TokenizersBackend, which version 4 does not know; both know this one.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        # tokenizer.json last: where it is, the others are.
+        for path in sorted(pathlib.Path(unfinished).iterdir(), reverse=True):
+            os.replace(path, folder / path.name)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,7 +48,7 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         if path is None:
             raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv or .jsonl file of labelled texts")
         files[name] = _read(path, data)
-        fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        fingerprints[name] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
     names = _sorted(set(files["train"].labels))
     if len(names) < 2:
         raise UserError(f"{data.train}: every example has the label {names[0]!r}; a classifier needs two or more")
@@ -91,9 +92,12 @@ def _read(path: str, data: FinetuneData) -> Labelled:
 
 def _sorted(labels: set[str]) -> list[str]:
     try:
-        return sorted(labels, key=float)
+        values = {label: float(label) for label in labels}
     except ValueError:
         return sorted(labels)
+    if not all(map(math.isfinite, values.values())):
+        return sorted(labels)
+    return sorted(labels, key=lambda label: (values[label], label))
 
 
 def _listed(labels: list[str], most: int = 8) -> str:

@@ -86,13 +86,13 @@ def classify_debug() -> FinetuneConfig:
 
 
 def demo() -> FinetuneConfig:
-    """What the demo does with a few labelled examples of each class (`./launch.sh`): small model, many epochs."""
+    """What the demo does with a thousand short labelled sentences (`./launch.sh`): small model, several epochs."""
     return FinetuneConfig(
-        steps=120,
+        steps=150,
         batch_size=32,
-        log_every=10,
-        eval_every=60,
-        data=FinetuneData(max_length=96),
+        log_every=15,
+        eval_every=50,
+        data=FinetuneData(max_length=48),
         execution=Execution(scan_layers=True),
         optimizer=FinetuneOptimizer(learning_rate=5e-4),
         checkpoint=CheckpointConfig(every=1000, keep=1),

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from cli import UserError
-from data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from data.tokenizer import tokenizer_of_run
 from models.config import ModelConfig
 from models.transformer import init_params
 from sharding.rules import shard_params
-from training.checkpoint import complete_steps, read_config, restore_params
-from training.run import RunDirectory
+from training.checkpoint import restore_params
+from training.start import Origin, find_origin
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
+
+    from finetune.presets import FinetuneConfig
+    from training.run import RunDirectory
 
 HEADS = {"masked_lm": "masked_lm", "causal_lm": "causal_lm", "classification": "sequence_classification"}
 """The head in a run's checkpoint, by the task in its configuration."""
@@ -27,36 +29,27 @@ HEADS = {"masked_lm": "masked_lm", "causal_lm": "causal_lm", "classification": "
 class Pretrained(NamedTuple):
     """A run whose model is to be fine-tuned."""
 
-    run_dir: Path
-    config: dict
-    """As saved in its newest checkpoint."""
+    origin: Origin
     model: ModelConfig
     tokenizer: PreTrainedTokenizerFast
 
 
-def open_pretrained(init_from: str | None, run_dir: Path) -> Pretrained:
-    """The run `init_from`; or the fine-tuning run itself, where it has a checkpoint and will be resumed.
+def open_pretrained(config: FinetuneConfig, run: RunDirectory) -> Pretrained:
+    """The run config.init_from; or the fine-tuning run itself, where it has a checkpoint and will be resumed.
 
     UserError where there is no checkpoint, or where the tokenizer is not the one that the checkpoint was trained with.
     """
-    if not init_from:
+    if not config.init_from:
         raise UserError("no --init-from RUN given: name the directory of the mlm or clm run that is to be fine-tuned")
-    folder = run_dir if complete_steps(RunDirectory(run_dir).checkpoints) else Path(init_from).expanduser()
-    config = read_config(folder)
-    if config.get("task") not in HEADS:
+    origin = find_origin(config, run)
+    assert origin is not None
+    if origin.config.get("task") not in HEADS:
         raise UserError(
-            f"{folder} holds a run of task {config.get('task')!r}; a classifier starts from an mlm or clm run"
+            f"{origin.run_dir} holds a run of task {origin.config.get('task')!r}; a classifier starts from an mlm or "
+            "clm run"
         )
-    model = ModelConfig.from_dict(config["model"])
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    size = vocabulary_size(tokenizer)
-    if size != model.vocab_size or fingerprint(tokenizer) != config["fingerprints"]["tokenizer"]:
-        found = f"{size:,} tokens" if size != model.vocab_size else "other tokens"
-        raise UserError(
-            f"{folder / 'tokenizer'} has {found}, not the {model.vocab_size:,} that the checkpoint beside it knows; "
-            "put back the tokenizer of that run"
-        )
-    return Pretrained(folder, config, model, tokenizer)
+    model = ModelConfig.from_dict(origin.config["model"])
+    return Pretrained(origin, model, tokenizer_of_run(origin.run_dir, origin.config))
 
 
 def load_trunk(
@@ -76,7 +69,7 @@ def load_trunk(
             saved["head"] = jax.tree.map(
                 lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), old_head, layout
             )
-        params = restore_params(pretrained.run_dir, saved)
+        params = restore_params(pretrained.origin.run_dir, saved, pretrained.origin.step)
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["head"])
         head = jax.jit(lambda key: init(key)["head"], out_shardings=layout)(jax.random.key(seed))
         return params | {"head": head}
@@ -85,6 +78,6 @@ def load_trunk(
 
 
 def _init_as_saved(pretrained: Pretrained) -> Callable[[jax.Array], dict]:
-    config = pretrained.config
+    config = pretrained.origin.config
     labels = len(config.get("labels", ())) or None
     return lambda key: init_params(pretrained.model, key, heads=(HEADS[config["task"]],), num_labels=labels)

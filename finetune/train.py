@@ -5,9 +5,9 @@ Reads top to bottom: checkpoint → labelled texts → rows → objective → tr
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import replace
+from functools import partial
 
 import cli
 from finetune.presets import PRESETS, FinetuneConfig
@@ -29,26 +29,23 @@ def main(config: FinetuneConfig) -> dict:
     from sharding.mesh import build_mesh, check_batch, host_rows
     from training.loop import train
     from training.report import write_report
-    from training.run import RunDirectory, summarise, write_json
+    from training.run import RunDirectory, settings, summarise, write_json
 
     check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
     mesh = build_mesh(config.mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
 
-    pretrained = open_pretrained(config.init_from, run.path)
+    pretrained = open_pretrained(config, run)
     tokenizer = pretrained.tokenizer
     model = replace(pretrained.model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
     examples = read_examples(config.data, tokenizer, model)
     config = resolved(config, len(examples.train.labels), model.hidden_size)
-    config_dict = dataclasses.asdict(config) | {
-        "task": "classification",
-        "labels": examples.names,
-        "model": dataclasses.asdict(model),
-        "fingerprints": {"tokenizer": fingerprint(tokenizer)} | examples.fingerprints,
-    }
-    run.create_or_resume(config_dict)
-    save_tokenizer(tokenizer, run.tokenizer)
+    fingerprints = {"tokenizer": fingerprint(tokenizer)} | examples.fingerprints
+    config_dict, defaults = settings(
+        config, model, task="classification", labels=examples.names, fingerprints=fingerprints
+    )
+    run.check(config_dict, defaults)
 
     def init(key: jax.Array) -> dict:
         return init_params(model, key, heads=("sequence_classification",), num_labels=len(examples.names))
@@ -68,8 +65,9 @@ def main(config: FinetuneConfig) -> dict:
     tokens_per_row = sum(len(example.ids) for example in examples.train.encoded) / len(batches)
     objective = classification_objective(model, execution=config.execution)
 
+    fresh = config.scratch and not pretrained.origin.resumed
     result = train(
-        replace(config, init_from=None) if config.scratch else config,
+        config,
         init_params=init,
         matrix_axes=matrix_axes,
         objective=objective,
@@ -80,12 +78,16 @@ def main(config: FinetuneConfig) -> dict:
         eval_batches=eval_batches,
         run=run,
         config_dict=config_dict,
+        save_tokenizer=partial(save_tokenizer, tokenizer),
         mesh=mesh,
         tokens_per_step=round(config.batch_size * tokens_per_row),
         flops_per_step=config.batch_size * tokens_per_row * flops_per_token(model, round(tokens_per_row), 0.0),
-        load_params=None if config.scratch else load_trunk(pretrained, init, config.seed, mesh),
+        origin=None if fresh else pretrained.origin,
+        load_params=None if fresh else load_trunk(pretrained, init, config.seed, mesh),
     )
 
+    if result.stopped_by:
+        return summarise(run, result, metrics={})
     labels_N = np.array(examples.validation.labels)
     probability_NC = class_probabilities(model, result.state.params, eval_batches, mesh, config.execution)
     predictions_N = probability_NC.argmax(1)

@@ -50,6 +50,13 @@ class PretrainConfig(TrainConfig):
     eval_rows: int = 512
     """Rows of held-out text in an evaluation (always the same rows with the same masks)."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model.causal:
+            raise UserError("model.causal: masked LM fills blanks from both sides; leave it out, or train by `clm`")
+        if self.eval_rows < 1:
+            raise UserError(f"eval_rows={self.eval_rows} must be at least 1")
+
 
 def debug() -> PretrainConfig:
     """A toy that trains in seconds, to see that everything runs: `./launch.sh mlm debug`. Any hardware."""
@@ -76,12 +83,16 @@ def debug() -> PretrainConfig:
 
 
 def demo() -> PretrainConfig:
-    """A small encoder for 2 CPU cores on built-in text, about 3 minutes: `./launch.sh mlm demo`."""
+    """A small encoder for 2 CPU cores on built-in text: `./launch.sh mlm demo`.
+
+    3.5 minutes (JAX 0.10.1, 7,700 tokens/s): held-out loss 4.9, accuracy 22 % of the masked tokens. On 27 MB of books
+    with `--steps 1250`: 11 minutes, loss 4.36, accuracy 27.6 %.
+    """
     return PretrainConfig(
-        steps=450,
+        steps=400,
         batch_size=32,
         log_every=25,
-        eval_every=150,
+        eval_every=200,
         eval_rows=128,
         model=replace(
             MODERNBERT_BASE,
@@ -100,7 +111,7 @@ def demo() -> PretrainConfig:
         masking=MaskingConfig(rate=0.3, final_rate=0.15, whole_words=True),
         execution=Execution(scan_layers=True),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup=0.1, weight_decay=0.01),
-        checkpoint=CheckpointConfig(every=150),
+        checkpoint=CheckpointConfig(every=100),
     )
 
 

@@ -5,9 +5,8 @@ Reads top to bottom: text → tokens → rows → objective → training loop �
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import replace
+from functools import partial
 
 import cli
 from mlm.presets import PRESETS, PretrainConfig
@@ -21,34 +20,33 @@ def main(config: PretrainConfig) -> dict:
     from data.loader import Batches, Rows, prefetch
     from data.packing import pack_best_fit
     from data.prepare import prepare
-    from data.token_tables import word_table
-    from data.tokenizer import save_tokenizer, special_ids, vocabulary_size
+    from data.token_tables import token_texts, word_table
+    from data.tokenizer import save_tokenizer, special_ids, tokenizer_of_run, vocabulary_size
     from mlm.loss import masked_lm_objective
     from mlm.masking import Vocabulary, rate_at
     from mlm.samples import masked_samples, unigram_entropy
-    from models.transformer import flops_per_token, init_params, matrix_axes
+    from models.transformer import count_params, flops_per_token, init_params, matrix_axes
     from sharding.mesh import build_mesh, check_batch, host_rows
     from training.loop import train
     from training.report import write_report
-    from training.run import RunDirectory, summarise, write_json
-    from training.start import check_origin
+    from training.run import RunDirectory, settings, summarise, write_json
+    from training.start import find_origin
 
     length = config.data.sequence_length
     check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
     mesh = build_mesh(config.mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
-    check_origin(config, run)
+    origin = find_origin(config, run)
     config.model.fitted(config.model.vocab_size, length)
 
-    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=True, runs=(run.path, config.init_from))
+    of_weights = origin and tokenizer_of_run(origin.run_dir, origin.config)
+    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=True, of_weights=of_weights)
     tokenizer = prepared.tokenizer
     specials = special_ids(tokenizer, need=("cls", "sep", "mask"))
     model = config.model.fitted(vocabulary_size(tokenizer), length)
-    config = replace(config, model=model)
-    config_dict = dataclasses.asdict(config) | {"task": "masked_lm", "fingerprints": prepared.fingerprints}
-    run.create_or_resume(config_dict)
-    save_tokenizer(tokenizer, run.tokenizer)
+    config_dict, defaults = settings(config, model, task="masked_lm", fingerprints=prepared.fingerprints)
+    run.check(config_dict, defaults)
 
     assert specials.mask is not None
     ordinary_V = ~np.isin(np.arange(model.vocab_size), specials.all)
@@ -59,6 +57,8 @@ def main(config: PretrainConfig) -> dict:
     )
     batches = Batches(rows, config.batch_size, config.seed)
     eval_batches = Batches(held_out, config.batch_size).fixed(config.eval_rows, host_rows(config.batch_size))
+
+    mean_rate = (config.masking.rate + (config.masking.final_rate or config.masking.rate)) / 2
 
     def objective(rate):
         return masked_lm_objective(model, config.masking, vocabulary, rate=rate, execution=config.execution)
@@ -76,16 +76,19 @@ def main(config: PretrainConfig) -> dict:
         finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},
         run=run,
         config_dict=config_dict,
+        save_tokenizer=partial(save_tokenizer, tokenizer),
+        origin=origin,
         mesh=mesh,
         tokens_per_step=config.batch_size * length,
-        flops_per_step=config.batch_size * length * flops_per_token(model, length, config.masking.rate),
+        flops_per_step=config.batch_size * length * flops_per_token(model, length, mean_rate),
     )
 
-    summary = summarise(run, result)
-    if jax.process_index() == 0:
+    summary = summarise(run, result, parameters=count_params(model, "masked_lm"))
+    if jax.process_index() == 0 and not result.stopped_by:
         params = jax.device_get(result.state.params)
+        texts = token_texts(tokenizer)
         samples = masked_samples(
-            model, params, eval_batches[0], tokenizer, vocabulary, config.masking, config.execution, seed=config.seed
+            model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
         )
         train_V, held_out_V = (store.counts(model.vocab_size) for store in (prepared.train, prepared.validation))
         entropy = unigram_entropy(train_V, held_out_V, vocabulary)

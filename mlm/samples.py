@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def masked_samples(
     model: ModelConfig,
     params,
     batch: dict,
-    tokenizer,
+    texts: Sequence[str],
     vocabulary: Vocabulary,
     masking: MaskingConfig,
     execution: Execution,
@@ -43,8 +44,9 @@ def masked_samples(
 ) -> list[dict]:
     """`count` randomly chosen excerpts of held-out rows with hidden tokens and the model's best guesses for them.
 
-    batch: held-out rows [B,T]. Returns, for each excerpt, `tokens` (strings) and `masked`: index in the excerpt, truth,
-    and guesses as (string, probability) pairs. Every hidden token is shown as [MASK].
+    batch: held-out rows [B,T]. texts: what to write for each token id (data.token_tables.token_texts). Returns, for
+    each excerpt, `tokens` (texts) and `masked`: index in the excerpt, truth, and guesses as (text, probability) pairs.
+    Every hidden token is shown as [MASK].
     """
     key = jax.random.key(seed)
     shown = MaskingConfig(
@@ -66,19 +68,21 @@ def masked_samples(
     excerpts = []
     for row in range(len(rows)):
         used = hidden["masked_weights"][row] > 0
+        if not used.any():
+            continue
         order = np.argsort(hidden["masked_positions"][row][used])
         positions = hidden["masked_positions"][row][used][order]
         start = max(0, int(positions[len(positions) // 2]) - window // 2)
         inside = (positions >= start) & (positions < start + window)
         excerpts.append(
             {
-                "tokens": tokenizer.convert_ids_to_tokens(hidden["input_ids"][row, start : start + window].tolist()),
+                "tokens": [texts[token] for token in hidden["input_ids"][row, start : start + window]],
                 "masked": [
                     {
                         "index": int(at) - start,
-                        "truth": tokenizer.convert_ids_to_tokens(int(batch["input_ids"][row, at])),
+                        "truth": texts[batch["input_ids"][row, at]],
                         "guesses": [
-                            [tokenizer.convert_ids_to_tokens(int(token)), round(float(probability), 4)]
+                            [texts[token], round(float(probability), 4)]
                             for token, probability in zip(ids, tops, strict=True)
                         ],
                     }

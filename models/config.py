@@ -81,6 +81,18 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
+        for name in (
+            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if not self.layer_period:
+            raise UserError("layer_period is empty; give the kinds of layer that repeat, for instance global")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1; try 0.1")
         fixed, period = len(self.prefix_layers) + len(self.suffix_layers), len(self.layer_period)
         repeated = self.num_hidden_layers - fixed
         if repeated < 0 or repeated % period:
@@ -94,6 +106,8 @@ class ModelConfig:
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
                 "change one of them or set head_dim"
             )
+        if self.position_embedding == "rotary" and self.head_size % 2:
+            raise UserError(f"head_dim={self.head_size} is odd; rotary positions turn pairs: give an even one")
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -149,12 +163,15 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Rebuild from JSON (lists become tuples)."""
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        unknown = sorted(arguments.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"this version knows no model setting {', '.join(unknown)}; use the code that wrote it")
         return cls(**arguments)
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the model runs; changes speed and memory, never what is computed."""
+    """How the model runs: speed and memory. What is computed stays the same, but for the rounding of `dtype`."""
 
     attention: Literal["auto", "xla"] = "auto"
     """Attention backend; auto = the fastest one that honours the model's boundaries here."""
@@ -164,8 +181,3 @@ class Execution:
     """What is recomputed in the backward pass: nothing, all but matrix products, everything."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto = bfloat16 on TPU and GPU, float32 on CPU."""
-
-
-def to_dict(config) -> dict:
-    """A dataclass as plain JSON values."""
-    return dataclasses.asdict(config)

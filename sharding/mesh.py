@@ -58,6 +58,10 @@ def build_mesh(config: MeshConfig, devices=None):
     """The mesh with axes data, fsdp, tensor over `devices` (default: all; fewer are used if the product is smaller)."""
     import jax
 
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes; training runs in a single one yet, on all of its devices"
+        )
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
     axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)

@@ -11,13 +11,15 @@ assert "jax" not in sys.modules, "jax was imported before tests/conftest.py coul
 DEVICES = "--xla_force_host_platform_device_count={}"
 # Tiny programs are compiled far more often than they are run: unoptimised code makes the suite several times faster.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES.format(8)} {QUICK_COMPILE}".strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["HF_HUB_OFFLINE"] = "1"
-# Many tests start the same small program in a process of its own: it is compiled once a session.
-COMPILED = tempfile.TemporaryDirectory(prefix="espalier-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# The processes of pytest-xdist inherit all this from the first one.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES.format(8)} {QUICK_COMPILE}".strip()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # Many tests start the same small program in a process of its own: it is compiled once a session.
+    COMPILED = tempfile.TemporaryDirectory(prefix="espalier-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402

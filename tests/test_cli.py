@@ -196,6 +196,37 @@ def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(capsys):
         cli.run(lambda config: (_ for _ in ()).throw(ValueError("a bug")).__next__(), PRESETS, "mlm", "", ["small"])
 
 
+def test_too_little_memory_is_one_line_that_says_what_to_try(capsys):
+    def main(config):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes\na page of details")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run_config(main, Options, "options", [])
+    err = capsys.readouterr().err
+    assert exit.value.code == 1 and err.count("\n") == 1
+    assert "allocating 99 bytes" in err and "--accumulation 2" in err and "details" not in err
+
+
+def test_a_run_that_a_signal_ended_early_does_not_look_finished(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.run_config(lambda config: {"step": 3, "stopped_by": 15}, Options, "options", ["--json"])
+    assert exit.value.code == 143 and json.loads(capsys.readouterr().out) == {"step": 3, "stopped_by": 15}
+
+
+def test_a_list_without_a_value_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.run_config(lambda config: None, Options, "options", ["--files", "--json"])
+    assert exit.value.code == 2 and "--files needs a value" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Options:
+    """A command whose fields all have values."""
+
+    files: tuple[str, ...] = ()
+    json: bool = False
+
+
 def test_json_is_the_last_line_and_valid(capsys):
     run_dir = pathlib.Path("runs/x")
     result = {"loss": np.float32(0.5), "ppl": math.inf, "steps": np.int64(3), "dir": run_dir, "a": (1, None)}

@@ -90,8 +90,10 @@ def test_same_seed_same_text():
 
 
 def test_generation_beyond_the_learned_positions_is_refused():
-    with pytest.raises(UserError, match="exceeds the model's 32 positions; try max_new_tokens=30"):
+    with pytest.raises(UserError, match="exceeds the model's 32 positions; try --sampling.max-new-tokens 30"):
         generate(MODELS["gpt2"], {}, [[1, 2]], SamplingConfig(max_new_tokens=100), end_id=None)
+    with pytest.raises(UserError, match="give a shorter prompt"):
+        generate(MODELS["gpt2"], {}, [[1] * 40], SamplingConfig(), end_id=None)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])

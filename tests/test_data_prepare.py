@@ -1,6 +1,7 @@
 """From text to tokens on disk and back, what is cached, and what an interruption leaves behind."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -25,8 +26,8 @@ def config(shared_data, tmp_path) -> DataConfig:
     return DataConfig(files=files, validation_files=held_out, tokenizer_kind="bpe", cache=str(tmp_path / "cache"))
 
 
-def run(config, vocab_size=500, for_masked_lm=True, runs=()):
-    return prepare(config, vocab_size, for_masked_lm=for_masked_lm, runs=runs)
+def run(config, vocab_size=500, for_masked_lm=True, of_weights=None):
+    return prepare(config, vocab_size, for_masked_lm=for_masked_lm, of_weights=of_weights)
 
 
 def text_of(store, tokenizer) -> list[str]:
@@ -88,15 +89,13 @@ def test_a_given_tokenizer_is_used(config, tmp_path):
     assert run(given).fingerprints["tokenizer"] == fingerprint(tokenizer)
 
 
-def test_a_runs_own_tokenizer_comes_first(config, tmp_path):
+def test_the_tokenizer_of_the_weights_comes_first(config, tmp_path):
     tokenizer = train_tokenizer(["a few words of another text"] * 3, "bpe", 400)
-    save_tokenizer(tokenizer, tmp_path / "run" / "tokenizer")
-    runs = (tmp_path / "new run", None, str(tmp_path / "run"))
-    assert run(config, runs=runs).fingerprints["tokenizer"] == fingerprint(tokenizer)
+    assert run(config, of_weights=tokenizer).fingerprints["tokenizer"] == fingerprint(tokenizer)
     save_tokenizer(train_tokenizer(["yet other words"], "bpe", 400), tmp_path / "given")
     given = DataConfig(**{**vars(config), "tokenizer": str(tmp_path / "given")})
-    with pytest.raises(UserError, match="is not the tokenizer that .*run was trained with"):
-        run(given, runs=runs)
+    with pytest.raises(UserError, match="given is not the tokenizer that the weights were trained with"):
+        run(given, of_weights=tokenizer)
 
 
 def test_an_interruption_leaves_nothing(config, monkeypatch, tmp_path):
@@ -117,13 +116,14 @@ def test_an_interruption_leaves_nothing(config, monkeypatch, tmp_path):
     assert text_of(run(config).train, run(config).tokenizer)[0] == pathlib.Path(config.files[0]).read_text()
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "offsets.npy", "tokens-00000.bin", "shortened"])
-def test_damaged_tokens_are_made_again(config, damage):
-    folder = run(config).train.folder
-    if damage == "shortened":
-        (folder / "tokens-00000.bin").write_bytes((folder / "tokens-00000.bin").read_bytes()[:-2])
+@pytest.mark.parametrize("damage", ["gone", "empty", "shortened"])
+@pytest.mark.parametrize("name", ["manifest.json", "offsets.npy", "tokens-00000.bin"])
+def test_damaged_tokens_are_made_again(config, name, damage):
+    path = run(config).train.folder / name
+    if damage == "gone":
+        path.unlink()
     else:
-        (folder / damage).unlink()
+        path.write_bytes(path.read_bytes()[:-2] if damage == "shortened" else b"")
     prepared = run(config)
     assert text_of(prepared.train, prepared.tokenizer)[0] == pathlib.Path(config.files[0]).read_text()
 
@@ -132,6 +132,34 @@ def test_a_cache_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*--data.cache"):
         run(DataConfig(**{**vars(config), "cache": str(tmp_path / "file" / "cache")}))
+
+
+def test_progress_bars_know_the_whole(config, monkeypatch):
+    """Training the tokenizer and tokenizing both parts: each bar ends where it said that it would."""
+    bars = []
+
+    class Bar:
+        def __init__(self, desc, total, **options):
+            self.desc, self.total, self.n = desc, total, 0
+
+        def update(self, n):
+            self.n += n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            bars.append((self.desc, self.n, self.total))
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    run(config)
+    sizes = [sum(os.path.getsize(path) for path in files) for files in (config.files, config.validation_files)]
+    train, validation = ((size, size) for size in sizes)
+    assert bars == [
+        ("training a bpe tokenizer", *train),
+        ("tokenizing train text", *train),
+        ("tokenizing validation text", *validation),
+    ]
 
 
 def documents(lengths):

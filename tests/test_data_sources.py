@@ -67,7 +67,7 @@ def test_a_name_with_brackets_is_no_glob(tmp_path):
         ("a.jsonl", b'{"text": "\xe4"}\n', "a.jsonl:1: byte 0xe4"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: half a surrogate pair"),
         ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "a.jsonl holds no text"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "damaged gzip"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "damaged gzip"),
         ("a.pdf", b"%PDF", "unknown kind of file; text is read from .txt, .jsonl, .jsonl.gz"),
     ],
@@ -122,6 +122,20 @@ def test_few_documents_lose_their_tails(fraction):
         assert kept[-1] in "\n ", "a word was cut"
         assert fraction * 0.95 < len(held_out) / len(whole) < 2 * fraction
     assert train.fingerprint() != validation.fingerprint()
+
+
+@pytest.mark.parametrize("count", [20, 99, 199])
+def test_of_few_short_documents_whole_ones_are_held_out(count):
+    documents = [f"document {number} is a short line of text" for number in range(count)]
+    train, validation = map(texts, split_validation(Texts(*documents), 0.05))
+    assert sorted(train + validation) == sorted(documents)
+    assert count * 0.05 <= len(validation) <= count * 0.05 + 1
+
+
+def test_text_without_blanks_is_cut_at_its_share():
+    source = Texts("字" * 100_000)
+    train, validation = map(texts, split_validation(source, 0.02))
+    assert (len(train[0]), len(validation[0])) == (98_000, 2_000)
 
 
 def test_tiny_text_is_not_cut():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from cli import UserError
-from data.token_tables import CONTINUABLE, CONTINUES, token_bytes, word_table
+from data.token_tables import CONTINUABLE, CONTINUES, token_bytes, token_texts, word_table
 from data.tokenizer import (
     fingerprint,
     load_tokenizer,
@@ -172,6 +172,33 @@ def test_unspaced_scripts_have_one_token_words():
         if any("\u0e00" <= character <= "\u0eff" or "\u3040" <= character <= "\u9fff" for character in content):
             assert not table[index] & CONTINUES, (token, content)
     assert [word for word in words(tokenizer, "plain words") if word] == ["plain", "words"]
+
+
+def test_texts_of_tokens_put_together_are_the_text(trained):
+    text = "The king's unhappiness, naïvely told"
+    wordpiece, bpe = (
+        "".join(token_texts(trained[kind])[index] for index in encode(trained[kind], text))
+        for kind in ("wordpiece", "bpe")
+    )
+    assert bpe.replace("\ufffd", "") == text.replace("ï", "")
+    assert wordpiece == " the king ' s unhappiness , naively told"
+    assert token_texts(trained["wordpiece"])[2] == " [CLS]"
+
+
+def test_a_killed_save_leaves_the_old_tokenizer(trained, tmp_path, monkeypatch):
+    save_tokenizer(trained["bpe"], tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(type(trained["wordpiece"]), "save_pretrained", full)
+        save_tokenizer(trained["wordpiece"], tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_tokenizer(trained["wordpiece"], tmp_path)
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(trained["wordpiece"])
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
 
 
 def test_special_tokens_stand_alone(tokenizer):

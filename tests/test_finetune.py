@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from cli import UserError
-from data.tokenizer import fingerprint, save_tokenizer, train_tokenizer, vocabulary_size
+from data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
 from finetune import evaluate
+from finetune.examples import read_examples
 from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
 from finetune.pretrained import load_trunk, open_pretrained
 from finetune.tasks.classify import classification_objective
@@ -187,7 +188,7 @@ def test_parameters_that_do_not_fit_are_listed(there, tmp_path):
 
 def loader(folder, run_dir):
     """(abstract parameters with a head of three classes, load_trunk's function)."""
-    pretrained = open_pretrained(str(folder), run_dir)
+    pretrained = open_pretrained(FinetuneConfig(init_from=str(folder)), RunDirectory(run_dir))
     mesh = build_mesh(MeshConfig(2, 2, 2))
 
     def init(key):
@@ -285,6 +286,7 @@ BAD = {
         dict(validation=[{"sentence1": "a", "sentence2": "b", "label": "bird"}]), "has pairs of texts and the other"
     ),
     "wrong column": (dict(data=dict(text=("review",))), "no column 'review'.*'sentence'"),
+    "infinite rate": (dict(optimizer=FinetuneOptimizer(warmup=99)), "longer than the run"),
     "too long": (dict(data=dict(max_length=99)), "exceeds the model's 16 learned positions"),
     "batch": (dict(batch_size=6), "not divisible"),
 }  # fmt: skip
@@ -305,6 +307,19 @@ def test_what_is_refused_leaves_nothing_behind(there, tmp_path, case):
         main(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_labels_have_one_order(there, tmp_path):
+    """By number where all are numbers, equal ones by their text: never by the seed of Python's hashes."""
+    for labels, order in (
+        ("10 9 1 1.0 01", ["01", "1", "1.0", "9", "10"]),
+        ("b nan 2 inf", ["2", "b", "inf", "nan"]),
+        ("nan 3 20", ["20", "3", "nan"]),
+    ):
+        rows = [{"sentence": "a crow", "label": label} for label in labels.split()]
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        tokenizer = load_tokenizer(there.encoder / "tokenizer")
+        assert read_examples(FinetuneData(train=path, validation=path), tokenizer, ENCODER).names == order
 
 
 def test_another_tokenizer_beside_the_checkpoint_is_refused(there, tmp_path):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from cli import UserError
+from data.token_tables import CONTINUABLE, CONTINUES, word_table
+from data.tokenizer import plain_backend, special_ids, train_tokenizer, vocabulary_size
 from mlm.masking import Vocabulary, mask_batch, rate_at, slots
 from mlm.presets import MaskingConfig
 from sharding.mesh import MeshConfig, build_mesh, place_batch
@@ -65,10 +67,14 @@ def test_80_10_10_and_nothing_else_changes():
     assert (after[chosen] == MASK)[after[chosen] < SPECIALS].all(), "a random token must not be a special token"
 
 
+WORDS_V = np.where(np.arange(VOCAB) % 2 == 1, CONTINUES | CONTINUABLE, CONTINUABLE).astype(np.uint8)
+"""Odd ids continue the token before them."""
+WORDS_V[:SPECIALS] = 0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_whole_words_are_hidden_whole_but_for_the_last_one(seed):
-    words = np.where(np.arange(VOCAB) % 2 == 1, 3, 2).astype(np.uint8)  # odd ids continue the token before them
-    words[:SPECIALS] = 0
+    words = WORDS_V
     config, source = MaskingConfig(rate=0.3, mask_fraction=1.0, random_fraction=0.0, whole_words=True), batch(seed=seed)
     masked = mask_batch(source, jax.random.key(seed), 0.3, config, vocabulary(words))
     for row in range(8):
@@ -88,15 +94,37 @@ def test_whole_words_are_hidden_whole_but_for_the_last_one(seed):
         assert cut <= 1
 
 
-def test_masks_are_equal_on_one_and_eight_devices():
-    config, source, key = MaskingConfig(rate=0.3, whole_words=True), batch(), jax.random.key(3)
-    alone = mask_batch(source, key, 0.3, config, vocabulary())
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_masks_are_equal_on_one_and_eight_devices(whole_words):
+    config, source, key = MaskingConfig(rate=0.3, whole_words=whole_words), batch(), jax.random.key(3)
+    alone = mask_batch(source, key, 0.3, config, vocabulary(WORDS_V))
     mesh = build_mesh(MeshConfig(data=4, fsdp=2))
     with jax.set_mesh(mesh):
-        spread = jax.jit(lambda b: mask_batch(b, key, 0.3, config, vocabulary()))(place_batch(source, mesh))
+        spread = jax.jit(lambda b: mask_batch(b, key, 0.3, config, vocabulary(WORDS_V)))(place_batch(source, mesh))
     assert len(spread["input_ids"].sharding.device_set) == 8
     for name in alone:
         np.testing.assert_array_equal(np.asarray(alone[name]), np.asarray(spread[name]), err_msg=name)
+
+
+def test_in_a_script_without_blanks_single_tokens_are_hidden():
+    """Text → WordPiece → word table → masks: Japanese by the token, beside it Latin words that are hidden whole."""
+    text = "吾輩は猫である名前はまだ無い abba"
+    tokenizer = train_tokenizer([text.replace("abba", "ab ba ") * 30], "wordpiece", 400)
+    ids = plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
+    specials = special_ids(tokenizer)
+    ordinary_V = ~np.isin(np.arange(vocabulary_size(tokenizer)), specials.all)
+    here = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
+    latin = [at for at, token in enumerate(ids) if tokenizer.decode([token]).strip("# ").isascii()]
+    assert len(ids) - len(latin) >= 8 and len(latin) > 1, "several tokens each, or the test says nothing"
+    rows = {"input_ids": np.tile(np.array(ids, np.int32), (256, 1)), "segment_ids": np.ones((256, len(ids)), np.int32)}
+    config = MaskingConfig(rate=0.3, mask_fraction=1.0, random_fraction=0.0, whole_words=True)
+    hidden = np.asarray(mask_batch(rows, jax.random.key(0), 0.3, config, here)["input_ids"]) == specials.mask
+    assert (hidden.sum(1) == round(0.3 * len(ids))).all()
+    japanese = np.delete(hidden, latin, axis=1)
+    pairs = japanese[:, :-1] & ~japanese[:, 1:]
+    assert pairs.any(axis=0).all(), "each token is hidden without the next one in some row"
+    whole = hidden[:, latin]
+    assert (whole.all(1) | ~whole.any(1)).mean() > 0.5 and whole.all(1).any()
 
 
 def test_other_keys_give_other_masks():

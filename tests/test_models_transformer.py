@@ -22,7 +22,7 @@ from tiny_models import (  # noqa: F401
 )
 
 from cli import UserError
-from models.config import Execution, ModelConfig, to_dict
+from models.config import Execution, ModelConfig
 from models.heads import causal_lm_head, masked_lm_head
 from models.transformer import _dropout_keys, apply, count_params, flops_per_token, init_cache, init_params, matrix_axes
 from models.vocabulary import token_logprobs
@@ -416,4 +416,4 @@ def test_an_untied_masked_lm_is_refused():
 
 
 def test_a_config_survives_json():
-    assert ModelConfig.from_dict(json.loads(json.dumps(to_dict(EVERYTHING)))) == EVERYTHING
+    assert ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(EVERYTHING)))) == EVERYTHING

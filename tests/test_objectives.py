@@ -12,6 +12,7 @@ import pytest
 import clm.presets
 import mlm.presets
 from clm.loss import causal_lm_objective
+from data.token_tables import CONTINUABLE, CONTINUES
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary
 from mlm.presets import MaskingConfig
@@ -40,6 +41,10 @@ TINY = dict(
 EXECUTION = Execution(dtype="float32")
 
 
+WORDS_V = np.where(np.arange(V) % 3, CONTINUES | CONTINUABLE, CONTINUABLE).astype(np.uint8)
+"""Two of three tokens go on with the word before them."""
+
+
 class Case(NamedTuple):
     model: ModelConfig
     objective: Objective
@@ -48,10 +53,9 @@ class Case(NamedTuple):
 
 def masked_case() -> Case:
     model = dataclasses.replace(mlm.presets.demo().model, **TINY)
-    vocabulary = Vocabulary(4, np.arange(V) >= 5, np.full(V, 2, np.uint8))
-    objective = masked_lm_objective(
-        model, MaskingConfig(rate=0.3), vocabulary, rate=lambda step: jnp.float32(0.3), execution=EXECUTION
-    )
+    vocabulary = Vocabulary(4, np.arange(V) >= 5, WORDS_V)
+    masking = MaskingConfig(rate=0.3, whole_words=True)
+    objective = masked_lm_objective(model, masking, vocabulary, rate=lambda step: jnp.float32(0.3), execution=EXECUTION)
     return Case(model, objective, "masked_lm")
 
 
@@ -111,7 +115,7 @@ def state_and_step(case: Case, mesh, accumulation=1, config=None, steps=10):
 
 @functools.cache
 def after_one_step(case: Case, mesh_config: MeshConfig, accumulation=1, **options):
-    """Loss, gradient norm and parameters after one step; plain SGD-like Adam amplifies nothing at step one."""
+    """Metrics and optimizer state after one step: its first moments are the gradients, scaled."""
     mesh = build_mesh(mesh_config)
     with jax.set_mesh(mesh):
         state, step = state_and_step(case, mesh, accumulation, **options)

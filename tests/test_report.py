@@ -31,10 +31,10 @@ SAMPLES = {
     "unigram_entropy": 6.125,
     "samples": [
         {
-            "tokens": ["[CLS]", "a", "[MASK]", "##s", "<b>", "[MASK]"],
+            "tokens": [" [CLS]", " a", " [MASK]", "s", " <b>", " [MASK]"],
             "masked": [
-                {"index": 2, "truth": "robin", "guesses": [["robin", 0.75], ["wren", 0.002]]},
-                {"index": 5, "truth": "sings", "guesses": [["flies", 0.5], ["sings", 0.25]]},
+                {"index": 2, "truth": " robin", "guesses": [[" robin", 0.75], [" wren", 0.002]]},
+                {"index": 5, "truth": " sings", "guesses": [[" flies", 0.5], [" sings", 0.25]]},
             ],
         }
     ],
@@ -43,7 +43,7 @@ CONFUSION = {"labels": ["yes & no", "maybe"], "matrix": [[3, 1], [0, 6]]}
 PREDICTIONS = [
     {"text": "fine <script>", "label": "maybe", "prediction": "maybe", "probability": 0.9},
     {"text": "odd <script>", "text_b": "second", "label": "maybe", "prediction": "yes & no", "probability": 0.8},
-    {"text": "odder", "label": "yes & no", "prediction": "maybe", "probability": 0.95},
+    {"text": "odder \u2028 \x85 still", "label": "yes & no", "prediction": "maybe", "probability": 0.95},
 ]
 
 
@@ -127,8 +127,10 @@ def test_a_classifier_shows_its_confusions_and_surest_mistakes(run):
     config = CONFIG | {"task": "classification", "labels": CONFUSION["labels"], "init_from": "runs/demo"}
     metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79}
     write(run, config=config, summary=SUMMARY | {"metrics": metrics}, confusion=CONFUSION, samples={})
-    (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PREDICTIONS))
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in PREDICTIONS)
+    (run / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     page = Page(write_report(run))
+    assert "The surest of 2 mistakes among 3" in page.words
     assert "Classifier with 2 labels, from the weights of runs/demo." in page.words
     assert "accuracy 90.0 % F1 of maybe 87.5 % Matthews 0.790" in page.words
     assert "10 held-out examples" in page.words and "75 %" in page.words and "100 %" in page.words

@@ -17,6 +17,8 @@ from sharding.mesh import MeshConfig
 from training.checkpoint import complete_steps, restore_params
 from training.config import CheckpointConfig, OptimizerConfig
 from training.loop import NonFiniteLoss
+from training.run import RunDirectory
+from training.start import check_fork, find_origin
 from training.step import Objective
 
 pytestmark = pytest.mark.corner
@@ -84,6 +86,52 @@ def test_the_start_is_resume_then_init_from_then_scratch(tmp_path, capsys):
     state = toy.run(both).state
     assert state.opt_state.count == base.state.opt_state.count + 1
     assert state.step == 1
+
+
+def test_a_fork_does_not_go_through_the_same_batches_again(tmp_path):
+    def fork(seed, train):
+        config = toy.config(tmp_path / "fork", init_from=str(tmp_path / "base"), init_optimizer=True, seed=seed)
+        check_fork(config, find_origin(config, RunDirectory(tmp_path / "fork")), {"train": train})
+
+    toy.run(toy.config(tmp_path / "base", seed=3, stop_at=1))
+    text = str(tmp_path / "base")  # the toy's fingerprint
+    with pytest.raises(UserError, match="the first batches would be those it began with; try --seed 4"):
+        fork(3, text)
+    fork(4, text)
+    fork(3, "another text")
+
+
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path):
+    def batches_from(step):
+        for batch in toy.batches_from(step):
+            if step == 1:
+                signal.raise_signal(signal.SIGHUP)
+            yield batch
+            step += 1
+
+    stopped = toy.run(toy.config(tmp_path, eval_every=2), batches_from=batches_from)
+    assert (stopped.step, stopped.eval, stopped.stopped_by) == (2, {}, signal.SIGHUP)
+    toy.run(toy.config(tmp_path, eval_every=2))
+    whole = toy.run(toy.config(tmp_path / "whole", eval_every=2))
+    assert whole.stopped_by is None
+    evaluations = [
+        [(r["step"], r["eval/loss"]) for r in toy.metrics_of(folder) if "eval/loss" in r]
+        for folder in (tmp_path, tmp_path / "whole")
+    ]
+    assert evaluations[0] == evaluations[1] and [step for step, _ in evaluations[0]] == [2, 4]
+
+
+def test_what_is_refused_leaves_nothing(tmp_path):
+    """A warm-up longer than the run; a vocabulary that eight devices cannot share."""
+
+    def narrow(key):
+        return toy.init_params(key) | {"head": {"causal_lm": {"kernel": jnp.zeros((12, toy.WIDTH))}}}
+
+    with pytest.raises(UserError, match="longer than the run"):
+        toy.run(toy.config(tmp_path / "run", optimizer=OptimizerConfig(warmup=9)))
+    with pytest.raises(UserError, match="head/causal_lm/kernel"):
+        toy.run(toy.config(tmp_path / "run", mesh=MeshConfig(1, 1, 8)), init_params=narrow)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_schedule_of_a_fork_begins_anew(tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import sys
+import types
 from typing import Any
 
 import pytest
 
 from cli import UserError
 from training import tracker as tracker_module
-from training.run import RunDirectory, identity
+from training.run import RunDirectory, identity, summarise
 from training.tracker import Tracker
 
 pytestmark = pytest.mark.corner
@@ -23,26 +24,34 @@ CONFIG = {
 }
 
 
+def put(run, config, defaults=CONFIG):
+    """As a door and the loop do: check, then write."""
+    run.check(config, defaults)
+    with run.writing(config):
+        pass
+
+
 def begun(path):
     """A run directory in which something was trained."""
     run = RunDirectory(path)
-    run.create_or_resume(CONFIG)
+    put(run, CONFIG)
     run.metrics.write_text('{"step": 1, "loss": 2.0}\n')
     return run
 
 
 def test_a_run_is_created_then_resumed(tmp_path):
     run = RunDirectory(tmp_path / "runs" / "new")
-    assert run.create_or_resume(CONFIG) is False
+    run.check(CONFIG, CONFIG)
+    assert list(tmp_path.iterdir()) == []
+    put(run, CONFIG)
     assert json.loads(run.config.read_text()) == CONFIG | {"files": ["x", "y"]}
-    assert run.create_or_resume(CONFIG) is True
-    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+    put(run, CONFIG)
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "config.json"]
 
 
 def test_execution_may_change(tmp_path):
     run = begun(tmp_path)
-    moved = CONFIG | {"run_dir": "b", "mesh": {"data": 1}, "accumulation": 4}
-    assert run.create_or_resume(moved) is True
+    put(run, CONFIG | {"run_dir": "b", "mesh": {"data": 1}, "accumulation": 4})
     assert json.loads(run.config.read_text())["mesh"] == {"data": 1}
 
 
@@ -58,37 +67,82 @@ def test_execution_may_change(tmp_path):
 def test_identity_may_not_change(tmp_path, changes, words):
     run = begun(tmp_path)
     with pytest.raises(UserError, match="other settings: .*; give another --run-dir") as error:
-        run.create_or_resume(CONFIG | changes)
+        run.check(CONFIG | changes, CONFIG)
     assert words in str(error.value)
     assert json.loads(run.config.read_text())["seed"] == 0
 
 
+def test_text_is_known_by_its_fingerprint_not_by_its_path(tmp_path):
+    run = RunDirectory(tmp_path)
+    config = CONFIG | {"data": {"files": ["a/x.txt"]}, "fingerprints": {"train": "0123456789abcdef"}}
+    put(run, config)
+    run.metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    run.check(config | {"data": {"files": ["/moved/x.txt"]}}, CONFIG)
+    with pytest.raises(
+        UserError, match=r"data.files was \['a/x.txt'\], now .*; fingerprints.train was 0123456789ab, now ff"
+    ):
+        run.check(config | {"data": {"files": ["y.txt"]}, "fingerprints": {"train": "ff"}}, CONFIG)
+
+
+def test_a_field_younger_than_the_run_has_its_default_there(tmp_path):
+    run = begun(tmp_path)
+    config = CONFIG | {"optimizer": {"learning_rate": 0.1, "new": 1}, "newer": 2}
+    run.check(config, config)
+    with pytest.raises(UserError, match="newer was 2, now 3; optimizer.new was 1, now 4"):
+        run.check(config | {"newer": 3, "optimizer": {"learning_rate": 0.1, "new": 4}}, config)
+
+
 def test_settings_may_be_corrected_until_something_was_trained(tmp_path):
     run = RunDirectory(tmp_path)
-    run.create_or_resume(CONFIG)
+    put(run, CONFIG)
     run.checkpoints.mkdir()
     run.metrics.touch()
-    assert run.create_or_resume(CONFIG | {"seed": 1}) is True
+    put(run, CONFIG | {"seed": 1})
     assert json.loads(run.config.read_text())["seed"] == 1
+
+
+def test_one_process_at_a_time(tmp_path):
+    run = RunDirectory(tmp_path)
+    with run.writing(CONFIG):
+        with pytest.raises(UserError, match="another process is training in .*; wait for it"):
+            put(RunDirectory(tmp_path), CONFIG | {"steps": 11})
+        assert json.loads(run.config.read_text())["steps"] == 10
+    put(run, CONFIG)
 
 
 def test_folders_of_other_things_are_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files and no run"):
-        RunDirectory(tmp_path).create_or_resume(CONFIG)
+        RunDirectory(tmp_path).check(CONFIG, CONFIG)
     with pytest.raises(UserError, match="thesis.txt is a file"):
-        RunDirectory(tmp_path / "thesis.txt").create_or_resume(CONFIG)
+        RunDirectory(tmp_path / "thesis.txt").check(CONFIG, CONFIG)
+    with pytest.raises(UserError, match="gs://bucket/run: a run directory is a local path"):
+        RunDirectory("gs://bucket/run")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"steps": ')
     with pytest.raises(UserError, match="config.json is damaged"):
-        RunDirectory(tmp_path).create_or_resume(CONFIG)
+        RunDirectory(tmp_path).check(CONFIG, CONFIG)
 
 
 def test_identity_at_any_depth():
-    assert identity({"a": {"cache": 1, "b": [{"mesh": 1, "c": 2}]}, "debug": True}) == {"a": {"b": [{"c": 2}]}}
+    assert identity({"a": {"cache": 1, "b": {"mesh": 1, "c": 2}}, "debug": True}) == {"a": {"b": {"c": 2}}}
+
+
+def test_a_session_without_a_step_keeps_the_figures(tmp_path):
+    def result(**changes):
+        values: dict[str, Any] = dict(step=4, loss=2.0, eval={"loss": 3.0}, tokens=8, tokens_per_second=5.0)
+        values |= dict(first_step_seconds=1.0, mfu=None, finished=True, stopped_by=None)
+        return types.SimpleNamespace(**values | changes)
+
+    run = RunDirectory(tmp_path)
+    first = summarise(run, result(), metrics={"accuracy": 1.0})
+    again = summarise(
+        run, result(loss=None, tokens_per_second=None, first_step_seconds=None), metrics={"accuracy": 1.0}
+    )
+    assert again == first and json.loads(run.summary.read_text())["tokens_per_second"] == 5.0
 
 
 class Clock:

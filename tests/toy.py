@@ -14,6 +14,7 @@ from sharding.mesh import MeshConfig, build_mesh
 from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from training.loop import Result, train
 from training.run import RunDirectory
+from training.start import find_origin
 from training.step import Objective
 
 VOCAB, WIDTH, LENGTH, ROWS = 32, 16, 8, 16
@@ -114,7 +115,9 @@ def run(config: TrainConfig, **changes) -> Result:
     assert config.run_dir is not None
     directory = RunDirectory(config.run_dir)
     settings = {"steps": config.steps, "seed": config.seed, "batch_size": config.batch_size}
-    directory.create_or_resume(settings)
+    settings["fingerprints"] = {"train": str(directory.path)}
+    origin = find_origin(config, directory)
+    directory.check(settings, settings)
     arguments: dict[str, Any] = dict(
         init_params=init_params,
         matrix_axes=matrix_axes,
@@ -124,6 +127,8 @@ def run(config: TrainConfig, **changes) -> Result:
         eval_batches=[batch(10_000 + i) for i in range(3)],
         run=directory,
         config_dict=settings,
+        save_tokenizer=lambda folder: None,
+        origin=origin,
         mesh=build_mesh(config.mesh),
         tokens_per_step=config.batch_size * LENGTH,
     )

@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -30,8 +31,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from tqdm import tqdm
 
-from cli import UserError
+from cli import MachineError, UserError
 from sharding.rules import path_of
 from training.run import RunDirectory, write_json
 from training.state import TrainState
@@ -42,6 +44,10 @@ for _logger in ("absl", "asyncio"):
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+
+class CheckpointError(OSError, MachineError):
+    """A checkpoint could not be written."""
 
 
 class Checkpoints:
@@ -56,6 +62,7 @@ class Checkpoints:
         self.announce = announce
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._saving = self._size = 0
         if jax.process_index() == 0:
             for step in _step_folders(self.folder):
                 if not (self.folder / str(step) / MANIFEST).exists():
@@ -87,13 +94,25 @@ class Checkpoints:
         with _plain_errors(step, self.folder):
             saved = self._manager.save(step, args=items, force=True)
         assert saved, f"Orbax did not save step {step}"
-        self._writer = threading.Thread(target=self._finish, args=(step, started), name=f"save-{step}")
+        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._writer = threading.Thread(target=self._finish, args=(step, started), name=f"saving step {step}")
         self._writer.start()
 
     def wait(self) -> None:
-        """Until the save under way is complete; raises OSError if it failed."""
+        """Until the save under way is complete, with a progress bar; raises OSError if it failed."""
         if self._writer is not None:
-            self._writer.join()
+            with tqdm(
+                desc=self._writer.name,
+                total=self._size,
+                unit="B",
+                unit_scale=True,
+                delay=0.5,
+                leave=False,
+                disable=None,
+            ) as bar:
+                while self._writer.is_alive():
+                    self._writer.join(0.2)
+                    bar.update(min(_written(self.folder, self._saving), self._size) - bar.n)
             self._writer = None
         self.check()
 
@@ -102,13 +121,6 @@ class Checkpoints:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-
-    def restore_state(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """The state and the data position of `step` (default: the latest), laid out as `abstract` says."""
-        folder = _step_folder(self.folder, step)
-        return replace(_restore_rest(folder, abstract), params=_restore(folder, "params", abstract.params)), _json(
-            folder, "data"
-        )
 
     def close(self) -> None:
         """Finish the save under way and let go of the folder; raises as wait()."""
@@ -124,6 +136,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 if jax.process_index() == 0:
                     size = _write_manifest(self.folder / str(step))
+                    _sync(self.folder / str(step))
                     for old in complete_steps(self.folder)[: -self._keep]:
                         (self.folder / str(old) / MANIFEST).unlink()
                         shutil.rmtree(self.folder / str(old))
@@ -132,24 +145,34 @@ class Checkpoints:
             self._failure = error
 
 
-def restore_params(run_dir: str | Path, abstract_params: Any = None, step: int | None = None, *, partial=False) -> Any:
+def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> TrainState:
+    """The whole state of a run's checkpoint (default: the newest), laid out as `abstract` says."""
+    folder = _step_folder(RunDirectory(run_dir).checkpoints, step)
+    return replace(_restore_rest(folder, abstract), params=_restore(folder, "params", abstract.params))
+
+
+def restore_params(run_dir: str | Path, abstract_params: Any = None, step: int | None = None) -> Any:
     """The parameters of a run's checkpoint (default: the newest). The optimizer state is not read.
 
     abstract_params: ShapeDtypeStructs with shardings; None = NumPy arrays, everything there is. UserError lists
     what is missing, unexpected or of another shape or type.
-    partial: parameters in the checkpoint that abstract_params lacks (another head) are left out instead.
     """
-    return _restore(_step_folder(RunDirectory(run_dir).checkpoints, step), "params", abstract_params, partial)
+    return _restore(_step_folder(RunDirectory(run_dir).checkpoints, step), "params", abstract_params)
 
 
-def restore_optimizer(run_dir: str | Path, abstract: TrainState) -> Any:
-    """The optimizer state alone of a run's newest checkpoint, laid out as `abstract.opt_state` says."""
-    return _restore_rest(_step_folder(RunDirectory(run_dir).checkpoints, None), abstract).opt_state
+def restore_optimizer(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> Any:
+    """The optimizer state alone of a run's checkpoint (default: the newest), as `abstract.opt_state` says."""
+    return _restore_rest(_step_folder(RunDirectory(run_dir).checkpoints, step), abstract).opt_state
 
 
-def read_config(run_dir: str | Path) -> dict:
-    """The configuration in a run's newest checkpoint; reads no arrays."""
-    return _json(_step_folder(RunDirectory(run_dir).checkpoints, None), "config")
+def read_config(run_dir: str | Path, step: int | None = None) -> dict:
+    """The configuration in a run's checkpoint (default: the newest); reads no arrays."""
+    return _json(_step_folder(RunDirectory(run_dir).checkpoints, step), "config")
+
+
+def newest_step(run_dir: str | Path) -> int:
+    """The step of a run's newest checkpoint; UserError where there is none."""
+    return int(_step_folder(RunDirectory(run_dir).checkpoints, None).name)
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -180,12 +203,13 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
     """`abstract` with everything but the parameters read."""
-    named = _restore(folder, "opt_state", _named(_rest(abstract)))
-    rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract)), named.values())
+    wanted = _named(_rest(abstract))
+    named = _restore(folder, "opt_state", wanted)
+    rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract)), [named[path] for path in wanted])
     return replace(abstract, opt_state=rest["optimizer"], rates=rest["rates"], step=rest["step"], key=rest["key"])
 
 
-def _restore(folder: Path, item: str, abstract: Any, partial: bool = False) -> Any:
+def _restore(folder: Path, item: str, abstract: Any) -> Any:
     _verify(folder, item)
     handler = ocp.PyTreeCheckpointHandler()
     saved = handler.metadata(epath.Path(folder / item)).tree
@@ -193,16 +217,16 @@ def _restore(folder: Path, item: str, abstract: Any, partial: bool = False) -> A
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         args = ocp.args.PyTreeRestore(restore_args=as_arrays)
     else:
-        _compare(folder / item, _named(saved), _named(abstract), partial)
+        _compare(folder / item, _named(saved), _named(abstract))
         layout = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout, partial_restore=partial)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout)
     with ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(folder / item, args=args)
 
 
-def _compare(where: Path, saved: dict, wanted: dict, partial: bool) -> None:
+def _compare(where: Path, saved: dict, wanted: dict) -> None:
     faults = [f"{path} is missing" for path in wanted if path not in saved]
-    faults += [f"{path} is not expected" for path in saved if path not in wanted and not partial]
+    faults += [f"{path} is not expected" for path in saved if path not in wanted]
     for path in (path for path in wanted if path in saved):
         there, here = ((tuple(leaf.shape), np.dtype(leaf.dtype).name) for leaf in (saved[path], wanted[path]))
         if there != here:
@@ -226,6 +250,27 @@ def _write_manifest(folder: Path) -> int:
     sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "sha256": sums})
     return sum(path.stat().st_size for path in files)
+
+
+def _written(folder: Path, step: int) -> int:
+    """Bytes on disk of a checkpoint that is being written, whatever its folder is called meanwhile."""
+    size = 0
+    for root in (folder / str(step), *folder.glob(f"{step}.*")):
+        for place, _, names in os.walk(root):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # renamed just now
+                    size += os.path.getsize(os.path.join(place, name))
+    return size
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the disk holds every file of the folder: only then may an older checkpoint go."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _verify(folder: Path, item: str) -> None:
@@ -260,4 +305,4 @@ def _plain_errors(step: int, folder: Path) -> Iterator[None]:
             number, said = errno.ENOSPC, "no space left; make some, and the same command goes on from the last one"
         else:
             number, said = getattr(error, "errno", None) or errno.EIO, " ".join(said.split())[:300]
-        raise OSError(number, f"checkpoint {step} could not be written: {said}", str(folder)) from error
+        raise CheckpointError(number, f"checkpoint {step} could not be written: {said}", str(folder)) from error

@@ -6,6 +6,7 @@ resume; its *execution* (fields named in `EXECUTION_FIELDS`) may change at any t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,9 +14,16 @@ from cli import UserError
 from sharding.mesh import MeshConfig
 
 EXECUTION_FIELDS = frozenset(
-    "run_dir stop_at accumulation mesh execution checkpoint log_every eval_every prefetch json debug cache".split()
+    (
+        *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
+        *("eval_rows", "prefetch", "json", "debug", "cache"),
+    )
 )
 """Field names, at any depth, that a resumed run may change."""
+FINGERPRINTED_FIELDS = frozenset(
+    f"data.{name}" for name in "files validation_files builtin_exclude tokenizer train validation".split()
+)
+"""Paths that may be spelled anew (the folder was moved): the fingerprints know what was read."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,17 @@ class OptimizerConfig:
     """Global gradient norm is clipped to this; 0 = off."""
 
     def __post_init__(self):
-        if self.warmup < 0 or (self.learning_rate or 0) < 0 or not 0 <= self.decay_fraction <= 1:
-            raise UserError(
-                f"optimizer: warmup={self.warmup}, learning_rate={self.learning_rate} must not be negative and "
-                f"decay_fraction={self.decay_fraction} lies between 0 and 1"
-            )
+        for name in ("learning_rate", "muon_learning_rate", "warmup", "weight_decay", "eps", "clip_norm"):
+            value = getattr(self, name)
+            # A door may leave one unset until it has seen the model.
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"optimizer.{name}={value} must be a number of at least 0")
+        for name in ("decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1; try 0.9")
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,11 @@ class CheckpointConfig:
     keep: int = 2
     """How many of the newest stay on disk."""
 
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -74,9 +93,9 @@ class TrainConfig:
     batch_size: int = 32
     """Rows in the global batch."""
     seed: int = 0
-    """Seeds parameters, data order, masking and dropout."""
+    """Seeds parameters, data order, masking and dropout; from 0 to 2³²-1."""
     run_dir: str | None = None
-    """Where everything of this run goes; unset = runs/<preset>."""
+    """Where everything of this run goes; unset = runs/<command>-<preset>."""
     stop_at: int | None = None
     """Pause after this step, before the schedule ends; the same command without it goes on."""
     init_from: str | None = None
@@ -105,6 +124,10 @@ class TrainConfig:
             # A door may leave one unset until it has seen the data.
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
+        if self.prefetch < 0:
+            raise UserError(f"prefetch={self.prefetch} must be at least 0 (0 = prepare no batch ahead)")
         if self.stop_at is not None and self.stop_at < 1:
             raise UserError(f"stop_at={self.stop_at} must be at least 1; leave it out to train to the end")
         if self.init_optimizer and not self.init_from:

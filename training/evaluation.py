@@ -13,7 +13,7 @@ from sharding.mesh import place_batch
 from training.step import Objective, make_eval_step
 
 EVAL_SEED = 20_250_101
-"""Draws the masks of evaluations: the same in every run, whatever its seed."""
+"""Draws the masks of evaluations: the same in every run with batches of this size, whatever its seed."""
 
 
 def make_evaluate(
@@ -21,12 +21,13 @@ def make_evaluate(
     batches: Iterable[dict],
     mesh: Mesh,
     finalize: Callable[[dict[str, float]], dict[str, float]] = dict,
+    accumulation: int = 1,
 ) -> Callable[[Any], dict[str, float]]:
     """params → metrics over all `batches` (this process's rows, NumPy); they are gone through at every call.
 
     finalize: metrics → metrics with what follows from them (perplexity = exp loss).
     """
-    eval_step = make_eval_step(objective)
+    eval_step = make_eval_step(objective, accumulation)
 
     @jax.jit
     def sums_of(params, batch, index):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,21 +14,25 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """Context in which the first SIGTERM or Ctrl-C only asks to stop; a second Ctrl-C interrupts at once.
+    """Context in which the first SIGTERM, SIGHUP (a lost terminal) or Ctrl-C only asks to stop; a second Ctrl-C
+    interrupts at once. A signal that is ignored already (nohup) stays so.
 
     With several processes all must stop at the same step: JAX then listens for SIGTERM itself, spreads the word and
     names that step (`jax.distributed` does none of this for a single process).
     """
 
     def __init__(self):
-        self.requested = False
+        self.requested: int | None = None
+        """The number of the signal that asked."""
         self._before: dict[int, Any] = {}
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
-                self._before[number] = signal.signal(number, self._ask)
+            numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if self._alone else (signal.SIGINT,)
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error) -> None:
@@ -36,12 +41,14 @@ class StopSignal:
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; to be asked by every process at every step."""
-        return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        return bool(self.requested) if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # os.write, because print may be what was interrupted.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once\n".encode())
+        # os.write, because print may be what was interrupted; a lost terminal takes no message.
+        with contextlib.suppress(OSError):
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saving after this step; Ctrl-C again leaves at once\n".encode())
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)

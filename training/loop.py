@@ -7,6 +7,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -20,7 +21,7 @@ from training.evaluation import make_evaluate
 from training.guard import StopSignal
 from training.optimizer import build_optimizer, schedule
 from training.run import RunDirectory
-from training.start import first_state
+from training.start import Origin, check_fork, first_state
 from training.state import TrainState
 from training.step import Objective, make_train_step
 from training.tracker import Tracker
@@ -30,7 +31,7 @@ class NonFiniteLoss(SystemExit):
     """Training met a loss or gradient that is no number. Uncaught, it is one line on stderr and exit code 1."""
 
 
-class Batches(Protocol):
+class BatchStream(Protocol):
     """An iterator over batches, this process's rows as NumPy arrays; a generator is one."""
 
     def __next__(self) -> dict: ...
@@ -56,6 +57,8 @@ class Result:
     first_step_seconds: float | None
     """Compilation included."""
     mfu: float | None
+    stopped_by: int | None
+    """The number of the signal that ended it early."""
 
 
 def train(
@@ -65,32 +68,34 @@ def train(
     matrix_axes: Callable[[Any], Any],
     objective: Objective,
     eval_objective: Objective,
-    batches_from: Callable[[int], Batches],
+    batches_from: Callable[[int], BatchStream],
     eval_batches: Iterable[dict],
     run: RunDirectory,
     config_dict: dict,
+    save_tokenizer: Callable[[Path], Any],
     mesh: Mesh,
     tokens_per_step: int,
     flops_per_step: float | None = None,
     finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
+    origin: Origin | None = None,
     load_params: Callable[[Any], Any] | None = None,
 ) -> Result:
-    """Train until config.steps (or stop_at, or a signal); resume the run if its directory has a checkpoint.
+    """Train until config.steps (or stop_at, or a signal), from the origin on. All that can be refused is refused
+    before anything is written.
 
     init_params: key → parameters. matrix_axes: parameter shapes → see `build_optimizer`.
     batches_from: step → the batches from that step on. eval_batches: gone through at each evaluation.
-    config_dict: JSON values, saved with each checkpoint.
-    load_params: parameter shapes with shardings → parameters to start from; default: those of config.init_from.
+    config_dict: JSON values, saved with each checkpoint. save_tokenizer: writes it into the folder that it is given.
+    load_params: parameter shapes with shardings → parameters to start from; default: those of the origin.
     finalize_eval: adds what follows from the metrics of an evaluation (perplexity).
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
-
         shapes = jax.eval_shape(init_params, jax.random.key(0))
         optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
         factor = schedule(config.optimizer, config.steps)
-        state, origin = first_state(config, init_params, optimizer, mesh, checkpoints, load_params)
+        check_fork(config, origin, config_dict.get("fingerprints", {}))
+        state, whence = first_state(config, init_params, optimizer, mesh, origin, load_params)
         start = int(state.step)
         layout = jax.tree.map(lambda x: x.sharding, state)
 
@@ -99,8 +104,11 @@ def train(
             donate_argnums=0,
             out_shardings=(layout, None),
         )
-        evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval)
+        evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval, config.accumulation)
 
+        stack.enter_context(run.writing(config_dict))
+        save_tokenizer(run.tokenizer)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
         last = min(config.stop_at or config.steps, config.steps)
         peak = peak_flops(mesh.devices.flat[0])
         tracker = Tracker(
@@ -115,7 +123,7 @@ def train(
             quiet=jax.process_index() != 0,
         )
         stack.callback(tracker.close)
-        tracker.say(origin)
+        tracker.say(whence)
         checkpoints.announce = tracker.say
         batches = stack.enter_context(contextlib.closing(batches_from(start)))
         stop = stack.enter_context(StopSignal())
@@ -123,7 +131,19 @@ def train(
         gc.disable()
         stack.callback(gc.enable)
 
+        def evaluated(state: TrainState, step: int) -> dict[str, float]:
+            with tracker.paused():
+                metrics = evaluate(state.params)
+                gc.collect()
+            tracker.evaluation(step, metrics)
+            return metrics
+
         step, loss, evaluation, pending = start, None, {}, None
+        if start >= last:
+            tracker.say(f"nothing left to train: step {start} of {config.steps} is done")
+        # An evaluation that the end of the last session left out.
+        if start >= last or start and start % config.eval_every == 0 and not tracker.has_evaluation(start):
+            evaluation = evaluated(state, start)
         while step < last:
             state, metrics = train_step(state, place_batch(next(batches), mesh))
             step += 1
@@ -134,25 +154,20 @@ def train(
 
             stopping = stop.reached(step)
             ending = stopping or step == last
-            evaluating = not stopping and (step % config.eval_every == 0 or ending)
             saving = step % config.checkpoint.every == 0 or ending
-            if evaluating or saving:
-                # Before the save, so that a state which is not finite never reaches the disk.
+            evaluating = step == last or step % config.eval_every == 0 and not stopping
+            if saving or evaluating:
+                # A loss that is no number ends the run here, before its state replaces a good one on the disk.
                 loss = _report(tracker, checkpoints, *pending)
                 pending = None
-            if evaluating:
-                with tracker.paused():
-                    evaluation = evaluate(state.params)
-                    gc.collect()
-                tracker.evaluation(step, evaluation)
             if saving:
+                # First, for it is written while the evaluation runs, and is there should that need too much memory.
                 checkpoints.save(state, config_dict, data={"step": step})
+            if evaluating:
+                evaluation = evaluated(state, step)
             if ending:
                 break
 
-        if start >= last:
-            tracker.say(f"nothing left to train: step {start} of {config.steps} is done")
-            evaluation = evaluate(state.params)
         checkpoints.wait()
         if step < config.steps:
             change = " without --stop-at" if step == last else ""
@@ -167,6 +182,7 @@ def train(
             tokens_per_second=tracker.tokens_per_second,
             first_step_seconds=tracker.first_step_seconds,
             mfu=tracker.mfu,
+            stopped_by=stop.requested if step < last else None,
         )
 
 

@@ -108,17 +108,17 @@ def masked_words(samples: Sequence[dict]) -> str:
         text, rows = [], []
         for index, token in enumerate(sample["tokens"]):
             slot = slots.get(index)
-            shown, blank = _spoken(slot["truth"] if slot else token)
-            space = " " if blank and text else ""
+            written = slot["truth"] if slot else token
+            shown, space = _visible(written), " " if written.startswith(" ") and text else ""
             if slot is None:
-                special = token[:1] in "[<" and token[-1:] in "]>" and len(token) > 2
-                text.append(f"{space}<s>{escape(token)}</s>" if special else space + escape(shown))
+                special = shown[:1] in "[<" and shown[-1:] in "]>" and len(shown) > 2
+                text.append(f"{space}<s>{escape(shown)}</s>" if special else space + escape(shown))
                 continue
             right = bool(slot["guesses"]) and slot["guesses"][0][0] == slot["truth"]
             kind = "right" if right else "wrong"
             text.append(f"{space}<mark class={kind}>{escape(shown)}</mark>")
             guesses = "".join(
-                f"<li{' class=truth' if word == slot['truth'] else ''}>{escape(_spoken(word)[0])} "
+                f"<li{' class=truth' if word == slot['truth'] else ''}>{escape(_visible(word))} "
                 f"<small>{escape(percent(probability, 0))}</small></li>"
                 for word, probability in slot["guesses"]
             )
@@ -174,13 +174,9 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _spoken(token: str) -> tuple[str, bool]:
-    """A token as text and whether a blank stands before it, in the spelling of WordPiece or byte-level BPE."""
-    if token.startswith("##"):
-        return token[2:], False
-    if token.startswith(("Ġ", "▁")):
-        return token[1:].replace("Ġ", " ").replace("Ċ", "↵") or "␣", True
-    return token.replace("Ċ", "↵"), True
+def _visible(token: str) -> str:
+    """A token without the blank before it; one that is nothing but blanks or line breaks by signs."""
+    return token.strip(" ").replace("\n", "↵") or "␣"
 
 
 STYLE = """

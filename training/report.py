@@ -4,7 +4,8 @@
     metrics.jsonl      training and evaluation over the steps
     summary.json       how it ended, and in which environment
     samples.json       masked LM: {"samples": [{"tokens": [str], "masked": [{"index": int, "truth": str, "guesses":
-                       [[str, probability]]}]}], "unigram_entropy": nats}; causal LM: {"texts": [str]}
+                       [[str, probability]]}]}], "unigram_entropy": nats}, a token with the blank before it (" word",
+                       "ing"); causal LM: {"texts": [str]}
     confusion.json     {"labels": [str], "matrix": [[int]]}: rows are true labels
     predictions.jsonl  {"text", "text_b" for pairs, "label", "prediction", "probability"} a line
     comparison.json    {"title", "note", "rows": [{"name", "note", "value", "run"}]}: other runs (run = their path from
@@ -230,7 +231,8 @@ def _json(path: Path) -> dict:
 
 def _jsonl(path: Path) -> list[dict]:
     """The lines of the file, without those that were not written to their end."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    # Not splitlines: JSON strings may hold other line separators of Unicode.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     records = []
     for line in lines:
         try:

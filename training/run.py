@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,13 +16,17 @@ from typing import Any
 import jax
 
 from cli import UserError
-from training.config import EXECUTION_FIELDS
+from training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS
 
 
 class RunDirectory:
     """Where the files of one run lie."""
 
     def __init__(self, path: str | os.PathLike[str]):
+        if "://" in str(path):
+            raise UserError(
+                f"{path}: a run directory is a local path; mount the bucket (gcsfuse, s3fs) and name the mount"
+            )
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer"
@@ -29,33 +36,43 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 
-    def create_or_resume(self, config: dict) -> bool:
-        """Write config.json, or check that the run there is the same one; returns whether there was one.
+    def check(self, config: dict, defaults: dict) -> None:
+        """UserError where the folder holds another run or other things; writes nothing.
 
-        config: JSON values, with the fingerprints of tokenizer and data. Fields of EXECUTION_FIELDS may differ, and the
-        file then holds the new values. UserError for another run's folder or a folder of other things.
+        config: JSON values, with the fingerprints of tokenizer and data. Its identity must be that of the run there.
+        defaults: what fields mean that the run there was not asked for, because they are younger than it.
         """
-        config = json.loads(json.dumps(config))
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; a run needs a folder: give another --run-dir")
-        known = self.config.exists()
-        if known:
-            self._check_same_run(config)
+        if self.config.exists():
+            self._check_same_run(json.loads(json.dumps(config)), json.loads(json.dumps(defaults)))
         elif self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise UserError(f"{self.path} holds other files and no run; give another --run-dir, or an empty folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.config, config)
-        return known
 
-    def _check_same_run(self, config: dict) -> None:
+    @contextlib.contextmanager
+    def writing(self, config: dict) -> Iterator[None]:
+        """Write config.json and keep other processes from training here until the block or this process ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as lock:
+            if jax.process_index() == 0:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"another process is training in {self.path}; wait for it, stop it, or give another --run-dir"
+                    ) from None
+                write_json(self.config, config)
+            yield
+
+    def _check_same_run(self, config: dict, defaults: dict) -> None:
         try:
-            there = json.loads(self.config.read_text(encoding="utf-8"))
+            there = _completed(json.loads(self.config.read_text(encoding="utf-8")), defaults)
         except ValueError as error:
             raise UserError(f"{self.config} is damaged ({error}); give another --run-dir") from None
-        changes = list(_differences(identity(there), identity(config)))
         # A run that failed before its first step has nothing to lose: its settings may be corrected.
         begun = self.metrics.exists() and self.metrics.stat().st_size or any(self.checkpoints.glob("*"))
-        if changes and begun:
+        if begun and identity(there) != identity(config):
+            changes = _differences(_without(there, EXECUTION_FIELDS), _without(config, EXECUTION_FIELDS))
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(changes)}; "
                 "give another --run-dir, or the settings it was started with"
@@ -65,10 +82,15 @@ class RunDirectory:
 def summarise(run: RunDirectory, result: Any, **more: Any) -> dict:
     """The `--json` object of a training session (training.loop.Result); summary.json holds it and the environment.
 
+    What a session without a step could not measure stays as the last one left it.
     more: what the door adds (metrics of a classifier).
     """
     names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "finished")
-    summary = {name: getattr(result, name) for name in names} | more | {"run_dir": str(run.path)}
+    summary = {name: getattr(result, name) for name in (*names, "stopped_by")} | more | {"run_dir": str(run.path)}
+    if result.loss is None and run.summary.is_file():
+        with contextlib.suppress(ValueError):
+            before = json.loads(run.summary.read_text(encoding="utf-8"))
+            summary |= {name: before[name] for name in names if summary[name] is None and name in before}
     if jax.process_index() == 0:
         write_json(run.summary, summary | {"environment": environment()})
     return summary
@@ -86,17 +108,52 @@ def environment() -> dict[str, str]:
     return {"Python": platform.python_version()} | versions | devices | system
 
 
-def identity(config: Any) -> Any:
-    """The part of a configuration that makes a run what it is: without EXECUTION_FIELDS, at any depth."""
+def settings(config: Any, model: Any, **more: Any) -> tuple[dict, dict]:
+    """A run's settings as JSON values: dataclasses `config` and `model`, and `more`. Also the defaults for `check`.
+
+    A field that is younger than a run means there what its class has as default, never what a preset says today.
+    """
+    values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model)} | more
+    return values, dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}
+
+
+def identity(config: dict) -> dict:
+    """The part of a configuration that makes a run what it is.
+
+    Without EXECUTION_FIELDS, and without the paths of what its fingerprints know by content.
+    """
+    return _without(config, EXECUTION_FIELDS, FINGERPRINTED_FIELDS)
+
+
+def _without(config: Any, names: frozenset[str], paths: frozenset[str] = frozenset(), prefix: str = "") -> Any:
+    """The configuration without these names at any depth and these dotted paths."""
     if isinstance(config, dict):
-        return {key: identity(value) for key, value in config.items() if key not in EXECUTION_FIELDS}
-    return [identity(value) for value in config] if isinstance(config, list) else config
+        return {
+            key: _without(value, names, paths, f"{prefix}{key}.")
+            for key, value in config.items()
+            if key not in names and prefix + key not in paths
+        }
+    return config
+
+
+def _completed(there: dict, defaults: dict) -> dict:
+    """`there` with the defaults of fields that it lacks, at any depth."""
+    added = {key: value for key, value in defaults.items() if key not in there}
+    nested = {
+        key: _completed(value, defaults[key])
+        for key, value in there.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+    }
+    return there | added | nested
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, whole."""
+    """Write atomically: a reader sees the old file or the new one, whole, even after the machine has died."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
@@ -107,4 +164,5 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
             nested = f"{name}.{key}" if name else key
             yield from _differences(there.get(key, "unset"), here.get(key, "unset"), nested)
     elif there != here:
-        yield f"{name} was {there}, now {here}"
+        shown = (value[:12] if name.startswith("fingerprints.") else value for value in (there, here))
+        yield "{} was {}, now {}".format(name, *shown)

@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from training.checkpoint import Checkpoints, complete_steps, read_config, restore_optimizer, restore_params
+from cli import UserError
+from training.checkpoint import (
+    complete_steps,
+    newest_step,
+    read_config,
+    restore_optimizer,
+    restore_params,
+    restore_state,
+)
 from training.config import TrainConfig
 from training.optimizer import Optimizer
 from training.run import RunDirectory
 from training.state import TrainState, new_state, shard_state
+
+
+class Origin(NamedTuple):
+    """The checkpoint that a run goes on from: its own (resumed) or another run's."""
+
+    run_dir: Path
+    step: int
+    config: dict
+    """As saved in that checkpoint."""
+    resumed: bool
+
+
+def find_origin(config: TrainConfig, run: RunDirectory) -> Origin | None:
+    """Where the run starts, known before any work is done; None = scratch. UserError if it is to start from nothing."""
+    resumed = bool(complete_steps(run.checkpoints))
+    if not resumed and not config.init_from:
+        return None
+    folder = run.path if resumed else Path(config.init_from or "").expanduser()
+    step = newest_step(folder)
+    return Origin(folder, step, read_config(folder, step), resumed)
 
 
 def first_state(
@@ -21,12 +50,12 @@ def first_state(
     init_params: Callable[[jax.Array], Any],
     optimizer: Optimizer,
     mesh: Mesh,
-    checkpoints: Checkpoints,
+    origin: Origin | None,
     load_params: Callable[[Any], Any] | None = None,
 ) -> tuple[TrainState, str]:
-    """The state to go on from, laid out on the mesh, and in words where it came from.
+    """The state to go on from, laid out on the mesh, and in words where it came from. Writes nothing.
 
-    load_params: parameter shapes with shardings → parameters; default: those in the run config.init_from.
+    load_params: parameter shapes with shardings → parameters; default: those of the origin.
     """
 
     def around(params):
@@ -38,30 +67,34 @@ def first_state(
     abstract = shard_state(jax.eval_shape(scratch), mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    latest = checkpoints.latest()
-    if latest is not None:
-        state, _ = checkpoints.restore_state(abstract)
-        return state, f"resumed at step {latest} from {checkpoints.folder}"
-
+    if origin and origin.resumed:
+        state = restore_state(origin.run_dir, abstract, origin.step)
+        return state, f"resumed at step {origin.step} from {origin.run_dir}"
     if load_params is not None:
         params = load_params(abstract.params)
-    elif config.init_from is not None:
-        params = restore_params(config.init_from, abstract.params)
+    elif origin is not None:
+        params = restore_params(origin.run_dir, abstract.params, origin.step)
     else:
         # It runs once: on CPUs, optimising it would take several times as long as running it.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(scratch, out_shardings=layout, compiler_options=quick)(), "started from scratch"
-
     state = jax.jit(around, out_shardings=layout, donate_argnums=0)(params)
-    if config.init_optimizer and config.init_from is not None:
-        state = dataclasses.replace(state, opt_state=restore_optimizer(config.init_from, abstract))
-    return state, f"started from the weights of {config.init_from or 'another model'}"
+    if config.init_optimizer and origin is not None:
+        state = dataclasses.replace(state, opt_state=restore_optimizer(origin.run_dir, abstract, origin.step))
+    whose = f"{origin.run_dir} at step {origin.step}" if origin else "another model"
+    return state, f"started from the weights of {whose}"
 
 
-def check_origin(config: TrainConfig, run: RunDirectory) -> None:
-    """UserError now, before any work, if the run must start from weights that are not there."""
-    if config.init_from and not complete_steps(run.checkpoints):
-        read_config(config.init_from)
+def check_fork(config: TrainConfig, origin: Origin | None, fingerprints: dict[str, str]) -> None:
+    """UserError if the run would go through the batches of the run that it continues once more, in the same order."""
+    if not config.init_optimizer or origin is None or origin.resumed:
+        return
+    there = origin.config
+    if (there.get("seed"), there.get("fingerprints", {}).get("train")) == (config.seed, fingerprints["train"]):
+        raise UserError(
+            f"--init-optimizer goes on from {origin.run_dir}, and with its text and its seed {config.seed} the first "
+            f"batches would be those it began with; try --seed {config.seed + 1}"
+        )
 
 
 def _keys(seed: int) -> jax.Array:

@@ -63,13 +63,16 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(objective: Objective) -> Callable[[Any, dict, jax.Array], Sums]:
-    """(params, batch, key) → Sums, without dropout."""
+def make_eval_step(objective: Objective, accumulation: int = 1) -> Callable[[Any, dict, jax.Array], Sums]:
+    """(params, batch, key) → Sums, without dropout; micro-batches as in training, for memory's sake."""
 
     def eval_step(params: Any, batch: dict, key: jax.Array) -> Sums:
         batch, norms = objective.prepare(batch, key, jnp.zeros((), jnp.int32))
-        _, sums = objective.loss_fn(params, {}, batch, None, norms)
-        return sums
+
+        def measured(index, micro_batch):
+            return objective.loss_fn(params, {}, micro_batch, None, norms)[1]
+
+        return measured(0, batch) if accumulation == 1 else _accumulate(measured, batch, accumulation)
 
     return eval_step
 
@@ -79,8 +82,8 @@ def means(sums: Sums) -> dict[str, jax.Array]:
     return {name: total / jnp.where(weight == 0, 1, weight) for name, (total, weight) in sums.items()}
 
 
-def _accumulate(gradient: Callable[..., Any], batch: dict, accumulation: int) -> Any:
-    """Σ over micro-batches of gradient(index, micro_batch), one after the other.
+def _accumulate(function: Callable[..., Any], batch: dict, accumulation: int) -> Any:
+    """Σ over micro-batches of function(index, micro_batch), one after the other.
 
     Micro-batch i is rows i, i+A, i+2A, …: every device finds its part of each among the rows it has already,
     whereas consecutive rows would have to be gathered from all devices.
@@ -92,9 +95,9 @@ def _accumulate(gradient: Callable[..., Any], batch: dict, accumulation: int) ->
         return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
     def add(total, numbered):
-        return jax.tree.map(jnp.add, total, gradient(*numbered)), None
+        return jax.tree.map(jnp.add, total, function(*numbered)), None
 
     numbered = jnp.arange(accumulation), jax.tree.map(split, batch)
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], numbered))
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], numbered))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, numbered)[0]

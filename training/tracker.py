@@ -44,12 +44,13 @@ class Tracker:
         self._clock = self._mark = self._seen = time.perf_counter()
         self._marked_step = start_step
         self._metrics = self._board = None
+        self._evaluated: set[int] = set()
         if not quiet:
             from tensorboardX import SummaryWriter
 
-            cut_metrics(run, start_step)
+            self._evaluated = {record["step"] for record in cut_metrics(run, start_step) if "eval/loss" in record}
             self._metrics = run.metrics.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1 if start_step else None)
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -86,8 +87,14 @@ class Tracker:
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of an evaluation after `step`."""
-        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if step not in self._evaluated:
+            self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+            self._evaluated.add(step)
         self._show(f"evaluation at step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), keep=True)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has an evaluation after `step`."""
+        return step in self._evaluated
 
     def say(self, line: str) -> None:
         """Print a line of its own; safe from other threads."""
@@ -131,22 +138,24 @@ class Tracker:
         print(begin + line, end="" if self._open_line else "\n", flush=True)
 
 
-def cut_metrics(run: RunDirectory, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, and one that was not written to its end."""
+def cut_metrics(run: RunDirectory, step: int) -> list[dict]:
+    """Drop the lines of metrics.jsonl after `step`, and one that was not written to its end; returns the others."""
     if not run.metrics.exists():
-        return
-    kept = [line for line in run.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        return []
+    kept = [(line, record) for line in run.metrics.read_text(encoding="utf-8").split("\n") if (record := _record(line))]
+    kept = [(line, record) for line, record in kept if record["step"] <= step]
     shorter = run.metrics.with_suffix(".tmp")
-    shorter.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    shorter.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
     os.replace(shorter, run.metrics)
+    return [record for _, record in kept]
 
 
-def _step_of(line: str) -> float:
+def _record(line: str) -> dict | None:
     try:
         record: Any = json.loads(line)
-        return record["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _short(number: float) -> str:

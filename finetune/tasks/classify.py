@@ -1,6 +1,6 @@
 """The classification objective: maximise Σ log p(label | text) over the examples of a batch.
 
-Encoders read the label off their first token, causal models off their last (models.heads).
+Encoders read the label off their first token or the mean of all, causal models off their last (models.heads).
 """
 
 from __future__ import annotations

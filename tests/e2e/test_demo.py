@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from data.builtin import demo_task
+from data.config import DataConfig
+from data.sources import open_sources
+
 
 @pytest.mark.timeout(900)
 def test_the_demo_end_to_end(run_cli, tmp_path):
-    result = run_cli(
-        "commands.demo", "--steps", 6, "--finetune-steps", 3, "--labels-per-class", 4, "--json", timeout=800
-    )
+    result = run_cli("commands.demo", "--steps", 6, "--finetune-steps", 3, "--labels", 32, "--json", timeout=800)
     out = json.loads(result.stdout.splitlines()[-1])
     for name in ("pretrained_accuracy", "scratch_accuracy", "tfidf_accuracy", "majority_accuracy"):
         assert 0 <= out[name] <= 1, name
@@ -21,9 +23,19 @@ def test_the_demo_end_to_end(run_cli, tmp_path):
 
     held_out = set(json.loads((run / "config.json").read_text())["data"]["builtin_exclude"])
     assert held_out, "the files of the task's validation part must be left out of the pretraining text"
-    from data.builtin import demo_task
 
-    assert held_out == demo_task(0, 4).validation_files
+    task = demo_task(0, 32)
+    assert held_out == task.validation_files
+    # The recorded hash of the corpus is that of the text without them.
+    recorded = json.loads((run / "config.json").read_text())["fingerprints"]["train"]
+    without, with_them = (
+        open_sources(DataConfig(builtin="pydoc", builtin_exclude=tuple(sorted(files)))).train.fingerprint()
+        for files in (held_out, ())
+    )
+    assert recorded == without != with_them
+
+    other = run_cli("commands.demo", "--steps", 6, "--finetune-steps", 3, "--labels", 64, code=2)
+    assert "demo with other labelled sentences" in other.stderr
 
     for name in ("pretrained", "scratch"):
         predictions = [json.loads(line) for line in (run / name / "predictions.jsonl").read_text().splitlines()]

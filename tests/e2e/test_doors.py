@@ -49,8 +49,9 @@ def test_a_paused_run_goes_on_bitwise(run_cli, tmp_path, door):
     assert "steps was 4, now 6" in other.stderr and "--run-dir" in other.stderr
 
     fork = pretrain(
-        run_cli, door, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer"
-    )
+        run_cli, door, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer",
+        "--seed", 1,
+    )  # fmt: skip
     assert "started from the weights" in fork.stdout
     assert last_json(fork)["loss"] < 6.9
 
@@ -90,6 +91,8 @@ BAD_INPUT = {
     "init": ("clm", ["--init-from", "nowhere"], "no checkpoint in"),
     "tokenizer": ("mlm", ["--data.tokenizer", "nowhere"], "no tokenizer at nowhere"),
     "length": ("mlm", ["--data.sequence-length", "128"], "--model.max-position-embeddings 128"),
+    "one word": ("mlm", ["--data.files", "word.txt"], "no row of tokens"),
+    "warm-up": ("clm", ["--optimizer.warmup", "1000"], "longer than the run"),
     "flag": ("mlm", ["--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
 }
 """name → (door, flags, what the line must say)"""
@@ -100,6 +103,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_cli, tmp_path, name):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve\n")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "word.txt").write_text("word")
     (tmp_path / "field.jsonl").write_text('{"body": "fine"}\n')
     before = sorted(tmp_path.rglob("*"))
     door, flags, message = BAD_INPUT[name]
