@@ -47,7 +47,7 @@ class UserError(ValueError):
 
 
 class MachineError(Exception):
-    """What the machine refused, in one line; exit code 1."""
+    """What neither user nor code did wrong (a full disk, a loss that is no number), in one line; exit code 1."""
 
 
 def run(

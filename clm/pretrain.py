@@ -23,7 +23,8 @@ def main(config: PretrainConfig) -> dict:
     from data.prepare import prepare
     from data.token_tables import token_bytes
     from data.tokenizer import save_tokenizer, special_ids, tokenizer_of_run, vocabulary_size
-    from models.transformer import count_params, flops_per_token, init_params, matrix_axes
+    from models.counts import count_params, flops_per_token
+    from models.transformer import init_params, matrix_axes
     from sharding.mesh import build_mesh, check_batch, host_rows
     from training.loop import train
     from training.report import write_report

@@ -73,15 +73,14 @@ def main(config: DemoConfig) -> dict:
     print(f"\n1/3  Pretraining on Python's own documentation, without the {len(task.validation_files)} held-out files")
     pretrained = mlm.pretrain.main(pretraining)
     if not pretrained["finished"]:
-        return {name: pretrained[name] for name in ("step", "run_dir", "finished", "stopped_by")}
+        return _unfinished(pretrained)
 
-    files = {name: str(path) for name, path in rows.items()}
     for name, path in rows.items():
         path.write_text(_jsonl(getattr(task, name)), encoding="utf-8")
     tuning = finetune.presets.demo()
     tuning = replace(
         tuning,
-        data=replace(tuning.data, **files),
+        data=replace(tuning.data, train=str(rows["train"]), validation=str(rows["validation"])),
         init_from=str(root),
         steps=tuning.steps if config.finetune_steps is None else config.finetune_steps,
         seed=config.seed,
@@ -91,7 +90,7 @@ def main(config: DemoConfig) -> dict:
         print(f"\n{number}/3  Is a sentence in order? Learnt from {len(task.train):,} labelled ones, {weights} weights")
         run = finetune.train.main(replace(tuning, scratch=name == "scratch", run_dir=str(root / name)))
         if not run["finished"]:
-            return {name: run[name] for name in ("step", "run_dir", "finished", "stopped_by")}
+            return _unfinished(run)
         accuracy[name] = run["metrics"]["accuracy"]
     accuracy["tfidf"] = tfidf_accuracy(task.train, task.validation)
     accuracy["majority"] = majority_accuracy(task.train, task.validation)
@@ -130,6 +129,11 @@ NAMES = {
     "tfidf": ("TF-IDF + logistic regression", "words and word pairs, scikit-learn"),
     "majority": ("Majority class", "the most frequent label, always"),
 }
+
+
+def _unfinished(run: dict) -> dict:
+    """The `--json` object where one of the runs was stopped."""
+    return {name: run[name] for name in ("step", "run_dir", "finished", "stopped_by")}
 
 
 def _jsonl(rows: list[dict[str, str]]) -> str:

@@ -55,7 +55,7 @@ def read_labelled(path: str | os.PathLike, text: tuple[str, ...] = (), label: st
     text: one or two columns; label: the column of labels; unset = guessed from the names, else from what the columns
     hold. Raises UserError naming file and line where the content is not as expected.
     """
-    path = os.path.expanduser(path)
+    path = str(path)
     reader = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl}.get(os.path.splitext(path)[1])
     if reader is None:
         raise UserError(f"{path}: unknown kind of file; labelled text is read from .tsv, .csv, .jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -47,8 +48,9 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         path = getattr(data, name)
         if path is None:
             raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv or .jsonl file of labelled texts")
+        path = os.path.expanduser(path)
         files[name] = _read(path, data)
-        fingerprints[name] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+        fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     names = _sorted(set(files["train"].labels))
     if len(names) < 2:
         raise UserError(f"{data.train}: every example has the label {names[0]!r}; a classifier needs two or more")

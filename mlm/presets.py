@@ -48,7 +48,7 @@ class PretrainConfig(TrainConfig):
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     execution: Execution = field(default_factory=Execution)
     eval_rows: int = 512
-    """Rows of held-out text in an evaluation (always the same rows with the same masks)."""
+    """Rows of held-out text in an evaluation (always the same; batches of one size see the same masks)."""
 
     def __post_init__(self):
         super().__post_init__()

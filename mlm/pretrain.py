@@ -25,7 +25,8 @@ def main(config: PretrainConfig) -> dict:
     from mlm.loss import masked_lm_objective
     from mlm.masking import Vocabulary, rate_at
     from mlm.samples import masked_samples, unigram_entropy
-    from models.transformer import count_params, flops_per_token, init_params, matrix_axes
+    from models.counts import count_params, flops_per_token
+    from models.transformer import init_params, matrix_axes
     from sharding.mesh import build_mesh, check_batch, host_rows
     from training.loop import train
     from training.report import write_report

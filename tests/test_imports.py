@@ -124,6 +124,19 @@ def test_configurations_import_nothing_heavy(module):
     assert result.stdout.split() == [], f"{module} imports {result.stdout}: `--help` would take seconds"
 
 
+def test_the_demo_says_what_it_does_before_anything_heavy():
+    """The first line within 3 s, without a clock: whatever is imported by then is light."""
+    code = textwrap.dedent(f"""
+        import builtins, sys
+        from commands.demo import DemoConfig, main
+        builtins.print = lambda *a, **k: sys.exit(" ".join(n for n in {HEAVY!r} if n in sys.modules) or 0)
+        main(DemoConfig())
+        sys.exit("nothing was printed")
+    """)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     ["mlm.pretrain debug", "clm.pretrain debug", "finetune.train", "clm.generate", "data.prepare", "commands.report"],

@@ -10,14 +10,14 @@ import torch
 import transformers as hf
 from tiny_models import BERT, GPT, LLAMA, MODERN, SIZES, batch_of, strict_and_quick  # noqa: F401
 
+import clm.presets
+import mlm.presets
 from models.config import Execution
-from models.families.bert import BERT_BASE, BERT_LARGE
-from models.families.gpt2 import GPT2, GPT2_MEDIUM
+from models.counts import count_params
 from models.families.llama import LLAMA_1B, LLAMA_8B
-from models.families.modernbert import MODERNBERT_BASE
 from models.heads import causal_lm_head, classification_logits, masked_lm_head
 from models.layers import rotary_frequencies
-from models.transformer import apply, count_params
+from models.transformer import apply
 from models.vocabulary import logits
 
 # The published config.json of Llama 3.2 1B and 3.1 8B (where they differ from LlamaConfig's defaults).
@@ -52,32 +52,32 @@ def rope(factor):
 @pytest.mark.parametrize(
     ("ours", "head", "theirs", "published"),
     [
-        (BERT_BASE, "masked_lm", lambda: hf.BertForMaskedLM(hf.BertConfig()), 109_514_298),
+        (mlm.presets.bert_base(), "masked_lm", lambda: hf.BertForMaskedLM(hf.BertConfig()), 109_514_298),
         (
-            BERT_LARGE,
+            mlm.presets.bert_large(),
             "masked_lm",
             lambda: hf.BertForMaskedLM(
                 hf.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
             ),
             335_174_458,
         ),
-        (GPT2, "causal_lm", lambda: hf.GPT2LMHeadModel(hf.GPT2Config()), 124_439_808),
+        (clm.presets.gpt2(), "causal_lm", lambda: hf.GPT2LMHeadModel(hf.GPT2Config()), 124_439_808),
         (
-            GPT2_MEDIUM,
+            clm.presets.gpt2_medium(),
             "causal_lm",
             lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16)),
             354_823_168,
         ),
-        (MODERNBERT_BASE, "masked_lm", lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig()), 149_655_232),
-        (LLAMA_1B, "causal_lm", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_3_1B)), 1_235_814_400),
-        (LLAMA_8B, "causal_lm", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_3_8B)), 8_030_261_248),
+        (mlm.presets.modern_base(), "masked_lm", lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig()), 149_655_232),
+        (clm.presets.llama_1b(), "causal_lm", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_3_1B)), 1_235_814_400),
+        (clm.presets.llama_8b(), "causal_lm", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_3_8B)), 8_030_261_248),
     ],
     ids=["bert-base", "bert-large", "gpt2", "gpt2-medium", "modernbert-base", "llama-1b", "llama-8b"],
 )
 def test_full_size_models_have_the_published_number_of_parameters(ours, head, theirs, published):
     with torch.device("meta"):
         assert sum(p.numel() for p in theirs().parameters()) == published
-    assert count_params(ours, head) == published
+    assert count_params(ours.model, head) == published
 
 
 @pytest.mark.parametrize(("config", "published"), [(LLAMA_1B, LLAMA_3_1B), (LLAMA_8B, LLAMA_3_8B)])

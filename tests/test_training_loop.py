@@ -32,6 +32,19 @@ def without_timing(records):
     return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "mfu")} for record in records]
 
 
+def signalled(at, number):
+    """The toy's batches; a signal arrives while that of step `at` is fetched."""
+
+    def batches_from(step):
+        for batch in toy.batches_from(step):
+            if step == at:
+                signal.raise_signal(number)
+            yield batch
+            step += 1
+
+    return batches_from
+
+
 @pytest.mark.parametrize(
     ("mesh", "name", "accumulation"),
     [(MeshConfig(), "adamw", 1), (MeshConfig(1, 4, 2), "muon", 2)],
@@ -102,14 +115,7 @@ def test_a_fork_does_not_go_through_the_same_batches_again(tmp_path):
 
 
 def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path):
-    def batches_from(step):
-        for batch in toy.batches_from(step):
-            if step == 1:
-                signal.raise_signal(signal.SIGHUP)
-            yield batch
-            step += 1
-
-    stopped = toy.run(toy.config(tmp_path, eval_every=2), batches_from=batches_from)
+    stopped = toy.run(toy.config(tmp_path, eval_every=2), batches_from=signalled(1, signal.SIGHUP))
     assert (stopped.step, stopped.eval, stopped.stopped_by) == (2, {}, signal.SIGHUP)
     toy.run(toy.config(tmp_path, eval_every=2))
     whole = toy.run(toy.config(tmp_path / "whole", eval_every=2))
@@ -234,15 +240,8 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, capsys):
 
 
 def test_a_signal_saves_and_leaves(tmp_path, capfd):
-    def batches_from(step):
-        for batch in toy.batches_from(step):
-            if step == 2:
-                signal.raise_signal(signal.SIGTERM)
-            yield batch
-            step += 1
-
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    stopped = toy.run(toy.config(tmp_path, steps=50), batches_from=batches_from)
+    stopped = toy.run(toy.config(tmp_path, steps=50), batches_from=signalled(2, signal.SIGTERM))
     assert (stopped.step, stopped.finished, stopped.eval) == (3, False, {})
     out, err = capfd.readouterr()
     assert "SIGTERM: saving after this step" in err

@@ -20,6 +20,23 @@ BERT = dataclasses.replace(BERT_BASE, **SIZES, num_hidden_layers=2, max_position
 GPT = dataclasses.replace(GPT2, **SIZES, num_hidden_layers=2, max_position_embeddings=64)
 LLAMA = dataclasses.replace(LLAMA_1B, **SIZES, num_hidden_layers=2, num_key_value_heads=2)
 MODERN = dataclasses.replace(MODERNBERT_BASE, **SIZES, num_hidden_layers=4, sliding_window=6)
+# Every part a stack can have: prefix, two periods, suffix, grouped heads, norms of queries and keys, a gate.
+EVERYTHING = dataclasses.replace(
+    MODERN,
+    num_hidden_layers=4,
+    layer_period=("local",),
+    suffix_layers=("global",),
+    num_key_value_heads=2,
+    qk_norm=True,
+    attention_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
+    head_transform_bias=True,
+    type_vocab_size=2,
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+)
+
 FAMILIES = {"bert": BERT, "gpt2": GPT, "llama": LLAMA, "modernbert": MODERN}
 
 

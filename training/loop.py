@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
+from cli import MachineError
 from sharding.mesh import place_batch
 from sharding.topology import peak_flops
 from training.checkpoint import Checkpoints
@@ -27,8 +28,8 @@ from training.step import Objective, make_train_step
 from training.tracker import Tracker
 
 
-class NonFiniteLoss(SystemExit):
-    """Training met a loss or gradient that is no number. Uncaught, it is one line on stderr and exit code 1."""
+class NonFiniteLoss(MachineError):
+    """Training met a loss or gradient that is no number."""
 
 
 class BatchStream(Protocol):
@@ -80,8 +81,7 @@ def train(
     origin: Origin | None = None,
     load_params: Callable[[Any], Any] | None = None,
 ) -> Result:
-    """Train until config.steps (or stop_at, or a signal), from the origin on. All that can be refused is refused
-    before anything is written.
+    """Train from the origin until config.steps, stop_at or a signal. What can be refused is refused before any write.
 
     init_params: key → parameters. matrix_axes: parameter shapes → see `build_optimizer`.
     batches_from: step → the batches from that step on. eval_batches: gone through at each evaluation.
@@ -191,7 +191,7 @@ def _report(tracker: Tracker, checkpoints: Checkpoints, step: int, metrics: dict
     values = {name: float(value) for name, value in metrics.items()}
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
         raise NonFiniteLoss(
-            f"error: at step {step} the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
+            f"at step {step} the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
             "nothing was saved since the last checkpoint; try a lower --optimizer.learning-rate or a longer warm-up"
         )
     checkpoints.check()

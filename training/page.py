@@ -68,11 +68,11 @@ def entries(items: Iterable[tuple[str, str, str]]) -> str:
     return f"<ul class=entries>{''.join(parts)}</ul>"
 
 
-def bars(rows: Sequence[tuple[str, float, str]], *, highlight: int = 0) -> str:
-    """Horizontal bars for values from 0 to 1: (name, value, note). highlight: the row in the accent colour."""
+def bars(rows: Sequence[tuple[str, float, str]]) -> str:
+    """Horizontal bars for values from 0 to 1: (name, value, note); the first in the accent colour."""
     parts = []
     for number, (name, value, note) in enumerate(rows):
-        kind = " class=own" if number == highlight else ""
+        kind = " class=own" if number == 0 else ""
         small = f"<small>{escape(note)}</small>" if note else ""
         width = 100 * min(max(value, 0.0), 1.0)
         parts.append(

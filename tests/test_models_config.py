@@ -1,0 +1,31 @@
+"""Architectures that cannot be, and that a configuration is what it was after JSON."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny_models import EVERYTHING, MODERN
+
+from cli import UserError
+from models.config import ModelConfig
+
+pytestmark = pytest.mark.corner
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(num_hidden_layers=9), "num_hidden_layers=9 does not fit prefix 1 .* try 10"),
+        (dict(prefix_layers=(), num_hidden_layers=3), "first_attention_norm=False needs the first layer in prefix"),
+        (dict(sliding_window=None), "local layers need sliding_window"),
+        (dict(num_attention_heads=5), "hidden_size=32 is not divisible by num_attention_heads=5"),
+        (dict(num_key_value_heads=3), "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
+    ],
+)
+def test_impossible_models_are_refused(bad, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(MODERN, **bad)
+
+
+def test_a_config_survives_json():
+    assert ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(EVERYTHING)))) == EVERYTHING
