@@ -1,4 +1,4 @@
-"""What a classifier predicts, and how good that is."""
+"""How good predicted labels are, and the files that show them."""
 
 from __future__ import annotations
 
@@ -8,33 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.labelled import Labelled
-from finetune.tasks.classify import class_logits
-from models.config import Execution, ModelConfig
-from sharding.mesh import place_batch
-
-
-def class_probabilities(
-    model: ModelConfig, params: Any, batches: Sequence[dict], mesh: Mesh, execution: Execution
-) -> np.ndarray:
-    """Probabilities [N, C] of the examples of `batches` (this process's rows), in order; empty rows are left out."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def predict(params, batch):
-        return jax.nn.softmax(class_logits(model, params, batch, execution), axis=-1), batch["example_weights"] > 0
-
-    # On every device, so that each process can read the rows of the others too.
-    predict = jax.jit(predict, out_shardings=everywhere)
-    parts = []
-    with jax.set_mesh(mesh):
-        for batch in batches:
-            probability_BC, real_B = jax.device_get(predict(params, place_batch(batch, mesh)))
-            parts.append(probability_BC[real_B])
-    return np.concatenate(parts)
 
 
 def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:

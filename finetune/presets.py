@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cli import UserError
 from models.config import Execution
@@ -44,6 +45,8 @@ class FinetuneOptimizer(OptimizerConfig):
 class FinetuneConfig(TrainConfig):
     """A fine-tuning run; model and tokenizer are those of the checkpoint."""
 
+    task: Literal["classification"] = "classification"
+    """What is learnt (finetune/tasks)."""
     steps: int | None = None  # type: ignore[assignment]
     """Length of the schedule in optimizer steps; unset = three epochs, but at least 200 steps (Mosbach et al. 2021)."""
     epochs: float | None = None

@@ -1,6 +1,6 @@
 """Fine-tune a pretrained model on labelled data: `python -m finetune.train PRESET --init-from RUN [flags]`.
 
-Reads top to bottom: checkpoint → labelled texts → rows → objective → training loop → predictions, summary and report.
+Reads top to bottom: checkpoint → task (its data, objective and head) → training loop → metrics, summary and report.
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ from finetune.presets import PRESETS, FinetuneConfig
 def main(config: FinetuneConfig) -> dict:
     """Run, or resume, the fine-tuning that `config` describes; returns the `--json` object."""
     import jax
-    import numpy as np
 
-    from data.labelled import LabelledBatches
     from data.loader import prefetch
-    from data.tokenizer import fingerprint, save_tokenizer, special_ids
-    from finetune.evaluate import class_probabilities, confusion, metrics, write_predictions
-    from finetune.examples import max_length, read_examples
+    from data.tokenizer import fingerprint, save_tokenizer
     from finetune.pretrained import load_trunk, open_pretrained
-    from finetune.tasks.classify import classification_objective
-    from models.transformer import flops_per_token, init_params, matrix_axes
-    from sharding.mesh import build_mesh, check_batch, host_rows
+    from finetune.tasks import open_task
+    from models.counts import flops_per_token
+    from models.transformer import matrix_axes
+    from sharding.mesh import build_mesh, check_batch
     from training.loop import train
     from training.report import write_report
-    from training.run import RunDirectory, settings, summarise, write_json
+    from training.run import RunDirectory, settings, summarise
 
     check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
     mesh = build_mesh(config.mesh)
@@ -39,66 +36,39 @@ def main(config: FinetuneConfig) -> dict:
     pretrained = open_pretrained(config, run)
     tokenizer = pretrained.tokenizer
     model = replace(pretrained.model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
-    examples = read_examples(config.data, tokenizer, model)
-    config = resolved(config, len(examples.train.labels), model.hidden_size)
-    fingerprints = {"tokenizer": fingerprint(tokenizer)} | examples.fingerprints
-    config_dict, defaults = settings(
-        config, model, task="classification", labels=examples.names, fingerprints=fingerprints
-    )
+    task = open_task(config, model, tokenizer)
+    config = resolved(config, task.examples, model.hidden_size)
+    fingerprints = {"tokenizer": fingerprint(tokenizer)} | task.fingerprints
+    config_dict, defaults = settings(config, model, fingerprints=fingerprints, **task.settings)
     run.check(config_dict, defaults)
 
-    def init(key: jax.Array) -> dict:
-        return init_params(model, key, heads=("sequence_classification",), num_labels=len(examples.names))
-
-    batches, held_out = (
-        LabelledBatches(
-            part.encoded,
-            part.labels,
-            config.batch_size,
-            config.seed,
-            pad_id=special_ids(tokenizer).pad,
-            max_length=max_length(config.data, model),
-        )
-        for part in (examples.train, examples.validation)
-    )
-    eval_batches = held_out.fixed(host_rows(config.batch_size))
-    tokens_per_row = sum(len(example.ids) for example in examples.train.encoded) / len(batches)
-    objective = classification_objective(model, execution=config.execution)
-
+    tokens_per_step = config.batch_size * task.tokens_per_row
     fresh = config.scratch and not pretrained.origin.resumed
     result = train(
         config,
-        init_params=init,
+        init_params=task.init_params,
         matrix_axes=matrix_axes,
-        objective=objective,
-        eval_objective=objective,
-        batches_from=lambda step: prefetch(
-            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch
-        ),
-        eval_batches=eval_batches,
+        objective=task.objective,
+        eval_objective=task.objective,
+        batches_from=lambda step: prefetch(task.batch, step, config.prefetch),
+        eval_batches=task.eval_batches,
         run=run,
         config_dict=config_dict,
         save_tokenizer=partial(save_tokenizer, tokenizer),
         mesh=mesh,
-        tokens_per_step=round(config.batch_size * tokens_per_row),
-        flops_per_step=config.batch_size * tokens_per_row * flops_per_token(model, round(tokens_per_row), 0.0),
+        tokens_per_step=round(tokens_per_step),
+        flops_per_step=tokens_per_step * flops_per_token(model, round(task.tokens_per_row), 0.0),
         origin=None if fresh else pretrained.origin,
-        load_params=None if fresh else load_trunk(pretrained, init, config.seed, mesh),
+        load_params=None if fresh else load_trunk(pretrained, task.init_params, config.seed, mesh),
     )
 
     if result.stopped_by:
         return summarise(run, result, metrics={})
-    labels_N = np.array(examples.validation.labels)
-    probability_NC = class_probabilities(model, result.state.params, eval_batches, mesh, config.execution)
-    predictions_N = probability_NC.argmax(1)
-    summary = summarise(run, result, metrics=metrics(labels_N, predictions_N, len(examples.names)))
+    summary = summarise(run, result, metrics=task.finish(run, result.state.params, mesh))
     if jax.process_index() == 0:
-        path = run.path / "predictions.jsonl"
-        write_predictions(path, examples.validation.texts, labels_N, probability_NC, examples.names)
-        write_json(run.path / "confusion.json", confusion(labels_N, predictions_N, examples.names))
         write_report(run.path)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
-        print(f"{figures}  on {len(labels_N):,} examples; predictions in {path}", flush=True)
+        print(f"{figures}  on {config.data.validation}; more in {run.report}", flush=True)
     return summary
 
 

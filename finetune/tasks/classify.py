@@ -1,17 +1,77 @@
-"""The classification objective: maximise Σ log p(label | text) over the examples of a batch.
+"""Classification of texts or pairs: maximise Σ log p(label | text) over the examples of a batch.
 
 Encoders read the label off their first token or the mean of all, causal models off their last (models.heads).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from data.labelled import LabelledBatches
+from data.tokenizer import special_ids
+from finetune.evaluate import confusion, metrics, write_predictions
+from finetune.examples import max_length, read_examples
 from models.config import Execution, ModelConfig
 from models.heads import classification_logits
-from models.transformer import apply
+from models.transformer import apply, init_params
+from sharding.mesh import host_rows, place_batch
+from training.run import RunDirectory, write_json
 from training.step import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from finetune.presets import FinetuneConfig
+
+
+class Classification:
+    """A finetune.tasks.Task."""
+
+    def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast):
+        self._model, self._execution = model, config.execution
+        self._rows = host_rows(config.batch_size)
+        self._examples = read_examples(config.data, tokenizer, model)
+        self._names = self._examples.names
+        self.settings = {"labels": self._names}
+        self.fingerprints = self._examples.fingerprints
+        self._batches, held_out = (
+            LabelledBatches(
+                part.encoded,
+                part.labels,
+                config.batch_size,
+                config.seed,
+                pad_id=special_ids(tokenizer).pad,
+                max_length=max_length(config.data, model),
+            )
+            for part in (self._examples.train, self._examples.validation)
+        )
+        self.eval_batches = held_out.fixed(self._rows)
+        self.examples = len(self._batches)
+        self.tokens_per_row = sum(len(example.ids) for example in self._examples.train.encoded) / self.examples
+        self.objective = classification_objective(model, execution=config.execution)
+
+    def init_params(self, key: jax.Array) -> dict:
+        return init_params(self._model, key, heads=("sequence_classification",), num_labels=len(self._names))
+
+    def batch(self, step: int) -> dict:
+        return self._batches.batch(step, self._rows)
+
+    def finish(self, run: RunDirectory, params: Any, mesh: Mesh) -> dict[str, float]:
+        """accuracy, f1, macro_f1, matthews; writes predictions.jsonl and confusion.json."""
+        labels_N = np.array(self._examples.validation.labels)
+        probability_NC = class_probabilities(self._model, params, self.eval_batches, mesh, self._execution)
+        predictions_N = probability_NC.argmax(1)
+        if jax.process_index() == 0:
+            path = run.path / "predictions.jsonl"
+            write_predictions(path, self._examples.validation.texts, labels_N, probability_NC, self._names)
+            write_json(run.path / "confusion.json", confusion(labels_N, predictions_N, self._names))
+        return metrics(labels_N, predictions_N, len(self._names))
 
 
 def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, key: jax.Array | None = None):
@@ -40,3 +100,22 @@ def classification_objective(model: ModelConfig, *, execution: Execution) -> Obj
         return loss_sum / norms, jax.lax.stop_gradient(metrics)
 
     return Objective(prepare, loss_fn)
+
+
+def class_probabilities(
+    model: ModelConfig, params: Any, batches: Sequence[dict], mesh: Mesh, execution: Execution
+) -> np.ndarray:
+    """Probabilities [N, C] of the examples of `batches` (this process's rows), in order; empty rows are left out."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def predict(params, batch):
+        return jax.nn.softmax(class_logits(model, params, batch, execution), axis=-1), batch["example_weights"] > 0
+
+    # On every device, so that each process can read the rows of the others too.
+    predict = jax.jit(predict, out_shardings=everywhere)
+    parts = []
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            probability_BC, real_B = jax.device_get(predict(params, place_batch(batch, mesh)))
+            parts.append(probability_BC[real_B])
+    return np.concatenate(parts)
