@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 import traceback
@@ -46,18 +47,35 @@ class UserError(ValueError):
     """An error in what the user gave. The message is one line: what was given; what is accepted; what to try."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How a door was called, beyond its configuration; empty where Python calls it."""
+
+    command: str | None = None
+    """The command line."""
+    given: frozenset[str] = frozenset()
+    """Fields that flags have set, nested ones as `outer.inner`."""
+
+    def settings_of(self, name: str) -> frozenset[str]:
+        """The fields that were set within the nested configuration `name`."""
+        return frozenset(field.removeprefix(f"{name}.") for field in self.given if field.startswith(f"{name}."))
+
+
+FROM_PYTHON = Call()
+
+
 class MachineError(Exception):
     """What neither user nor code did wrong (a full disk, a loss that is no number), in one line; exit code 1."""
 
 
 def run(
-    main: Callable[[Any], Any],
+    main: Callable[[Any, Call], Any],
     presets: Mapping[str, Callable[[], Any]],
     prog: str,
     description: str,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """`prog PRESET [flags]`: call `main` with the preset's configuration as the flags changed it.
+    """`prog PRESET [flags]`: call `main` with the preset's configuration as the flags changed it, and the call.
 
     A configuration whose `run_dir` is unset gets `runs/<prog>-<preset>`. Leaves by SystemExit where it fails:
     2 for what the user gave, 1 for what the machine refused, 128 + n where a signal n (Ctrl-C: 2) ended it early.
@@ -78,19 +96,26 @@ def run(
         config = _parse(type(default), f"{prog} {name}", inspect.getdoc(preset), arguments[1:], default)
         if getattr(config, "run_dir", "") is None:
             config = dataclasses.replace(config, run_dir=f"runs/{prog}-{name}")
-        _call(main, config)
+        flags = dict(_flags(type(default)))
+        called = Call(f"./launch.sh {prog} {shlex.join(arguments)}", frozenset(_given(arguments, flags)))
+        _call(lambda config: main(config, called), config)
 
 
 def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: Sequence[str] | None = None) -> None:
     """`prog [flags]`: call `main` with a `config_type` made from the flags; exit codes as in `run`.
 
-    If its first field has no default, the value may stand first without the flag: `prog RUN [flags]`.
+    The values of fields without default may stand first, in their order and without the flag: `prog RUN [flags]`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    first = dataclasses.fields(config_type)[0]
-    required = first.default is dataclasses.MISSING and first.default_factory is dataclasses.MISSING
-    if required and arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, f"--{first.name.replace('_', '-')}")
+    required = [
+        field.name
+        for field in dataclasses.fields(config_type)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    bare = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    values = min(bare, len(required))
+    named = zip(required[:values], arguments[:values], strict=True)
+    arguments[:values] = [part for name, value in named for part in (f"--{name.replace('_', '-')}", value)]
     with _one_line_errors("--debug" in arguments):
         _call(main, _parse(config_type, prog, inspect.getdoc(config_type), arguments))
 
@@ -153,6 +178,17 @@ def _flags(config_type: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", hint
             if hint is bool:
                 yield f"{prefix}no-{name}", hint
+
+
+def _given(arguments: list[str], flags: Mapping[str, Any]) -> Iterator[str]:
+    """The fields that these arguments set, as `outer.inner`."""
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in flags:
+            name = flag.removeprefix("--")
+            if flags[flag] is bool:
+                name = re.sub(r"(^|\.)no-", r"\1", name)
+            yield name.replace("-", "_")
 
 
 def _switch(flag: str) -> str:

@@ -4,7 +4,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 min_python=3.11
-commands=(demo mlm clm finetune generate prepare report test setup python)
+commands=(demo mlm clm finetune generate prepare import export report test setup python)
 
 usage() {
   cat <<'HELP'
@@ -17,6 +17,8 @@ usage: ./launch.sh [COMMAND] [arguments]
   ./launch.sh finetune PRESET [flags]  fine-tune a checkpoint on labelled data
   ./launch.sh generate [flags]         continue text with a causal-LM run
   ./launch.sh prepare [flags]          train a tokenizer and tokenize text without training a model
+  ./launch.sh import SRC DST [flags]   make a run directory of a model in Hugging Face format (folder or Hub id)
+  ./launch.sh export RUN DST [flags]   write a run's model in Hugging Face format
   ./launch.sh report [flags]           write the report of a run again
   ./launch.sh test [pytest arguments]  install what the tests need and run them (paths as seen from this folder)
   ./launch.sh setup                    install only
@@ -248,6 +250,7 @@ case $command in
   finetune) training=yes run_module finetune.train "$@" ;;
   generate) run_module clm.generate "$@" ;;
   prepare) run_module data.prepare "$@" ;;
+  import | export) run_module commands.convert "$command" "$@" ;;
   report) run_module commands.report "$@" ;;
   python) run_python "$@" ;;
   setup)

@@ -97,11 +97,11 @@ def generate(
 
     longest = max(map(len, prompts))
     total = longest + sampling.max_new_tokens
-    if config.position_embedding == "learned" and total > config.max_position_embeddings:
-        room = config.max_position_embeddings - longest
+    if config.max_length is not None and total > config.max_length:
+        room = config.max_length - longest
         raise UserError(
             f"prompt of {longest} tokens + max_new_tokens={sampling.max_new_tokens} = {total} exceeds the model's "
-            f"{config.max_position_embeddings} positions; "
+            f"{config.max_length} positions; "
             + (f"try --sampling.max-new-tokens {room}" if room > 0 else "give a shorter prompt")
         )
     input_BT = np.zeros((len(prompts), longest), np.int32)
@@ -157,9 +157,10 @@ def continue_texts(
 
 def main(config: GenerateConfig) -> dict:
     """Load the newest checkpoint of the run and print a completion for every prompt."""
-    from data.tokenizer import tokenizer_of_run
+    from data.tokenizer import tokenizer_of
     from models.config import ModelConfig
     from training.checkpoint import read_config, restore_params
+    from training.run import RunDirectory
 
     saved = read_config(config.run_dir)
     if saved.get("task") != "causal_lm":
@@ -168,7 +169,7 @@ def main(config: GenerateConfig) -> dict:
             "give the run directory of a `clm` run"
         )
     model = ModelConfig.from_dict(saved["model"])
-    tokenizer = tokenizer_of_run(config.run_dir, saved)
+    tokenizer = tokenizer_of(RunDirectory(config.run_dir).tokenizer, saved)
     completions = continue_texts(model, restore_params(config.run_dir), tokenizer, config.prompt, config.sampling)
     for text, completion in zip(config.prompt, completions, strict=True):
         print(f"{'─' * 60}\n{text}{completion}")

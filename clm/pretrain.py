@@ -12,8 +12,11 @@ import cli
 from clm.presets import PRESETS, PretrainConfig
 
 
-def main(config: PretrainConfig) -> dict:
-    """Run, or resume, the pretraining that `config` describes; returns the `--json` object."""
+def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
+    """Run, or resume, the pretraining that `config` describes; returns the `--json` object.
+
+    With config.init_from, the architecture is that of the weights, but for the model settings given in `call`.
+    """
     import jax
 
     from clm.generate import SamplingConfig, continue_texts
@@ -22,10 +25,13 @@ def main(config: PretrainConfig) -> dict:
     from data.packing import pack_split
     from data.prepare import prepare
     from data.token_tables import token_bytes
-    from data.tokenizer import save_tokenizer, special_ids, tokenizer_of_run, vocabulary_size
+    from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
     from models.counts import count_params, flops_per_token
+    from models.hub import Pretrained, check_export, save_pretrained
+    from models.pretrained import architecture_of, load_weights
     from models.transformer import init_params, matrix_axes
     from sharding.mesh import build_mesh, check_batch, host_rows
+    from training.card import model_card
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise, write_json
@@ -36,15 +42,23 @@ def main(config: PretrainConfig) -> dict:
     mesh = build_mesh(config.mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
-    origin = find_origin(config, run)
-    config.model.fitted(config.model.vocab_size, length)
+    origin = find_origin(config, run, Pretrained)
+    architecture = config.model
+    if origin and config.init_from:
+        architecture = architecture_of(origin.config, config.model, call.settings_of("model"))
+    architecture.fitted(architecture.vocab_size, length)
 
-    of_weights = origin and tokenizer_of_run(origin.run_dir, origin.config)
+    of_weights = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
     prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=False, of_weights=of_weights)
     tokenizer = prepared.tokenizer
     specials = special_ids(tokenizer, need=("bos", "eos"))
-    model = config.model.fitted(vocabulary_size(tokenizer), length)
-    config_dict, defaults = settings(config, model, task="causal_lm", fingerprints=prepared.fingerprints)
+    # Published models have spare rows in their vocabulary.
+    model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
+    if config.export:
+        check_export(config.export, model, "causal_lm", tokenizer)
+    config_dict, defaults = settings(
+        config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command
+    )
     run.check(config_dict, defaults)
 
     rows, held_out = (
@@ -61,9 +75,12 @@ def main(config: PretrainConfig) -> dict:
     batches = Batches(rows, config.batch_size, config.seed)
     objective = causal_lm_objective(model, execution=config.execution)
 
+    def init(key):
+        return init_params(model, key, heads=("causal_lm",))
+
     result = train(
         config,
-        init_params=lambda key: init_params(model, key, heads=("causal_lm",)),
+        init_params=init,
         matrix_axes=matrix_axes,
         objective=objective,
         eval_objective=objective,
@@ -76,6 +93,7 @@ def main(config: PretrainConfig) -> dict:
         config_dict=config_dict,
         save_tokenizer=partial(save_tokenizer, tokenizer),
         origin=origin,
+        load_params=load_weights(origin, model, "causal_lm", init, config.seed) if origin else None,
         mesh=mesh,
         tokens_per_step=config.batch_size * length,
         flops_per_step=config.batch_size * length * flops_per_token(model, length, 1.0),
@@ -83,11 +101,14 @@ def main(config: PretrainConfig) -> dict:
 
     summary = summarise(run, result, parameters=count_params(model, "causal_lm"))
     if jax.process_index() == 0 and not result.stopped_by:
-        longest = model.max_position_embeddings if model.position_embedding == "learned" else length
+        longest = model.max_length or length
         sampling = SamplingConfig(max_new_tokens=min(100, longest - 1))
         texts = continue_texts(model, jax.device_get(result.state.params), tokenizer, [""] * 3, sampling)
         write_json(run.path / "samples.json", {"texts": texts})
         write_report(run.path)
+        if config.export and result.finished:
+            save_pretrained(config.export, model, result.state.params, tokenizer, card=model_card(run.path))
+            print(f"exported to {config.export}", flush=True)
     return summary
 
 

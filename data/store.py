@@ -79,7 +79,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --data.cache") from error
+        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another folder") from error
     try:
         yield unfinished
         try:

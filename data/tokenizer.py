@@ -7,6 +7,7 @@ WordPiece as in BERT (Devlin et al. 2019) and byte-level BPE as in GPT-2 (Radfor
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -49,6 +50,9 @@ MIN_VOCABULARY = 300
 """256 bytes and the special tokens must fit."""
 
 
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
+
+
 class SpecialIds(NamedTuple):
     """Ids of the special tokens; cls and bos, sep and eos stand in for each other where a tokenizer has one of them."""
 
@@ -82,9 +86,15 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder (tokenizer.json, tokenizer_config.json) or a bare tokenizer.json; never the network."""
+    """The tokenizer of a folder (tokenizer.json, tokenizer_config.json) or a bare tokenizer.json; never the network.
+
+    A folder with a model's config.json beside it is read as transformers does, with the special tokens of that model,
+    and older files than tokenizer.json are taken too.
+    """
     path = pathlib.Path(path).expanduser()
     folder = path.parent if path.name == "tokenizer.json" else path
+    if path.is_dir() and (folder / "config.json").is_file() and has_tokenizer(folder):
+        return _load_model_tokenizer(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"no tokenizer at {path}: expected tokenizer.json or a folder that holds one "
@@ -104,12 +114,34 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     return _wrap(backend, {name: text for specials in known for name, text in specials.items() if text in present})
 
 
-def tokenizer_of_run(run_dir: str | os.PathLike, config: dict) -> PreTrainedTokenizerFast:
-    """The tokenizer beside a run's checkpoint; UserError unless it is the one that the checkpoint's config names."""
-    folder = pathlib.Path(run_dir).expanduser() / "tokenizer"
+def has_tokenizer(folder: pathlib.Path) -> bool:
+    """Whether a folder in Hugging Face format holds a vocabulary."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def _load_model_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise UserError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{folder} has a tokenizer without a fast form ({type(tokenizer).__name__}); save it once as tokenizer.json"
+        )
+    return tokenizer
+
+
+def tokenizer_of(folder: str | os.PathLike, config: dict) -> PreTrainedTokenizerFast:
+    """The tokenizer that belongs to saved weights; UserError unless it is the one that their config names.
+
+    config: beside the weights; `fingerprints` only where they are those of a run. A vocabulary may have spare rows.
+    """
     tokenizer = load_tokenizer(folder)
     size, expected = vocabulary_size(tokenizer), config["model"]["vocab_size"]
-    if size != expected or fingerprint(tokenizer) != config["fingerprints"]["tokenizer"]:
+    known = config.get("fingerprints", {}).get("tokenizer")
+    if size > expected or known and fingerprint(tokenizer) != known:
         found = f"{size:,} tokens" if size != expected else "other tokens"
         raise UserError(
             f"{folder} has {found}, not the {expected:,} that the checkpoint beside it knows; "
@@ -118,9 +150,10 @@ def tokenizer_of_run(run_dir: str | os.PathLike, config: dict) -> PreTrainedToke
     return tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike, **more: object) -> None:
     """Write tokenizer.json and tokenizer_config.json, in the format that transformers 4 and 5 both load.
 
+    more: further settings in tokenizer_config.json.
     Each file appears whole, and a folder that holds this tokenizer is left alone: nothing can ruin a run's tokenizer.
     """
     folder = pathlib.Path(folder)
@@ -134,11 +167,22 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
         path = pathlib.Path(unfinished, "tokenizer_config.json")
         settings = json.loads(path.read_text())
         # Version 5 writes the class name TokenizersBackend, which version 4 does not know; both know this one.
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | more
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         # tokenizer.json last: where it is, the others are.
         for path in sorted(pathlib.Path(unfinished).iterdir(), reverse=True):
             os.replace(path, folder / path.name)
+
+
+def framed_tokenizer(tokenizer: PreTrainedTokenizerFast, causal: bool) -> PreTrainedTokenizerFast:
+    """A copy that puts the special tokens around one text or two as fine-tuning does (data.labelled.encode_pairs)."""
+    specials = special_ids(tokenizer, need=("bos", "eos") if causal else ("cls", "sep"))
+    first, between = (specials.bos, specials.eos) if causal else (specials.cls, specials.sep)
+    framed = copy.deepcopy(tokenizer)
+    assert first is not None and between is not None
+    cls, sep = (str(tokenizer.convert_ids_to_tokens(index)) for index in (first, between))
+    framed.backend_tokenizer.post_processor = _template(framed.backend_tokenizer, cls, sep)
+    return framed
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -75,10 +75,10 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
 
 def max_length(data: FinetuneData, model: ModelConfig) -> int:
     """Tokens of an example at most."""
-    limit = model.max_position_embeddings
+    limit = model.max_length
     if data.max_length is None:
-        return min(limit, LONGEST)
-    if data.max_length > limit and model.position_embedding == "learned":
+        return min(limit or model.max_position_embeddings, LONGEST)
+    if limit is not None and data.max_length > limit:
         raise UserError(f"data.max_length={data.max_length} exceeds the model's {limit} learned positions; try {limit}")
     return data.max_length
 

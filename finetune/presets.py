@@ -45,8 +45,8 @@ class FinetuneOptimizer(OptimizerConfig):
 class FinetuneConfig(TrainConfig):
     """A fine-tuning run; model and tokenizer are those of the checkpoint."""
 
-    task: Literal["classification"] = "classification"
-    """What is learnt (finetune/tasks)."""
+    task: Literal["sequence_classification"] = "sequence_classification"
+    """What is learnt (finetune/tasks), and the head that learns it (models.heads.HEADS)."""
     steps: int | None = None  # type: ignore[assignment]
     """Length of the schedule in optimizer steps; unset = three epochs, but at least 200 steps (Mosbach et al. 2021)."""
     epochs: float | None = None
@@ -54,7 +54,7 @@ class FinetuneConfig(TrainConfig):
     eval_every: int | None = None  # type: ignore[assignment]
     """Steps between evaluations; unset = an epoch, or a tenth of the run if that is longer."""
     init_from: str | None = None
-    """The run directory whose weights, tokenizer and architecture are taken."""
+    """Whose weights, tokenizer and architecture are taken: a run directory, or hf:PATH_OR_ID (Hugging Face format)."""
     scratch: bool = False
     """Take architecture and tokenizer alone and start from random weights, to see what the pretraining is worth."""
     dropout: float = 0.1

@@ -10,40 +10,56 @@ from dataclasses import replace
 from functools import partial
 
 import cli
+from cli import UserError
 from finetune.presets import PRESETS, FinetuneConfig
 
 
-def main(config: FinetuneConfig) -> dict:
+def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     """Run, or resume, the fine-tuning that `config` describes; returns the `--json` object."""
     import jax
 
     from data.loader import prefetch
-    from data.tokenizer import fingerprint, save_tokenizer
-    from finetune.pretrained import load_trunk, open_pretrained
+    from data.tokenizer import fingerprint, framed_tokenizer, save_tokenizer, tokenizer_of
     from finetune.tasks import open_task
+    from models.config import ModelConfig
     from models.counts import flops_per_token
+    from models.hub import Pretrained, check_export, save_pretrained
+    from models.pretrained import load_weights
     from models.transformer import matrix_axes
     from sharding.mesh import build_mesh, check_batch
+    from training.card import model_card
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise
+    from training.start import find_origin
 
     check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
     mesh = build_mesh(config.mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
 
-    pretrained = open_pretrained(config, run)
-    tokenizer = pretrained.tokenizer
-    model = replace(pretrained.model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
+    if not config.init_from:
+        raise UserError(
+            "no --init-from given: name the run directory of the model that is to be fine-tuned, or hf:PATH_OR_ID"
+        )
+    origin = find_origin(config, run, Pretrained)
+    assert origin is not None
+    tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config)
+    model = ModelConfig.from_dict(origin.config["model"])
+    model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
     task = open_task(config, model, tokenizer)
+    if config.export:
+        check_export(config.export, task.model, config.task, tokenizer)
     config = resolved(config, task.examples, model.hidden_size)
     fingerprints = {"tokenizer": fingerprint(tokenizer)} | task.fingerprints
-    config_dict, defaults = settings(config, model, fingerprints=fingerprints, **task.settings)
+    config_dict, defaults = settings(
+        config, task.model, fingerprints=fingerprints, command=call.command, **task.settings
+    )
     run.check(config_dict, defaults)
 
     tokens_per_step = config.batch_size * task.tokens_per_row
-    fresh = config.scratch and not pretrained.origin.resumed
+    fresh = config.scratch and not origin.resumed
+    load = load_weights(origin, task.model, config.task, task.init_params, config.seed)
     result = train(
         config,
         init_params=task.init_params,
@@ -58,8 +74,8 @@ def main(config: FinetuneConfig) -> dict:
         mesh=mesh,
         tokens_per_step=round(tokens_per_step),
         flops_per_step=tokens_per_step * flops_per_token(model, round(task.tokens_per_row), 0.0),
-        origin=None if fresh else pretrained.origin,
-        load_params=None if fresh else load_trunk(pretrained, task.init_params, config.seed, mesh),
+        origin=None if fresh else origin,
+        load_params=None if fresh else load,
     )
 
     if result.stopped_by:
@@ -67,6 +83,10 @@ def main(config: FinetuneConfig) -> dict:
     summary = summarise(run, result, metrics=task.finish(run, result.state.params, mesh))
     if jax.process_index() == 0:
         write_report(run.path)
+        if config.export and result.finished:
+            as_trained = framed_tokenizer(tokenizer, model.causal)
+            save_pretrained(config.export, task.model, result.state.params, as_trained, card=model_card(run.path))
+            print(f"exported to {config.export}", flush=True)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
         print(f"{figures}  on {config.data.validation}; more in {run.report}", flush=True)
     return summary

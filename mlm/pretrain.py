@@ -12,8 +12,11 @@ import cli
 from mlm.presets import PRESETS, PretrainConfig
 
 
-def main(config: PretrainConfig) -> dict:
-    """Run, or resume, the pretraining that `config` describes; returns the `--json` object."""
+def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
+    """Run, or resume, the pretraining that `config` describes; returns the `--json` object.
+
+    With config.init_from, the architecture is that of the weights, but for the model settings given in `call`.
+    """
     import jax
     import numpy as np
 
@@ -21,13 +24,16 @@ def main(config: PretrainConfig) -> dict:
     from data.packing import pack_best_fit
     from data.prepare import prepare
     from data.token_tables import token_texts, word_table
-    from data.tokenizer import save_tokenizer, special_ids, tokenizer_of_run, vocabulary_size
+    from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
     from mlm.loss import masked_lm_objective
     from mlm.masking import Vocabulary, rate_at
     from mlm.samples import masked_samples, unigram_entropy
     from models.counts import count_params, flops_per_token
+    from models.hub import Pretrained, check_export, save_pretrained
+    from models.pretrained import architecture_of, load_weights
     from models.transformer import init_params, matrix_axes
     from sharding.mesh import build_mesh, check_batch, host_rows
+    from training.card import model_card
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise, write_json
@@ -38,19 +44,28 @@ def main(config: PretrainConfig) -> dict:
     mesh = build_mesh(config.mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
-    origin = find_origin(config, run)
-    config.model.fitted(config.model.vocab_size, length)
+    origin = find_origin(config, run, Pretrained)
+    architecture = config.model
+    if origin and config.init_from:
+        architecture = architecture_of(origin.config, config.model, call.settings_of("model"))
+    architecture.fitted(architecture.vocab_size, length)
 
-    of_weights = origin and tokenizer_of_run(origin.run_dir, origin.config)
+    of_weights = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
     prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=True, of_weights=of_weights)
     tokenizer = prepared.tokenizer
     specials = special_ids(tokenizer, need=("cls", "sep", "mask"))
-    model = config.model.fitted(vocabulary_size(tokenizer), length)
-    config_dict, defaults = settings(config, model, task="masked_lm", fingerprints=prepared.fingerprints)
+    # Published models have spare rows in their vocabulary.
+    model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
+    if config.export:
+        check_export(config.export, model, "masked_lm", tokenizer)
+    config_dict, defaults = settings(
+        config, model, task="masked_lm", fingerprints=prepared.fingerprints, command=call.command
+    )
     run.check(config_dict, defaults)
 
     assert specials.mask is not None
-    ordinary_V = ~np.isin(np.arange(model.vocab_size), specials.all)
+    ids_V = np.arange(model.vocab_size)
+    ordinary_V = ~np.isin(ids_V, specials.all) & (ids_V < vocabulary_size(tokenizer))
     vocabulary = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
     rows, held_out = (
         Rows(store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm")
@@ -64,9 +79,12 @@ def main(config: PretrainConfig) -> dict:
     def objective(rate):
         return masked_lm_objective(model, config.masking, vocabulary, rate=rate, execution=config.execution)
 
+    def init(key):
+        return init_params(model, key, heads=("masked_lm",))
+
     result = train(
         config,
-        init_params=lambda key: init_params(model, key, heads=("masked_lm",)),
+        init_params=init,
         matrix_axes=matrix_axes,
         objective=objective(lambda step: rate_at(config.masking, step, config.steps)),
         eval_objective=objective(lambda step: rate_at(config.masking, config.steps, config.steps)),
@@ -79,6 +97,7 @@ def main(config: PretrainConfig) -> dict:
         config_dict=config_dict,
         save_tokenizer=partial(save_tokenizer, tokenizer),
         origin=origin,
+        load_params=load_weights(origin, model, "masked_lm", init, config.seed) if origin else None,
         mesh=mesh,
         tokens_per_step=config.batch_size * length,
         flops_per_step=config.batch_size * length * flops_per_token(model, length, mean_rate),
@@ -88,6 +107,7 @@ def main(config: PretrainConfig) -> dict:
     if jax.process_index() == 0 and not result.stopped_by:
         params = jax.device_get(result.state.params)
         texts = token_texts(tokenizer)
+        texts += ["?"] * (model.vocab_size - len(texts))
         samples = masked_samples(
             model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
         )
@@ -95,6 +115,9 @@ def main(config: PretrainConfig) -> dict:
         entropy = unigram_entropy(train_V, held_out_V, vocabulary)
         write_json(run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
         write_report(run.path)
+        if config.export and result.finished:
+            save_pretrained(config.export, model, result.state.params, tokenizer, card=model_card(run.path))
+            print(f"exported to {config.export}", flush=True)
     return summary
 
 

@@ -39,7 +39,8 @@ def spec_for(config: ModelConfig, kind: LayerKind) -> AttentionSpec:
         assert config.sliding_window is not None
         left = config.sliding_window - 1 if config.causal else config.sliding_window // 2
         right = None if config.causal else config.sliding_window // 2
-    return AttentionSpec(config.causal, left, right, config.head_size**-0.5)
+    scale = config.attention_divisor**-0.5
+    return AttentionSpec(config.causal, left, right, scale)
 
 
 def visible(spec: AttentionSpec, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS) -> jax.Array:

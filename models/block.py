@@ -1,6 +1,7 @@
 """One transformer layer: attention and MLP with their residuals and norms, as the config asks.
 
-Pre-norm: x + f(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + f(x)) (Vaswani et al. 2017, BERT).
+Pre-norm: x + f(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + f(x)) (Vaswani et al. 2017, BERT). Both:
+x + norm(f(norm(x))) (Gemma Team 2024, section 2).
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ class Attention(nn.Module):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.kv_heads, c.head_size
 
-        def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
-            return Einsum(shape, c.attention_bias, stddev, self.dtype, name=name)
+        def linear(shape: tuple[int, ...], name: str) -> Einsum:
+            return Einsum(shape, c.attention_bias, c.initializer_range, self.dtype, name=name)
 
         q_BTNH = linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD)
         kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", x_BTD)
         k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
         if c.qk_norm:
-            q_BTNH = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="q_norm")(q_BTNH)
-            k_BTKH = Norm("rmsnorm", c.norm_eps, False, self.dtype, name="k_norm")(k_BTKH)
+            q_BTNH = Norm("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, name="q_norm")(q_BTNH)
+            k_BTKH = Norm("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, name="k_norm")(k_BTKH)
         if context.rotary:
             q_BTNH = rotate(q_BTNH, context.rotary[self.kind])
             k_BTKH = rotate(k_BTKH, context.rotary[self.kind])
@@ -83,7 +84,9 @@ class Attention(nn.Module):
             dropout_rate=c.attention_dropout,
             dropout_key=key,
         )
-        return linear((N, H, D), "out", output_stddev(c))("BTNH,NHD->BTD", out_BTNH), cache
+        bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
+        out = Einsum((N, H, D), bias, output_stddev(c), self.dtype, name="out")
+        return out("BTNH,NHD->BTD", out_BTNH), cache
 
 
 class MLP(nn.Module):
@@ -132,10 +135,15 @@ class Block(nn.Module):
             attention_norm = _identity
         key = [None] * DROPOUTS if keys is None else keys
 
-        if c.norm_position == "pre":
+        if c.norm_position != "post":
+            attention_post_norm, mlp_post_norm = _identity, _identity
+            if c.norm_position == "both":
+                attention_post_norm = make_norm(c, self.dtype, "attention_post_norm")
+                mlp_post_norm = make_norm(c, self.dtype, "mlp_post_norm")
             y_BTD, cache = attention(attention_norm(x_BTD), context, cache, key[0])
-            x_BTD = constrain(x_BTD + dropout(y_BTD, c.hidden_dropout, key[1]), "batch", None, None)
-            x_BTD = x_BTD + dropout(mlp(mlp_norm(x_BTD)), c.hidden_dropout, key[2])
+            x_BTD = x_BTD + dropout(attention_post_norm(y_BTD), c.hidden_dropout, key[1])
+            x_BTD = constrain(x_BTD, "batch", None, None)
+            x_BTD = x_BTD + dropout(mlp_post_norm(mlp(mlp_norm(x_BTD))), c.hidden_dropout, key[2])
         else:
             y_BTD, cache = attention(x_BTD, context, cache, key[0])
             x_BTD = attention_norm(x_BTD + dropout(y_BTD, c.hidden_dropout, key[1]))

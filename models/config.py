@@ -7,12 +7,14 @@ configs wherever one exists. Imports no JAX, so that `--help` stays fast.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cli import UserError
 
 LayerKind = Literal["global", "local"]
+HiddenAct = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"]
 VOCAB_MULTIPLE = 128
 
 
@@ -32,12 +34,20 @@ class ModelConfig:
     head_dim: int | None = None
     """Size of one head; unset = hidden_size / num_attention_heads."""
     intermediate_size: int = 3072
-    hidden_act: Literal["gelu", "gelu_new", "silu", "relu"] = "gelu"
+    hidden_act: HiddenAct = "gelu"
+    """gelu is the exact one; gelu_new and gelu_pytorch_tanh are two names of its tanh approximation."""
+    embedding_size: int | None = None
+    """E: size of the embeddings, which are then projected to hidden_size (ELECTRA); unset = hidden_size."""
+    scale_embeddings: bool = False
+    """Multiply token embeddings by √hidden_size (Gemma)."""
     gated_mlp: bool = False
     """Gated MLP: act(gate(x)) * up(x) (Shazeer 2020)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_position: Literal["pre", "post"] = "post"
+    norm_position: Literal["pre", "post", "both"] = "post"
+    """Around attention and MLP: before them, after their residual, or before and after them (Gemma)."""
     norm_bias: bool = True
+    norm_plus_one: bool = False
+    """Norms multiply by 1 + scale (Gemma)."""
     norm_eps: float = 1e-12
     embedding_norm: bool = True
     """Normalise the sum of the embeddings."""
@@ -46,16 +56,31 @@ class ModelConfig:
     first_attention_norm: bool = True
     """False: the first layer attends to the embeddings as they are (ModernBERT)."""
     attention_bias: bool = True
+    """Biases of queries, keys and values, and of the output projection unless attention_out_bias says otherwise."""
+    attention_out_bias: bool | None = None
+    """A bias in the attention's output projection; unset = attention_bias."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by the square root of this; unset = head_dim."""
     mlp_bias: bool = True
     qk_norm: bool = False
     """RMS-normalise queries and keys per head."""
     position_embedding: Literal["learned", "rotary"] = "learned"
     max_position_embeddings: int = 512
+    """Positions; with learned ones, rows of their table, of which the first position_offset stay unused."""
+    position_offset: int = 0
+    """Row of the table that the first position has (RoBERTa: 2)."""
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
-    """Rotary base of local layers; unset = rope_theta."""
+    """Rotary base of local layers, which are not scaled then; unset = all layers are alike."""
+    rope_type: Literal["llama3", "linear"] = "llama3"
+    """Kind of frequency scaling, where there is a rope_scaling_factor: by wavelength (Llama 3), or all alike."""
     rope_scaling_factor: float | None = None
-    """Llama 3 frequency scaling; unset = none."""
+    """Factor by which long wavelengths are stretched; unset = none."""
+    rope_original_max_position_embeddings: int = 8192
+    """llama3: the context before it was extended; wavelengths beyond it are stretched by the whole factor."""
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    """llama3: wavelengths up to the original context divided by this stay as they are."""
     type_vocab_size: int = 0
     """Token types (BERT: 2); 0 = none."""
     causal: bool = False
@@ -72,10 +97,13 @@ class ModelConfig:
     """A bias per vocabulary entry in the language-model head."""
     head_transform_bias: bool = True
     """A bias in the dense layer before the vocabulary (BERT: yes, ModernBERT: no)."""
-    classifier_pooler: Literal["tanh", "transform"] = "tanh"
-    """Encoder classification: first token → dense + tanh (BERT) or dense + activation + norm (ModernBERT)."""
+    classifier_pooler: Literal["tanh", "relu", "gelu", "transform"] = "tanh"
+    """Encoder classification: dense + tanh (BERT), relu (DistilBERT) or gelu (ELECTRA), or dense + activation + norm
+    (ModernBERT, for tokens and spans too)."""
     classifier_pooling: Literal["cls", "mean"] = "cls"
     """What an encoder classifies by: its first token, or the mean of all (better with few labels)."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, where there is a head that classifies."""
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
@@ -83,11 +111,13 @@ class ModelConfig:
     def __post_init__(self):
         for name in (
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-            *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+            *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "embedding_size"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if self.hidden_act not in typing.get_args(HiddenAct):
+            raise UserError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(typing.get_args(HiddenAct))}")
         if not self.layer_period:
             raise UserError("layer_period is empty; give the kinds of layer that repeat, for instance global")
         for name in ("hidden_dropout", "attention_dropout"):
@@ -105,6 +135,11 @@ class ModelConfig:
             raise UserError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
                 "change one of them or set head_dim"
+            )
+        if not 0 <= self.position_offset < self.max_position_embeddings:
+            raise UserError(
+                f"position_offset={self.position_offset} must lie between 0 and "
+                f"max_position_embeddings={self.max_position_embeddings}; RoBERTa's is 2"
             )
         if self.position_embedding == "rotary" and self.head_size % 2:
             raise UserError(f"head_dim={self.head_size} is odd; rotary positions turn pairs: give an even one")
@@ -130,6 +165,21 @@ class ModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def attention_divisor(self) -> float:
+        """Attention scores are divided by its square root."""
+        return self.query_pre_attn_scalar or self.head_size
+
+    @property
+    def embedding_width(self) -> int:
+        """E."""
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that a row may have; None = any number (rotary positions are extended)."""
+        return self.max_position_embeddings - self.position_offset if self.position_embedding == "learned" else None
+
+    @property
     def repeats(self) -> int:
         """R: how often the period repeats."""
         return (self.num_hidden_layers - len(self.prefix_layers) - len(self.suffix_layers)) // len(self.layer_period)
@@ -149,15 +199,14 @@ class ModelConfig:
 
         Raises UserError where learned positions end before the row does; rotary positions are extended.
         """
-        if sequence_length <= self.max_position_embeddings:
-            return dataclasses.replace(self, vocab_size=vocab_size)
-        if self.position_embedding == "learned":
+        if self.max_length is not None and sequence_length > self.max_length:
             raise UserError(
-                f"data.sequence_length={sequence_length} exceeds the model's {self.max_position_embeddings} learned "
-                f"positions; try --data.sequence-length {self.max_position_embeddings} or "
-                f"--model.max-position-embeddings {sequence_length}"
+                f"data.sequence_length={sequence_length} exceeds the model's {self.max_length} learned "
+                f"positions; try --data.sequence-length {self.max_length} or "
+                f"--model.max-position-embeddings {sequence_length + self.position_offset}"
             )
-        return dataclasses.replace(self, vocab_size=vocab_size, max_position_embeddings=sequence_length)
+        positions = max(self.max_position_embeddings, sequence_length)
+        return dataclasses.replace(self, vocab_size=vocab_size, max_position_embeddings=positions)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

@@ -36,9 +36,11 @@ def flops_per_token(config: ModelConfig, sequence_length: int, predicted_fractio
     """
     c = config
     D, F = c.hidden_size, c.intermediate_size
+    E = c.embedding_width
     projections = D * c.head_size * (2 * c.num_attention_heads + 2 * c.kv_heads) + (3 if c.gated_mlp else 2) * D * F
-    head = D * c.vocab_size + (D * D if c.head_transform and not c.causal else 0)
-    total = 6.0 * (c.num_hidden_layers * projections + predicted_fraction * head)
+    head = E * c.vocab_size + (D * E if c.head_transform and not c.causal else 0)
+    embeddings = D * E if E != D else 0
+    total = 6.0 * (c.num_hidden_layers * projections + embeddings + predicted_fraction * head)
     for kind in c.layers:
         keys = sequence_length
         if kind == "local":

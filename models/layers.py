@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.config import Execution, ModelConfig
+from models.config import Execution, LayerKind, ModelConfig
 from sharding.mesh import constrain
 
 
@@ -79,12 +79,16 @@ _float32_einsum.defvjp(_float32_einsum_forward, _float32_einsum_backward)
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis.
+
+    plus_one: the scale is kept as its difference from 1.
+    """
 
     kind: str
     eps: float
     bias: bool
     dtype: jnp.dtype
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -93,7 +97,9 @@ class Norm(nn.Module):
         if self.kind == "layernorm":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * _over_last(self.param("scale", nn.initializers.ones, features, jnp.float32), y)
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", init, features, jnp.float32)
+        y = y * _over_last(scale + 1 if self.plus_one else scale, y)
         if self.bias:
             y = y + _over_last(self.param("bias", nn.initializers.zeros, features, jnp.float32), y)
         return y.astype(self.dtype)
@@ -102,7 +108,7 @@ class Norm(nn.Module):
 def make_norm(config: ModelConfig, dtype: jnp.dtype, name: str | None = None) -> Norm:
     """The norm that `config` asks for."""
     bias = config.norm_bias and config.norm == "layernorm"
-    return Norm(config.norm, config.norm_eps, bias, dtype, name=name)
+    return Norm(config.norm, config.norm_eps, bias, dtype, config.norm_plus_one, name=name)
 
 
 class Embed(nn.Module):
@@ -132,11 +138,13 @@ class Embeddings(nn.Module):
         c = self.config
 
         def table(rows: int, name: str) -> Embed:
-            return Embed(rows, c.hidden_size, c.initializer_range, self.dtype, name=name)
+            return Embed(rows, c.embedding_width, c.initializer_range, self.dtype, name=name)
 
         x_BTD = table(c.padded_vocab_size, "token")(input_ids_BT)
+        if c.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
         if c.position_embedding == "learned":
-            x_BTD = x_BTD + table(c.max_position_embeddings, "position")(positions_BT)
+            x_BTD = x_BTD + table(c.max_position_embeddings, "position")(positions_BT + c.position_offset)
         if c.type_vocab_size:
             if token_type_ids_BT is None:  # One row for all: broadcasting keeps a scatter out of the backward pass.
                 token_type_ids_BT = jnp.zeros((1, 1), jnp.int32)
@@ -144,7 +152,11 @@ class Embeddings(nn.Module):
         x_BTD = constrain(x_BTD, "batch", None, None)
         if c.embedding_norm:
             x_BTD = make_norm(c, self.dtype, "norm")(x_BTD)
-        return dropout(x_BTD, c.hidden_dropout, key)
+        x_BTD = dropout(x_BTD, c.hidden_dropout, key)
+        if c.embedding_width != c.hidden_size:
+            project = Einsum((c.embedding_width, c.hidden_size), True, c.initializer_range, self.dtype, name="project")
+            x_BTD = project("BTE,ED->BTD", x_BTD)
+        return x_BTD
 
 
 def compute_dtype(execution: Execution) -> jnp.dtype:
@@ -162,7 +174,8 @@ def named_key(key: jax.Array, name: str) -> jax.Array:
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """An activation by its Hugging Face name."""
-    return {"gelu": gelu, "gelu_new": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}[name]
+    functions = {"gelu": gelu, "gelu_new": jax.nn.gelu, "gelu_pytorch_tanh": jax.nn.gelu}
+    return (functions | {"silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh})[name]
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -183,16 +196,25 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(draws >= dropped, x * (256 / (256 - dropped)), jnp.zeros((), x.dtype))
 
 
-def rotary_frequencies(head_size: int, theta: float, scaling_factor: float | None = None) -> np.ndarray:
-    """Radians a position turns each pair of dimensions, float32 [H/2]; with Llama 3 scaling if a factor is given."""
-    frequency = theta ** -(np.arange(0, head_size, 2, dtype=np.float64) / head_size)
-    if scaling_factor is not None:
-        # Llama 3.1's constants, the same in every published Llama 3: wavelengths longer than the original context
-        # of 8192 are stretched by the factor, those shorter than a quarter of it stay, between them it blends.
-        original_context, low, high = 8192, 1.0, 4.0
-        turns = original_context * frequency / (2 * np.pi)
+def rotary_frequencies(config: ModelConfig, kind: LayerKind = "global") -> np.ndarray:
+    """Radians a position turns each pair of dimensions in layers of this kind, float32 [H/2].
+
+    Scaling: linear (Chen et al. 2023) divides all of them; llama3 only those of wavelengths longer than the original
+    context, leaves the short ones and blends in between. Local layers with a base of their own are not scaled.
+    """
+    c, theta, factor = config, config.rope_theta, config.rope_scaling_factor
+    if kind == "local" and c.local_rope_theta is not None:
+        theta, factor = c.local_rope_theta, None
+    # In float32 step by step, as the published models were trained: at position 30,000 the last bit shows.
+    exponent = np.arange(0, c.head_size, 2, dtype=np.float32) / np.float32(c.head_size)
+    frequency = np.float32(1) / np.float32(theta) ** exponent
+    if factor is not None and c.rope_type == "linear":
+        frequency = frequency / factor
+    elif factor is not None:
+        turns = c.rope_original_max_position_embeddings * frequency / (2 * np.pi)
+        low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = kept * frequency + (1 - kept) * frequency / scaling_factor
+        frequency = kept * frequency + (1 - kept) * frequency / factor
     return frequency.astype(np.float32)
 
 

@@ -23,13 +23,11 @@ UNROLLED_LAYERS = 24
 """Above so many layers, `scan_layers=None` scans: compile time then outweighs the faster step."""
 
 
-def init_params(
-    config: ModelConfig, key: jax.Array, heads: tuple[str, ...] | None = None, num_labels: int | None = None
-) -> dict:
+def init_params(config: ModelConfig, key: jax.Array, heads: tuple[str, ...] | None = None) -> dict:
     """Fresh float32 parameters as a nested dict.
 
-    heads: any of masked_lm, causal_lm, sequence_classification (which needs num_labels); default: the language-model
-    head of the config. Each part draws from its own key, so that the trunk is the same whatever the heads.
+    heads: names in models.heads.HEADS; default: the language-model head of the config. Each part draws from its own
+    key, so that the trunk is the same whatever the heads.
     """
     ids_BT = jnp.zeros((1, 1), jnp.int32)
     x_BTD = jnp.zeros((1, 1, config.hidden_size), jnp.float32)
@@ -54,7 +52,7 @@ def init_params(
         params["final_norm"] = make_norm(config, jnp.float32).init(key, x_BTD)["params"]
     if heads is None:
         heads = ("causal_lm",) if config.causal else ("masked_lm",)
-    head = init_heads(config, named_key(key, "head"), heads, num_labels)
+    head = init_heads(config, named_key(key, "head"), heads)
     if head:
         params["head"] = head
     return params
@@ -178,10 +176,8 @@ def _context(config: ModelConfig, batch: dict[str, jax.Array], cache: dict | Non
     index_1T = index_T[None, :]
     rotary = {}
     if config.position_embedding == "rotary":
-        thetas = {"global": config.rope_theta, "local": config.local_rope_theta or config.rope_theta}
         for kind in sorted(set(config.layers)):
-            frequencies = rotary_frequencies(config.head_size, thetas[kind], config.rope_scaling_factor)
-            rotary[kind] = rotary_tables(positions_BT, frequencies)
+            rotary[kind] = rotary_tables(positions_BT, rotary_frequencies(config, kind))
     if cache is None:
         return Context(segments_BT, segments_BT, index_1T, index_1T, rotary, None)
     end = cache["end"]

@@ -19,6 +19,8 @@ from cli import UserError
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embeddings/token/embedding", ("tensor", "fsdp")),
     (r"embeddings/(position|token_type)/embedding", (None, "fsdp")),
+    (r"embeddings/project/kernel", (None, "fsdp")),
+    (r"embeddings/project/bias", (None,)),
     (r"(\w+_)?norm/(scale|bias)", (None,)),
     (r"attention/q/kernel", ("fsdp", "tensor", None)),
     (r"attention/q/bias", ("tensor", None)),
@@ -36,8 +38,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/masked_lm/transform/bias", (None,)),
     (r"head/causal_lm/kernel", ("tensor", "fsdp")),
     (r"head/(masked_lm|causal_lm)/bias", ("tensor",)),
-    (r"head/classification/(dense|out)/kernel", ("fsdp", None)),
-    (r"head/classification/(dense|out)/bias", (None,)),
+    (
+        r"head/(pooler|\w+_classification|question_answering|replaced_token_detection)/(dense|out)/kernel",
+        ("fsdp", None),
+    ),
+    (r"head/(pooler|\w+_classification|question_answering|replaced_token_detection)/(dense|out)/bias", (None,)),
 )
 
 

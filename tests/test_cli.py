@@ -70,14 +70,14 @@ PRESETS = {"small": small, "bert-base": bert_base}
 def configured(*argv: str) -> Config:
     """The configuration that a command line arrives at."""
     seen = []
-    cli.run(seen.append, PRESETS, "mlm", "Masked-LM pretraining.", argv)
+    cli.run(lambda config, call: seen.append(config), PRESETS, "mlm", "Masked-LM pretraining.", argv)
     return seen[0]
 
 
 def refused(capsys, *argv: str, code: int = 2) -> str:
     """The one line on stderr with which a command line is refused."""
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda config: pytest.fail("main was called"), PRESETS, "mlm", "", argv)
+        cli.run(lambda config, call: pytest.fail("main was called"), PRESETS, "mlm", "", argv)
     out, err = capsys.readouterr()
     assert exit.value.code == code and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
@@ -162,13 +162,52 @@ def test_help_of_a_preset_lists_every_flag_with_its_meaning_and_value(capsys):
 
 
 def test_an_error_of_the_user_inside_main_is_one_line(capsys):
-    def main(config):
+    def main(config, call):
         raise UserError("text/*.jsonl matches nothing;\ntry another glob")
 
     with pytest.raises(SystemExit) as exit:
         cli.run(main, PRESETS, "mlm", "", ["small"])
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: text/*.jsonl matches nothing; try another glob\n"
+
+
+def test_a_door_learns_what_was_asked_for():
+    calls = []
+    argv = ["small", "--optimizer.learning_rate=0.1", "--no-json", "--files", "a b.txt", "--", "--steps"][:5]
+    cli.run(lambda config, call: calls.append(call), PRESETS, "mlm", "", argv)
+    assert calls[0].given == {"optimizer.learning_rate", "json", "files"}
+    assert calls[0].settings_of("optimizer") == {"learning_rate"}
+    assert calls[0].command == "./launch.sh mlm small --optimizer.learning_rate=0.1 --no-json --files 'a b.txt'"
+
+
+@dataclass(frozen=True)
+class Move:
+    """Move."""
+
+    source: str
+    target: str
+    json: bool = False
+    debug: bool = False
+
+
+@pytest.mark.parametrize(
+    "argv", [["a", "b"], ["a", "--target", "b"], ["--source", "a", "--target", "b"], ["a", "b", "--no-json"]]
+)
+def test_required_values_may_stand_first(argv):
+    moves = []
+    cli.run_config(moves.append, Move, "move", argv)
+    assert moves == [Move("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["a"], "target"), ([], "source"), (["a", "b", "c"], "c"), (["a", "--targets", "b"], "--target")],
+)
+def test_required_values_that_are_missing_or_too_many_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.run_config(lambda config: pytest.fail("main was called"), Move, "move", argv)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and message in err and err.count("\n") == 1, err
 
 
 def test_debug_adds_the_traceback(capsys):
@@ -180,10 +219,10 @@ def test_debug_adds_the_traceback(capsys):
 
 
 def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(capsys):
-    def full(config):
+    def full(config, call):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
 
-    def bug(config):
+    def bug(config, call):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "shard")
 
     with pytest.raises(SystemExit) as exit:
@@ -193,7 +232,9 @@ def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(capsys):
     with pytest.raises(FileNotFoundError):
         cli.run(bug, PRESETS, "mlm", "", ["small"])
     with pytest.raises(ValueError, match="a bug"):
-        cli.run(lambda config: (_ for _ in ()).throw(ValueError("a bug")).__next__(), PRESETS, "mlm", "", ["small"])
+        cli.run(
+            lambda config, call: (_ for _ in ()).throw(ValueError("a bug")).__next__(), PRESETS, "mlm", "", ["small"]
+        )
 
 
 def test_too_little_memory_is_one_line_that_says_what_to_try(capsys):
@@ -230,14 +271,14 @@ class Options:
 def test_json_is_the_last_line_and_valid(capsys):
     run_dir = pathlib.Path("runs/x")
     result = {"loss": np.float32(0.5), "ppl": math.inf, "steps": np.int64(3), "dir": run_dir, "a": (1, None)}
-    cli.run(lambda config: print("progress") or result, PRESETS, "mlm", "", ["small", "--json"])
+    cli.run(lambda config, call: print("progress") or result, PRESETS, "mlm", "", ["small", "--json"])
     last = capsys.readouterr().out.splitlines()[-1]
     parsed = json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert parsed == {"loss": 0.5, "ppl": None, "steps": 3, "dir": "runs/x", "a": [1, None]}
 
 
 def test_without_json_nothing_is_printed(capsys):
-    cli.run(lambda config: {"loss": 1.0}, PRESETS, "mlm", "", ["small"])
+    cli.run(lambda config, call: {"loss": 1.0}, PRESETS, "mlm", "", ["small"])
     assert capsys.readouterr().out == ""
 
 

@@ -16,16 +16,17 @@ from data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_to
 from finetune import evaluate
 from finetune.examples import read_examples
 from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
-from finetune.pretrained import load_trunk, open_pretrained
 from finetune.tasks.classify import classification_objective
 from finetune.train import main, resolved
 from models.config import Execution, ModelConfig
+from models.pretrained import load_weights
 from models.transformer import init_params
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
 from training.checkpoint import Checkpoints, read_config, restore_params
 from training.config import CheckpointConfig, OptimizerConfig
 from training.run import RunDirectory, write_json
+from training.start import find_origin
 from training.state import new_state
 
 WORDS = {
@@ -35,7 +36,7 @@ WORDS = {
 }
 ENCODER = ModelConfig(
     vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, type_vocab_size=2,
-    max_position_embeddings=16, hidden_dropout=0.3, attention_dropout=0.3,
+    max_position_embeddings=16, hidden_dropout=0.3, attention_dropout=0.3, classifier_pooling="mean",
 )  # fmt: skip
 DECODER = dataclasses.replace(
     ENCODER, causal=True, norm_position="pre", final_norm=True, embedding_norm=False, type_vocab_size=0, head_bias=False
@@ -121,7 +122,7 @@ def test_an_encoder_learns_and_a_resumed_run_ends_alike(there, tmp_path):
     ):
         assert (whole / name).exists(), name
     config = json.loads((whole / "config.json").read_text())
-    assert config["labels"] == ["bird", "fruit", "tool"] and config["task"] == "classification"
+    assert config["labels"] == ["bird", "fruit", "tool"] and config["task"] == "sequence_classification"
     assert config["model"]["hidden_dropout"] == config["model"]["attention_dropout"] == 0.1
     assert json.loads((whole / "summary.json").read_text()).items() >= summary.items()
 
@@ -172,7 +173,7 @@ def test_the_trunk_is_that_of_the_checkpoint_and_the_head_is_new(there, kind):
     params, saved = load(abstract), restore_params(folder)
     head = params.pop("head")
     saved.pop("head", None)
-    assert head.keys() == {"classification"}
+    assert head.keys() == {"sequence_classification"}
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), params, saved)
     assert all(jax.tree.leaves(same)) and jax.tree.leaves(same)
     for leaf, wanted in zip(jax.tree.leaves(params | {"head": head}), jax.tree.leaves(abstract), strict=True):
@@ -187,22 +188,24 @@ def test_parameters_that_do_not_fit_are_listed(there, tmp_path):
 
 
 def loader(folder, run_dir):
-    """(abstract parameters with a head of three classes, load_trunk's function)."""
-    pretrained = open_pretrained(FinetuneConfig(init_from=str(folder)), RunDirectory(run_dir))
+    """(abstract parameters with a head of three classes, the function that loads them)."""
+    origin = find_origin(FinetuneConfig(init_from=str(folder)), RunDirectory(run_dir))
+    model = dataclasses.replace(ModelConfig.from_dict(origin.config["model"]), labels=("a", "b", "c"))
     mesh = build_mesh(MeshConfig(2, 2, 2))
 
     def init(key):
-        return init_params(pretrained.model, key, heads=("sequence_classification",), num_labels=3)
+        return init_params(model, key, heads=("sequence_classification",))
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     abstract = jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shard_params(shapes, mesh)
     )
-    return abstract, load_trunk(pretrained, init, 0, mesh)
+    return abstract, load_weights(origin, model, "sequence_classification", init, 0)
 
 
 def test_the_loss_is_the_weighted_mean_and_micro_batches_add_up():
-    params = init_params(ENCODER, jax.random.key(0), heads=("sequence_classification",), num_labels=3)
+    model = dataclasses.replace(ENCODER, labels=("a", "b", "c"))
+    params = init_params(model, jax.random.key(0), heads=("sequence_classification",))
     # Away from zero, so that the examples' losses differ.
     params = jax.tree.map(lambda x: x + 0.05 * np.sin(np.arange(x.size, dtype=np.float32).reshape(x.shape)), params)
     random = np.random.default_rng(0)
@@ -215,7 +218,7 @@ def test_the_loss_is_the_weighted_mean_and_micro_batches_add_up():
         "labels": np.array([0, 2, 1, 1, 0, 2], np.int32),
         "example_weights": np.array([1, 1, 0, 1, 1, 0], np.float32),
     }
-    objective = classification_objective(ENCODER, execution=Execution())
+    objective = classification_objective(model, execution=Execution())
     prepared, norms = objective.prepare(batch, None, 0)
 
     @jax.jit
@@ -274,7 +277,7 @@ def test_defaults_follow_data_and_model():
 
 
 BAD = {
-    "no init_from": (dict(init_from=None), "no --init-from RUN given"),
+    "no init_from": (dict(init_from=None), "no --init-from given"),
     "no checkpoint": (dict(init_from="nowhere"), "no checkpoint in .*nowhere"),
     "no training file": (dict(data=dict(train=None)), "no --data.train FILE given"),
     "missing file": (dict(data=dict(validation="gone.tsv")), "no file gone.tsv"),

@@ -1,336 +1,252 @@
-"""The four families against PyTorch transformers: same weights, same scores; and the published parameter counts."""
+"""Every family and head against PyTorch transformers: same weights, same scores, gradients, texts and files."""
 
-import dataclasses
-import re
+import copy
+import functools
+import json
+import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
-from tiny_models import BERT, GPT, LLAMA, MODERN, SIZES, batch_of, strict_and_quick  # noqa: F401
+from published import DECODERS, HEADS, LANGUAGE_MODELS, ROWS, folder, model
+from safetensors import safe_open
+from tiny_models import batch_of, strict_and_quick  # noqa: F401
 
-import clm.presets
-import mlm.presets
+from clm.generate import SamplingConfig, generate
 from models.config import Execution
-from models.counts import count_params
-from models.families.llama import LLAMA_1B, LLAMA_8B
-from models.heads import causal_lm_head, classification_logits, masked_lm_head
-from models.layers import rotary_frequencies
+from models.families import family_of
+from models.heads import (
+    causal_lm_head,
+    embed_rows,
+    masked_lm_head,
+    replaced_logits,
+    sequence_logits,
+    span_logits,
+    token_logits,
+)
+from models.hub import load_pretrained, save_pretrained
 from models.transformer import apply
 from models.vocabulary import logits
+from models.weight_map import export, tensors_of
+from sharding.mesh import MeshConfig, build_mesh, place_batch
 
-# The published config.json of Llama 3.2 1B and 3.1 8B (where they differ from LlamaConfig's defaults).
-LLAMA_3 = dict(
-    vocab_size=128256,
-    num_key_value_heads=8,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=131072,
-)
-LLAMA_3_1B = LLAMA_3 | dict(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
-LLAMA_3_8B = LLAMA_3 | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+FAR = 30_000
+"""Where rotary positions begin in some rows."""
+EXACT = Execution(dtype="float32")
+PAD = ROWS["bert"]["pad_token_id"]
 
 
-def rope(factor):
-    return dict(
-        rope_theta=500000.0,
-        rope_type="llama3",
-        factor=factor,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
+def scores(config, head, params, batch, execution=EXACT):
+    """Logits of the head: [B,T,V], [B,C], [B,T,C], [B,T,2], [B,T]; embeddings [B,D]."""
+    x_BTD = apply(config, params, batch, execution=execution)
+    if head in ("masked_lm", "causal_lm"):
+        lm_head = masked_lm_head if head == "masked_lm" else causal_lm_head
+        return logits(*lm_head(config, params, x_BTD, execution), config.vocab_size)
+    if head == "sequence_classification":
+        return sequence_logits(config, params, x_BTD, batch["segment_ids"])
+    if head == "embedding":
+        mean_BD = embed_rows(config, params, x_BTD, batch["segment_ids"], "mean")
+        pooling = "pooler" if "head" in params else "last" if config.causal else "cls"
+        return jnp.concatenate([mean_BD, embed_rows(config, params, x_BTD, batch["segment_ids"], pooling)], axis=1)
+    return {
+        "token_classification": token_logits,
+        "question_answering": span_logits,
+        "replaced_token_detection": replaced_logits,
+    }[head](config, params, x_BTD)
 
 
-@pytest.mark.parametrize(
-    ("ours", "head", "theirs", "published"),
-    [
-        (mlm.presets.bert_base(), "masked_lm", lambda: hf.BertForMaskedLM(hf.BertConfig()), 109_514_298),
-        (
-            mlm.presets.bert_large(),
-            "masked_lm",
-            lambda: hf.BertForMaskedLM(
-                hf.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-            ),
-            335_174_458,
-        ),
-        (clm.presets.gpt2(), "causal_lm", lambda: hf.GPT2LMHeadModel(hf.GPT2Config()), 124_439_808),
-        (
-            clm.presets.gpt2_medium(),
-            "causal_lm",
-            lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16)),
-            354_823_168,
-        ),
-        (mlm.presets.modern_base(), "masked_lm", lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig()), 149_655_232),
-        (clm.presets.llama_1b(), "causal_lm", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_3_1B)), 1_235_814_400),
-        (clm.presets.llama_8b(), "causal_lm", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_3_8B)), 8_030_261_248),
-    ],
-    ids=["bert-base", "bert-large", "gpt2", "gpt2-medium", "modernbert-base", "llama-1b", "llama-8b"],
-)
-def test_full_size_models_have_the_published_number_of_parameters(ours, head, theirs, published):
-    with torch.device("meta"):
-        assert sum(p.numel() for p in theirs().parameters()) == published
-    assert count_params(ours.model, head) == published
-
-
-@pytest.mark.parametrize(("config", "published"), [(LLAMA_1B, LLAMA_3_1B), (LLAMA_8B, LLAMA_3_8B)])
-def test_llama_3_frequencies(config, published):
-    theirs = hf.LlamaConfig(**published, rope_parameters=rope(config.rope_scaling_factor))
-    expected, attention_scale = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
-    ours = rotary_frequencies(config.head_size, config.rope_theta, config.rope_scaling_factor)
-    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-5)
-    assert attention_scale == 1.0
-
-
-# Small models: everything but the sizes is the default of the PyTorch class (Llama: the published config.json).
-TINY = dict(vocab_size=200, hidden_size=32, intermediate_size=48)
-MODERN_2_PERIODS = dataclasses.replace(MODERN, num_hidden_layers=7)
-LLAMA_UNTIED = dataclasses.replace(LLAMA, tie_word_embeddings=False)
-
-
-def tiny_hf(name, classes):
-    heads = dict(num_hidden_layers=2, num_attention_heads=4)
-    common = dict(attn_implementation="eager", num_labels=3, pad_token_id=0)
-    if name == "bert":
-        return classes["bert"](hf.BertConfig(**TINY, **heads, **common, max_position_embeddings=64))
-    if name == "gpt2":
-        return classes["gpt2"](
-            hf.GPT2Config(vocab_size=200, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=64, **common)
-        )
-    if name == "modernbert":
-        heads |= dict(num_hidden_layers=7, local_attention=6)
-        return classes["modernbert"](hf.ModernBertConfig(**TINY, **heads, **common))
-    published = LLAMA_3_1B | TINY | heads | dict(num_key_value_heads=2, head_dim=8, tie_word_embeddings=False)
-    return classes["llama"](hf.LlamaConfig(**published, **common, rope_parameters=rope(32.0)))
-
-
-LANGUAGE_MODELS = {
-    "bert": hf.BertForMaskedLM,
-    "gpt2": hf.GPT2LMHeadModel,
-    "modernbert": hf.ModernBertForMaskedLM,
-    "llama": hf.LlamaForCausalLM,
-}
-CLASSIFIERS = {
-    "bert": hf.BertForSequenceClassification,
-    "gpt2": hf.GPT2ForSequenceClassification,
-    "modernbert": hf.ModernBertForSequenceClassification,
-    "llama": hf.LlamaForSequenceClassification,
-}
-OURS = {"bert": BERT, "gpt2": GPT, "modernbert": MODERN_2_PERIODS, "llama": LLAMA_UNTIED}
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_scores_equal_those_of_pytorch(name):
-    """Language-model scores of every real token of padded rows, and class scores of every row, within 1e-4."""
-    config = OURS[name]
-    model, classifier = (randomised(tiny_hf(name, classes), seed=1) for classes in (LANGUAGE_MODELS, CLASSIFIERS))
-    batch = batch_of(config, [[24], [17], [1]], 24)
+def their_scores(theirs, config, head, batch):
+    """The same from PyTorch."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["segment_ids"]}
-    if name == "bert":
-        batch["token_type_ids"] = (batch["positions"] > 7).astype(np.int32)
+    if config.type_vocab_size > 1:
         inputs["token_type_ids"] = batch["token_type_ids"]
-    if name in ("gpt2", "llama"):  # Their classifiers look for padding tokens to find the last real one.
-        inputs["input_ids"] = batch["input_ids"] = np.where(batch["segment_ids"] == 0, 0, batch["input_ids"] % 199 + 1)
-    inputs = {key: torch.tensor(value, dtype=torch.long) for key, value in inputs.items()}
-    with torch.no_grad():
-        expected, expected_classes = model(**inputs).logits.numpy(), classifier(**inputs).logits.numpy()
+    if config.position_embedding == "rotary":
+        inputs["position_ids"] = batch["positions"]
+    inputs = {name: torch.tensor(array, dtype=torch.long) for name, array in inputs.items()}
+    out = theirs(**inputs)
+    if head == "question_answering":
+        return torch.stack([out.start_logits, out.end_logits], dim=-1)
+    if head != "embedding":
+        return out.logits
+    real = inputs["attention_mask"].bool()
+    x = out.last_hidden_state
+    mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+    ends = real.sum(1) - 1
+    one = x[torch.arange(len(x)), ends] if config.causal else getattr(out, "pooler_output", None)
+    return torch.cat([mean, x[:, 0] if one is None else one], dim=1)
 
-    @jax.jit
-    def scores(params, classifier_params):
-        head = causal_lm_head if config.causal else masked_lm_head
-        x_BTD = apply(config, params, batch)
-        y_BTD = apply(config, classifier_params, batch)
-        lm = logits(*head(config, params, x_BTD, Execution()), config.vocab_size)
-        return lm, classification_logits(config, classifier_params, y_BTD, batch["segment_ids"])
 
-    got, got_classes = scores(params_from(name, config, model), params_from(name, config, classifier))
+def rows_of(config, head, seed=0):
+    """Three padded rows; those of rotary models begin far out."""
+    batch = batch_of(config, [[40], [17], [2]], 40, seed)
     real = batch["segment_ids"] != 0
-    assert np.abs(expected[real]).max() > 0.5
-    np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=1e-4, rtol=0)
-    np.testing.assert_allclose(np.asarray(got_classes), expected_classes, atol=1e-4, rtol=0)
+    # Classifiers of decoders look for padding tokens to find the last real one; RoBERTa counts positions from them.
+    batch["input_ids"] = np.where(real, 2 + batch["input_ids"] % (config.vocab_size - 2), PAD).astype(np.int32)
+    batch["token_type_ids"] = (batch["positions"] % 5 > 2).astype(np.int32) if config.type_vocab_size > 1 else 0 * real
+    batch["token_type_ids"] = batch["token_type_ids"].astype(np.int32)
+    if config.position_embedding == "rotary":
+        batch["positions"] = batch["positions"] + np.int32(FAR) * np.array([[1], [0], [1]], np.int32)
+    return batch
 
 
-def randomised(model, seed):
-    """Every weight random, so that no bias is zero, no scale one and no layer like another."""
-    generator = torch.Generator().manual_seed(seed)
+def targets_of(head, shape, real, seed=3):
+    """Labels for a loss on scores of this shape."""
+    rng = np.random.default_rng(seed)
+    if head == "embedding":
+        return rng.normal(size=shape).astype(np.float32)
+    if head == "question_answering":
+        return np.stack([rng.integers(0, n, 2) for n in real.sum(1)]).astype(np.int32)
+    classes = 2 if head == "replaced_token_detection" else shape[-1]
+    labels = rng.integers(0, classes, shape if head == "replaced_token_detection" else shape[:-1])
+    return labels.astype(np.int32)
+
+
+def loss_of(head, scores, labels, real):
+    if head == "embedding":
+        return (scores * labels).sum()
+    if head == "question_answering":
+        scores = jnp.where(real[:, :, None], scores, -1e9)
+        return -jnp.take_along_axis(jax.nn.log_softmax(scores, axis=1), labels[:, None, :], axis=1).mean()
+    if head == "replaced_token_detection":
+        each = jnp.logaddexp(0.0, scores) - labels.astype(jnp.float32) * scores
+    else:
+        each = -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[..., None], axis=-1)[..., 0]
+    weights = real.astype(jnp.float32)
+    return each.mean() if head == "sequence_classification" else (each * weights).sum() / weights.sum()
+
+
+def their_loss(head, scores, labels, real):
+    labels = torch.tensor(labels, dtype=None if head == "embedding" else torch.long)
+    real = torch.tensor(real)
+    if head == "embedding":
+        return (scores * labels).sum()
+    if head == "question_answering":
+        return F.cross_entropy(scores.masked_fill(~real[:, :, None], -1e9), labels)
+    if head == "replaced_token_detection":
+        return F.binary_cross_entropy_with_logits(scores[real], labels[real].float())
+    if head == "sequence_classification":
+        return F.cross_entropy(scores, labels)
+    return F.cross_entropy(scores[real], labels[real])
+
+
+@pytest.mark.parametrize(("name", "head"), HEADS)
+def test_scores_and_gradients_are_those_of_pytorch(name, head):
+    """Scores within 1e-4; for every tensor of the file ‖Δg‖ ≤ 1e-4 ‖g‖ + 1e-6 ‖all g‖."""
+    theirs = model(name, head)
+    config, params, _ = load_pretrained(folder(name, head), head=head)
+    batch = rows_of(config, head)
+    real = batch["segment_ids"] != 0
+    theirs.zero_grad()
+    expected = their_scores(theirs, config, head, batch)
+    labels = targets_of(head, expected.shape, real)
+    their_loss(head, expected, labels, real).backward()
+    tied = dict(theirs.all_tied_weights_keys)  # One tensor with two names, of which files hold the second.
+    want = {tied.get(key, key): p.grad.numpy() for key, p in theirs.named_parameters() if p.grad is not None}
+
+    def loss(params):
+        got = scores(config, head, params, batch)
+        return loss_of(head, got, labels, jnp.asarray(real)), got
+
+    gradients, got = jax.jit(jax.grad(loss, has_aux=True))(params)
+    shown = real if expected.ndim > 1 and expected.shape[:2] == real.shape else slice(None)
+    expected = expected.detach().numpy()
+    assert np.abs(expected[shown]).max() > 0.3
+    np.testing.assert_allclose(np.asarray(got)[shown], expected[shown], atol=1e-4, rtol=0)
+
+    have = dict(export(tensors_of(family_of(config.model_type), config, head, params), jax.device_get(gradients)))
+    total = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in want.values()))
+    assert want.keys() <= have.keys()
+    for key, g in have.items():
+        if key not in want:  # Not reached by this loss in PyTorch.
+            assert not np.any(g), key
+            continue
+        difference = np.linalg.norm((g - want[key]).ravel())
+        assert difference <= 1e-4 * np.linalg.norm(want[key].ravel()) + 1e-6 * total, key
+
+
+@pytest.mark.parametrize(("name", "head"), HEADS)
+def test_files_go_round_bit_by_bit(name, head, tmp_path):
+    """Import → export → import: equal in every bit; the file has the names and shapes that transformers writes."""
+    config, params, _ = load_pretrained(folder(name, head), head=head)
+    save_pretrained(tmp_path / "ours", config, params, head=head)
+    ours, theirs = (
+        safe_open(pathlib.Path(path, "model.safetensors"), "np") for path in (tmp_path / "ours", folder(name, head))
+    )
+    names = list(ours.keys())
+    assert set(names) == set(theirs.keys())
+    for key in names:
+        np.testing.assert_array_equal(ours.get_tensor(key), theirs.get_tensor(key), err_msg=key)
+    again, back, _ = load_pretrained(tmp_path / "ours")
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert written["architectures"] == [type(model(name, head)).__name__]
+    _, loading = type(model(name, head)).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize(("name", "head"), LANGUAGE_MODELS)
+def test_packed_rows_equal_the_documents_alone(name, head):
+    """Three documents in a row: ours packed, PyTorch's one by one; window borders lie inside and between them."""
+    config, params, _ = load_pretrained(folder(name, head))
+    batch = batch_of(config, [[19, 7, 14], [33, 1, 6]], 40, seed=5)
+    batch["input_ids"] = 2 + batch["input_ids"] % (config.vocab_size - 2)
+    got = np.asarray(jax.jit(functools.partial(scores, config, head))(params, batch))
+    for row, document in [(row, number) for row in range(2) for number in (1, 2, 3)]:
+        place = batch["segment_ids"][row] == document
+        ids = torch.tensor(batch["input_ids"][row, place][None], dtype=torch.long)
+        with torch.no_grad():
+            expected = model(name, head)(input_ids=ids).logits[0].numpy()
+        np.testing.assert_allclose(got[row, place], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_texts_are_those_of_generate(name):
+    """64 tokens after prompts of different lengths, padded on the left, with a cache."""
+    config, params, _ = load_pretrained(folder(name, "causal_lm"))
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(3, 200, size).tolist() for size in (21, 9, 1)]
+    ids = torch.tensor([[PAD] * (21 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (21 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = hf.GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    expected = model(name, "causal_lm").generate(ids, attention_mask=mask, generation_config=settings)[:, 21:]
+    got = generate(config, params, prompts, SamplingConfig(max_new_tokens=64, temperature=0.0), end_id=None)
+    assert got == expected.tolist()
+    assert len({tuple(row) for row in got}) == 3
+
+
+@pytest.mark.parametrize(("name", "head"), LANGUAGE_MODELS)
+def test_bfloat16_is_as_close_as_pytorch_in_bfloat16(name, head):
+    """The distance from float32 is that of PyTorch's own bfloat16 model, within a quarter."""
+    config, params, _ = load_pretrained(folder(name, head))
+    batch = rows_of(config, head)
+    real = batch["segment_ids"] != 0
+    theirs = model(name, head)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = re.search(r"(norm|\.ln_\w)\.weight$", name.lower())
-            parameter.copy_(1 + 0.2 * noise if scale else 0.15 * noise)
-    return model.eval()
+        exact = their_scores(theirs, config, head, batch).numpy()[real]
+        rough = their_scores(copy.deepcopy(theirs).to(torch.bfloat16), config, head, batch).float().numpy()[real]
+    run = jax.jit(functools.partial(scores, config, head, execution=Execution(dtype="bfloat16")))
+    got = np.asarray(run(params, batch), np.float32)[real]
+    assert np.square(got - exact).mean() ** 0.5 <= 1.25 * np.square(rough - exact).mean() ** 0.5
 
 
-def params_from(name, config, model):
-    """Weights of a PyTorch model as our tree: one small map a family."""
-    weights = {key: value.detach().numpy() for key, value in model.named_parameters()}
-    used = set()
-
-    def take(key, transpose=True):
-        used.add(key)
-        value = weights[key]
-        return value.T if transpose and value.ndim == 2 else value
-
-    maps = {"bert": bert_map, "gpt2": gpt2_map, "modernbert": modernbert_map, "llama": llama_map}
-    params = maps[name](config, weights, take)
-    assert used == set(weights), set(weights) - used
-
-    def padded(leaf):
-        if leaf.shape[0] != config.vocab_size:
-            return leaf
-        rows = config.padded_vocab_size - config.vocab_size  # Their values must not be seen in any score.
-        return np.concatenate([leaf, np.full((rows, *leaf.shape[1:]), 7.0, np.float32)])
-
-    return jax.tree.map(padded, params)
-
-
-def attention(config, q, k, v, out, biases=None):
-    D, N, K, H = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_size
-    tree = {
-        "q": {"kernel": q.reshape(D, N, H)},
-        "kv": {"kernel": np.stack([k.reshape(D, K, H), v.reshape(D, K, H)])},
-        "out": {"kernel": out.reshape(N, H, D)},
-    }
-    if biases:
-        q, k, v, out = biases
-        tree["q"]["bias"] = q.reshape(N, H)
-        tree["kv"]["bias"] = np.stack([k.reshape(K, H), v.reshape(K, H)])
-        tree["out"]["bias"] = out
-    return tree
-
-
-def stacked(config, layers):
-    """Layers as prefix and a period of stacked ones."""
-    prefix, period = len(config.prefix_layers), len(config.layer_period)
-    tree = {
-        "period": {
-            str(j): jax.tree.map(lambda *leaves: np.stack(leaves), *layers[prefix + j :: period]) for j in range(period)
-        }
-    }
-    if prefix:
-        tree["prefix"] = {str(j): layers[j] for j in range(prefix)}
-    return tree
-
-
-def bert_map(config, weights, take):
-    def norm(key):
-        return {"scale": take(f"{key}.LayerNorm.weight"), "bias": take(f"{key}.LayerNorm.bias")}
-
-    def dense(key):
-        return {"kernel": take(f"{key}.weight"), "bias": take(f"{key}.bias")}
-
-    layers = []
-    for i in range(config.num_hidden_layers):
-        at = f"bert.encoder.layer.{i}"
-        keys = [f"{at}.attention.self.{part}" for part in ("query", "key", "value")] + [f"{at}.attention.output.dense"]
-        kernels, biases = [take(f"{key}.weight") for key in keys], [take(f"{key}.bias") for key in keys]
-        layers.append(
-            {
-                "attention": attention(config, *kernels, biases),
-                "attention_norm": norm(f"{at}.attention.output"),
-                "mlp": {"up": dense(f"{at}.intermediate.dense"), "down": dense(f"{at}.output.dense")},
-                "mlp_norm": norm(f"{at}.output"),
-            }
-        )
-    at = "bert.embeddings"
-    embeddings = {
-        ours: {"embedding": take(f"{at}.{theirs}_embeddings.weight", transpose=False)}
-        for ours, theirs in (("token", "word"), ("position", "position"), ("token_type", "token_type"))
-    }
-    params = {"embeddings": embeddings | {"norm": norm(at)}, "layers": stacked(config, layers)}
-    if "classifier.weight" in weights:
-        params["head"] = {"classification": {"dense": dense("bert.pooler.dense"), "out": dense("classifier")}}
-        return params
-    at = "cls.predictions.transform"
-    head = {"transform": dense(f"{at}.dense"), "norm": norm(at), "bias": take("cls.predictions.bias")}
-    return params | {"head": {"masked_lm": head}}
-
-
-def gpt2_map(config, weights, take):
-    def norm(key):
-        return {"scale": take(f"{key}.weight"), "bias": take(f"{key}.bias")}
-
-    def dense(key):  # Conv1D: already [in, out].
-        return {"kernel": take(f"{key}.weight", transpose=False), "bias": take(f"{key}.bias")}
-
-    layers = []
-    for i in range(config.num_hidden_layers):
-        at = f"transformer.h.{i}"
-        qkv, out = dense(f"{at}.attn.c_attn"), dense(f"{at}.attn.c_proj")
-        kernels, biases = np.split(qkv["kernel"], 3, axis=1), np.split(qkv["bias"], 3)
-        layers.append(
-            {
-                "attention": attention(config, *kernels, out["kernel"], (*biases, out["bias"])),
-                "attention_norm": norm(f"{at}.ln_1"),
-                "mlp": {"up": dense(f"{at}.mlp.c_fc"), "down": dense(f"{at}.mlp.c_proj")},
-                "mlp_norm": norm(f"{at}.ln_2"),
-            }
-        )
-    embeddings = {
-        ours: {"embedding": take(f"transformer.{theirs}.weight", transpose=False)}
-        for ours, theirs in (("token", "wte"), ("position", "wpe"))
-    }
-    params = {"embeddings": embeddings, "layers": stacked(config, layers), "final_norm": norm("transformer.ln_f")}
-    if "score.weight" in weights:
-        params["head"] = {"classification": {"out": {"kernel": take("score.weight")}}}
-    return params
-
-
-def modernbert_map(config, weights, take):
-    layers = []
-    for i in range(config.num_hidden_layers):
-        at = f"model.layers.{i}"
-        q, k, v = np.split(take(f"{at}.attn.Wqkv.weight"), 3, axis=1)
-        gate, up = np.split(take(f"{at}.mlp.Wi.weight"), 2, axis=1)
-        layer = {
-            "attention": attention(config, q, k, v, take(f"{at}.attn.Wo.weight")),
-            "mlp": {"gate_up": {"kernel": np.stack([gate, up])}, "down": {"kernel": take(f"{at}.mlp.Wo.weight")}},
-            "mlp_norm": {"scale": take(f"{at}.mlp_norm.weight")},
-        }
-        if i > 0:
-            layer["attention_norm"] = {"scale": take(f"{at}.attn_norm.weight")}
-        layers.append(layer)
-    params = {
-        "embeddings": {
-            "token": {"embedding": take("model.embeddings.tok_embeddings.weight", transpose=False)},
-            "norm": {"scale": take("model.embeddings.norm.weight")},
-        },
-        "layers": stacked(config, layers),
-        "final_norm": {"scale": take("model.final_norm.weight")},
-    }
-    dense, norm = {"kernel": take("head.dense.weight")}, {"scale": take("head.norm.weight")}
-    if "classifier.weight" in weights:
-        out = {"kernel": take("classifier.weight"), "bias": take("classifier.bias")}
-        return params | {"head": {"classification": {"dense": dense, "norm": norm, "out": out}}}
-    return params | {"head": {"masked_lm": {"transform": dense, "norm": norm, "bias": take("decoder.bias")}}}
-
-
-def llama_map(config, weights, take):
-    layers = []
-    for i in range(config.num_hidden_layers):
-        at = f"model.layers.{i}"
-        kernels = [take(f"{at}.self_attn.{part}_proj.weight") for part in "qkvo"]
-        gate, up, down = (take(f"{at}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
-        layers.append(
-            {
-                "attention": attention(config, *kernels),
-                "attention_norm": {"scale": take(f"{at}.input_layernorm.weight")},
-                "mlp": {"gate_up": {"kernel": np.stack([gate, up])}, "down": {"kernel": down}},
-                "mlp_norm": {"scale": take(f"{at}.post_attention_layernorm.weight")},
-            }
-        )
-    params = {
-        "embeddings": {"token": {"embedding": take("model.embed_tokens.weight", transpose=False)}},
-        "layers": stacked(config, layers),
-        "final_norm": {"scale": take("model.norm.weight")},
-    }
-    if "score.weight" in weights:
-        return params | {"head": {"classification": {"out": {"kernel": take("score.weight")}}}}
-    return params | {"head": {"causal_lm": {"kernel": take("lm_head.weight", transpose=False)}}}
+@pytest.mark.parametrize(("name", "head"), LANGUAGE_MODELS)
+def test_scores_on_a_mesh_are_those_of_pytorch(name, head):
+    """Weights laid out over 2 × 2 × 2 devices as they are read."""
+    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    config, params, _ = load_pretrained(folder(name, head), mesh=mesh)
+    q = params["layers"]["period"]["0"]["attention"]["q"]["kernel"]
+    assert q.sharding.spec[-3:] == ("fsdp", "tensor", None) and len(q.addressable_shards) == 8
+    batch = rows_of(config, head)
+    batch = {key: np.concatenate([value, value[:1]]) for key, value in batch.items()}
+    with torch.no_grad():
+        expected = their_scores(model(name, head), config, head, batch).numpy()
+    with jax.set_mesh(mesh):
+        got = jax.jit(functools.partial(scores, config, head))(params, place_batch(batch, mesh))
+    real = batch["segment_ids"] != 0
+    np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=1e-4, rtol=0)

@@ -286,7 +286,8 @@ def test_initial_parameters():
     config = dataclasses.replace(EVERYTHING, hidden_size=64, intermediate_size=96, **repeated)
 
     def init(key):
-        return init_params(config, key), init_params(config, key, ("sequence_classification",), 3)
+        labelled = dataclasses.replace(config, labels=("a", "b", "c"))
+        return init_params(config, key), init_params(labelled, key, ("sequence_classification",))
 
     params, classifier = jax.device_get(jax.jit(init)(jax.random.key(0)))
     spread = 0.02 * 0.8796  # A normal distribution cut at two standard deviations.
@@ -305,7 +306,7 @@ def test_initial_parameters():
     # The trunk is the same whatever stands on it.
     for part in ("embeddings", "layers", "final_norm"):
         jax.tree.map(np.testing.assert_array_equal, params[part], classifier[part])
-    assert set(classifier["head"]) == {"classification"}
+    assert set(classifier["head"]) == {"sequence_classification"}
 
 
 @pytest.mark.parametrize("config", [EVERYTHING, BERT, LLAMA], ids=["everything", "bert", "llama"])

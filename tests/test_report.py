@@ -124,7 +124,7 @@ def base64_of(page):
 
 
 def test_a_classifier_shows_its_confusions_and_surest_mistakes(run):
-    config = CONFIG | {"task": "classification", "labels": CONFUSION["labels"], "init_from": "runs/demo"}
+    config = CONFIG | {"task": "sequence_classification", "labels": CONFUSION["labels"], "init_from": "runs/demo"}
     metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79}
     write(run, config=config, summary=SUMMARY | {"metrics": metrics}, confusion=CONFUSION, samples={})
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in PREDICTIONS)
@@ -142,7 +142,7 @@ def test_a_classifier_shows_its_confusions_and_surest_mistakes(run):
 def test_runs_and_baselines_side_by_side(run):
     for name, accuracy in (("tuned", 0.84), ("raw", 0.41)):
         (run / name).mkdir()
-        write(run / name, config=CONFIG | {"task": "classification"}, confusion=CONFUSION)
+        write(run / name, config=CONFIG | {"task": "sequence_classification"}, confusion=CONFUSION)
         lines = [{"step": 5, "loss": 1.0}, {"step": 5, "eval/accuracy": accuracy}]
         (run / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = [

@@ -50,9 +50,9 @@ def strict_and_quick():
         jax.config.update(name, value)
 
 
-def random_params(config: ModelConfig, heads: tuple[str, ...] = (), num_labels: int | None = None, seed: int = 0):
+def random_params(config: ModelConfig, heads: tuple[str, ...] = (), seed: int = 0):
     """Parameters with the tree of `init_params`, every leaf random: no bias is zero and no scale is one."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key, heads, num_labels), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_params(config, key, heads), jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -145,19 +145,34 @@ class Checkpoints:
             self._failure = error
 
 
+def save_params(folder: str | Path, params: Any, config: dict) -> None:
+    """Write a checkpoint of step 0 that has parameters and configuration alone: a model that was trained elsewhere."""
+    folder = Path(folder).resolve()
+    items = ocp.args.Composite(
+        params=ocp.args.PyTreeSave(params), config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config)
+    )
+    with _plain_errors(0, folder), contextlib.closing(ocp.CheckpointManager(folder)) as manager:
+        manager.save(0, args=items, force=True)
+        manager.wait_until_finished()
+        _write_manifest(folder / "0")
+        _sync(folder / "0")
+
+
 def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> TrainState:
     """The whole state of a run's checkpoint (default: the newest), laid out as `abstract` says."""
     folder = _step_folder(RunDirectory(run_dir).checkpoints, step)
     return replace(_restore_rest(folder, abstract), params=_restore(folder, "params", abstract.params))
 
 
-def restore_params(run_dir: str | Path, abstract_params: Any = None, step: int | None = None) -> Any:
+def restore_params(
+    run_dir: str | Path, abstract_params: Any = None, step: int | None = None, *, ignore: str = ""
+) -> Any:
     """The parameters of a run's checkpoint (default: the newest). The optimizer state is not read.
 
     abstract_params: ShapeDtypeStructs with shardings; None = NumPy arrays, everything there is. UserError lists
-    what is missing, unexpected or of another shape or type.
+    what is missing, unexpected or of another shape or type; parameters whose path begins with `ignore` may be there.
     """
-    return _restore(_step_folder(RunDirectory(run_dir).checkpoints, step), "params", abstract_params)
+    return _restore(_step_folder(RunDirectory(run_dir).checkpoints, step), "params", abstract_params, ignore)
 
 
 def restore_optimizer(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> Any:
@@ -203,13 +218,15 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
     """`abstract` with everything but the parameters read."""
+    if not (folder / "opt_state").is_dir():
+        raise UserError(f"{folder} has weights and no optimizer state: a model that was imported; only start from it")
     wanted = _named(_rest(abstract))
     named = _restore(folder, "opt_state", wanted)
     rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract)), [named[path] for path in wanted])
     return replace(abstract, opt_state=rest["optimizer"], rates=rest["rates"], step=rest["step"], key=rest["key"])
 
 
-def _restore(folder: Path, item: str, abstract: Any) -> Any:
+def _restore(folder: Path, item: str, abstract: Any, ignore: str = "") -> Any:
     _verify(folder, item)
     handler = ocp.PyTreeCheckpointHandler()
     saved = handler.metadata(epath.Path(folder / item)).tree
@@ -217,9 +234,10 @@ def _restore(folder: Path, item: str, abstract: Any) -> Any:
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         args = ocp.args.PyTreeRestore(restore_args=as_arrays)
     else:
-        _compare(folder / item, _named(saved), _named(abstract))
+        there = {path: leaf for path, leaf in _named(saved).items() if not (ignore and path.startswith(ignore))}
+        _compare(folder / item, there, _named(abstract))
         layout = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout, partial_restore=bool(ignore))
     with ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(folder / item, args=args)
 

@@ -16,7 +16,7 @@ from sharding.mesh import MeshConfig
 EXECUTION_FIELDS = frozenset(
     (
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
-        *("eval_rows", "prefetch", "json", "debug", "cache"),
+        *("eval_rows", "prefetch", "json", "debug", "cache", "export", "command"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -99,7 +99,8 @@ class TrainConfig:
     stop_at: int | None = None
     """Pause after this step, before the schedule ends; the same command without it goes on."""
     init_from: str | None = None
-    """Start from the weights of this run directory."""
+    """Start from another model: a run directory, or hf:PATH_OR_ID of a folder in Hugging Face format or a repository
+    on the Hub. Its architecture and tokenizer come with the weights; --model settings that are given change it."""
     init_optimizer: bool = False
     """With --init-from: take its optimizer state too (a fork, e.g. the decay phase of a stable run)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -113,6 +114,8 @@ class TrainConfig:
     """Steps between evaluations on held-out data; the end is always evaluated."""
     prefetch: int = 2
     """Batches prepared ahead by a thread."""
+    export: str | None = None
+    """At the end, write the model to this new folder in Hugging Face format (as `./launch.sh export` does)."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False

@@ -29,7 +29,11 @@ from training.figures import Bar, Curve, draw
 from training.page import Section
 from training.run import RunDirectory
 
-TASKS = {"masked_lm": "Masked language model", "causal_lm": "Causal language model", "classification": "Classifier"}
+TASKS = {
+    "masked_lm": "Masked language model",
+    "causal_lm": "Causal language model",
+    "sequence_classification": "Classifier",
+}
 MISTAKES = 8
 """How many of a classifier's surest mistakes are shown."""
 LARGEST_MATRIX = 24
@@ -98,7 +102,7 @@ def loss_sections(run: RunFiles) -> list[Section]:
         return []
     entropy = run.samples.get("unigram_entropy")
     bar = Bar(f"word frequencies alone: {entropy:.2f}", entropy) if entropy else None
-    label = "nats an example" if run.config.get("task") == "classification" else "nats a token"
+    label = "nats an example" if run.config.get("task") == "sequence_classification" else "nats a token"
     note = "The dashed line: what a model reaches that has learnt only how frequent each token is." if bar else ""
     return [Section("Loss", _picture(loss, label, bar=bar), note)]
 

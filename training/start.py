@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -25,8 +25,34 @@ from training.run import RunDirectory
 from training.state import TrainState, new_state, shard_state
 
 
-class Origin(NamedTuple):
-    """The checkpoint that a run goes on from: its own (resumed) or another run's."""
+class Origin(Protocol):
+    """What a run goes on from: a run's checkpoint, or a model of another world (models.hub.Pretrained)."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        ...
+
+    @property
+    def config(self) -> dict:
+        """JSON values beside the weights: at least `model` and `task`."""
+        ...
+
+    @property
+    def tokenizer_folder(self) -> Path: ...
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it is the run itself."""
+        ...
+
+    def restore_params(self, abstract: Any) -> Any:
+        """The parameters as `abstract` says, which may leave out the head."""
+        ...
+
+
+class RunOrigin(NamedTuple):
+    """A checkpoint of a run."""
 
     run_dir: Path
     step: int
@@ -34,15 +60,36 @@ class Origin(NamedTuple):
     """As saved in that checkpoint."""
     resumed: bool
 
+    @property
+    def name(self) -> str:
+        return f"{self.run_dir} at step {self.step}"
 
-def find_origin(config: TrainConfig, run: RunDirectory) -> Origin | None:
-    """Where the run starts, known before any work is done; None = scratch. UserError if it is to start from nothing."""
+    @property
+    def tokenizer_folder(self) -> Path:
+        return RunDirectory(self.run_dir).tokenizer
+
+    def restore_params(self, abstract: Any) -> Any:
+        return restore_params(self.run_dir, abstract, self.step, ignore="" if "head" in abstract else "head/")
+
+
+def find_origin(
+    config: TrainConfig, run: RunDirectory, open_hub: Callable[[str], Origin] | None = None
+) -> Origin | None:
+    """Where the run starts, known before any work is done; None = scratch. UserError if it is to start from nothing.
+
+    open_hub: opens what --init-from names with hf: before it.
+    """
     resumed = bool(complete_steps(run.checkpoints))
     if not resumed and not config.init_from:
         return None
+    if not resumed and config.init_from and config.init_from.startswith("hf:"):
+        assert open_hub is not None
+        if config.init_optimizer:
+            raise UserError(f"{config.init_from} has weights and no optimizer state; leave out --init-optimizer")
+        return open_hub(config.init_from)
     folder = run.path if resumed else Path(config.init_from or "").expanduser()
     step = newest_step(folder)
-    return Origin(folder, step, read_config(folder, step), resumed)
+    return RunOrigin(folder, step, read_config(folder, step), resumed)
 
 
 def first_state(
@@ -67,21 +114,21 @@ def first_state(
     abstract = shard_state(jax.eval_shape(scratch), mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    if origin and origin.resumed:
+    if isinstance(origin, RunOrigin) and origin.resumed:
         state = restore_state(origin.run_dir, abstract, origin.step)
         return state, f"resumed at step {origin.step} from {origin.run_dir}"
     if load_params is not None:
         params = load_params(abstract.params)
     elif origin is not None:
-        params = restore_params(origin.run_dir, abstract.params, origin.step)
+        params = origin.restore_params(abstract.params)
     else:
         # It runs once: on CPUs, optimising it would take several times as long as running it.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(scratch, out_shardings=layout, compiler_options=quick)(), "started from scratch"
     state = jax.jit(around, out_shardings=layout, donate_argnums=0)(params)
-    if config.init_optimizer and origin is not None:
+    if config.init_optimizer and isinstance(origin, RunOrigin):
         state = dataclasses.replace(state, opt_state=restore_optimizer(origin.run_dir, abstract, origin.step))
-    whose = f"{origin.run_dir} at step {origin.step}" if origin else "another model"
+    whose = origin.name if origin else "another model"
     return state, f"started from the weights of {whose}"
 
 
@@ -92,7 +139,7 @@ def check_fork(config: TrainConfig, origin: Origin | None, fingerprints: dict[st
     there = origin.config
     if (there.get("seed"), there.get("fingerprints", {}).get("train")) == (config.seed, fingerprints["train"]):
         raise UserError(
-            f"--init-optimizer goes on from {origin.run_dir}, and with its text and its seed {config.seed} the first "
+            f"--init-optimizer goes on from {origin.name}, and with its text and its seed {config.seed} the first "
             f"batches would be those it began with; try --seed {config.seed + 1}"
         )
 

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from training.run import RunDirectory
     from training.step import Objective
 
-TASKS = {"classification": ("finetune.tasks.classify", "Classification")}
+TASKS = {"sequence_classification": ("finetune.tasks.classify", "Classification")}
 """Name in FinetuneConfig.task → module and class."""
 
 
 class Task(Protocol):
     """The labelled data of a task, what is learnt from it, and what is written at the end."""
 
+    model: ModelConfig
+    """With the labels of this task."""
     settings: dict
     """JSON values that make the run what it is besides its flags (the labels)."""
     fingerprints: dict[str, str]

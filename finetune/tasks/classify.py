@@ -5,6 +5,7 @@ Encoders read the label off their first token or the mean of all, causal models 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from data.tokenizer import special_ids
 from finetune.evaluate import confusion, metrics, write_predictions
 from finetune.examples import max_length, read_examples
 from models.config import Execution, ModelConfig
-from models.heads import classification_logits
+from models.heads import sequence_logits
 from models.transformer import apply, init_params
 from sharding.mesh import host_rows, place_batch
 from training.run import RunDirectory, write_json
@@ -34,10 +35,11 @@ class Classification:
     """A finetune.tasks.Task."""
 
     def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast):
-        self._model, self._execution = model, config.execution
+        self._execution = config.execution
         self._rows = host_rows(config.batch_size)
         self._examples = read_examples(config.data, tokenizer, model)
         self._names = self._examples.names
+        self.model = dataclasses.replace(model, labels=tuple(self._names))
         self.settings = {"labels": self._names}
         self.fingerprints = self._examples.fingerprints
         self._batches, held_out = (
@@ -54,10 +56,10 @@ class Classification:
         self.eval_batches = held_out.fixed(self._rows)
         self.examples = len(self._batches)
         self.tokens_per_row = sum(len(example.ids) for example in self._examples.train.encoded) / self.examples
-        self.objective = classification_objective(model, execution=config.execution)
+        self.objective = classification_objective(self.model, execution=config.execution)
 
     def init_params(self, key: jax.Array) -> dict:
-        return init_params(self._model, key, heads=("sequence_classification",), num_labels=len(self._names))
+        return init_params(self.model, key, heads=("sequence_classification",))
 
     def batch(self, step: int) -> dict:
         return self._batches.batch(step, self._rows)
@@ -65,7 +67,7 @@ class Classification:
     def finish(self, run: RunDirectory, params: Any, mesh: Mesh) -> dict[str, float]:
         """accuracy, f1, macro_f1, matthews; writes predictions.jsonl and confusion.json."""
         labels_N = np.array(self._examples.validation.labels)
-        probability_NC = class_probabilities(self._model, params, self.eval_batches, mesh, self._execution)
+        probability_NC = class_probabilities(self.model, params, self.eval_batches, mesh, self._execution)
         predictions_N = probability_NC.argmax(1)
         if jax.process_index() == 0:
             path = run.path / "predictions.jsonl"
@@ -78,7 +80,7 @@ def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, 
     """Class scores, float32 [B, C]; a key turns dropout on."""
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
     x_BTD = apply(model, params, batch, execution=execution, key=body_key)
-    return classification_logits(model, params, x_BTD, batch["segment_ids"], head_key)
+    return sequence_logits(model, params, x_BTD, batch["segment_ids"], head_key)
 
 
 def classification_objective(model: ModelConfig, *, execution: Execution) -> Objective:

@@ -1,1 +1,143 @@
-"""One file a family: published model shapes as `ModelConfig` values."""
+"""Model families of the Hugging Face world: one file each, with published shapes and the way to and from their files.
+
+A family is data: which settings are called what, which are fixed, and one map from the tensors of a file to our
+parameters that serves import and export alike (its language: models/weight_map.py). docs/adding-a-family.md says how
+to add one. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cli import UserError
+from models.config import LayerKind, ModelConfig
+
+MODULES = {
+    "bert": "bert",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+    "camembert": "roberta",
+    "distilbert": "distilbert",
+    "electra": "electra",
+    "modernbert": "modernbert",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
+    "gemma3_text": "gemma",
+}
+"""`model_type` in a config.json → module in this package, which has it in its FAMILIES."""
+
+Weights = Mapping[str, str]
+"""Tensor name in a file → where it goes (models/weight_map.py)."""
+
+
+def _nothing(given: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one `model_type` look in the files of Hugging Face."""
+
+    base: ModelConfig
+    """What all its models have in common; the rest is replaced by what their config.json says."""
+    classes: Mapping[str, str]
+    """Head (models.heads.HEADS) → name of the class in transformers."""
+    keys: Mapping[str, str]
+    """Setting of ModelConfig → its name in transformers' config, where the value is the same."""
+    trunk: Weights
+    """Tensors of the stack, without the prefix; `{}` in a name is the number of a layer, first to last."""
+    heads: Mapping[str, Weights]
+    """Tensors of the heads, by head; those of `embedding` belong to the stack and are optional."""
+    prefix: str
+    """What names of the stack begin with where there is a head."""
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    """Heads with another prefix."""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensor → other names under which tied copies of it are found."""
+    ignored: str = r"\bposition_ids$|\binv_freq$"
+    """Tensors that old files hold and no model needs (regular expression)."""
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Settings of transformers' config with the values that are supported, where others would be another model."""
+    read: Callable[[Any], dict[str, Any]] = _nothing
+    """Further settings of ModelConfig, from transformers' config."""
+    write: Callable[[ModelConfig], dict[str, Any]] = _nothing
+    """Further settings of transformers' config, from ours."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `model_type`; UserError lists the known ones."""
+    if model_type not in MODULES:
+        raise UserError(
+            f"model_type {model_type!r} is not known; known are {', '.join(MODULES)} (docs/adding-a-family.md)"
+        )
+    return importlib.import_module(f"models.families.{MODULES[model_type]}").FAMILIES[model_type]
+
+
+def stacked(kinds: list[LayerKind], *, first_apart: bool = False) -> dict[str, tuple[LayerKind, ...]]:
+    """prefix_layers, layer_period and suffix_layers of a stack with these layers, as few different ones as possible.
+
+    first_apart: the first layer is unlike the others and stands by itself.
+    """
+    start = min(1 if first_apart else 0, len(kinds) - 1)
+    body = kinds[start:]
+    choices = []
+    for size in range(1, len(body) + 1):
+        repeats = next(
+            (count for count in range(len(body) // size, 0, -1) if body[: size * count] == body[:size] * count), 1
+        )
+        choices.append((size + len(body) - size * repeats, size, size * repeats))
+    _, size, end = min(choices)
+    return {
+        "prefix_layers": tuple(kinds[:start]),
+        "layer_period": tuple(body[:size]),
+        "suffix_layers": tuple(body[end:]),
+    }
+
+
+def kinds_of(layer_types: list[str]) -> list[LayerKind]:
+    """transformers' `layer_types` as ours."""
+    return ["local" if kind == "sliding_attention" else "global" for kind in layer_types]
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """Our layers as transformers' `layer_types`."""
+    return ["sliding_attention" if kind == "local" else "full_attention" for kind in config.layers]
+
+
+def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and scaling from transformers' rope parameters; UserError for a kind that is not supported."""
+    kind = rope.get("rope_type", "default")
+    settings: dict[str, Any] = {"rope_theta": float(rope["rope_theta"]), "rope_scaling_factor": None}
+    if kind == "default":
+        return settings
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"rope_type {kind!r} is not supported; supported are default, linear and llama3")
+    settings |= {"rope_type": kind, "rope_scaling_factor": float(rope["factor"])}
+    if kind == "llama3":
+        settings |= {
+            "rope_original_max_position_embeddings": int(rope["original_max_position_embeddings"]),
+            "rope_low_freq_factor": float(rope["low_freq_factor"]),
+            "rope_high_freq_factor": float(rope["high_freq_factor"]),
+        }
+    return settings
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """transformers' rope parameters of global layers."""
+    c = config
+    if c.rope_scaling_factor is None:
+        return {"rope_type": "default", "rope_theta": c.rope_theta}
+    rope = {"rope_type": c.rope_type, "rope_theta": c.rope_theta, "factor": c.rope_scaling_factor}
+    if c.rope_type == "llama3":
+        rope |= {
+            "original_max_position_embeddings": c.rope_original_max_position_embeddings,
+            "low_freq_factor": c.rope_low_freq_factor,
+            "high_freq_factor": c.rope_high_freq_factor,
+        }
+    return rope

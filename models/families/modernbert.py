@@ -1,6 +1,9 @@
 """ModernBERT (Warner et al. 2024): pre-norm encoder without biases, GeGLU, rotary, every third layer global."""
 
+from typing import Any
+
 from models.config import ModelConfig
+from models.families import Family, kinds_of, layer_types, read_rope, stacked, write_rope
 
 MODERNBERT_BASE = ModelConfig(
     model_type="modernbert",
@@ -27,3 +30,104 @@ MODERNBERT_BASE = ModelConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
+
+
+def _read(hf: Any) -> dict[str, Any]:
+    local = hf.rope_parameters["sliding_attention"]
+    return {
+        **stacked(kinds_of(hf.layer_types), first_apart=True),
+        **read_rope(hf.rope_parameters["full_attention"]),
+        "local_rope_theta": read_rope(local)["rope_theta"],
+    }
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    local = config.rope_theta if config.local_rope_theta is None else config.local_rope_theta
+    return {
+        "layer_types": layer_types(config),
+        "rope_parameters": {
+            "full_attention": write_rope(config),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+        "embedding_dropout": config.hidden_dropout,
+        "mlp_dropout": config.hidden_dropout,
+        "classifier_dropout": config.hidden_dropout,
+        "classifier_activation": config.hidden_act,
+    }
+
+
+HEAD = {"head.dense.weight": "dense/kernel: O D -> D O", "head.dense.bias": "dense/bias: O"}
+NORM = {"head.norm.weight": "norm/scale: D", "head.norm.bias": "norm/bias: D"}
+CLASSIFIER = HEAD | NORM | {"classifier.weight": "out/kernel: C D -> D C", "classifier.bias": "out/bias: C"}
+
+FAMILIES = {
+    "modernbert": Family(
+        base=MODERNBERT_BASE,
+        classes={
+            "masked_lm": "ModernBertForMaskedLM",
+            "sequence_classification": "ModernBertForSequenceClassification",
+            "token_classification": "ModernBertForTokenClassification",
+            "question_answering": "ModernBertForQuestionAnswering",
+            "embedding": "ModernBertModel",
+        },
+        keys={
+            "vocab_size": "vocab_size",
+            "hidden_size": "hidden_size",
+            "num_hidden_layers": "num_hidden_layers",
+            "num_attention_heads": "num_attention_heads",
+            "intermediate_size": "intermediate_size",
+            "hidden_act": "hidden_activation",
+            "norm_eps": "norm_eps",
+            "norm_bias": "norm_bias",
+            "attention_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
+            "max_position_embeddings": "max_position_embeddings",
+            "sliding_window": "local_attention",
+            "head_bias": "decoder_bias",
+            "head_transform_bias": "classifier_bias",
+            "classifier_pooling": "classifier_pooling",
+            "attention_dropout": "attention_dropout",
+            "hidden_dropout": "mlp_dropout",
+            "initializer_range": "initializer_range",
+            "tie_word_embeddings": "tie_word_embeddings",
+        },
+        trunk={
+            "embeddings.tok_embeddings.weight": "embeddings/token/embedding: V E",
+            "embeddings.norm.weight": "embeddings/norm/scale: E",
+            "embeddings.norm.bias": "embeddings/norm/bias: E",
+            "layers.{}.attn_norm.weight": "attention_norm/scale: D",
+            "layers.{}.attn_norm.bias": "attention_norm/bias: D",
+            "layers.{}.attn.Wqkv.weight": "attention/q/kernel attention/kv/kernel[0] attention/kv/kernel[1]: "
+            "(3 N H) D -> 3 D N H",
+            "layers.{}.attn.Wqkv.bias": "attention/q/bias attention/kv/bias[0] attention/kv/bias[1]: (3 N H) -> 3 N H",
+            "layers.{}.attn.Wo.weight": "attention/out/kernel: D (N H) -> N H D",
+            "layers.{}.attn.Wo.bias": "attention/out/bias: D",
+            "layers.{}.mlp_norm.weight": "mlp_norm/scale: D",
+            "layers.{}.mlp_norm.bias": "mlp_norm/bias: D",
+            "layers.{}.mlp.Wi.weight": "mlp/gate_up/kernel[0] mlp/gate_up/kernel[1]: (2 F) D -> 2 D F",
+            "layers.{}.mlp.Wi.bias": "mlp/gate_up/bias[0] mlp/gate_up/bias[1]: (2 F) -> 2 F",
+            "layers.{}.mlp.Wo.weight": "mlp/down/kernel: D F -> F D",
+            "layers.{}.mlp.Wo.bias": "mlp/down/bias: D",
+            "final_norm.weight": "final_norm/scale: D",
+            "final_norm.bias": "final_norm/bias: D",
+        },
+        heads={
+            "masked_lm": {
+                "head.dense.weight": "transform/kernel: E D -> D E",
+                "head.dense.bias": "transform/bias: E",
+                **NORM,
+                "decoder.bias": "bias: V",
+            },
+            "sequence_classification": CLASSIFIER,
+            "token_classification": CLASSIFIER,
+            "question_answering": HEAD
+            | NORM
+            | {"classifier.weight": "out/kernel: 2 D -> D 2", "classifier.bias": "out/bias: 2"},
+        },
+        prefix="model.",
+        aliases={"embeddings.tok_embeddings.weight": ("decoder.weight",)},
+        only={"tie_word_embeddings": (True,)},
+        read=_read,
+        write=_write,
+    )
+}

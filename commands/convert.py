@@ -1,0 +1,121 @@
+"""To and from Hugging Face format: `./launch.sh import SRC DST` and `./launch.sh export RUN DST`.
+
+An imported model is a run directory with one checkpoint at step 0, from which every door starts (--init-from DST).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import cli
+from cli import UserError
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Take a model in Hugging Face format: `import SRC DST`."""
+
+    source: str
+    """A folder with config.json, model.safetensors and a tokenizer, or the name of a repository on the Hub."""
+    run_dir: str
+    """The new run directory; `mlm`, `clm` and `finetune` start from it with --init-from, `generate` reads it."""
+    head: str | None = None
+    """Which head to take (masked_lm, causal_lm, …, embedding = none); unset = that of the file."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the model of a run in Hugging Face format: `export RUN DST`."""
+
+    run_dir: str
+    """The run directory."""
+    destination: str
+    """The new folder, which `AutoModel` and `pipeline` load."""
+    step: int | None = None
+    """Which checkpoint; unset = the newest."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the weights are written in."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def import_model(config: ImportConfig) -> dict:
+    """Check everything, then write the run directory as a whole; returns the `--json` object."""
+    from pathlib import Path
+
+    import jax
+
+    from data.store import appearing
+    from data.tokenizer import fingerprint, save_tokenizer, tokenizer_of
+    from models.counts import count_params
+    from models.hub import Pretrained, check_new, load_pretrained
+    from training.checkpoint import save_params
+    from training.run import RunDirectory, write_json
+
+    target = RunDirectory(config.run_dir).path
+    check_new(target)
+    source = Pretrained(config.source, config.revision)
+    head = config.head or source.head
+    tokenizer = tokenizer_of(source.tokenizer_folder, source.config)
+    model, params, _ = load_pretrained(source.folder, head)
+    named = config.source if Path(config.source).expanduser().exists() else f"hf:{config.source}"
+    saved = {
+        "task": head,
+        "model": asdict(model),
+        "labels": list(model.labels),
+        "fingerprints": {"tokenizer": fingerprint(tokenizer)},
+        "imported_from": named + (f" at {config.revision}" if config.revision else ""),
+    }
+    with appearing(target) as folder:
+        run = RunDirectory(folder)
+        save_tokenizer(tokenizer, run.tokenizer)
+        save_params(run.checkpoints, jax.block_until_ready(params), saved)
+        write_json(run.config, saved)
+    parameters = count_params(model, head)
+    print(f"{config.source}: {model.model_type} with head {head}, {parameters / 1e6:,.1f} million parameters")
+    print(f"imported to {config.run_dir}; start from it with --init-from {config.run_dir}", flush=True)
+    return {"run_dir": str(target), "head": head, "model_type": model.model_type, "parameters": parameters}
+
+
+def export_model(config: ExportConfig) -> dict:
+    """Write the folder as a whole; returns the `--json` object."""
+    from data.tokenizer import framed_tokenizer, tokenizer_of
+    from models.config import ModelConfig
+    from models.hub import check_export, save_pretrained
+    from training.card import model_card
+    from training.checkpoint import read_config, restore_params
+    from training.run import RunDirectory
+
+    run = RunDirectory(config.run_dir)
+    saved = read_config(run.path, config.step)
+    if "task" not in saved:
+        raise UserError(f"{run.path} holds no run of mlm, clm or finetune; there is nothing to export")
+    model, head = ModelConfig.from_dict(saved["model"]), saved["task"]
+    tokenizer = tokenizer_of(run.tokenizer, saved)
+    if head == "sequence_classification" and "imported_from" not in saved:
+        tokenizer = framed_tokenizer(tokenizer, model.causal)
+    check_export(config.destination, model, head, tokenizer)
+    params = restore_params(run.path, step=config.step)
+    save_pretrained(config.destination, model, params, tokenizer, card=model_card(run.path), dtype=config.dtype)
+    print(f"exported to {config.destination}: {head} of type {model.model_type}, {config.dtype}", flush=True)
+    return {"path": config.destination, "head": head, "model_type": model.model_type}
+
+
+if __name__ == "__main__":
+    direction = sys.argv[1] if len(sys.argv) > 1 else ""
+    if direction == "import":
+        cli.run_config(import_model, ImportConfig, prog="import", argv=sys.argv[2:])
+    elif direction == "export":
+        cli.run_config(export_model, ExportConfig, prog="export", argv=sys.argv[2:])
+    else:
+        sys.exit("usage: python -m commands.convert import|export …; `import --help` and `export --help` say more")

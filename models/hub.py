@@ -1,0 +1,379 @@
+"""The way from and to the files of Hugging Face: config.json, model.safetensors, tokenizer.json, a model card.
+
+    config, params, tokenizer = load_pretrained("bert-base-uncased")
+    save_pretrained("exported", config, params, tokenizer)
+
+What comes from outside is data and never program: no pickles, no remote code, no file outside its folder. Everything is
+checked from headers before a weight is read, and a folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from cli import UserError
+from data.store import appearing
+from models import tensor_files
+from models.config import ModelConfig
+from models.families import family_of
+from models.heads import LANGUAGE_MODELS, has_pooler
+from models.placement import place
+from models.tensor_files import TensorFiles, write_tensors
+from models.weight_map import export, known_names, param_shapes, parts_by_path, plain_name, tensors_of, tree_of
+from sharding.rules import path_of, shard_params
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from transformers import PreTrainedTokenizerFast
+
+PREFIX = "hf:"
+CLASSIFIERS = ("sequence_classification", "token_classification")
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""Files of a repository on the Hub that are fetched; never its pickles."""
+
+
+def load_pretrained(
+    path_or_id: str | os.PathLike, head: str | None = None, revision: str | None = None, mesh: Mesh | None = None
+) -> tuple[ModelConfig, dict, PreTrainedTokenizerFast | None]:
+    """(config, params, tokenizer) of a folder in Hugging Face format, or of a repository on the Hub.
+
+    head: a name in models.heads.HEADS; default: that of the file. revision: branch, tag or commit on the Hub. mesh:
+    where the float32 parameters are laid out by sharding/rules.py; default: the first device. Raises UserError where
+    the files cannot be taken as they are. The tokenizer is None where the folder has none.
+    """
+    source = Pretrained(path_or_id, revision)
+    head = head or source.head
+    config = source.config_for(head)
+    shapes = source.shapes(head)
+    if mesh is None:
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        layout = jax.tree.map(lambda _: where, shapes)
+    else:
+        layout = shard_params(shapes, mesh)
+    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+    return config, source.read(head, abstract), source.tokenizer()
+
+
+def save_pretrained(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: dict,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    head: str | None = None,
+    card: str | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = tensor_files.SHARD_BYTES,
+) -> None:
+    """Write a folder that `AutoModel*.from_pretrained` and `pipeline` load without remote code.
+
+    params: as trained or loaded. head: which class is to load them (models.heads.HEADS); default: by the parameters,
+    and for those of a decoder without any of its own, a language model. card: the text of README.md. dtype: float32,
+    bfloat16 or float16, in which the weights are written, in files of at most shard_bytes. The folder must be new or
+    empty; it appears whole. UserError where the architecture is not that of a class in transformers.
+    """
+    head = head or head_of(config, params)
+    hf = to_hf(config, head, tokenizer, dtype)
+    tensors = tensors_of(family_of(config.model_type), config, head, params)
+    path = Path(path).expanduser()
+    check_new(path)
+    with appearing(path) as folder:
+        hf.save_pretrained(folder)
+        if config.causal and head == "causal_lm":
+            _generation_config(hf).save_pretrained(folder)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, folder, config)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        write_tensors(folder, export(tensors, params), dtype, shard_bytes)
+
+
+class Pretrained:
+    """A folder in Hugging Face format, checked and opened; of the weights only the headers have been read.
+
+    Also what a run may start from (training.start.Origin).
+    """
+
+    resumed = False
+
+    def __init__(self, path_or_id: str | os.PathLike, revision: str | None = None):
+        self.name = str(path_or_id)
+        self.folder = self.tokenizer_folder = _local_folder(path_or_id, revision)
+        self._hf = _read_config(self.folder)
+        self._family = family_of(self._hf.model_type)
+        self._config = to_ours(self._hf)
+        self._files = TensorFiles(self.folder)
+        self._views: dict[str, Any] = {}
+        for name, view in self._files.items():
+            plain = plain_name(self._family, name)
+            if plain in self._views:
+                raise UserError(f"{self.folder} holds {plain} twice, with and without a prefix; keep one of them")
+            self._views[plain] = view
+        self.head = self._own_head()
+
+    @property
+    def config(self) -> dict:
+        """JSON values, as they stand beside the weights of a run."""
+        return {"task": self.head, "model": dataclasses.asdict(self.config_for(self.head))}
+
+    def restore_params(self, abstract: dict) -> dict:
+        """The parameters, laid out as `abstract` says; it may leave out the head."""
+        return self.read(head_of(self._config, abstract), abstract)
+
+    def config_for(self, head: str) -> ModelConfig:
+        """The model with this head; UserError if the file has no such head."""
+        if head not in self._family.classes and head != "embedding":
+            raise UserError(
+                f"a model of type {self._config.model_type} has no head {head!r}; it may have "
+                f"{', '.join(self._family.classes)}"
+            )
+        if head in CLASSIFIERS:
+            labels = tuple(str(self._hf.id2label[number]) for number in sorted(self._hf.id2label))
+            return dataclasses.replace(self._config, labels=labels)
+        return self._config
+
+    def shapes(self, head: str) -> dict:
+        """ShapeDtypeStructs of the parameters with this head; the optional pooler only where the file has one."""
+        shapes = param_shapes(self.config_for(head), head)
+        if head == "embedding" and has_pooler(self._config) and not self._holds(head):
+            del shapes["head"]
+        return shapes
+
+    def read(self, head: str, abstract: dict) -> dict:
+        """The parameters, laid out as `abstract` says (ShapeDtypeStructs with shardings).
+
+        UserError lists every tensor that is missing, not expected, or of another shape or type.
+        """
+        tensors = tensors_of(self._family, self.config_for(head), head, abstract)
+        if head not in ("embedding", "causal_lm") and not self._holds(head):
+            raise UserError(f"{self.folder} has no head {head}, but {self.head}; leave the head out to take that one")
+        views, faults = {}, []
+        for tensor in tensors:
+            names = [plain_name(self._family, name) for name in (tensor.name, *tensor.also)]
+            view = next((self._views[name] for name in names if name in self._views), None)
+            if view is None:
+                faults.append(f"{tensor.name} is missing")
+            elif view.shape != tensor.shape or view.dtype not in tensor_files.DTYPES.values():
+                faults.append(f"{tensor.name} is {view.dtype} {view.shape}, expected {tensor.shape}")
+            else:
+                views[tensor.name] = view
+        known = known_names(self._family, self._config.num_hidden_layers)
+        for name in self._files:
+            if plain_name(self._family, name) not in known and not re.search(self._family.ignored, name):
+                faults.append(f"{name} is not expected")
+        if faults:
+            raise UserError(
+                f"{self.folder} is no {self._config.model_type} as its config.json says: {'; '.join(faults)}"
+            )
+        parts = parts_by_path(tensors, views)
+        wanted = {tuple(path_of(path).split("/")): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        return tree_of({path: place(leaf, parts[path]) for path, leaf in wanted.items()})
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer of the folder, None where it has none."""
+        from data.tokenizer import has_tokenizer, load_tokenizer
+
+        return load_tokenizer(self.folder) if has_tokenizer(self.folder) else None
+
+    def _own_head(self) -> str:
+        named = {name: head for head, name in self._family.classes.items()} | {"BertForPreTraining": "masked_lm"}
+        for architecture in self._hf.architectures or ():
+            if architecture in named:
+                return named[architecture]
+        heads = (head for head in self._family.classes if self._family.heads.get(head) and self._holds(head))
+        return next(heads, "causal_lm" if self._config.causal and self._config.tie_word_embeddings else "embedding")
+
+    def _holds(self, head: str) -> bool:
+        """Whether the file has a tensor of this head that the stack has not."""
+        names = (plain_name(self._family, name) for name in self._family.heads.get(head, ()))
+        shared = {plain_name(self._family, name) for name in self._family.heads.get("embedding", ())}
+        return any(name in self._views for name in names if head == "embedding" or name not in shared)
+
+
+def head_of(config: ModelConfig, params: dict) -> str:
+    """The head in a parameter tree; a tied language model of a decoder has no parameters of its own."""
+    heads = sorted(params.get("head", {}))
+    assert len(heads) <= 1, f"several heads: {heads}"
+    if not heads:
+        return "causal_lm" if config.causal and config.tie_word_embeddings else "embedding"
+    return "embedding" if heads == ["pooler"] else heads[0]
+
+
+def to_ours(hf: Any) -> ModelConfig:
+    """Our configuration of a model from transformers' (labels apart); UserError where it is another architecture."""
+    family = family_of(hf.model_type)
+    for key, accepted in family.only.items():
+        value = getattr(hf, key, accepted[0])
+        if value not in accepted:
+            raise UserError(f"{hf.model_type} with {key}={value!r} is not supported; it must be {accepted[0]!r}")
+    settings = {ours: getattr(hf, theirs) for ours, theirs in family.keys.items()}
+    return dataclasses.replace(family.base, **settings | family.read(hf), labels=())
+
+
+def to_hf(config: ModelConfig, head: str, tokenizer: Any = None, dtype: str = "float32") -> Any:
+    """transformers' configuration of a model with this head.
+
+    UserError where the model is not of the class that would load it: the way back must give the same architecture.
+    """
+    from transformers import CONFIG_MAPPING
+
+    family = family_of(config.model_type)
+    if head not in family.classes:
+        raise UserError(
+            f"transformers has no {config.model_type} with the head {head}; there are {', '.join(family.classes)}"
+        )
+    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in family.keys.items()}
+    values |= {f"{name}_token_id": None for name in ("pad", "bos", "eos")}
+    if tokenizer is not None:
+        names = ("pad", "bos", "eos") + (("cls", "sep") if config.model_type == "modernbert" else ())
+        values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    pad = values["pad_token_id"]
+    values |= family.write(config)
+    if tokenizer is not None and values["pad_token_id"] != pad:
+        raise UserError(
+            f"{config.model_type} counts positions from its padding token, here {values['pad_token_id']}, and the "
+            f"tokenizer's is {pad}; train with --model.position-offset {(pad or 0) + 1}, or export as bert"
+        )
+    if head in CLASSIFIERS:
+        values["id2label"] = dict(enumerate(config.labels))
+        values["label2id"] = {label: number for number, label in enumerate(config.labels)}
+    hf = CONFIG_MAPPING[config.model_type](**values, architectures=[family.classes[head]], dtype=dtype)
+    there, here = _essence(to_ours(hf), head), _essence(config, head)
+    differences = [f"{name}={here[name]!r} (it has {there[name]!r})" for name in here if here[name] != there[name]]
+    if differences:
+        raise UserError(
+            f"no class of transformers has this architecture: {family.classes[head]} cannot have "
+            f"{', '.join(differences)}"
+        )
+    return hf
+
+
+def check_new(path: Path) -> None:
+    """UserError unless `path` may become a new folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; give the name of a new folder")
+
+
+def check_export(path: str | os.PathLike, config: ModelConfig, head: str, tokenizer: Any) -> None:
+    """UserError where `save_pretrained` would refuse: before a training, rather than after it."""
+    check_new(Path(path).expanduser())
+    to_hf(config, head, tokenizer)
+
+
+def _local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
+    """The folder itself, or the snapshot of a repository on the Hub, fetched where it is not in the cache."""
+    given = str(path_or_id).removeprefix(PREFIX)
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{given} is a file; give the folder with config.json and model.safetensors")
+    if ".." in given or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        raise UserError(f"there is no folder {given}, and a repository on the Hub is called NAME or ORGANISATION/NAME")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(given, revision=revision, allow_patterns=list(WANTED)))
+    except RevisionNotFoundError:
+        raise UserError(f"{given} on the Hub has no revision {revision!r}; leave it out for the newest") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no folder {given} and no such repository on the Hub; check the name (for a private one: "
+            "hf auth login)"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"there is no folder {given}, and the Hub cannot be asked for it ({str(error).splitlines()[0]}); "
+            "check the path, or fetch it where there is a connection: hf download NAME --local-dir FOLDER"
+        ) from None
+
+
+def _read_config(folder: Path) -> Any:
+    """transformers' configuration, with the defaults of what an old file leaves out; UserError for remote code."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; expected a folder in Hugging Face format")
+    values = _json(path)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in _json(folder / name):
+            raise UserError(f"{folder / name} asks for code from the repository (auto_map), which is never run")
+    model_type = str(values.get("model_type"))
+    family_of(model_type)
+    if values.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantised; take the model in float32, bfloat16 or float16")
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(values)
+    except Exception as error:  # transformers raises many kinds for values that do not fit
+        raise UserError(f"{path} is no configuration of {model_type}: {' '.join(str(error).split())}") from None
+
+
+def _json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return values
+
+
+def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
+    """What decides the function that a model with this head computes, in one spelling."""
+    c = dataclasses.asdict(config)
+    for name in ("prefix_layers", "layer_period", "suffix_layers", "labels", "hidden_dropout", "attention_dropout"):
+        del c[name]
+    c |= {"layers": config.layers, "head_dim": config.head_size, "num_key_value_heads": config.kv_heads}
+    c |= {"embedding_size": config.embedding_width, "query_pre_attn_scalar": config.attention_divisor}
+    if config.attention_out_bias is None:
+        c["attention_out_bias"] = config.attention_bias
+    irrelevant: list[str] = []
+    if head != "sequence_classification":
+        irrelevant += ["classifier_pooling"]
+    if head not in CLASSIFIERS + ("question_answering", "embedding") or config.causal:
+        irrelevant += ["classifier_pooler", "classifier_pooling"]
+    if head != "masked_lm" and not (config.classifier_pooler == "transform" and head in CLASSIFIERS):
+        irrelevant += ["head_transform_bias"]
+    if head not in LANGUAGE_MODELS:
+        irrelevant += ["head_bias", "head_transform", "tie_word_embeddings"]
+    if "local" not in config.layers:
+        irrelevant += ["sliding_window", "local_rope_theta"]
+    elif config.local_rope_theta is None and config.rope_scaling_factor is None:
+        c["local_rope_theta"] = config.rope_theta
+    if config.position_embedding == "learned":
+        irrelevant += ["rope_theta", "local_rope_theta", "rope_scaling_factor"]
+    if config.rope_scaling_factor is None:
+        irrelevant += ["rope_type"]
+    if config.rope_scaling_factor is None or config.rope_type != "llama3":
+        irrelevant += ["rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor"]
+    return {name: value for name, value in c.items() if name not in irrelevant}
+
+
+def _generation_config(hf: Any) -> Any:
+    from transformers import GenerationConfig
+
+    ids = {name: getattr(hf, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return GenerationConfig(**ids)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, config: ModelConfig) -> None:
+    from data.tokenizer import save_tokenizer
+
+    names = ["input_ids"] + ["token_type_ids"] * (config.type_vocab_size > 1) + ["attention_mask"]
+    length = config.max_length or config.max_position_embeddings
+    save_tokenizer(tokenizer, folder, model_input_names=names, model_max_length=length)

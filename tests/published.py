@@ -1,0 +1,114 @@
+"""Tiny models of every family as transformers makes them: one row a family, everything else follows from its heads."""
+
+import functools
+import re
+import tempfile
+from typing import Any
+
+import torch
+import transformers as hf
+
+from models.families import family_of
+
+SMALL = dict(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+IDS = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)
+ENCODER = SMALL | IDS | dict(max_position_embeddings=66)
+DECODER = SMALL | IDS | dict(num_key_value_heads=2, head_dim=12, max_position_embeddings=40_000)
+# The published constants, with a shorter original context, so that short rows meet all three kinds of wavelength.
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500_000.0,
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+ROWS: dict[str, dict[str, Any]] = {
+    "bert": dict(model_type="bert", **ENCODER),
+    "roberta": dict(model_type="roberta", **ENCODER, type_vocab_size=1),
+    "xlm-roberta": dict(model_type="xlm-roberta", **ENCODER, type_vocab_size=1),
+    "camembert": dict(model_type="camembert", **ENCODER, type_vocab_size=1),
+    "distilbert": dict(
+        model_type="distilbert", vocab_size=200, dim=32, hidden_dim=48, n_layers=2, n_heads=4, pad_token_id=1
+    ),
+    "electra": dict(model_type="electra", **ENCODER, embedding_size=24),
+    "electra-wide": dict(model_type="electra", **ENCODER, embedding_size=32),
+    "modernbert": dict(
+        model_type="modernbert",
+        **SMALL | IDS | dict(num_hidden_layers=7, cls_token_id=0, sep_token_id=2),
+        local_attention=6,
+    ),
+    "modernbert-biased": dict(
+        model_type="modernbert",
+        **SMALL | IDS | dict(num_hidden_layers=6, cls_token_id=0, sep_token_id=2),
+        local_attention=6,
+        global_attn_every_n_layers=2,
+        attention_bias=True,
+        mlp_bias=True,
+        norm_bias=True,
+        classifier_bias=True,
+        decoder_bias=False,
+        classifier_pooling="mean",
+    ),
+    "gpt2": dict(model_type="gpt2", vocab_size=200, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=96, **IDS),
+    "llama2": dict(model_type="llama", **DECODER | dict(num_key_value_heads=4, head_dim=8)),
+    "llama3": dict(model_type="llama", **DECODER, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama-biased": dict(
+        model_type="llama",
+        **DECODER,
+        rope_parameters=dict(rope_type="linear", rope_theta=10_000.0, factor=4.0),
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "mistral": dict(model_type="mistral", **DECODER, sliding_window=6),
+    "mistral-global": dict(model_type="mistral", **DECODER, sliding_window=None),
+    "qwen2": dict(
+        model_type="qwen2",
+        **DECODER | dict(num_hidden_layers=4, head_dim=8),
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
+    ),
+    "qwen3": dict(model_type="qwen3", **DECODER, tie_word_embeddings=True),
+    "gemma3": dict(
+        model_type="gemma3_text",
+        **DECODER | dict(num_hidden_layers=13),
+        sliding_window=6,
+        query_pre_attn_scalar=20,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", rope_theta=1_000_000.0, factor=8.0),
+            sliding_attention=dict(rope_type="default", rope_theta=10_000.0),
+        ),
+    ),
+}
+DECODERS = [
+    name for name, row in ROWS.items() if row["model_type"] in "gpt2 llama mistral qwen2 qwen3 gemma3_text".split()
+]
+LANGUAGE_MODELS = [(name, "causal_lm" if name in DECODERS else "masked_lm") for name in ROWS]
+HEADS = [(name, head) for name, row in ROWS.items() for head in family_of(row["model_type"]).classes]
+
+
+@functools.cache
+def model(name: str, head: str):
+    """The PyTorch model, in float32, every weight random: no bias is zero, no scale one, no layer like another."""
+    settings = dict(ROWS[name])
+    settings["num_labels"] = 3 if head.endswith("classification") else 2
+    config = hf.CONFIG_MAPPING[settings.pop("model_type")](**settings)
+    config._attn_implementation = "eager"
+    made = getattr(hf, family_of(config.model_type).classes[head])(config)
+    generator = torch.Generator().manual_seed(1)
+    plus_one = config.model_type == "gemma3_text"
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = re.search(r"(norm|\.ln_\w)\.weight$", key.lower()) and not plus_one
+            parameter.copy_(1 + 0.2 * noise if scale else 0.15 * noise)
+    return made.eval()
+
+
+@functools.cache
+def folder(name: str, head: str) -> str:
+    """A folder with that model as transformers writes it."""
+    place = tempfile.mkdtemp(prefix="published-")
+    model(name, head).save_pretrained(place)
+    return place

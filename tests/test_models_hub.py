@@ -1,0 +1,464 @@
+"""Files of Hugging Face: what is read, however it is spelled; what is refused, in one line; nothing half-written."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import BERT, GPT, LLAMA, random_params
+
+from cli import UserError
+from models.config import ModelConfig
+from models.families import MODULES, family_of, stacked
+from models.hub import Pretrained, load_pretrained, save_pretrained
+from models.placement import place
+from models.weight_map import param_shapes, tensors_of
+from sharding.mesh import MeshConfig, build_mesh
+from sharding.rules import shard_params
+
+pytestmark = pytest.mark.corner
+
+SIZES = dict(vocab_size=200, hidden_size=32, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
+LABELS = ("no", "perhaps", "yes")
+
+
+def small(model_type: str) -> ModelConfig:
+    """The family's published shape, made small: every feature stays."""
+    base = family_of(model_type).base
+    sizes = SIZES | dict(
+        num_hidden_layers=len(base.prefix_layers) + 2 * len(base.layer_period) + len(base.suffix_layers),
+        head_dim=base.head_dim and 8,
+        num_key_value_heads=base.num_key_value_heads and 2,
+        embedding_size=base.embedding_size and 24,
+        sliding_window=base.sliding_window and 6,
+    )
+    return dataclasses.replace(base, **sizes)
+
+
+def same(first, second):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), first, second)
+
+
+def without_padding(config, params):
+    """Rows that only fill up the vocabulary are no part of a file."""
+
+    def trimmed(leaf):
+        return leaf[: config.vocab_size] if leaf.shape[0] == config.padded_vocab_size else leaf
+
+    return jax.tree.map(trimmed, params)
+
+
+CASES = [(model_type, head) for model_type in MODULES for head in family_of(model_type).classes]
+
+
+@pytest.mark.parametrize(("model_type", "head"), CASES)
+def test_export_and_import_keep_every_bit(tmp_path, model_type, head):
+    config = small(model_type)
+    if head.endswith("classification"):
+        config = dataclasses.replace(config, labels=LABELS)
+    params = random_params(config, (head,))
+    save_pretrained(tmp_path / "there", config, params, head=head)
+    back, again, tokenizer = load_pretrained(tmp_path / "there")
+    assert Pretrained(tmp_path / "there").head == head and tokenizer is None
+    dropout = dict(hidden_dropout=back.hidden_dropout, attention_dropout=back.attention_dropout)
+    kv_heads = config.kv_heads if config.num_key_value_heads or back.num_key_value_heads else None
+    assert back == dataclasses.replace(config, num_key_value_heads=kv_heads, **dropout)
+    same(without_padding(config, again), without_padding(config, params))
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A masked-LM BERT in a folder, with its parameters."""
+    params = random_params(BERT, ("masked_lm",))
+    save_pretrained(tmp_path / "bert", BERT, params)
+    return tmp_path / "bert", params
+
+
+def rewrite(folder, change):
+    """Apply `change` to the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+OLD = {
+    "gamma and beta": lambda tensors: {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    },
+    "no prefix": lambda tensors: {name.removeprefix("bert."): tensor for name, tensor in tensors.items()},
+    "tied copies, buffers and another head": lambda tensors: (
+        tensors
+        | {
+            "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"],
+            "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
+            "bert.embeddings.position_ids": np.arange(64)[None],
+            "bert.pooler.dense.weight": np.ones((32, 32), np.float32),
+            "bert.pooler.dense.bias": np.ones(32, np.float32),
+            "cls.seq_relationship.weight": np.ones((2, 32), np.float32),
+            "cls.seq_relationship.bias": np.ones(2, np.float32),
+        }
+    ),
+    "only the tied copy": lambda tensors: {
+        {
+            "bert.embeddings.word_embeddings.weight": "cls.predictions.decoder.weight",
+            "cls.predictions.bias": "cls.predictions.decoder.bias",
+        }.get(name, name): tensor
+        for name, tensor in tensors.items()
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", OLD)
+def test_old_names(bert, spelling):
+    folder, params = bert
+    rewrite(folder, OLD[spelling])
+    _, again, _ = load_pretrained(folder)
+    same(without_padding(BERT, again), without_padding(BERT, params))
+
+
+def test_tied_head_of_a_decoder_under_either_name(tmp_path):
+    params = random_params(GPT, ("causal_lm",))
+    save_pretrained(tmp_path / "gpt2", GPT, params)
+
+    def older(tensors):
+        buffers = {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32), "h.0.attn.masked_bias": np.float32([-1e4])}
+        return buffers | {
+            name.removeprefix("transformer.").replace("wte.weight", "lm_head.weight"): tensor
+            for name, tensor in tensors.items()
+        }
+
+    rewrite(tmp_path / "gpt2", older)
+    _, again, _ = load_pretrained(tmp_path / "gpt2")
+    same(without_padding(GPT, again), without_padding(GPT, params))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_read_exactly_and_written(tmp_path, dtype):
+    params = random_params(LLAMA, ("causal_lm",))
+    save_pretrained(tmp_path / "half", LLAMA, params, dtype=dtype)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == dtype
+    _, again, _ = load_pretrained(tmp_path / "half")
+    kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    rounded = jax.tree.map(lambda leaf: leaf.astype(kind).astype(np.float32), params)
+    same(without_padding(LLAMA, again), without_padding(LLAMA, rounded))
+
+
+def test_several_files_with_an_index(tmp_path):
+    params = random_params(LLAMA, ("causal_lm",))
+    save_pretrained(tmp_path / "whole", LLAMA, params)
+    save_pretrained(tmp_path / "shards", LLAMA, params, shard_bytes=20_000)
+    names = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    assert max((tmp_path / "shards" / name).stat().st_size for name in names[1:]) < 22_000
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    same(load_pretrained(tmp_path / "shards")[1], load_pretrained(tmp_path / "whole")[1])
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (1, 1, 8), (8, 1, 1)])
+def test_weights_are_placed_on_the_mesh_piece_by_piece(bert, sizes):
+    """Pieces of any size give the same; every device holds its part and no more."""
+    folder, _ = bert
+    mesh = build_mesh(MeshConfig(*sizes))
+    config = dataclasses.replace(BERT, num_attention_heads=8)
+    wide = random_params(config, ("masked_lm",))
+    save_pretrained(folder.parent / "wide", config, wide)
+    _, params, _ = load_pretrained(folder.parent / "wide", mesh=mesh)
+    layout = shard_params(param_shapes(config, "masked_lm"), mesh)
+    for leaf, where in zip(jax.tree.leaves(params), jax.tree.leaves(layout), strict=True):
+        assert leaf.sharding == where
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {where.shard_shape(leaf.shape)}
+    same(without_padding(config, jax.device_get(params)), without_padding(config, wide))
+
+    view = np.arange(2 * 24 * 8, dtype=np.float32).reshape(2, 24, 8)
+    abstract = jax.ShapeDtypeStruct(
+        (2, 32, 8), np.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P(None, "tensor", "fsdp"))
+    )
+    for piece_bytes in (4, 100, 10_000):
+        made = place(abstract, [((number,), view[number]) for number in range(2)], piece_bytes)
+        np.testing.assert_array_equal(np.asarray(made), np.pad(view, [(0, 0), (0, 8), (0, 0)]))
+
+
+def test_host_memory_stays_near_one_tensor(tmp_path):
+    """Extra memory while 0.6 GB are read: below 1.3 × the largest tensor, though two layers in one stack are larger."""
+    code = textwrap.dedent(f"""
+        import os, sys, threading, time
+        os.environ["XLA_FLAGS"] = ""
+        import jax, numpy as np
+        from models.config import ModelConfig
+        from models.hub import load_pretrained, save_pretrained
+        from models.weight_map import param_shapes
+        config = ModelConfig(vocab_size=40_000, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8,
+                             intermediate_size=16_384, type_vocab_size=2, max_position_embeddings=64)
+        folder = {str(tmp_path / "large")!r}
+        if sys.argv[1] == "write":
+            shapes = param_shapes(config, "masked_lm")
+            save_pretrained(folder, config, jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes))
+            sys.exit()
+
+        tiny = ModelConfig(vocab_size=128, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, type_vocab_size=2)
+        if not os.path.exists(folder + "-tiny"):
+            shapes = param_shapes(tiny, "masked_lm")
+            save_pretrained(folder + "-tiny", tiny, jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes))
+        load_pretrained(folder + "-tiny")  # the code itself is loaded before the memory is watched
+
+        def resident():  # without the pages of mapped files, which the system takes back when it needs them
+            return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+
+        before, peak, done = resident(), 0, False
+
+        def watch():
+            global peak
+            while not done:
+                peak = max(peak, resident())
+                time.sleep(0.002)
+
+        thread = threading.Thread(target=watch); thread.start()
+        _, params, _ = load_pretrained(folder)
+        done = True; thread.join()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        stack = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        largest = 40_000 * 1024 * 4
+        assert size > 3 * largest and stack > 1.5 * largest, (size, stack)
+        extra = peak - before - size
+        print(extra / largest)
+        assert extra < 1.3 * largest, extra / largest
+    """)
+    for phase in ("write", "read"):
+        done = subprocess.run([sys.executable, "-c", code, phase], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def corrupt_header(folder, header: bytes, length: int | None = None):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header) if length is None else length) + header)
+
+
+def as_pickle(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps({"w": [1.0]}))
+
+
+def as_zip(folder):
+    with zipfile.ZipFile(folder / "model.safetensors", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({"w": 1}))
+
+
+def only_pickle(folder):
+    as_zip(folder)
+    (folder / "model.safetensors").rename(folder / "weights.data")
+
+
+def config_with(**values):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def index_of(file):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+
+    return change
+
+
+BAD = {
+    "a pickle by another name": (as_pickle, "is a pickle, whatever its name"),
+    "a zip of pickles by another name": (as_zip, "is a pickle, whatever its name"),
+    "only a pickle": (only_pickle, r"weights as a pickle \(weights.data\).*AutoModel"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors and no"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
+    "remote code": (config_with(auto_map={"AutoModel": "evil.Model"}), "auto_map.*never run"),
+    "unknown type": (config_with(model_type="mamba"), "'mamba' is not known; known are bert, roberta, .*gemma3_text"),
+    "a decoder": (config_with(is_decoder=True), "is_decoder=True is not supported; it must be False"),
+    "quantised": (config_with(quantization_config={"bits": 4}), "quantised"),
+    "another activation": (config_with(hidden_act="mish"), "hidden_act='mish' is not one of gelu"),
+    "more layers": (config_with(num_hidden_layers=3), "layer.2.output.dense.weight is missing; .* is missing"),
+    "fewer layers": (config_with(num_hidden_layers=1), "layer.1.output.dense.bias is not expected; .* not expected"),
+    "another width": (
+        config_with(intermediate_size=64),
+        r"encoder.layer.0.intermediate.dense.weight is float32 \(48, 32\), expected \(64, 32\); .*layer.1",
+    ),
+    "header beyond the file": (lambda folder: corrupt_header(folder, b"{}", 10**12), "is cut off"),
+    "header is no JSON": (lambda folder: corrupt_header(folder, b"{nonsense}"), "no sound safetensors"),
+    "tensor beyond the file": (
+        lambda folder: corrupt_header(folder, b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'),
+        "no sound safetensors",
+    ),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is cut off"),
+    "a name with dots": (
+        lambda folder: rewrite(folder, lambda tensors: tensors | {"../x": np.ones(1, np.float32)}),
+        r"tensor called '\.\./x'",
+    ),
+    "an index to elsewhere": (index_of("../elsewhere.safetensors"), "only .safetensors files beside it"),
+    "an index to a pickle": (index_of("pytorch_model.bin"), "only .safetensors files beside it"),
+    "an index to nothing": (index_of("model-00001-of-00001.safetensors"), "which is not there"),
+    "an index that lists too much": (index_of("elsewhere.safetensors"), "lists tensors that no file holds: a;"),
+    "an index that is none": (
+        lambda folder: (index_of("x")(folder), (folder / "model.safetensors.index.json").write_text("[]")),
+        "is no index of tensors",
+    ),
+    "twice": (
+        lambda folder: rewrite(
+            folder, lambda t: t | {"embeddings.word_embeddings.weight": t["bert.embeddings.word_embeddings.weight"]}
+        ),
+        "twice",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused_in_one_line(bert, case):
+    folder, _ = bert
+    change, message = BAD[case]
+    change(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_every_fault_is_listed_at_once(bert):
+    folder, _ = bert
+
+    def spoil(tensors):
+        del tensors["bert.encoder.layer.0.output.dense.bias"], tensors["cls.predictions.transform.dense.weight"]
+        tensors["bert.encoder.layer.1.output.dense.bias"] = np.ones(7, np.float32)
+        tensors["bert.encoder.layer.1.intermediate.dense.bias"] = np.ones(48, np.int64)
+        return tensors | {"adapter.weight": np.ones(3, np.float32)}
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError) as error:
+        load_pretrained(folder)
+    for fault in (
+        "bert.encoder.layer.0.output.dense.bias is missing",
+        "cls.predictions.transform.dense.weight is missing",
+        "bert.encoder.layer.1.output.dense.bias is float32 (7,), expected (32,)",
+        "bert.encoder.layer.1.intermediate.dense.bias is I64 (48,), expected (48,)",
+        "adapter.weight is not expected",
+    ):
+        assert fault in str(error.value)
+
+
+def test_heads_that_are_not_there(bert):
+    folder, params = bert
+    with pytest.raises(UserError, match="has no head question_answering, but masked_lm"):
+        load_pretrained(folder, head="question_answering")
+    with pytest.raises(UserError, match="may have masked_lm, sequence_classification"):
+        load_pretrained(folder, head="causal_lm")
+    _, stack, _ = load_pretrained(folder, head="embedding")
+    assert stack.keys() == {"embeddings", "layers"}
+    same(stack["layers"], params["layers"])
+
+
+def test_what_cannot_be_found(tmp_path):
+    for given, message in (
+        (str(tmp_path / "none"), "there is no folder"),
+        ("../x/y", "there is no folder"),
+        ("organisation/name", "there is no folder organisation/name, and the Hub cannot be asked"),
+        (__file__, "is a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_pretrained(given)
+
+
+def test_a_repository_comes_from_the_cache_of_the_hub(bert, tmp_path, monkeypatch):
+    """Laid out as huggingface_hub does; a revision is one of its snapshots."""
+    import huggingface_hub.constants
+
+    folder, params = bert
+    repository = tmp_path / "hub" / "models--somebody--small-bert"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision in (None, "main", commit):
+        _, again, _ = load_pretrained("somebody/small-bert", revision=revision)
+        same(without_padding(BERT, again), without_padding(BERT, params))
+    with pytest.raises(UserError, match="the Hub cannot be asked"):
+        load_pretrained("somebody/small-bert", revision="v9")
+
+
+EXOTIC = {
+    "no class": (dataclasses.replace(LLAMA, model_type="bert"), "transformers has no bert with the head causal_lm"),
+    "norms of queries": (dataclasses.replace(LLAMA, qk_norm=True), r"LlamaForCausalLM cannot have qk_norm=True \(it"),
+    "pre-norm BERT": (dataclasses.replace(BERT, norm_position="pre"), "BertForMaskedLM cannot have norm_position='pre"),
+    "no token types": (dataclasses.replace(BERT, type_vocab_size=0), "token types, and this model has none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXOTIC)
+def test_an_architecture_without_class_is_not_exported(tmp_path, case):
+    config, message = EXOTIC[case]
+    params = random_params(config, ("causal_lm" if config.causal else "masked_lm",))
+    with pytest.raises(UserError, match=message):
+        save_pretrained(tmp_path / "out", config, params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    params = random_params(BERT, ("masked_lm",))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="exists already"):
+        save_pretrained(tmp_path / "full", BERT, params)
+    monkeypatch.setattr("models.hub.write_tensors", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(tmp_path / "out", BERT, params)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("model_type", MODULES)
+def test_every_tensor_fills_the_parameters_exactly(model_type):
+    """Each element of each parameter comes from one element of one tensor, padding of the vocabulary apart."""
+    family = family_of(model_type)
+    for head in family.classes:
+        config = dataclasses.replace(small(model_type), labels=LABELS)
+        shapes = param_shapes(config, head)
+        tensors = tensors_of(family, config, head, shapes)
+        assert len({tensor.name for tensor in tensors}) == len(tensors)
+        padding = config.padded_vocab_size - config.vocab_size
+        spare = sum(
+            padding * int(np.prod(leaf.shape[1:]))
+            for leaf in jax.tree.leaves(shapes)
+            if leaf.shape[0] == config.padded_vocab_size
+        )
+        elements = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+        assert sum(int(np.prod(tensor.shape)) for tensor in tensors) == elements - spare
+
+
+@pytest.mark.parametrize(
+    ("kinds", "apart", "period"),
+    [
+        ("g" * 12, False, (0, 1, 0)),
+        ("glllglllglll"[:4] + "lll", False, None),
+        ("g" + "llg" * 7, True, (1, 3, 0)),
+        (("l" * 5 + "g") * 4 + "ll", False, (0, 6, 2)),
+        ("g" * 20 + "l" * 8, False, (0, 1, 8)),
+        ("g", True, (0, 1, 0)),
+        ("gl", True, (1, 1, 0)),
+    ],
+)
+def test_layers_are_stacked_with_few_different_ones(kinds, apart, period):
+    names = {"g": "global", "l": "local"}
+    layers = [names[kind] for kind in kinds]
+    found = stacked(layers, first_apart=apart)
+    prefix, repeated, suffix = found["prefix_layers"], found["layer_period"], found["suffix_layers"]
+    repeats = (len(layers) - len(prefix) - len(suffix)) // len(repeated)
+    assert list(prefix + repeated * repeats + suffix) == layers and repeats >= 1
+    if period:
+        assert (len(prefix), len(repeated), len(suffix)) == period
