@@ -26,8 +26,17 @@ from models.families import family_of
 from models.heads import LANGUAGE_MODELS, has_pooler
 from models.placement import place
 from models.tensor_files import TensorFiles, write_tensors
-from models.weight_map import export, known_names, param_shapes, parts_by_path, plain_name, tensors_of, tree_of
-from sharding.rules import path_of, shard_params
+from models.weight_map import (
+    export,
+    known_names,
+    leaves_of,
+    param_shapes,
+    parts_by_path,
+    plain_name,
+    tensors_of,
+    tree_of,
+)
+from sharding.rules import shard_params
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -151,9 +160,10 @@ class Pretrained:
 
         UserError lists every tensor that is missing, not expected, or of another shape or type.
         """
-        tensors = tensors_of(self._family, self.config_for(head), head, abstract)
         if head not in ("embedding", "causal_lm") and not self._holds(head):
             raise UserError(f"{self.folder} has no head {head}, but {self.head}; leave the head out to take that one")
+        self._check_shapes(head, abstract)
+        tensors = tensors_of(self._family, self.config_for(head), head, abstract)
         views, faults = {}, []
         for tensor in tensors:
             names = [plain_name(self._family, name) for name in (tensor.name, *tensor.also)]
@@ -173,8 +183,23 @@ class Pretrained:
                 f"{self.folder} is no {self._config.model_type} as its config.json says: {'; '.join(faults)}"
             )
         parts = parts_by_path(tensors, views)
-        wanted = {tuple(path_of(path).split("/")): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-        return tree_of({path: place(leaf, parts[path]) for path, leaf in wanted.items()})
+        return tree_of({path: place(leaf, parts[path]) for path, leaf in leaves_of(abstract)})
+
+    def _check_shapes(self, head: str, abstract: dict) -> None:
+        """UserError where `abstract` is another model than this one, because settings were changed."""
+        own, wanted = dict(leaves_of(self.shapes(head))), dict(leaves_of(abstract))
+        faults = [
+            f"{'/'.join(path)} is {own[path].shape if path in own else 'not there'}, wanted "
+            f"{wanted[path].shape if path in wanted else 'none'}"
+            for path in own | wanted
+            if (path in wanted or path[0] != "head")
+            and (path not in own or path not in wanted or own[path].shape != wanted[path].shape)
+        ]
+        if faults:
+            raise UserError(
+                f"the weights of {self.folder} do not fit the model: {'; '.join(faults[:4])}; leave out the settings "
+                "of the model that change its shape"
+            )
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The tokenizer of the folder, None where it has none."""

@@ -67,7 +67,7 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
 
     shapes: the parameter tree. UserError if one of its parameters has no place in such a file.
     """
-    leaves = dict(_leaves(shapes))
+    leaves = dict(leaves_of(shapes))
     prefix = "" if head == "embedding" else family.prefixes.get(head, family.prefix)
     sizes = _sizes(config)
     tensors = []
@@ -119,10 +119,16 @@ def parts_by_path(tensors: list[Tensor], views: Mapping[str, Any]) -> dict[Param
 
 def export(tensors: list[Tensor], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) for a file, one at a time, from a parameter tree of NumPy or JAX arrays."""
-    leaves = dict(_leaves(params))
+    leaves = dict(leaves_of(params))
     for tensor in tensors:
         parts = [np.asarray(leaves[path][index] if index else leaves[path]) for path, index in tensor.targets]
         yield tensor.name, tensor.join(parts)
+
+
+def leaves_of(tree: Any) -> Iterator[tuple[ParamPath, Any]]:
+    """(path, leaf) of a nested dict."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield tuple(entry.key for entry in path), leaf
 
 
 def tree_of(leaves: Mapping[ParamPath, Any]) -> dict:
@@ -134,11 +140,6 @@ def tree_of(leaves: Mapping[ParamPath, Any]) -> dict:
             node = node.setdefault(name, {})
         node[path[-1]] = leaf
     return tree
-
-
-def _leaves(tree: Any) -> Iterator[tuple[ParamPath, Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield tuple(entry.key for entry in path), leaf
 
 
 def _sizes(c: ModelConfig) -> dict[str, int]:

@@ -276,6 +276,12 @@ def test_refusals_come_before_the_work(published_bert, corpus, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("x")
     decoder = pretraining(clm.presets, corpus, tmp_path, init_from=f"hf:{published_bert}")
+    wider = dataclasses.replace(base, init_from=f"hf:{published_bert}")
+    longer = dataclasses.replace(wider, model=dataclasses.replace(base.model, max_position_embeddings=128))
+
+    def asking(name):
+        return cli.Call(given=frozenset({f"model.{name}"}))
+
     exotic = dataclasses.replace(base.model, norm_position="pre")
     for run, message in (
         (lambda: clm.pretrain.main(decoder), r"names an encoder \(bert\); pretrain it by `mlm`"),
@@ -288,6 +294,8 @@ def test_refusals_come_before_the_work(published_bert, corpus, tmp_path):
             lambda: mlm.pretrain.main(dataclasses.replace(base, init_from="hf:nobody/nothing")),
             "the Hub cannot be asked",
         ),
+        (lambda: mlm.pretrain.main(wider, asking("hidden_size")), r"do not fit.*is \(64, 32\), wanted \(64, 64\)"),
+        (lambda: mlm.pretrain.main(longer, asking("max_position_embeddings")), "do not fit the model"),
         (
             lambda: mlm.pretrain.main(dataclasses.replace(base, init_from=f"hf:{published_bert}", init_optimizer=True)),
             "no optimizer state",

@@ -184,7 +184,9 @@ def test_weights_are_placed_on_the_mesh_piece_by_piece(bert, sizes):
 
     view = np.arange(2 * 24 * 8, dtype=np.float32).reshape(2, 24, 8)
     abstract = jax.ShapeDtypeStruct(
-        (2, 32, 8), np.float32, sharding=jax.sharding.NamedSharding(mesh, jax.P(None, "tensor", "fsdp"))
+        (2, 32, 8),
+        np.float32,
+        sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor", "fsdp")),
     )
     for piece_bytes in (4, 100, 10_000):
         made = place(abstract, [((number,), view[number]) for number in range(2)], piece_bytes)
