@@ -168,6 +168,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
         settings = json.loads(path.read_text())
         # Version 5 writes the class name TokenizersBackend, which version 4 does not know; both know this one.
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | more
+        for name in ("is_local", "local_files_only", "name_or_path"):  # of the machine that wrote it
+            settings.pop(name, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         # tokenizer.json last: where it is, the others are.
         for path in sorted(pathlib.Path(unfinished).iterdir(), reverse=True):

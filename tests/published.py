@@ -106,9 +106,12 @@ def model(name: str, head: str):
     return made.eval()
 
 
+_WRITTEN = tempfile.TemporaryDirectory(prefix="published-")
+
+
 @functools.cache
 def folder(name: str, head: str) -> str:
-    """A folder with that model as transformers writes it."""
-    place = tempfile.mkdtemp(prefix="published-")
+    """A folder with that model as transformers writes it; it goes when the tests end."""
+    place = f"{_WRITTEN.name}/{name}-{head}"
     model(name, head).save_pretrained(place)
     return place

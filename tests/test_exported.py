@@ -217,8 +217,8 @@ def test_pretraining_goes_on_from_published_weights_and_back(published_bert, cor
     for part in (
         "./launch.sh mlm debug",
         "## Data",
-        "## Results",
-        "| loss |",
+        "## Results on held-out data",
+        "| loss (nats a masked token) |",
         "| steps | 4 |",
         f"{corpus}/*.txt",
         "| jax |",

@@ -38,8 +38,8 @@ def model_card(run_dir: str | Path) -> str:
     title = run.path.name
     text = ["---", *front, "---", "", f"# {title}", ""]
     text.append(
-        f"A {config['model']['model_type']} model{size}, {words}, by Espalier (JAX). The weights load with stock "
-        "classes of transformers."
+        f"A model of type {config['model']['model_type']}{size}, {words}, made with Espalier (JAX). It loads with "
+        "stock classes of transformers."
     )
     if pipeline in ("fill-mask", "text-generation", "text-classification", "token-classification"):
         text += _code(
@@ -55,13 +55,19 @@ def model_card(run_dir: str | Path) -> str:
         )
     for heading, rows in (
         ("Data", _data(config)),
-        ("Results", _results(summary)),
+        ("Results on held-out data", _results(config["task"], summary)),
         ("Settings", _settings(config, summary)),
         ("Environment", summary.get("environment", {})),
     ):
         if rows:
             text += ["", f"## {heading}", "", "| | |", "|---|---|"]
             text += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    text += [
+        "",
+        "## Limits",
+        "",
+        "It repeats what its data holds, mistakes and prejudices included; it was checked for neither.",
+    ]
     if config.get("command"):
         text += ["", "## Command"] + _code(config["command"], "")
     return "\n".join(text) + "\n"
@@ -84,9 +90,15 @@ def _data(config: dict) -> dict[str, str]:
     return ({"started from": base} if base else {}) | rows
 
 
-def _results(summary: dict) -> dict[str, str]:
+def _results(task: str, summary: dict) -> dict[str, str]:
     measured = (summary.get("eval") or {}) | (summary.get("metrics") or {})
-    return {name.replace("_", " "): f"{value:.4g}" for name, value in measured.items() if value is not None}
+    unit = {"masked_lm": "a masked token", "causal_lm": "a token"}.get(task, "an example")
+    names = {"loss": f"loss (nats {unit})", "f1": "F1", "macro_f1": "macro F1", "matthews": "Matthews correlation"}
+    if task == "masked_lm":
+        names["accuracy"] = "accuracy (masked tokens)"
+    return {
+        names.get(name, name.replace("_", " ")): f"{value:.4g}" for name, value in measured.items() if value is not None
+    }
 
 
 def _settings(config: dict, summary: dict) -> dict[str, Any]:
