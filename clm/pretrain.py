@@ -28,7 +28,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
     from models.counts import count_params, flops_per_token
     from models.hub import Pretrained, check_export, save_pretrained
-    from models.pretrained import architecture_of, load_weights
+    from models.pretrained import architecture_of, export_to, load_weights
     from models.transformer import init_params, matrix_axes
     from sharding.mesh import build_mesh, check_batch, host_rows
     from training.card import model_card
@@ -54,8 +54,9 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     specials = special_ids(tokenizer, need=("bos", "eos"))
     # Published models have spare rows in their vocabulary.
     model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
-    if config.export:
-        check_export(config.export, model, "causal_lm", tokenizer)
+    exporting = export_to(config.export, run.path, origin)
+    if exporting:
+        check_export(exporting, model, "causal_lm", tokenizer)
     config_dict, defaults = settings(
         config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command
     )
@@ -106,8 +107,8 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         texts = continue_texts(model, jax.device_get(result.state.params), tokenizer, [""] * 3, sampling)
         write_json(run.path / "samples.json", {"texts": texts})
         write_report(run.path)
-        if config.export and result.finished:
-            save_pretrained(config.export, model, result.state.params, tokenizer, card=model_card(run.path))
+        if exporting and result.finished:
+            save_pretrained(exporting, model, result.state.params, tokenizer, card=model_card(run.path))
             print(f"exported to {config.export}", flush=True)
     return summary
 

@@ -58,7 +58,7 @@ def import_model(config: ImportConfig) -> dict:
     from data.store import appearing
     from data.tokenizer import fingerprint, save_tokenizer, tokenizer_of
     from models.counts import count_params
-    from models.hub import Pretrained, check_new, load_pretrained
+    from models.hub import PREFIX, Pretrained, check_new, load_pretrained
     from training.checkpoint import save_params
     from training.run import RunDirectory, write_json
 
@@ -68,7 +68,8 @@ def import_model(config: ImportConfig) -> dict:
     head = config.head or source.head
     tokenizer = tokenizer_of(source.tokenizer_folder, source.config)
     model, params, _ = load_pretrained(source.folder, head)
-    named = config.source if Path(config.source).expanduser().exists() else f"hf:{config.source}"
+    given = config.source.removeprefix(PREFIX)
+    named = given if Path(given).expanduser().exists() else PREFIX + given
     saved = {
         "task": head,
         "model": asdict(model),

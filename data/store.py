@@ -79,7 +79,9 @@ def appearing(folder: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another folder") from error
+        raise UserError(
+            f"cannot write to {folder.parent} ({error.strerror}); choose another folder (of tokenized text: --data.cache)"
+        ) from error
     try:
         yield unfinished
         try:

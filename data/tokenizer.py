@@ -108,7 +108,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         if (folder / "tokenizer_config.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the Rust side raises plain Exception, from_pretrained many kinds
-        raise UserError(f"{path} is no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is no tokenizer that can be read: {' '.join(str(error).split())[:300]}") from error
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
     known = (WORDPIECE_SPECIALS, BPE_MASKED_LM_SPECIALS, SENTENCEPIECE_SPECIALS)
     return _wrap(backend, {name: text for specials in known for name, text in specials.items() if text in present})
@@ -125,7 +125,7 @@ def _load_model_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
-        raise UserError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{folder} has a tokenizer without a fast form ({type(tokenizer).__name__}); save it once as tokenizer.json"
@@ -136,17 +136,18 @@ def _load_model_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
 def tokenizer_of(folder: str | os.PathLike, config: dict) -> PreTrainedTokenizerFast:
     """The tokenizer that belongs to saved weights; UserError unless it is the one that their config names.
 
-    config: beside the weights; `fingerprints` only where they are those of a run. A vocabulary may have spare rows.
+    config: beside the weights; `fingerprints` only where they are those of a run. A vocabulary may have spare rows, and
+    special tokens beyond its end (Gemma 3), which no text becomes.
     """
     tokenizer = load_tokenizer(folder)
     size, expected = vocabulary_size(tokenizer), config["model"]["vocab_size"]
+    special = special_ids(tokenizer).all
+    beyond = [index for index in range(expected, size) if index not in special]
     known = config.get("fingerprints", {}).get("tokenizer")
-    if size > expected or known and fingerprint(tokenizer) != known:
+    if beyond or known and fingerprint(tokenizer) != known:
         found = f"{size:,} tokens" if size != expected else "other tokens"
-        raise UserError(
-            f"{folder} has {found}, not the {expected:,} that the checkpoint beside it knows; "
-            "put back the tokenizer of that run"
-        )
+        advice = "put back the tokenizer of that run" if known else "the two files do not belong together"
+        raise UserError(f"{folder} has {found}, not the {expected:,} that the weights know; {advice}")
     return tokenizer
 
 
@@ -177,13 +178,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
 
 
 def framed_tokenizer(tokenizer: PreTrainedTokenizerFast, causal: bool) -> PreTrainedTokenizerFast:
-    """A copy that puts the special tokens around one text or two as fine-tuning does (data.labelled.encode_pairs)."""
+    """A copy that puts the special tokens around one text or two as fine-tuning does (data.labelled.encode_pairs).
+
+    A decoder classifies by its last token, and transformers finds that by looking for padding: where padding is the
+    end token too, another special token becomes padding; where there is none, no token (rows then go one by one).
+    """
     specials = special_ids(tokenizer, need=("bos", "eos") if causal else ("cls", "sep"))
     first, between = (specials.bos, specials.eos) if causal else (specials.cls, specials.sep)
     framed = copy.deepcopy(tokenizer)
     assert first is not None and between is not None
     cls, sep = (str(tokenizer.convert_ids_to_tokens(index)) for index in (first, between))
     framed.backend_tokenizer.post_processor = _template(framed.backend_tokenizer, cls, sep)
+    if causal and tokenizer.pad_token_id in (None, between):
+        others = [index for index in specials.all if index not in (first, between)]
+        framed.pad_token = str(tokenizer.convert_ids_to_tokens(others[0])) if others else None
     return framed
 
 

@@ -24,7 +24,7 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from models.config import ModelConfig
     from models.counts import flops_per_token
     from models.hub import Pretrained, check_export, save_pretrained
-    from models.pretrained import load_weights
+    from models.pretrained import export_to, load_weights
     from models.transformer import matrix_axes
     from sharding.mesh import build_mesh, check_batch
     from training.card import model_card
@@ -48,8 +48,9 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     model = ModelConfig.from_dict(origin.config["model"])
     model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
     task = open_task(config, model, tokenizer)
-    if config.export:
-        check_export(config.export, task.model, config.task, tokenizer)
+    exporting = export_to(config.export, run.path, origin)
+    if exporting:
+        check_export(exporting, task.model, config.task, tokenizer)
     config = resolved(config, task.examples, model.hidden_size)
     fingerprints = {"tokenizer": fingerprint(tokenizer)} | task.fingerprints
     config_dict, defaults = settings(
@@ -83,9 +84,9 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     summary = summarise(run, result, metrics=task.finish(run, result.state.params, mesh))
     if jax.process_index() == 0:
         write_report(run.path)
-        if config.export and result.finished:
+        if exporting and result.finished:
             as_trained = framed_tokenizer(tokenizer, model.causal)
-            save_pretrained(config.export, task.model, result.state.params, as_trained, card=model_card(run.path))
+            save_pretrained(exporting, task.model, result.state.params, as_trained, card=model_card(run.path))
             print(f"exported to {config.export}", flush=True)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
         print(f"{figures}  on {config.data.validation}; more in {run.report}", flush=True)

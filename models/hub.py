@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 PREFIX = "hf:"
 CLASSIFIERS = ("sequence_classification", "token_classification")
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""Files of a repository on the Hub that are fetched; never its pickles."""
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+UNWANTED = ("*/*", "consolidated*")
+"""Files of a repository on the Hub that are fetched, and those of them that are copies; never its pickles."""
 
 
 def load_pretrained(
@@ -67,7 +68,8 @@ def load_pretrained(
     else:
         layout = shard_params(shapes, mesh)
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
-    return config, source.read(head, abstract), source.tokenizer()
+    tokenizer = source.tokenizer()
+    return config, source.read(head, abstract), tokenizer
 
 
 def save_pretrained(
@@ -85,7 +87,7 @@ def save_pretrained(
 
     params: as trained or loaded. head: which class is to load them (models.heads.HEADS); default: by the parameters,
     and for those of a decoder without any of its own, a language model. card: the text of README.md. dtype: float32,
-    bfloat16 or float16, in which the weights are written, in files of at most shard_bytes. The folder must be new or
+    bfloat16 or float16, in which the weights are written, in files of about shard_bytes. The folder must be new or
     empty; it appears whole. UserError where the architecture is not that of a class in transformers.
     """
     head = head or head_of(config, params)
@@ -110,14 +112,13 @@ class Pretrained:
     Also what a run may start from (training.start.Origin).
     """
 
-    resumed = False
+    resumed = finished = False
 
     def __init__(self, path_or_id: str | os.PathLike, revision: str | None = None):
         self.name = str(path_or_id)
         self.folder = self.tokenizer_folder = _local_folder(path_or_id, revision)
-        self._hf = _read_config(self.folder)
+        self._hf, self._config = _read_config(self.folder)
         self._family = family_of(self._hf.model_type)
-        self._config = to_ours(self._hf)
         self._files = TensorFiles(self.folder)
         self._views: dict[str, Any] = {}
         for name, view in self._files.items():
@@ -143,6 +144,8 @@ class Pretrained:
                 f"a model of type {self._config.model_type} has no head {head!r}; it may have "
                 f"{', '.join(self._family.classes)}"
             )
+        if head == "sequence_classification" and self._hf.problem_type not in (None, "single_label_classification"):
+            raise UserError(f"problem_type={self._hf.problem_type!r} is not supported; one label a text is")
         if head in CLASSIFIERS:
             labels = tuple(str(self._hf.id2label[number]) for number in sorted(self._hf.id2label))
             return dataclasses.replace(self._config, labels=labels)
@@ -161,7 +164,10 @@ class Pretrained:
         UserError lists every tensor that is missing, not expected, or of another shape or type.
         """
         if head not in ("embedding", "causal_lm") and not self._holds(head):
-            raise UserError(f"{self.folder} has no head {head}, but {self.head}; leave the head out to take that one")
+            advice = (
+                f"but {self.head}; leave the head out to take that one" if head != self.head else "as its config says"
+            )
+            raise UserError(f"{self.folder} has no head {head}, {advice}")
         self._check_shapes(head, abstract)
         tensors = tensors_of(self._family, self.config_for(head), head, abstract)
         views, faults = {}, []
@@ -287,7 +293,7 @@ def check_new(path: Path) -> None:
 
 
 def check_export(path: str | os.PathLike, config: ModelConfig, head: str, tokenizer: Any) -> None:
-    """UserError where `save_pretrained` would refuse: before a training, rather than after it."""
+    """UserError where `save_pretrained` would refuse: before the work, rather than after it."""
     check_new(Path(path).expanduser())
     to_hf(config, head, tokenizer)
 
@@ -303,16 +309,15 @@ def _local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
     if ".." in given or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
         raise UserError(f"there is no folder {given}, and a repository on the Hub is called NAME or ORGANISATION/NAME")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    wanted = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
     try:
-        return Path(snapshot_download(given, revision=revision, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(given, revision=revision, **wanted))
+    except GatedRepoError:
+        raise UserError(
+            f"{given} is given only to those who accept its licence: do so on its page of the Hub, then `hf auth login`"
+        ) from None
     except RevisionNotFoundError:
         raise UserError(f"{given} on the Hub has no revision {revision!r}; leave it out for the newest") from None
     except RepositoryNotFoundError:
@@ -320,15 +325,19 @@ def _local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
             f"there is no folder {given} and no such repository on the Hub; check the name (for a private one: "
             "hf auth login)"
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the connection, in the middle of a file, of a name that the Hub does not allow
+        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"there is no folder {given}, and the Hub cannot be asked for it ({str(error).splitlines()[0]}); "
+            f"there is no folder {given}, and the Hub cannot be asked for it ({said}); "
             "check the path, or fetch it where there is a connection: hf download NAME --local-dir FOLDER"
         ) from None
 
 
-def _read_config(folder: Path) -> Any:
-    """transformers' configuration, with the defaults of what an old file leaves out; UserError for remote code."""
+def _read_config(folder: Path) -> tuple[Any, ModelConfig]:
+    """transformers' configuration, with the defaults of what an old file leaves out, and ours.
+
+    UserError for remote code and for values that do not fit.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; expected a folder in Hugging Face format")
@@ -343,15 +352,18 @@ def _read_config(folder: Path) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values)
-    except Exception as error:  # transformers raises many kinds for values that do not fit
+        hf = CONFIG_MAPPING[model_type].from_dict(values)
+        return hf, to_ours(hf)
+    except UserError:
+        raise
+    except Exception as error:  # many kinds, for values that do not fit
         raise UserError(f"{path} is no configuration of {model_type}: {' '.join(str(error).split())}") from None
 
 
 def _json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object")

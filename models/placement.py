@@ -39,11 +39,13 @@ def place(shape: jax.ShapeDtypeStruct, parts: list[Part], piece_bytes: int = PIE
                 buffer[start[:depth] + tuple(slice(at, at + size) for at, size in ends)] = piece
             buffers.append(jax.device_put(buffer, device))
             continue
-        buffer = _zeros(local, shape.dtype, device)()
-        for start, piece in pieces:
-            piece = jax.device_put(np.ascontiguousarray(piece, shape.dtype), device)
-            # Waiting keeps the pieces that are on their way to one.
-            buffer = jax.block_until_ready(_fill(buffer, piece, start))
+        # A mesh of its own, because the one that is set would want all of its devices in the computation.
+        with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("one",))):
+            buffer = _zeros(local, shape.dtype, device)()
+            for start, piece in pieces:
+                piece = jax.device_put(np.ascontiguousarray(piece, shape.dtype), device)
+                # Waiting keeps the pieces that are on their way to one.
+                buffer = jax.block_until_ready(_fill(buffer, piece, start))
         buffers.append(buffer)
     return jax.make_array_from_single_device_arrays(shape.shape, sharding, buffers)
 

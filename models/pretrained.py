@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
 from cli import UserError
 from models.config import ModelConfig
+from models.heads import LANGUAGE_MODELS
 
 
 class Saved(Protocol):
     """Weights and what stands beside them (training.start.Origin)."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def config(self) -> dict: ...
+    @property
+    def finished(self) -> bool: ...
     def restore_params(self, abstract: Any) -> Any: ...
 
 
@@ -35,6 +41,22 @@ def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = fr
     return model
 
 
+def export_to(path: str | None, run_dir: Path, origin: Saved | None) -> Path | None:
+    """Where a run exports to at its end; None if nowhere, or if it has done so and is called once more.
+
+    UserError for the run's own folder.
+    """
+    if path is None:
+        return None
+    target = Path(path).expanduser().absolute()
+    if target == run_dir or run_dir.is_relative_to(target):
+        raise UserError(f"--export {path} is where the run is; name another folder")
+    if origin is not None and origin.finished and (target / "config.json").is_file():
+        print(f"exported already to {path}", flush=True)
+        return None
+    return target
+
+
 def load_weights(
     origin: Saved, model: ModelConfig, head: str, init: Callable[[jax.Array], dict], seed: int
 ) -> Callable[[Any], Any]:
@@ -50,6 +72,8 @@ def load_weights(
         params = origin.restore_params({name: part for name, part in abstract.items() if name != "head"})
         if "head" not in abstract:
             return params
+        if head in LANGUAGE_MODELS and jax.process_index() == 0:
+            print(f"{origin.name} has no head {head}: a new one begins at random", flush=True)
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["head"])
         return params | {"head": jax.jit(lambda key: init(key)["head"], out_shardings=layout)(jax.random.key(seed))}
 

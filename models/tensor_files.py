@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cli import UserError
+from cli import MachineError, UserError
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5 * 10**9
@@ -32,7 +32,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __init__(self, folder: Path):
         self._views: dict[str, np.ndarray] = {}
         for path in _files(folder):
-            self._views |= _open(path)
+            views = _open(path)
+            twice = sorted(views.keys() & self._views.keys())
+            if twice:
+                raise UserError(f"{path} holds tensors that another file has too: {', '.join(twice)}; keep one of them")
+            self._views |= views
         index = folder / INDEX
         if index.is_file() and not (folder / SINGLE).is_file():
             listed = _index(index)
@@ -53,7 +57,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str, shard_bytes: int) -> None:
-    """Write model.safetensors, or several files of at most shard_bytes with an index; each tensor cast to dtype."""
+    """Write model.safetensors, or several files with an index; each tensor cast to dtype.
+
+    shard_bytes: tensors of a file together, unless it is a single one. UserError for a value that dtype cannot hold.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     cast = DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]]
@@ -62,12 +70,18 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype
     total = size = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"{len(shards)}.unfinished", metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / f"{len(shards)}.unfinished", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, above all
+            raise MachineError(f"the weights could not be written to {folder.parent}: {error}") from error
         shards.append(list(shard))
         shard.clear()
 
     for name, tensor in tensors:
-        array = tensor.astype(cast, copy=False)
+        with np.errstate(over="ignore"):
+            array = tensor.astype(cast, copy=False)
+        if not np.isfinite(array).all() and np.isfinite(tensor).all():
+            raise UserError(f"{name} has values up to {np.abs(tensor).max():.3g}, too large for {dtype}; take bfloat16")
         if shard and size + array.nbytes > shard_bytes:
             flush()
             size = 0
@@ -104,7 +118,10 @@ def _files(folder: Path) -> list[Path]:
             f"{folder} has its weights as a pickle ({pickles[0]}), which can run any program when it is opened; "
             "convert them where you trust them: AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
-    raise UserError(f"{folder} has no {SINGLE} and no {INDEX}; expected one of them")
+    raise UserError(
+        f"{folder} has no {SINGLE} and no {INDEX}; a repository that holds pickles alone (.bin, .pt) must be converted "
+        "where you trust it: AutoModel.from_pretrained(NAME).save_pretrained(FOLDER)"
+    )
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -120,6 +137,8 @@ def _is_pickle(path: Path) -> bool:
     """By content: PyTorch's zip files of pickles, bare pickles, and old tar files."""
     with path.open("rb") as file:
         start = file.read(512)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8:
+        return False  # safetensors, whose header may have any length
     zipped = start.startswith(b"PK\x03\x04") and path.suffix not in (".zip", ".docx", ".xlsx", ".npz")
     return zipped or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or start[257:262] == b"ustar"
 

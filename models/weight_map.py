@@ -68,6 +68,7 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
     shapes: the parameter tree. UserError if one of its parameters has no place in such a file.
     """
     leaves = dict(leaves_of(shapes))
+    aliases = family.aliases if config.tie_word_embeddings else {}
     prefix = "" if head == "embedding" else family.prefixes.get(head, family.prefix)
     sizes = _sizes(config)
     tensors = []
@@ -83,9 +84,7 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
                     continue  # A bias or a norm that this model goes without.
                 assert all(path in leaves for path, _ in targets), f"{name}: only some of {names} are in the model"
                 shape, split, order = _layout(layout, sizes)
-                tensors.append(
-                    Tensor(before + name.format(layer), family.aliases.get(name, ()), shape, split, order, targets)
-                )
+                tensors.append(Tensor(before + name.format(layer), aliases.get(name, ()), shape, split, order, targets))
     _check_whole(tensors, leaves, config, head)
     return tensors
 

@@ -1,5 +1,6 @@
 """What leaves Espalier, in the hands of transformers: stock classes and pipelines, from the command line on."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -21,7 +22,7 @@ import finetune.train
 import mlm.presets
 import mlm.pretrain
 from commands.convert import ExportConfig, ImportConfig, export_model, import_model
-from data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
+from data.tokenizer import framed_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
 from models.config import ModelConfig
 from models.families import family_of
 from models.heads import sequence_logits, span_logits, token_logits
@@ -202,6 +203,7 @@ def test_pretraining_goes_on_from_published_weights_and_back(published_bert, cor
     assert not (tmp_path / "out").exists()
     summary = mlm.pretrain.main(config, call)
     assert summary["finished"]
+    assert mlm.pretrain.main(config, call)["finished"]  # once more: nothing to train, and exported already
     params = restore_params(tmp_path / "run")
     _, again, _ = load_pretrained(tmp_path / "out")
     rows = saved["vocab_size"]
@@ -271,6 +273,52 @@ def test_a_classifier_of_a_decoder_scores_alike_outside(corpus, tmp_path):
         assert found["label"] == row["prediction"] and found["score"] == pytest.approx(row["probability"], abs=1e-4)
 
 
+@pytest.mark.parametrize("pad", ["the end", "none", "the end, and no other special token"])
+def test_a_decoder_whose_padding_is_its_end_classifies_alike(tmp_path, pad):
+    """transformers looks for the last token that is not padding: the end of the text must not be taken for it."""
+    config = small("llama", labels=("a", "b", "c"))
+    params = random_params(config, ("sequence_classification",))
+    made = copy.deepcopy(tokenizer("bpe"))
+    made.pad_token = None if pad == "none" else made.eos_token
+    if pad.endswith("token"):
+        state = json.loads(made.backend_tokenizer.to_str())
+        state["added_tokens"] = state["added_tokens"][:1]
+        made = hf.PreTrainedTokenizerFast(
+            tokenizer_object=type(made.backend_tokenizer).from_str(json.dumps(state)),
+            bos_token=made.bos_token,
+            eos_token=made.eos_token,
+            pad_token=made.eos_token,
+        )
+    save_pretrained(tmp_path / "x", config, params, framed_tokenizer(made, causal=True))
+    classify = hf.pipeline("text-classification", str(tmp_path / "x"), top_k=None)
+    texts = ["the lazy dog", "the quick brown fox jumps"]
+    alone = not classify.tokenizer.pad_token
+    assert alone == pad.endswith("token")
+    for text, found in zip(texts, classify(texts, batch_size=1 if alone else 2), strict=True):
+        ids = [made.bos_token_id, *made(text, add_special_tokens=False)["input_ids"], made.eos_token_id]
+
+        def head(config, params, x_BTD):
+            return sequence_logits(config, params, x_BTD, np.ones(x_BTD.shape[:2], np.int32))
+
+        expected = jax.nn.softmax(ours(config, params, head, ids)).tolist()
+        assert {row["label"]: row["score"] for row in found} == pytest.approx(
+            dict(zip(config.labels, expected, strict=True)), abs=1e-4
+        )
+
+
+def test_special_tokens_beyond_the_vocabulary(tmp_path):
+    """As in Gemma 3, whose tokenizer has one more than its model; an ordinary token too many is refused."""
+    made = copy.deepcopy(tokenizer("wordpiece"))
+    exported(tmp_path / "x", "bert", "masked_lm")
+    made.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    save_tokenizer(made, tmp_path / "x")
+    assert import_model(ImportConfig(str(tmp_path / "x"), str(tmp_path / "run")))["head"] == "masked_lm"
+    made.add_tokens(["zebra"])
+    save_tokenizer(made, tmp_path / "x")
+    with pytest.raises(cli.UserError, match="do not belong together"):
+        import_model(ImportConfig(str(tmp_path / "x"), str(tmp_path / "again")))
+
+
 def test_refusals_come_before_the_work(published_bert, corpus, tmp_path):
     base = pretraining(mlm.presets, corpus, tmp_path)
     (tmp_path / "taken").mkdir()
@@ -300,6 +348,7 @@ def test_refusals_come_before_the_work(published_bert, corpus, tmp_path):
             lambda: mlm.pretrain.main(dataclasses.replace(base, init_from=f"hf:{published_bert}", init_optimizer=True)),
             "no optimizer state",
         ),
+        (lambda: mlm.pretrain.main(dataclasses.replace(base, export=base.run_dir)), "is where the run is"),
         (lambda: import_model(ImportConfig(str(published_bert), str(tmp_path / "taken"))), "exists already"),
         (lambda: import_model(ImportConfig(str(corpus), str(tmp_path / "new"))), "has no config.json"),
     ):

@@ -19,9 +19,10 @@ from tiny_models import BERT, GPT, LLAMA, random_params
 
 from cli import UserError
 from models.config import ModelConfig
-from models.families import MODULES, family_of, stacked
+from models.families import MODULES, family_of
 from models.hub import Pretrained, load_pretrained, save_pretrained
 from models.placement import place
+from models.tensor_files import TensorFiles
 from models.weight_map import param_shapes, tensors_of
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
@@ -63,16 +64,17 @@ CASES = [(model_type, head) for model_type in MODULES for head in family_of(mode
 
 @pytest.mark.parametrize(("model_type", "head"), CASES)
 def test_export_and_import_keep_every_bit(tmp_path, model_type, head):
-    config = small(model_type)
+    # Dropout that no class has by default, where its files know it.
+    base = small(model_type)
+    config = dataclasses.replace(base, attention_dropout=0.25, hidden_dropout=0.3 if base.hidden_dropout else 0.0)
     if head.endswith("classification"):
         config = dataclasses.replace(config, labels=LABELS)
     params = random_params(config, (head,))
     save_pretrained(tmp_path / "there", config, params, head=head)
     back, again, tokenizer = load_pretrained(tmp_path / "there")
     assert Pretrained(tmp_path / "there").head == head and tokenizer is None
-    dropout = dict(hidden_dropout=back.hidden_dropout, attention_dropout=back.attention_dropout)
     kv_heads = config.kv_heads if config.num_key_value_heads or back.num_key_value_heads else None
-    assert back == dataclasses.replace(config, num_key_value_heads=kv_heads, **dropout)
+    assert back == dataclasses.replace(config, num_key_value_heads=kv_heads)
     same(without_padding(config, again), without_padding(config, params))
 
 
@@ -189,7 +191,8 @@ def test_weights_are_placed_on_the_mesh_piece_by_piece(bert, sizes):
         sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor", "fsdp")),
     )
     for piece_bytes in (4, 100, 10_000):
-        made = place(abstract, [((number,), view[number]) for number in range(2)], piece_bytes)
+        with jax.set_mesh(mesh):  # as the training loop has it
+            made = place(abstract, [((number,), view[number]) for number in range(2)], piece_bytes)
         np.testing.assert_array_equal(np.asarray(made), np.pad(view, [(0, 0), (0, 8), (0, 0)]))
 
 
@@ -288,6 +291,12 @@ BAD = {
     "unknown type": (config_with(model_type="mamba"), "'mamba' is not known; known are bert, roberta, .*gemma3_text"),
     "a decoder": (config_with(is_decoder=True), "is_decoder=True is not supported; it must be False"),
     "quantised": (config_with(quantization_config={"bits": 4}), "quantised"),
+    "several labels a text": (
+        config_with(architectures=["BertForSequenceClassification"], problem_type="multi_label_classification"),
+        "multi_label_classification.*not supported",
+    ),
+    "a number as text": (config_with(hidden_size="wide"), "is no configuration of bert"),
+    "no sizes": (config_with(num_attention_heads=None), "is no configuration of bert"),
     "another activation": (config_with(hidden_act="mish"), "hidden_act='mish' is not one of gelu"),
     "more layers": (config_with(num_hidden_layers=3), "layer.2.output.dense.weight is missing; .* is missing"),
     "fewer layers": (config_with(num_hidden_layers=1), "layer.1.output.dense.bias is not expected; .* not expected"),
@@ -443,24 +452,42 @@ def test_every_tensor_fills_the_parameters_exactly(model_type):
         assert sum(int(np.prod(tensor.shape)) for tensor in tensors) == elements - spare
 
 
-@pytest.mark.parametrize(
-    ("kinds", "apart", "period"),
-    [
-        ("g" * 12, False, (0, 1, 0)),
-        ("glllglllglll"[:4] + "lll", False, None),
-        ("g" + "llg" * 7, True, (1, 3, 0)),
-        (("l" * 5 + "g") * 4 + "ll", False, (0, 6, 2)),
-        ("g" * 20 + "l" * 8, False, (0, 1, 8)),
-        ("g", True, (0, 1, 0)),
-        ("gl", True, (1, 1, 0)),
-    ],
-)
-def test_layers_are_stacked_with_few_different_ones(kinds, apart, period):
-    names = {"g": "global", "l": "local"}
-    layers = [names[kind] for kind in kinds]
-    found = stacked(layers, first_apart=apart)
-    prefix, repeated, suffix = found["prefix_layers"], found["layer_period"], found["suffix_layers"]
-    repeats = (len(layers) - len(prefix) - len(suffix)) // len(repeated)
-    assert list(prefix + repeated * repeats + suffix) == layers and repeats >= 1
-    if period:
-        assert (len(prefix), len(repeated), len(suffix)) == period
+def test_an_untied_head_is_no_embedding(tmp_path):
+    config = dataclasses.replace(LLAMA, tie_word_embeddings=False)
+    save_pretrained(tmp_path / "x", config, random_params(config, ("causal_lm",)))
+
+    def without(tensors):
+        del tensors["model.embed_tokens.weight"]
+        return tensors
+
+    rewrite(tmp_path / "x", without)
+    with pytest.raises(UserError, match="model.embed_tokens.weight is missing"):
+        load_pretrained(tmp_path / "x")
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_no_header_looks_like_a_pickle(tmp_path, length):
+    """Headers of some lengths begin with the bytes of a pickle."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        struct.pack("<Q", length) + header.ljust(length) + struct.pack("<f", 2.5)
+    )
+    assert TensorFiles(tmp_path)["a"] == 2.5
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    for number in (1, 2):
+        save_file({"a": np.ones(1, np.float32)}, tmp_path / f"m-{number}.safetensors")
+    index = {"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="another file has too: a"):
+        TensorFiles(tmp_path)
+
+
+def test_values_too_large_for_half_precision_are_refused(tmp_path):
+    params = random_params(BERT, ("masked_lm",))
+    params["head"]["masked_lm"]["bias"][3] = 1e6
+    with pytest.raises(UserError, match="cls.predictions.bias has values up to 1e.06, too large for float16"):
+        save_pretrained(tmp_path / "x", BERT, params, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+    save_pretrained(tmp_path / "x", BERT, params, dtype="bfloat16")

@@ -93,11 +93,18 @@ def _data(config: dict) -> dict[str, str]:
 def _results(task: str, summary: dict) -> dict[str, str]:
     measured = (summary.get("eval") or {}) | (summary.get("metrics") or {})
     unit = {"masked_lm": "a masked token", "causal_lm": "a token"}.get(task, "an example")
-    names = {"loss": f"loss (nats {unit})", "f1": "F1", "macro_f1": "macro F1", "matthews": "Matthews correlation"}
+    names: dict[str, str] = {
+        "loss": f"loss (nats {unit})",
+        "f1": "F1",
+        "macro_f1": "macro F1",
+        "matthews": "Matthews correlation",
+    }
     if task == "masked_lm":
         names["accuracy"] = "accuracy (masked tokens)"
     return {
-        names.get(name, name.replace("_", " ")): f"{value:.4g}" for name, value in measured.items() if value is not None
+        names.get(str(name), str(name).replace("_", " ")): f"{value:.4g}"
+        for name, value in measured.items()
+        if value is not None
     }
 
 

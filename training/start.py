@@ -46,6 +46,11 @@ class Origin(Protocol):
         """Whether it is the run itself."""
         ...
 
+    @property
+    def finished(self) -> bool:
+        """Whether it is the run itself, at its end."""
+        ...
+
     def restore_params(self, abstract: Any) -> Any:
         """The parameters as `abstract` says, which may leave out the head."""
         ...
@@ -67,6 +72,10 @@ class RunOrigin(NamedTuple):
     @property
     def tokenizer_folder(self) -> Path:
         return RunDirectory(self.run_dir).tokenizer
+
+    @property
+    def finished(self) -> bool:
+        return self.resumed and self.step >= self.config["steps"]
 
     def restore_params(self, abstract: Any) -> Any:
         return restore_params(self.run_dir, abstract, self.step, ignore="" if "head" in abstract else "head/")

@@ -128,6 +128,15 @@ def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def local_theta(rope: Mapping[str, Any]) -> float:
+    """The rotary base of local layers, from transformers' rope parameters; UserError where they are scaled."""
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(
+            f"rope_type {rope['rope_type']!r} in sliding layers is not supported; only global ones may scale"
+        )
+    return float(rope["rope_theta"])
+
+
 def write_rope(config: ModelConfig) -> dict[str, Any]:
     """transformers' rope parameters of global layers."""
     c = config

@@ -24,7 +24,6 @@ KEYS = {
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "initializer_range": "initializer_range",
-    "tie_word_embeddings": "tie_word_embeddings",
 }
 
 EMBEDDINGS = {

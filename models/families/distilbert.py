@@ -30,7 +30,6 @@ FAMILIES = {
             "hidden_dropout": "dropout",
             "attention_dropout": "attention_dropout",
             "initializer_range": "initializer_range",
-            "tie_word_embeddings": "tie_word_embeddings",
         },
         trunk={
             "embeddings.word_embeddings.weight": "embeddings/token/embedding: V E",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from models.config import ModelConfig
-from models.families import Family, kinds_of, layer_types, read_rope, stacked, write_rope
+from models.families import Family, kinds_of, layer_types, local_theta, read_rope, stacked, write_rope
 from models.families.llama import ALIASES, EMBEDDINGS, HEADS, KEYS, LLAMA_1B, PROJECTIONS
 
 GEMMA3_1B = replace(
@@ -40,7 +40,7 @@ def _read(hf: Any) -> dict[str, Any]:
         **read_rope(hf.rope_parameters["full_attention"]),
         "head_dim": hf.head_dim,
         "num_key_value_heads": hf.num_key_value_heads,
-        "local_rope_theta": read_rope(hf.rope_parameters["sliding_attention"])["rope_theta"],
+        "local_rope_theta": local_theta(hf.rope_parameters["sliding_attention"]),
         **stacked(kinds_of(hf.layer_types)),
     }
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from cli import UserError
 from models.config import ModelConfig
-from models.families import Family, kinds_of, layer_types, read_rope, stacked, write_rope
+from models.families import Family, kinds_of, layer_types, local_theta, read_rope, stacked, write_rope
 
 MODERNBERT_BASE = ModelConfig(
     model_type="modernbert",
@@ -33,11 +34,15 @@ MODERNBERT_BASE = ModelConfig(
 
 
 def _read(hf: Any) -> dict[str, Any]:
-    local = hf.rope_parameters["sliding_attention"]
+    if hf.classifier_activation != hf.hidden_activation:
+        raise UserError(
+            f"classifier_activation={hf.classifier_activation!r} is not supported beside hidden_activation="
+            f"{hf.hidden_activation!r}; they must be the same"
+        )
     return {
         **stacked(kinds_of(hf.layer_types), first_apart=True),
         **read_rope(hf.rope_parameters["full_attention"]),
-        "local_rope_theta": read_rope(local)["rope_theta"],
+        "local_rope_theta": local_theta(hf.rope_parameters["sliding_attention"]),
     }
 
 
@@ -89,7 +94,6 @@ FAMILIES = {
             "attention_dropout": "attention_dropout",
             "hidden_dropout": "mlp_dropout",
             "initializer_range": "initializer_range",
-            "tie_word_embeddings": "tie_word_embeddings",
         },
         trunk={
             "embeddings.tok_embeddings.weight": "embeddings/token/embedding: V E",

@@ -1,0 +1,146 @@
+"""Families: published configurations read as they are meant, and what a family cannot have is refused."""
+
+import json
+
+import pytest
+
+from cli import UserError
+from models.families import stacked
+from models.hub import _read_config
+
+pytestmark = pytest.mark.corner
+
+LLAMA_LIKE = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+SPELLED = {
+    # config.json as published, shortened to what decides; transformers 5 spells some of it anew.
+    "bert-base-uncased": (
+        {"architectures": ["BertForMaskedLM"], "model_type": "bert", "gradient_checkpointing": False,
+         "type_vocab_size": 2, "position_embedding_type": "absolute", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0},
+        {"num_hidden_layers": 12, "norm_eps": 1e-12, "max_position_embeddings": 512, "hidden_dropout": 0.1},
+    ),
+    "roberta-base": (
+        {"model_type": "roberta", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "layer_norm_eps": 1e-05,
+         "max_position_embeddings": 514, "type_vocab_size": 1, "vocab_size": 50265},
+        {"position_offset": 2, "max_length": 512, "norm_eps": 1e-5, "type_vocab_size": 1},
+    ),
+    "camembert-base": (
+        {"model_type": "camembert", "pad_token_id": 1, "max_position_embeddings": 514, "type_vocab_size": 1,
+         "vocab_size": 32005, "output_past": True, "layer_norm_eps": 1e-05},
+        {"position_offset": 2, "vocab_size": 32005, "tie_word_embeddings": True},
+    ),
+    "distilbert-base-uncased": (
+        {"model_type": "distilbert", "activation": "gelu", "dim": 768, "hidden_dim": 3072, "n_heads": 12, "n_layers": 6,
+         "sinusoidal_pos_embds": False, "tie_weights_": True, "dropout": 0.2, "vocab_size": 30522},
+        {"num_hidden_layers": 6, "intermediate_size": 3072, "type_vocab_size": 0, "hidden_dropout": 0.2},
+    ),
+    "electra-small-discriminator": (
+        {"architectures": ["ElectraForPreTraining"], "model_type": "electra", "embedding_size": 128, "hidden_size": 256,
+         "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 12, "summary_activation": "gelu"},
+        {"embedding_width": 128, "hidden_size": 256, "classifier_pooler": "gelu"},
+    ),
+    "ModernBERT-base": (
+        {"model_type": "modernbert", "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
+         "local_rope_theta": 10000.0, "local_attention": 128, "num_hidden_layers": 22, "classifier_pooling": "mean"},
+        {"rope_theta": 160_000.0, "local_rope_theta": 10_000.0, "sliding_window": 128, "repeats": 7,
+         "classifier_pooling": "mean", "layer_period": ("local", "local", "global")},
+    ),
+    "gpt2": (
+        {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+         "activation_function": "gelu_new", "task_specific_params": {"text-generation": {"do_sample": True}}},
+        {"intermediate_size": 3072, "hidden_act": "gelu_new", "max_length": 1024},
+    ),
+    "Llama-2-7b": (
+        {"model_type": "llama", **LLAMA_LIKE, "rms_norm_eps": 1e-05, "rope_scaling": None, "pretraining_tp": 1,
+         "tie_word_embeddings": False, "num_key_value_heads": 4, "torch_dtype": "float16"},
+        {"kv_heads": 4, "rope_theta": 10_000.0, "rope_scaling_factor": None, "tie_word_embeddings": False},
+    ),
+    "Llama-3.2-1B": (
+        {"model_type": "llama", **LLAMA_LIKE, "head_dim": 64, "num_key_value_heads": 2, "rope_theta": 500000.0,
+         "tie_word_embeddings": True, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+         "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
+        {"head_size": 64, "rope_theta": 500_000.0, "rope_type": "llama3", "rope_scaling_factor": 32.0, "kv_heads": 2},
+    ),
+    "Mistral-7B-v0.1": (
+        {"model_type": "mistral", **LLAMA_LIKE, "num_key_value_heads": 2, "rope_theta": 10000.0,
+         "sliding_window": 4096},
+        {"layers": ("local",) * 4, "sliding_window": 4096},
+    ),
+    "Mistral-7B-v0.3": (
+        {"model_type": "mistral", **LLAMA_LIKE, "rope_theta": 1000000.0, "sliding_window": None,
+         "num_key_value_heads": 2},
+        {"layers": ("global",) * 4, "rope_theta": 1_000_000.0},
+    ),
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", **LLAMA_LIKE, "max_window_layers": 24, "num_key_value_heads": 2,
+         "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False, "tie_word_embeddings": True},
+        {"layers": ("global",) * 4, "attention_bias": True, "attention_out_bias": False, "rope_theta": 1_000_000.0},
+    ),
+    "Qwen3-0.6B": (
+        {"model_type": "qwen3", **LLAMA_LIKE, "head_dim": 128, "num_key_value_heads": 2, "rope_theta": 1000000,
+         "rope_scaling": None, "use_sliding_window": False, "attention_bias": False, "tie_word_embeddings": True},
+        {"head_size": 128, "qk_norm": True, "attention_bias": False, "rope_theta": 1_000_000.0},
+    ),
+    "gemma-3-1b-it": (
+        {"model_type": "gemma3_text", **LLAMA_LIKE | {"num_hidden_layers": 26}, "head_dim": 16,
+         "num_key_value_heads": 1, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
+         "rope_theta": 1000000, "rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6,
+         "final_logit_softcapping": None, "eos_token_id": [1, 106], "cache_implementation": "hybrid"},
+        {"rope_theta": 1_000_000.0, "local_rope_theta": 10_000.0, "repeats": 4, "suffix_layers": ("local", "local"),
+         "attention_divisor": 256, "sliding_window": 512},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_published_configurations_read_as_they_are_meant(name, tmp_path):
+    written, meant = SPELLED[name]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    _, config = _read_config(tmp_path)
+    assert {key: getattr(config, key) for key in meant} == meant
+
+
+def test_what_other_models_of_a_type_may_have_is_refused(tmp_path):
+    base = {"model_type": "llama", **LLAMA_LIKE, "rope_theta": 10000.0}
+    modern, gemma = {"model_type": "modernbert"}, {"model_type": "gemma3_text", **LLAMA_LIKE}
+    scaled = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    }
+    for written, message in (
+        (base | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        (modern | {"classifier_activation": "silu"}, "classifier_activation='silu' is not supported"),
+        (gemma | {"rope_parameters": scaled}, "'linear' in sliding layers is not supported"),
+        (gemma | {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        with pytest.raises(UserError, match=message):
+            _read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "apart", "period"),
+    [
+        ("g" * 12, False, (0, 1, 0)),
+        ("gllg" * 3, False, (0, 4, 0)),
+        ("g" + "llg" * 7, True, (1, 3, 0)),
+        (("l" * 5 + "g") * 4 + "ll", False, (0, 6, 2)),
+        ("g" * 20 + "l" * 8, False, (0, 1, 8)),
+        ("g", True, (0, 1, 0)),
+        ("gl", True, (1, 1, 0)),
+    ],
+)
+def test_layers_are_stacked_with_few_different_ones(kinds, apart, period):
+    names = {"g": "global", "l": "local"}
+    layers = [names[kind] for kind in kinds]
+    found = stacked(layers, first_apart=apart)
+    prefix, repeated, suffix = found["prefix_layers"], found["layer_period"], found["suffix_layers"]
+    repeats = (len(layers) - len(prefix) - len(suffix)) // len(repeated)
+    assert list(prefix + repeated * repeats + suffix) == layers and repeats >= 1
+    assert (len(prefix), len(repeated), len(suffix)) == period
