@@ -21,7 +21,8 @@ SPELLED = {
     # config.json as published, shortened to what decides; transformers 5 spells some of it anew.
     "bert-base-uncased": (
         {"architectures": ["BertForMaskedLM"], "model_type": "bert", "gradient_checkpointing": False,
-         "type_vocab_size": 2, "position_embedding_type": "absolute", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0},
+         "type_vocab_size": 2, "position_embedding_type": "absolute", "hidden_act": "gelu",
+         "layer_norm_eps": 1e-12, "pad_token_id": 0},
         {"num_hidden_layers": 12, "norm_eps": 1e-12, "max_position_embeddings": 512, "hidden_dropout": 0.1},
     ),
     "roberta-base": (
@@ -62,7 +63,8 @@ SPELLED = {
     ),
     "Llama-3.2-1B": (
         {"model_type": "llama", **LLAMA_LIKE, "head_dim": 64, "num_key_value_heads": 2, "rope_theta": 500000.0,
-         "tie_word_embeddings": True, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+         "tie_word_embeddings": True, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
+         "low_freq_factor": 1.0,
          "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
         {"head_size": 64, "rope_theta": 500_000.0, "rope_type": "llama3", "rope_scaling_factor": 32.0, "kv_heads": 2},
     ),
@@ -78,7 +80,8 @@ SPELLED = {
     ),
     "Qwen2.5-0.5B": (
         {"model_type": "qwen2", **LLAMA_LIKE, "max_window_layers": 24, "num_key_value_heads": 2,
-         "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False, "tie_word_embeddings": True},
+         "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False,
+         "tie_word_embeddings": True},
         {"layers": ("global",) * 4, "attention_bias": True, "attention_out_bias": False, "rope_theta": 1_000_000.0},
     ),
     "Qwen3-0.6B": (
@@ -88,7 +91,8 @@ SPELLED = {
     ),
     "gemma-3-1b-it": (
         {"model_type": "gemma3_text", **LLAMA_LIKE | {"num_hidden_layers": 26}, "head_dim": 16,
-         "num_key_value_heads": 1, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
+         "num_key_value_heads": 1, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+         "rope_local_base_freq": 10000,
          "rope_theta": 1000000, "rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6,
          "final_logit_softcapping": None, "eos_token_id": [1, 106], "cache_implementation": "hybrid"},
         {"rope_theta": 1_000_000.0, "local_rope_theta": 10_000.0, "repeats": 4, "suffix_layers": ("local", "local"),
