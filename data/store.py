@@ -80,7 +80,7 @@ def appearing(folder: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder.parent} ({error.strerror}); choose another folder (of tokenized text: --data.cache)"
+            f"cannot write to {folder.parent} ({error.strerror}); choose another folder (of tokens: --data.cache)"
         ) from error
     try:
         yield unfinished
