@@ -6,7 +6,7 @@ import pytest
 
 from cli import UserError
 from models.families import stacked
-from models.hub import _read_config
+from models.hf_config import read_config
 
 pytestmark = pytest.mark.corner
 
@@ -105,7 +105,7 @@ SPELLED = {
 def test_published_configurations_read_as_they_are_meant(name, tmp_path):
     written, meant = SPELLED[name]
     (tmp_path / "config.json").write_text(json.dumps(written))
-    _, config = _read_config(tmp_path)
+    _, config = read_config(tmp_path)
     assert {key: getattr(config, key) for key in meant} == meant
 
 
@@ -125,7 +125,7 @@ def test_what_other_models_of_a_type_may_have_is_refused(tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps(written))
         with pytest.raises(UserError, match=message):
-            _read_config(tmp_path)
+            read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

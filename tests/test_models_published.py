@@ -20,7 +20,7 @@ from models.families.mistral import MISTRAL_7B
 from models.families.modernbert import MODERNBERT_BASE
 from models.families.qwen import QWEN2_500M, QWEN3_600M
 from models.families.roberta import ROBERTA_BASE
-from models.hub import to_hf, to_ours
+from models.hf_config import to_hf, to_ours
 from models.layers import rotary_frequencies
 
 PUBLISHED = [
