@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cli import UserError
+from data.documents import Document
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 TOPICS_FILE = "pydoc_data/topics.py"
@@ -33,13 +34,6 @@ SENTENCE_WORDS = range(8, 21)
 VALIDATION_SENTENCES = 600
 VALIDATION_FILE_LIMIT = 60
 """Files with more sentences than this stay in training: one file should not decide the score."""
-
-
-class Document(NamedTuple):
-    """A text that is a whole by itself, and where it is from (`file`, `file:line` or `file::name`)."""
-
-    text: str
-    name: str
 
 
 class DemoTask(NamedTuple):

@@ -15,8 +15,9 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from cli import UserError
-from data.builtin import BuiltinSource, Document
+from data.builtin import BuiltinSource
 from data.config import DataConfig
+from data.documents import Document
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 MIN_HASHED_DOCUMENTS = 100

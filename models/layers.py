@@ -205,9 +205,10 @@ def rotary_frequencies(config: ModelConfig, kind: LayerKind = "global") -> np.nd
     c, theta, factor = config, config.rope_theta, config.rope_scaling_factor
     if kind == "local" and c.local_rope_theta is not None:
         theta, factor = c.local_rope_theta, None
-    # In float32 step by step, as the published models were trained: at position 30,000 the last bit shows.
+    # In float32 step by step, as the published models were trained: at position 30,000 the last bit shows. The power by
+    # way of float64, because NumPy's own in float32 depends on the processor.
     exponent = np.arange(0, c.head_size, 2, dtype=np.float32) / np.float32(c.head_size)
-    frequency = np.float32(1) / np.float32(theta) ** exponent
+    frequency = np.float32(1) / (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
     if factor is not None and c.rope_type == "linear":
         frequency = frequency / factor
     elif factor is not None:

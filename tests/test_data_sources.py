@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from cli import UserError
-from data.builtin import Document
 from data.config import DataConfig
+from data.documents import Document
 from data.sources import FileSource, open_sources, split_validation
 
 
