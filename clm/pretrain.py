@@ -62,18 +62,21 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     )
     run.check(config_dict, defaults)
 
+    bytes_V = token_bytes(tokenizer)
     rows, held_out = (
-        Rows(
-            store,
-            pack_split(store.offsets, length),
-            length,
-            specials,
-            kind="causal_lm",
-            token_bytes=token_bytes(tokenizer),
-        )
-        for store in (prepared.train, prepared.validation)
+        {
+            name: Rows(
+                store, pack_split(store.offsets, length), length, specials, kind="causal_lm", token_bytes=bytes_V
+            )
+            for name, store in stores.items()
+        }
+        for stores in (prepared.train, prepared.validation)
     )
-    batches = Batches(rows, config.batch_size, config.seed)
+    weights = config.data.weights()
+    batches = Batches(rows, config.batch_size, config.seed, weights)
+    eval_batches = Batches(held_out, config.batch_size, weights=None if "validation" in held_out else weights).fixed(
+        config.eval_rows, host_rows(config.batch_size)
+    )
     objective = causal_lm_objective(model, execution=config.execution)
 
     def init(key):
@@ -86,9 +89,9 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         objective=objective,
         eval_objective=objective,
         batches_from=lambda step: prefetch(
-            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch
+            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch, config.workers
         ),
-        eval_batches=Batches(held_out, config.batch_size).fixed(config.eval_rows, host_rows(config.batch_size)),
+        eval_batches=eval_batches,
         finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},
         run=run,
         config_dict=config_dict,
@@ -100,7 +103,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         flops_per_step=config.batch_size * length * flops_per_token(model, length, 1.0),
     )
 
-    summary = summarise(run, result, parameters=count_params(model, "causal_lm"))
+    summary = summarise(run, result, parameters=count_params(model, "causal_lm"), data=batches.epochs(result.step))
     if jax.process_index() == 0 and not result.stopped_by:
         longest = model.max_length or length
         sampling = SamplingConfig(max_new_tokens=min(100, longest - 1))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cli import UserError
+from data.filters import FilterConfig
+
+MAX_DOCUMENT_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -13,7 +18,13 @@ class DataConfig:
     """Text, tokenizer and row length of a pretraining run."""
 
     files: tuple[str, ...] = ()
-    """Files or globs of training text: .txt (one document a file), .jsonl, .jsonl.gz (one a line)."""
+    """Files, globs or URLs (gs://, s3://, https://) of training text: .txt, .md (one document a file), .jsonl (one a
+    line), .csv, .parquet (one a row), each also .gz or .zst. Or one data set: hf:ID_OR_FOLDER?split=train of Hugging
+    Face, tfds:NAME_OR_FOLDER?split=train of tensorflow-datasets, builtin:pydoc."""
+    sources: tuple[str, ...] = ()
+    """Instead of files, text under several names: 'wiki=wiki/*.jsonl.gz' 'books=hf:my/books'. Names may be repeated."""
+    mixture: str | None = None
+    """The share of each source in the rows of every batch, 'wiki=0.7,books=0.3'; unset = as much as each holds."""
     builtin: Literal["pydoc", "packages"] | None = None
     """Where no files are given, text that is on this machine already: Python's own documentation (2 MB), or the
     docstrings of all installed packages too (tens of MB)."""
@@ -24,11 +35,17 @@ class DataConfig:
     validation_fraction: float = 0.02
     """Part of the text held out where there are no validation files."""
     text_field: str = "text"
-    """The field of a jsonl line that holds its text."""
+    """The field of a jsonl line, or the column of a table, that holds its text."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """A longer line or field is rejected. (Longer .txt files are cut into several documents.)"""
+    max_rejected: float = 0.05
+    """The share of bad records (broken JSON, no UTF-8 …) above which nothing is trained; each one is listed in
+    rejects.jsonl beside the tokens."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
     tokenizer: str | None = None
     """Tokenizer folder or tokenizer.json; unset = train one of the model's vocab_size on the training text."""
-    tokenizer_kind: Literal["wordpiece", "bpe"] = "wordpiece"
-    """What to train: lower-cased WordPiece (BERT) or byte-level BPE (GPT-2)."""
+    tokenizer_kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
+    """What to train: lower-cased WordPiece (BERT), byte-level BPE (GPT-2) or Unigram (T5, ALBERT)."""
     sequence_length: int = 128
     """Tokens in a row; rows are packed with several documents that never see each other."""
     cache: str | None = None
@@ -41,3 +58,35 @@ class DataConfig:
             raise UserError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, for instance 0.02"
             )
+        if not 0 <= self.max_rejected <= 1:
+            raise UserError(f"data.max_rejected={self.max_rejected} must lie between 0 and 1, for instance 0.05")
+        if self.max_document_bytes < 1:
+            raise UserError(f"data.max_document_bytes={self.max_document_bytes} must be at least 1")
+        for spec in self.sources:
+            if not re.fullmatch(r"[\w.-]+=.+", spec):
+                raise UserError(f"data.sources={spec!r} is not NAME=TEXT, for instance 'wiki=wiki/*.jsonl.gz'")
+        self.weights()
+
+    def weights(self) -> dict[str, float] | None:
+        """Shares of the sources, summing to 1, in the order of `sources`; None where no mixture was given."""
+        if self.mixture is None:
+            return None
+        names = list(dict.fromkeys(spec.partition("=")[0] for spec in self.sources))
+        given: dict[str, float] = {}
+        for part in self.mixture.split(","):
+            name, _, weight = part.strip().partition("=")
+            try:
+                given[name] = float(weight)
+            except ValueError:
+                given[name] = math.nan
+            if name in names and not 0 < given[name] < math.inf:
+                raise UserError(
+                    f"data.mixture={self.mixture}: {part!r} is not NAME=SHARE, for instance wiki=0.7,books=0.3"
+                )
+        if set(given) != set(names):
+            raise UserError(
+                f"data.mixture={self.mixture} names {', '.join(given)}, and data.sources {', '.join(names) or 'none'}; "
+                "the names must be the same"
+            )
+        total = sum(given.values())
+        return {name: given[name] / total for name in names}

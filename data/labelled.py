@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cli import UserError
-from data.loader import Batch, epoch_order
-from data.sources import decode_line, parse_object
+from data.loader import Batch, shuffled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -158,7 +157,7 @@ class LabelledBatches:
 
         The row length is that of the global batch, so that all hosts agree on it.
         """
-        return self._rows(epoch_order(step, self._batch_size, len(self), self._seed), part)
+        return self._rows(shuffled(step * self._batch_size + np.arange(self._batch_size), len(self), self._seed), part)
 
     def fixed(self, part: slice = slice(None)) -> list[Batch]:
         """All examples in the order of the file; empty rows fill up the last batch."""
@@ -252,7 +251,7 @@ def _read_jsonl(path: str) -> tuple[list[str], list[_Row]]:
     records = []
     for number, line in _lines(path):
         if line.strip():
-            records.append((number, parse_object(line, path, number)))
+            records.append((number, _parse_object(line, path, number)))
     columns = list(records[0][1]) if records else []
     return columns, [_Row(number, [_scalar(record.get(name)) for name in columns]) for number, record in records]
 
@@ -280,5 +279,33 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     """(number, line) of the file, without line ends and byte-order mark."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            text = decode_line(line, path, number)
+            text = _decode_line(line, path, number)
             yield number, (text.removeprefix("\ufeff") if number == 1 else text).removesuffix("\n").removesuffix("\r")
+
+
+def _decode_line(line: bytes, path: str, number: int) -> str:
+    """The line as text; raises UserError with file:line where it is no UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{number}: byte {line[error.start]:#04x} is not valid UTF-8; convert the file, "
+            "for instance with `iconv -f latin1 -t utf-8`"
+        ) from error
+
+
+def _parse_object(line: str, path: str, number: int) -> dict:
+    """The JSON object on a line; raises UserError with file:line where there is none, or text that no UTF-8 holds."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: not JSON ({error}); each line holds one object, {{…}}") from error
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise UserError(f"{path}:{number}: JSON of type {kind}; each line holds one object, {{…}}")
+    for name, value in record.items():
+        try:
+            f"{name}{value if isinstance(value, str) else ''}".encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}:{number}: half a surrogate pair (\\ud800 …) is no character; remove it") from error
+    return record

@@ -5,9 +5,7 @@ No state, no shuffle buffer: an epoch's order is a permutation that is computed 
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,6 +16,13 @@ from data.tokenizer import SpecialIds
 
 Batch = dict[str, np.ndarray]
 ROUNDS = 8
+
+
+class BatchStream(Protocol):
+    """An iterator over batches that can be closed."""
+
+    def __next__(self) -> Batch: ...
+    def close(self) -> object: ...
 
 
 class Store(Protocol):
@@ -48,10 +53,10 @@ def permute(index: np.ndarray | int, n: int, seed: np.ndarray | int) -> np.ndarr
     return value.astype(np.int64)
 
 
-def epoch_order(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
-    """int64 [B]: which of n examples make up the batch of this step, each once in an epoch, in a new order in each."""
-    epoch_B, index_B = np.divmod(step * batch_size + np.arange(batch_size), n)
-    return permute(index_B, n, _mix(np.uint64(seed), epoch_B.astype(np.uint64)))
+def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """int64: which of n examples comes `index`-th, each once in an epoch, in a new order in each. O(1), however far."""
+    epoch, within = np.divmod(index, n)
+    return permute(within, n, _mix(np.uint64(seed), epoch.astype(np.uint64)))
 
 
 class Rows:
@@ -135,71 +140,133 @@ class Rows:
 
 
 class Batches:
-    """Rows in batches: shuffled anew in each epoch for training, in their own order for evaluation."""
+    """Rows of one source or several in batches: shuffled anew in each epoch for training, in order for evaluation."""
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int = 0):
-        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+    def __init__(
+        self, rows: Mapping[str, Rows], batch_size: int, seed: int = 0, weights: Mapping[str, float] | None = None
+    ):
+        """weights: each source's share of the rows, summing to 1; None = as many as it has."""
+        self._names, self._rows = list(rows), list(rows.values())
+        self._batch_size, self._seed = batch_size, seed
+        self._mixture = Mixture([weights[name] if weights else len(rows[name]) for name in self._names])
 
     def batch(self, step: int, part: slice = slice(None)) -> Batch:
-        """Rows `part` of the global batch of this step. Epochs follow each other without a gap."""
-        return self._rows.rows(epoch_order(step, self._batch_size, len(self._rows), self._seed)[part])
+        """Rows `part` of the global batch of this step; only those are read. Epochs follow each other without a gap."""
+        index_B = step * self._batch_size + np.arange(self._batch_size)[part]
+        source_B, number_B = self._mixture.at(index_B)
+        chosen_B = np.empty(len(index_B), np.int64)
+        for number, rows in enumerate(self._rows):
+            mine = source_B == number
+            # A mixture's sources are shuffled apart, a single one as it always was.
+            seed = self._seed if number == 0 else int(_mix(np.uint64(self._seed), np.array(number, np.uint64)))
+            chosen_B[mine] = shuffled(number_B[mine], len(rows), seed)
+        return self._gather(source_B, chosen_B)
 
     def fixed(self, max_rows: int, part: slice = slice(None)) -> list[Batch]:
-        """Evaluation batches: at most max_rows rows, evenly spaced over all; empty ones fill the last batch."""
-        total = min(max_rows, len(self._rows))
-        chosen = np.arange(total, dtype=np.int64) * len(self._rows) // max(total, 1)
-        filled = np.append(chosen, np.full(-total % self._batch_size, -1))
-        return [self._rows.rows(indices[part]) for indices in filled.reshape(-1, self._batch_size)]
+        """Evaluation batches: at most max_rows rows, of each source its share of them, evenly spaced over all it has.
 
+        Empty rows fill the last batch.
+        """
+        sizes = np.array([len(rows) for rows in self._rows])
+        # Where a source has too few for its share, the others are shortened with it.
+        total = int(min(max_rows, *(sizes / self._mixture.shares + 1e-9)))
+        counts = np.bincount(self._mixture.at(np.arange(total))[0], minlength=len(sizes))
+        counts = np.minimum(np.maximum(counts, 1), sizes)
+        source = np.repeat(np.arange(len(sizes)), counts)
+        chosen = _ranges(counts) * sizes[source] // counts[source]
+        empty = -len(chosen) % self._batch_size
+        source, chosen = np.append(source, np.zeros(empty, int)), np.append(chosen, np.full(empty, -1))
+        shape = (-1, self._batch_size)
+        return [
+            self._gather(a[part], b[part]) for a, b in zip(source.reshape(shape), chosen.reshape(shape), strict=True)
+        ]
 
-class prefetch:
-    """Iterator over batch_fn(start), batch_fn(start + 1), … that a thread prepares `depth` ahead (0 = no thread).
+    def epochs(self, steps: int) -> dict[str, dict[str, float]]:
+        """What `steps` steps read of each source: its share of the rows, its rows, and how often it is gone through."""
+        taken = self._mixture.taken(steps * self._batch_size)
+        return {
+            name: {"share": count / max(sum(taken), 1), "rows": len(rows), "epochs": count / len(rows)}
+            for name, rows, count in zip(self._names, self._rows, taken, strict=True)
+        }
 
-    What batch_fn raises is raised by `next`, once the batches before it are taken. `close` ends the thread.
-    """
-
-    def __init__(self, batch_fn: Callable[[int], Batch], start: int, depth: int):
-        self._batch_fn, self._step = batch_fn, start
-        self._closed = threading.Event()
-        self._queue: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(depth)
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True) if depth > 0 else None
-        if self._thread:
-            self._thread.start()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._closed.is_set():
-            raise StopIteration
-        if not self._thread:
-            self._step += 1
-            return self._batch_fn(self._step - 1)
-        batch, error = self._queue.get()
-        if batch is None:
-            self.close()
-            assert error is not None
-            raise error
+    def _gather(self, source_B: np.ndarray, chosen_B: np.ndarray) -> Batch:
+        if len(self._rows) == 1:
+            return self._rows[0].rows(chosen_B)
+        batch: Batch = {}
+        for number, rows in enumerate(self._rows):
+            mine = source_B == number
+            for name, values in rows.rows(chosen_B[mine]).items():
+                batch.setdefault(name, np.empty((len(source_B), *values.shape[1:]), values.dtype))[mine] = values
         return batch
 
-    def close(self) -> None:
-        self._closed.set()
-        while self._thread and self._thread.is_alive():
-            # The thread may be waiting for a free place.
-            while not self._queue.empty():
-                self._queue.get_nowait()
-            self._thread.join(0.05)
 
-    def _work(self) -> None:
-        while not self._closed.is_set():
-            try:
-                item = (self._batch_fn(self._step), None)
-            except BaseException as error:  # whatever it is, it belongs to whoever waits for the batch
-                item = (None, error)
-            self._queue.put(item)
-            if item[1] is not None:
-                return
-            self._step += 1
+class Mixture:
+    """Which source each row comes from, so that any number of first rows holds each source's share to within a row.
+
+    The rows repeat a pattern of PERIOD, so that what stands anywhere is computed and not counted.
+    """
+
+    PERIOD = 10_000
+
+    def __init__(self, weights: Sequence[float]):
+        """weights: positive; of one source alone, any."""
+        exact = np.array(weights, float) / sum(weights) * self.PERIOD
+        counts = np.maximum(exact.astype(np.int64), 1)
+        # The rows that rounding left go to those that lost most by it.
+        while counts.sum() != self.PERIOD:
+            change = 1 if counts.sum() < self.PERIOD else -1
+            counts[np.argmax(change * (exact - counts))] += change
+        self._counts_S: np.ndarray = counts
+        # Row k of a source with c rows stands at (k + 1/2) / c of the pattern (Sainte-Laguë's order).
+        source_P = np.repeat(np.arange(len(counts)), counts)
+        number_P = _ranges(counts)
+        order_P = np.argsort((number_P + 0.5) / counts[source_P], kind="stable")
+        self._source_P, self._number_P = source_P[order_P], number_P[order_P]
+
+    @property
+    def shares(self) -> np.ndarray:
+        return self._counts_S / self.PERIOD
+
+    def at(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each row `index`, and how many rows of that source come before it."""
+        period, place = np.divmod(index, self.PERIOD)
+        source = self._source_P[place]
+        return source, period * self._counts_S[source] + self._number_P[place]
+
+    def taken(self, rows: int) -> list[int]:
+        """How many of the first rows come from each source."""
+        periods, rest = divmod(rows, self.PERIOD)
+        part = np.bincount(self._source_P[:rest], minlength=len(self._counts_S))
+        return (periods * self._counts_S + part).tolist()
+
+
+class _Steps:
+    """batch_fn as a sequence without an end, as Grain wants its sources."""
+
+    def __init__(self, batch_fn: Callable[[int], Batch]):
+        self._batch_fn = batch_fn
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._batch_fn(step)
+
+
+def prefetch(batch_fn: Callable[[int], Batch], start: int, depth: int, workers: int = 1) -> BatchStream:
+    """Iterator over batch_fn(start), batch_fn(start + 1), … that `workers` threads prepare `depth` ahead (0 = none).
+
+    Threads of Grain's MapDataset, which asks for batches by their number: their order and content do not depend on how
+    many there are. What batch_fn raises is raised by `next`, once the batches before it are taken. `close` ends them.
+    """
+    import grain
+
+    options = grain.ReadOptions(num_threads=workers if depth else 0, prefetch_buffer_size=depth)
+    batches = iter(grain.MapDataset.source(_Steps(batch_fn))[start:].to_iter_dataset(options))
+    if depth:
+        # The first ones while the step is compiled.
+        batches.start_prefetch()
+    return batches
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

@@ -1,40 +1,45 @@
 """Text → tokenizer → tokens on disk: `python -m data.prepare --data.files 'text/*.txt'`.
 
 What is written is keyed by the fingerprints of the text and of the tokenizer: the same inputs are tokenized once,
-however many runs use them, and a changed tokenizer never meets the tokens of another.
+however many runs use them, a changed tokenizer never meets the tokens of another, and what was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cli
 from cli import UserError
 from data.config import DataConfig
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
+    from data.documents import Item
     from data.sources import Source
-    from data.store import TokenStore
+    from data.store import Encoded, TokenStore
 
-BATCH_CHARACTERS = 4_000_000
-"""Text handed to the tokenizer at once: enough for all cores, little enough for memory."""
+REJECTS_SHOWN = 3
+HOPELESS = 1000
+"""After this many records, more than half of them bad, nobody needs to wait for the end."""
 
 
 class Prepared(NamedTuple):
     """What a pretraining run reads."""
 
     tokenizer: PreTrainedTokenizerFast
-    train: TokenStore
-    validation: TokenStore
+    train: dict[str, TokenStore]
+    """By the name of the source; "text" where there is one without a name."""
+    validation: dict[str, TokenStore]
+    """By the name of the source it was held out of; "validation" where it was given."""
     fingerprints: dict[str, str]
     """SHA-256 of `tokenizer`, `train` and `validation`: the same values, the same tokens."""
 
@@ -56,8 +61,8 @@ def prepare(
     from data.tokenizer import fingerprint, load_tokenizer
 
     cache = cache_folder(config)
-    sources = open_sources(config)
-    keys = {name: getattr(sources, name).fingerprint() for name in ("train", "validation")}
+    sides = open_sources(config, cache, lambda source: _filtered(source, config, cache))._asdict()
+    keys = {side: {name: source.fingerprint() for name, source in sources.items()} for side, sources in sides.items()}
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else of_weights
     if tokenizer and of_weights and fingerprint(tokenizer) != fingerprint(of_weights):
         raise UserError(
@@ -65,12 +70,24 @@ def prepare(
             "or start anew, without --init-from and in another --run-dir"
         )
     if tokenizer is None:
-        tokenizer = _trained(cache, sources.train, keys["train"], config.tokenizer_kind, vocab_size, for_masked_lm)
+        tokenizer = _trained(
+            cache,
+            list(sides["train"].values()),
+            _joint(keys["train"]),
+            config.tokenizer_kind,
+            vocab_size,
+            for_masked_lm,
+        )
     tokenizer_key = fingerprint(tokenizer)
     stores = {
-        name: _tokenized(cache, getattr(sources, name), keys[name], tokenizer, tokenizer_key, name) for name in keys
+        side: {
+            name: _tokenized(cache, source, keys[side][name], tokenizer, tokenizer_key, config, _label(side, name))
+            for name, source in sources.items()
+        }
+        for side, sources in sides.items()
     }
-    return Prepared(tokenizer, **stores, fingerprints={"tokenizer": tokenizer_key} | keys)
+    joint = {side: _joint(names) for side, names in keys.items()}
+    return Prepared(tokenizer, **stores, fingerprints={"tokenizer": tokenizer_key} | joint)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -78,67 +95,110 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(config.cache or os.environ.get("ESPALIER_CACHE") or "~/.cache/espalier").expanduser()
 
 
-def _trained(cache: Path, source: Source, key: str, kind: str, vocab_size: int, for_masked_lm: bool):
+def _joint(keys: dict[str, str]) -> str:
+    """One fingerprint for several sources; of a single one, its own."""
+    return next(iter(keys.values())) if len(keys) == 1 else hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+
+
+def _label(side: str, name: str) -> str:
+    return f"{side} text" if name in ("text", side) else f"{side} text of {name}"
+
+
+def _filtered(source: Source, config: DataConfig, cache: Path) -> Source:
+    """The source without what the filters drop; what that is, is found out once and kept in the cache."""
+    if not config.filters.active:
+        return source
+    from data.documents import documents
+    from data.filters import Decisions, decide, measure
+    from data.sources import Filtered
+    from data.store import make_folder
+
+    key = _digest(source.fingerprint(), str(config.filters))
+    path = cache / f"filters-{key}.npz"
+    if not path.is_file():
+        make_folder(cache)
+        texts = (item.text for item in documents(_Watched(source, "comparing documents")))
+        unfinished = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        decide((measure(text, config.filters) for text in texts), config.filters).save(unfinished)
+        os.replace(unfinished, path)
+    return Filtered(source, Decisions.load(path), key)
+
+
+def _trained(cache: Path, sources: list[Source], key: str, kind: str, vocab_size: int, for_masked_lm: bool):
+    from data.documents import documents
     from data.store import appearing
-    from data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+    from data.tokenizer import load_tokenizer, save_tokenizer
+    from data.train_tokenizer import train_tokenizer
 
     folder = cache / f"tokenizer-{_digest(key, kind, vocab_size, for_masked_lm)}"
     if not (folder / "tokenizer.json").is_file():
-        texts = _Texts(source, f"training a {kind} tokenizer")
+        label = f"training a {kind} tokenizer"
+        texts = (item.text for item in chain.from_iterable(documents(_Watched(source, label)) for source in sources))
         shutil.rmtree(folder, ignore_errors=True)
         with appearing(folder) as unfinished:
             save_tokenizer(train_tokenizer(texts, kind, vocab_size, for_masked_lm=for_masked_lm), unfinished)
     return load_tokenizer(folder)
 
 
-def _tokenized(cache: Path, source: Source, key: str, tokenizer, tokenizer_key: str, name: str) -> TokenStore:
-    from data.store import TokenStore, exists, write_store
+def _tokenized(
+    cache: Path, source: Source, key: str, tokenizer, tokenizer_key: str, config: DataConfig, label: str
+) -> TokenStore:
+    from data.encode import encode
+    from data.store import REJECTS, write_store
     from data.tokenizer import vocabulary_size
 
-    folder = cache / f"tokens-{_digest(key, tokenizer_key)}"
-    if exists(folder):
-        return TokenStore(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    limit = config.filters.max_tokens_per_character
+    folder = cache / f"tokens-{_digest(key, tokenizer_key, *([limit] if limit else []))}"
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
-    about = {"source": key, "tokenizer": tokenizer_key}
-    return write_store(folder, encode(_Texts(source, f"tokenizing {name} text"), tokenizer), dtype, about)
+    filtered = getattr(source, "dropped", {})
+    about = {"source": key, "tokenizer": tokenizer_key, "filtered": filtered}
+
+    def items_from(done: int):
+        if done:
+            print(f"tokenizing {label}: going on behind {done:,} documents", flush=True)
+        return encode(islice(_Watched(source, f"tokenizing {label}"), done, None), tokenizer)
+
+    def keep(encoded: Encoded) -> str | None:
+        return "tokens per character" if limit and len(encoded.ids) > limit * encoded.characters else None
+
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    check = _share_check(config.max_rejected, label, unfinished / REJECTS)
+    store = write_store(folder, items_from, dtype, about, keep=keep, check=check)
+    # Also where the store was there already: another run may have allowed more.
+    _share_check(config.max_rejected, label, store.folder / REJECTS)(store.manifest, True)
+    return store
 
 
-def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[np.ndarray, int]]:
-    """(token ids, UTF-8 bytes) of every text, without special tokens; many at a time, on all cores."""
-    from data.tokenizer import pieces, plain_backend
+def _share_check(allowed: float, label: str, rejects: Path) -> Callable[[dict[str, Any], bool], None]:
+    """Raises UserError where more than this share of the records was rejected."""
 
-    backend = plain_backend(tokenizer)
+    def check(counts: dict[str, Any], ended: bool) -> None:
+        bad, records = sum(counts["rejected"].values()), counts["records"]
+        hopeless = records >= HOPELESS and bad > max(allowed, 0.5) * records
+        if bad > allowed * records and (ended or hopeless):
+            with rejects.open(encoding="utf-8") as file:
+                dropped = (line for line in file if '"dropped": true' in line)
+                shown = [json.loads(line) for line in islice(dropped, REJECTS_SHOWN)]
+            first = "; ".join(f"{entry['name']}: {entry['message']}" for entry in shown)
+            raise UserError(
+                f"{label}: {bad:,} of {records:,} records are bad ({bad / records:.1%}; at most {allowed:.0%}): {first}"
+                f"{' …' if bad > len(shown) else ''}; all are listed in {rejects}; correct them, or allow more with "
+                "--data.max-rejected"
+            )
 
-    def flush(batch: list[tuple[list[str], int]]) -> Iterator[tuple[np.ndarray, int]]:
-        import numpy as np
-
-        encoded = iter(
-            backend.encode_batch_fast([part for parts, _ in batch for part in parts], add_special_tokens=False)
-        )
-        for parts, size in batch:
-            yield np.concatenate([np.array(next(encoded).ids, np.int64) for _ in parts]), size
-
-    batch: list[tuple[list[str], int]] = []
-    characters = 0
-    for text in texts:
-        batch.append((list(pieces(text)) or [""], len(text.encode())))
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield from flush(batch)
-            batch, characters = [], 0
-    if batch:
-        yield from flush(batch)
+    return check
 
 
-class _Texts:
-    """The texts of a source, with a progress bar for each time that they are gone through."""
+class _Watched:
+    """The items of a source, with a progress bar for each time that they are gone through."""
 
     def __init__(self, source: Source, label: str):
         self._source, self._label = source, label
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Item]:
         from tqdm import tqdm
+
+        from data.documents import Document
 
         bar = tqdm(
             desc=self._label,
@@ -150,9 +210,10 @@ class _Texts:
             disable=None,
         )
         with bar:
-            for document in self._source:
-                yield document.text
-                bar.update(len(document.text.encode()))
+            for item in self._source:
+                yield item
+                if isinstance(item, Document):
+                    bar.update(len(item.text.encode()))
 
 
 def _digest(*parts) -> str:
@@ -168,6 +229,8 @@ class PrepareConfig:
     """Size of a tokenizer that is trained here."""
     causal: bool = False
     """For `clm` instead of `mlm`: a byte-level tokenizer then needs no [MASK]."""
+    verify: bool = False
+    """Compare everything that is prepared with its SHA-256, too; exit code 2 where a file is damaged."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
@@ -176,20 +239,19 @@ class PrepareConfig:
 
 def main(config: PrepareConfig) -> dict:
     """Prepare the text and say what is there."""
-    from data.tokenizer import vocabulary_size
+    from data.summary import summarise
 
     prepared = prepare(config.data, config.vocab_size, for_masked_lm=not config.causal)
-    summary: dict = {"vocab_size": vocabulary_size(prepared.tokenizer), "fingerprints": prepared.fingerprints}
-    for name in ("train", "validation"):
-        store = getattr(prepared, name)
-        summary[name] = {key: store.manifest[key] for key in ("documents", "tokens", "bytes")}
-        summary[name]["folder"] = str(store.folder)
-        documents, tokens, size = (store.manifest[key] for key in ("documents", "tokens", "bytes"))
-        print(
-            f"{name:10}  {documents:,} documents  {tokens:,} tokens  {size:,} bytes  "
-            f"{size / max(tokens, 1):.2f} bytes a token  {store.folder}"
-        )
-    return summary
+    if config.verify:
+        stores = [*prepared.train.values(), *prepared.validation.values()]
+        damaged = [str(path) for store in stores for path in store.damaged()]
+        if damaged:
+            raise UserError(
+                f"{len(damaged)} of the prepared files are damaged: {', '.join(damaged[:5])}; delete their folders and "
+                "prepare the text again"
+            )
+        print(f"verified: {len(stores)} stores are what was written")
+    return summarise(prepared, config.data, config.causal)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,29 @@
-"""Where text comes from: documents out of .txt and .jsonl files, and their split into training and validation text."""
+"""Where text comes from: files, data sets of libraries, the built-in text, and mixtures of any; and their split into
+training and validation text.
+"""
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import json
 import math
 import os
-import zlib
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cli import UserError
 from data.builtin import BuiltinSource
-from data.config import DataConfig
-from data.documents import Document
+from data.config import MAX_DOCUMENT_BYTES, DataConfig
+from data.documents import Document, Item, Reject, documents
+from data.formats import kind_of, read
+from data.storage import digest, expand, is_remote, size
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+if TYPE_CHECKING:
+    from data.filters import Decisions
+
 MIN_HASHED_DOCUMENTS = 100
 """From this many documents on, each falls on a side by its own hash alone."""
 MIN_TAIL = 200
@@ -27,9 +31,9 @@ MIN_TAIL = 200
 
 
 class Source(Protocol):
-    """Documents that can be read any number of times, always in the same order."""
+    """Documents, and rejects between them, that can be read any number of times, always in the same order."""
 
-    def __iter__(self) -> Iterator[Document]: ...
+    def __iter__(self) -> Iterator[Item]: ...
 
     def fingerprint(self) -> str:
         """Hex digest of what `__iter__` yields; computed without parsing, so that a cache lookup is cheap."""
@@ -41,54 +45,138 @@ class Source(Protocol):
 
 
 class Sources(NamedTuple):
-    train: Source
-    validation: Source
+    train: dict[str, Source]
+    """By name; a single one is called "text"."""
+    validation: dict[str, Source]
+    """By the name of the source that it is a part of; "validation" where it was given."""
 
 
-def open_sources(config: DataConfig) -> Sources:
-    """Training and validation text of a run."""
+SPEC = re.compile(r"(hf|tfds|builtin):(?!//)(.+)")
+
+
+def open_sources(
+    config: DataConfig, cache: Path | None = None, filtered: Callable[[Source], Source] = lambda source: source
+) -> Sources:
+    """Training and validation text of a run. filtered: what is done to each source before it is split."""
+    train = _open_train(config, cache)
+    for source in train.values():
+        if notice := getattr(source, "approximate", None):
+            print(notice, flush=True)
+    if config.validation_files:
+        validation = open_source(config.validation_files, config, cache)
+        _check_apart(train, validation)
+        return Sources({name: filtered(source) for name, source in train.items()}, {"validation": validation})
+    halves = {name: split_validation(filtered(source), config.validation_fraction) for name, source in train.items()}
+    return Sources(
+        {name: kept for name, (kept, _) in halves.items()}, {name: held_out for name, (_, held_out) in halves.items()}
+    )
+
+
+def open_source(patterns: tuple[str, ...], config: DataConfig, cache: Path | None = None) -> Source:
+    """Files and globs, or one data set: hf:…, tfds:…, builtin:…"""
+    named = [match for pattern in patterns if (match := SPEC.fullmatch(pattern))]
+    if not named:
+        return FileSource(patterns, config.text_field, config.max_document_bytes, cache)
+    if len(patterns) > 1:
+        raise UserError(f"{named[0][0]} beside other text; give each a name: --data.sources 'a={named[0][0]}' 'b=…'")
+    library, spec = named[0].groups()
+    if library == "hf":
+        from data.hf import HfSource
+
+        return HfSource(spec, config.text_field)
+    if library == "tfds":
+        from data.tfds import TfdsSource
+
+        return TfdsSource(spec, config.text_field)
+    if spec not in ("pydoc", "packages"):
+        raise UserError(f"builtin:{spec} is unknown; there are builtin:pydoc and builtin:packages")
+    return BuiltinSource(spec)
+
+
+def _open_train(config: DataConfig, cache: Path | None) -> dict[str, Source]:
+    if config.sources:
+        if config.files:
+            raise UserError("data.files and data.sources were both given; name all text: --data.sources 'a=text/*.txt'")
+        patterns: dict[str, list[str]] = {}
+        for spec in config.sources:
+            name, _, pattern = spec.partition("=")
+            patterns.setdefault(name, []).append(pattern)
+        return {name: open_source(tuple(given), config, cache) for name, given in patterns.items()}
     if config.files:
-        source: Source = FileSource(config.files, config.text_field)
-    elif config.builtin:
-        source = BuiltinSource(config.builtin, frozenset(config.builtin_exclude))
-    else:
-        raise UserError("no text was given; use --data.files 'text/*.txt', or --data.builtin pydoc for what is here")
-    if not config.validation_files:
-        return split_validation(source, config.validation_fraction)
-    validation = FileSource(config.validation_files, config.text_field)
-    if isinstance(source, FileSource):
-        both = sorted({os.path.realpath(p) for p in source.paths} & {os.path.realpath(p) for p in validation.paths})
+        return {"text": open_source(config.files, config, cache)}
+    if config.builtin:
+        return {"text": BuiltinSource(config.builtin, frozenset(config.builtin_exclude))}
+    raise UserError("no text was given; use --data.files 'text/*.txt', or --data.builtin pydoc for what is here")
+
+
+def _check_apart(train: dict[str, Source], validation: Source) -> None:
+    """UserError where a file is on both sides."""
+
+    def paths(source: Source) -> set[str]:
+        return {path if is_remote(path) else os.path.realpath(path) for path in getattr(source, "paths", ())}
+
+    for source in train.values():
+        both = sorted(paths(source) & paths(validation))
         if both:
             raise UserError(
                 f"{len(both)} of the validation files are also training files ({both[0]}); "
-                "name them so that no file is in both data.files and data.validation_files"
+                "name them so that no file is on both sides"
             )
-    return Sources(source, validation)
 
 
 class FileSource:
-    """Documents of files: a .txt file is one document, a .jsonl or .jsonl.gz file holds one on each line."""
+    """Documents of files, local or remote, in the order of their names (data.formats says how each is read)."""
 
-    def __init__(self, patterns: tuple[str, ...], text_field: str = "text"):
-        self.paths = expand(patterns)
-        self.text_field = text_field
+    def __init__(
+        self,
+        patterns: tuple[str, ...],
+        text_field: str = "text",
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        cache: Path | None = None,
+    ):
+        self.paths = expand(patterns, lambda path: kind_of(path) is not None)
+        self.text_field, self._max_bytes, self._cache = text_field, max_document_bytes, cache
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[Item]:
         for path in self.paths:
-            if path.endswith(".txt"):
-                yield _read_text(path)
-            else:
-                yield from _read_lines(path, self.text_field)
+            yield from read(path, self.text_field, self._max_bytes)
 
     def fingerprint(self) -> str:
         """Over contents and order of the files, not their names: moving a folder changes nothing."""
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(_file_digest, self.paths)
-            parts = [f"{_suffix(path)} {digest}" for path, digest in zip(self.paths, digests, strict=True)]
-        return hashlib.sha256("\n".join([f"files 1 {self.text_field}", *parts]).encode()).hexdigest()
+            digests = pool.map(lambda path: digest(path, self._cache), self.paths)
+            parts = [f"{_suffix(path)} {found}" for path, found in zip(self.paths, digests, strict=True)]
+        limit = "" if self._max_bytes == MAX_DOCUMENT_BYTES else f" {self._max_bytes}"
+        return _sha256("\n".join([f"files 1 {self.text_field}{limit}", *parts]))
 
     def size(self) -> int | None:
-        return None if any(path.endswith(".gz") for path in self.paths) else sum(map(os.path.getsize, self.paths))
+        sizes = [size(path) for path in self.paths]
+        return None if None in sizes else sum(filter(None, sizes))
+
+
+class Filtered:
+    """A source without the documents that data.filters has decided to drop."""
+
+    def __init__(self, source: Source, decisions: Decisions, key: str):
+        self._source, self._decisions, self._key = source, decisions, key
+        self.dropped: dict[str, int] = decisions.counts
+
+    def __iter__(self) -> Iterator[Item]:
+        number, dropped = 0, iter(self._decisions.dropped.tolist())
+        following = next(dropped, None)
+        for item in self._source:
+            if isinstance(item, Document):
+                number += 1
+                if following == number - 1:
+                    following = next(dropped, None)
+                    continue
+            yield item
+
+    def fingerprint(self) -> str:
+        return _sha256(f"filtered {self._key}")
+
+    def size(self) -> int | None:
+        return self._source.size()
 
 
 class Part:
@@ -96,30 +184,36 @@ class Part:
 
     def __init__(self, source: Source, choose: Callable[[str], str], name: str, share: float):
         self._source, self._choose, self._name, self._share = source, choose, name, share
+        self.dropped: dict[str, int] = getattr(source, "dropped", {}) if share >= 0.5 else {}
 
-    def __iter__(self) -> Iterator[Document]:
-        for document in self._source:
-            text = self._choose(document.text)
+    def __iter__(self) -> Iterator[Item]:
+        for item in self._source:
+            if isinstance(item, Reject):
+                # Of both sides of a split, the first tells of them.
+                if self._share >= 0.5:
+                    yield item
+                continue
+            text = self._choose(item.text)
             if text.strip():
-                yield Document(text, document.name)
+                yield Document(text, item.name)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self._name} {self._share} {self._source.fingerprint()}".encode()).hexdigest()
+        return _sha256(f"{self._name} {self._share} {self._source.fingerprint()}")
 
     def size(self) -> int | None:
         whole = self._source.size()
         return whole and round(whole * self._share)
 
 
-def split_validation(source: Source, fraction: float) -> Sources:
-    """Hold out about `fraction` of the text; the same content always falls on the same side.
+def split_validation(source: Source, fraction: float) -> tuple[Source, Source]:
+    """Training and validation part, about `fraction` of the text; the same content always falls on the same side.
 
     Of many documents (MIN_HASHED_DOCUMENTS, and ten expected in the validation part) those that their hash draws. Of
     few, the tail of each, cut at a line break or blank; or, where such tails would be fragments (MIN_TAIL), as many
     whole ones, first in the order of their hashes, as make up the fraction.
     """
     enough = max(MIN_HASHED_DOCUMENTS, math.ceil(10 / fraction))
-    few = [(_rank(document.text), len(document.text)) for document in islice(source, enough)]
+    few = [(_rank(document.text), len(document.text)) for document in islice(documents(source), enough)]
     if len(few) == enough:
         return _split(source, fraction, "documents", lambda text: text if _rank(text) < fraction * 2**64 else "")
     size = sum(length for _, length in few)
@@ -133,112 +227,23 @@ def split_validation(source: Source, fraction: float) -> Sources:
     return _split(source, fraction, "first documents", lambda text: text if _rank(text) in drawn else "")
 
 
-def _split(source: Source, fraction: float, name: str, held_out: Callable[[str], str]) -> Sources:
+def _split(source: Source, fraction: float, name: str, held_out: Callable[[str], str]) -> tuple[Source, Source]:
     """held_out: text → its held-out end, which may be all or nothing of it."""
 
     def kept(text: str) -> str:
         return text[: len(text) - len(held_out(text))]
 
-    return Sources(Part(source, kept, f"all but {name}", 1 - fraction), Part(source, held_out, name, fraction))
-
-
-def expand(patterns: tuple[str, ...]) -> list[str]:
-    """Sorted paths of the files that the globs match, each once."""
-    paths: set[str] = set()
-    for pattern in patterns:
-        name = os.path.expanduser(pattern)
-        found = [name] if os.path.isfile(name) else [p for p in glob.glob(name, recursive=True) if os.path.isfile(p)]
-        if os.path.isdir(name):
-            raise UserError(f"{pattern} is a folder; name its files, for instance '{pattern.rstrip('/')}/**/*.txt'")
-        if not found:
-            raise UserError(f"no file matches {pattern}; check the path (now in {os.getcwd()}) and quote globs")
-        paths.update(found)
-    for path in sorted(paths):
-        _suffix(path)
-    return sorted(paths)
-
-
-def decode_line(line: bytes, path: str, number: int) -> str:
-    """The line as text; raises UserError with file:line where it is no UTF-8."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: byte {line[error.start]:#04x} is not valid UTF-8; convert the file, "
-            "for instance with `iconv -f latin1 -t utf-8`"
-        ) from error
-
-
-def parse_object(line: str, path: str, number: int) -> dict:
-    """The JSON object on a line; raises UserError with file:line where there is none, or text that no UTF-8 holds."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not JSON ({error}); each line holds one object, {{…}}") from error
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise UserError(f"{path}:{number}: JSON of type {kind}; each line holds one object, {{…}}")
-    for name, value in record.items():
-        try:
-            f"{name}{value if isinstance(value, str) else ''}".encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{path}:{number}: half a surrogate pair (\\ud800 …) is no character; remove it") from error
-    return record
+    return Part(source, kept, f"all but {name}", 1 - fraction), Part(source, held_out, name, fraction)
 
 
 def _suffix(path: str) -> str:
-    for suffix in reversed(SUFFIXES):
-        if path.endswith(suffix):
-            return suffix
-    raise UserError(f"{path}: unknown kind of file; text is read from {', '.join(SUFFIXES)}")
+    kind = kind_of(path)
+    assert kind
+    return path[path.rindex(kind) :]
 
 
-def _read_text(path: str) -> Document:
-    with open(path, "rb") as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        text = decode_line(content.split(b"\n", number)[number - 1], path, number)
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    if not text.strip():
-        raise UserError(f"{path} is empty; leave it out of the files, or give it some text")
-    return Document(text, path)
-
-
-def _read_lines(path: str, text_field: str) -> Iterator[Document]:
-    empty = True
-    try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    text = _parse_line(decode_line(line, path, number).removeprefix("\ufeff"), path, number, text_field)
-                    if text.strip():
-                        empty = False
-                        yield Document(text, f"{path}:{number}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged gzip file ({error}); `gzip -t` checks it, fetch or write it again") from error
-    if empty:
-        raise UserError(f"{path} holds no text: it is empty or every {text_field!r} is; leave it out of the files")
-
-
-def _parse_line(line: str, path: str, number: int, text_field: str) -> str:
-    record = parse_object(line, path, number)
-    if text_field not in record:
-        raise UserError(
-            f"{path}:{number}: no field {text_field!r}; it has {', '.join(map(repr, record)) or 'none'} "
-            "(--data.text-field NAME chooses another)"
-        )
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(f"{path}:{number}: field {text_field!r} is of type {type(text).__name__}; expected a string")
-    return text
-
-
-def _file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rank(text: str) -> int:

@@ -1,8 +1,4 @@
-"""Tokenizers: train one, load one, and what masking, packing and bits per byte must know about its tokens.
-
-WordPiece as in BERT (Devlin et al. 2019) and byte-level BPE as in GPT-2 (Radford et al. 2019), as `tokenizers` and
-`transformers` run them. Training gives the same tokenizer wherever it runs, so that every host can train its own.
-"""
+"""Tokenizers, as `tokenizers` and `transformers` run them: load, save, compare, and know their special tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +8,9 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from cli import UserError
 
@@ -42,12 +34,6 @@ SENTENCEPIECE_SPECIALS = {
     "eos_token": "</s>",
     "mask_token": "<mask>",
 }
-ALPHABET = 1000
-"""WordPiece knows at most this many characters, the most frequent ones; the rest become [UNK]."""
-SAMPLE = 2**28
-"""Characters a tokenizer is learnt from at most: more change its vocabulary little, and cost memory and minutes."""
-MIN_VOCABULARY = 300
-"""256 bytes and the special tokens must fit."""
 
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
@@ -64,25 +50,6 @@ class SpecialIds(NamedTuple):
     eos: int | None
     all: tuple[int, ...]
     """Every special token of the tokenizer, sorted."""
-
-
-def train_tokenizer(
-    texts: Iterable[str], kind: str, vocab_size: int, *, for_masked_lm: bool = True
-) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most vocab_size tokens for these texts. kind: "wordpiece" or "bpe".
-
-    Learnt from at most SAMPLE characters, drawn by hash. A bpe tokenizer has cls, sep and mask tokens of its own only
-    with for_masked_lm.
-    """
-    if vocab_size < MIN_VOCABULARY:
-        raise UserError(f"a vocabulary of {vocab_size} tokens is too small; give at least {MIN_VOCABULARY}")
-    if kind not in ("wordpiece", "bpe"):
-        raise UserError(f"unknown kind of tokenizer {kind!r}; choose wordpiece or bpe")
-    chosen = sample(texts, SAMPLE)
-    if kind == "wordpiece":
-        return _wrap(_train_wordpiece(chosen, vocab_size), WORDPIECE_SPECIALS)
-    specials = BPE_MASKED_LM_SPECIALS if for_masked_lm else BPE_SPECIALS
-    return _wrap(_train_bpe(chosen, vocab_size, specials), specials)
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
@@ -111,7 +78,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         raise UserError(f"{path} is no tokenizer that can be read: {' '.join(str(error).split())[:300]}") from error
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
     known = (WORDPIECE_SPECIALS, BPE_MASKED_LM_SPECIALS, SENTENCEPIECE_SPECIALS)
-    return _wrap(backend, {name: text for specials in known for name, text in specials.items() if text in present})
+    return wrap(backend, {name: text for specials in known for name, text in specials.items() if text in present})
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:
@@ -188,7 +155,7 @@ def framed_tokenizer(tokenizer: PreTrainedTokenizerFast, causal: bool) -> PreTra
     framed = copy.deepcopy(tokenizer)
     assert first is not None and between is not None
     cls, sep = (str(tokenizer.convert_ids_to_tokens(index)) for index in (first, between))
-    framed.backend_tokenizer.post_processor = _template(framed.backend_tokenizer, cls, sep)
+    framed.backend_tokenizer.post_processor = template(framed.backend_tokenizer, cls, sep)
     if causal and tokenizer.pad_token_id in (None, between):
         others = [index for index in specials.all if index not in (first, between)]
         framed.pad_token = str(tokenizer.convert_ids_to_tokens(others[0])) if others else None
@@ -269,110 +236,13 @@ def pieces(text: str, limit: int = 20_000) -> Iterator[str]:
         yield text[start:]
 
 
-def sample(texts: Iterable[str], limit: int) -> list[str]:
-    """The texts in pieces; of more than `limit` characters an even part of the pieces, drawn by their hash."""
-    kept: list[tuple[int, str]] = []
-    size, threshold = 0, 2**64
-    for text in texts:
-        for piece in pieces(text):
-            mark = int.from_bytes(hashlib.sha256(piece.encode()).digest()[:8], "big")
-            if mark < threshold:
-                kept.append((mark, piece))
-                size += len(piece)
-            while size > limit:
-                threshold //= 2
-                kept = [item for item in kept if item[0] < threshold]
-                size = sum(len(piece) for _, piece in kept)
-    return [piece for _, piece in kept]
-
-
-def _wrap(backend: Tokenizer, specials: dict[str, str]) -> PreTrainedTokenizerFast:
+def wrap(backend: Tokenizer, specials: dict[str, str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
 
 
-def _train_bpe(texts: list[str], vocab_size: int, specials: dict[str, str]) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(dict.fromkeys(specials.values())),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        min_frequency=2,
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    if "cls_token" in specials:
-        backend.post_processor = _template(backend, specials["cls_token"], specials["sep_token"])
-    else:
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    return backend
-
-
-def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
-    """WordPiece whose vocabulary depends on the texts alone.
-
-    The trainer of `tokenizers` numbers the inner characters ("##e") in the order of a hash table that is seeded anew in
-    every process, and breaks ties between merges by these numbers. Handing it all of them as special tokens fixes
-    the numbers; afterwards they are made ordinary ones.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = list(WORDPIECE_SPECIALS.values())
-    room = vocab_size - len(specials)
-    characters, inner = _alphabet(texts, backend, min(ALPHABET, room // 2))
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*specials, *(f"##{character}" for character in inner)],
-        initial_alphabet=characters,
-        limit_alphabet=len(characters),
-        min_frequency=2,
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    trained = Tokenizer(models.WordPiece(backend.get_vocab(with_added_tokens=True), unk_token="[UNK]"))
-    trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    trained.decoder = decoders.WordPiece(prefix="##")
-    trained.add_special_tokens(specials)
-    trained.post_processor = _template(trained, "[CLS]", "[SEP]")
-    return trained
-
-
-def _alphabet(texts: list[str], backend: Tokenizer, limit: int) -> tuple[list[str], list[str]]:
-    """The `limit` most frequent characters after normalisation, and those of them that occur inside words.
-
-    Normalisation looks at one character at a time, so it runs on the distinct ones only.
-    """
-    count_C = np.zeros(sys.maxunicode + 1, np.int64)
-    joins_C = np.zeros(sys.maxunicode + 1, bool)
-    inner_C = np.zeros(sys.maxunicode + 1, bool)
-    normal: dict[int, str] = {}
-    for text in texts:
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        present = np.bincount(codes)
-        count_C[: len(present)] += present
-        for code in np.flatnonzero(present).tolist():
-            if code not in normal:
-                normal[code] = backend.normalizer.normalize_str(chr(code))
-                joins_C[code] = len(backend.pre_tokenizer.pre_tokenize_str(f"a{normal[code]}a")) == 1
-        inner_C[codes[1:][joins_C[codes[1:]] & joins_C[codes[:-1]]]] = True
-    counts: Counter[str] = Counter()
-    inner: set[str] = set()
-    for code, characters in normal.items():
-        counts.update({character: int(count_C[code]) for character in characters if not character.isspace()})
-        inner.update(characters[0 if inner_C[code] else 1 :])
-    kept = sorted(counts, key=lambda character: (-counts[character], character))[:limit]
-    return sorted(kept), sorted(inner.intersection(kept))
-
-
-def _template(backend: Tokenizer, cls: str, sep: str):
+def template(backend: Tokenizer, cls: str, sep: str):
     from tokenizers import processors
 
     return processors.TemplateProcessing(

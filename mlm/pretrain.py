@@ -69,11 +69,17 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     ordinary_V = ~np.isin(ids_V, specials.all) & (ids_V < vocabulary_size(tokenizer))
     vocabulary = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
     rows, held_out = (
-        Rows(store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm")
-        for store in (prepared.train, prepared.validation)
+        {
+            name: Rows(store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm")
+            for name, store in stores.items()
+        }
+        for stores in (prepared.train, prepared.validation)
     )
-    batches = Batches(rows, config.batch_size, config.seed)
-    eval_batches = Batches(held_out, config.batch_size).fixed(config.eval_rows, host_rows(config.batch_size))
+    weights = config.data.weights()
+    batches = Batches(rows, config.batch_size, config.seed, weights)
+    eval_batches = Batches(held_out, config.batch_size, weights=None if "validation" in held_out else weights).fixed(
+        config.eval_rows, host_rows(config.batch_size)
+    )
 
     mean_rate = (config.masking.rate + (config.masking.final_rate or config.masking.rate)) / 2
 
@@ -90,7 +96,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         objective=objective(lambda step: rate_at(config.masking, step, config.steps)),
         eval_objective=objective(lambda step: rate_at(config.masking, config.steps, config.steps)),
         batches_from=lambda step: prefetch(
-            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch
+            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch, config.workers
         ),
         eval_batches=eval_batches,
         finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},
@@ -104,7 +110,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         flops_per_step=config.batch_size * length * flops_per_token(model, length, mean_rate),
     )
 
-    summary = summarise(run, result, parameters=count_params(model, "masked_lm"))
+    summary = summarise(run, result, parameters=count_params(model, "masked_lm"), data=batches.epochs(result.step))
     if jax.process_index() == 0 and not result.stopped_by:
         params = jax.device_get(result.state.params)
         texts = token_texts(tokenizer)
@@ -112,7 +118,10 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         samples = masked_samples(
             model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
         )
-        train_V, held_out_V = (store.counts(model.vocab_size) for store in (prepared.train, prepared.validation))
+        train_V, held_out_V = (
+            sum(store.counts(model.vocab_size) for store in stores.values())
+            for stores in (prepared.train, prepared.validation)
+        )
         entropy = unigram_entropy(train_V, held_out_V, vocabulary)
         write_json(run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
         write_report(run.path)

@@ -7,7 +7,8 @@ import pytest
 
 from cli import UserError
 from data.labelled import Encoded, LabelledBatches, encode_pairs, read_labelled
-from data.tokenizer import special_ids, train_tokenizer
+from data.tokenizer import special_ids
+from data.train_tokenizer import train_tokenizer
 
 
 def write(path, content: str | bytes):

@@ -1,6 +1,7 @@
 """Rows against rows written out by hand, and batches as a pure function of seed and step."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli import UserError
-from data.loader import Batches, Rows, permute, prefetch
+from data.loader import Batches, Mixture, Rows, permute, prefetch
 from data.packing import pack_best_fit, pack_split
 from data.tokenizer import SpecialIds
 
 SPECIALS = SpecialIds(pad=0, cls=1, sep=2, mask=3, bos=4, eos=5, all=(0, 1, 2, 3, 4, 5))
-BYTES = np.array([0] * 6 + [1 + index % 4 for index in range(1000)], np.int32)
+BYTES = np.array([0] * 6 + [1 + index % 4 for index in range(20_000)], np.int32)
 
 
 class Store:
@@ -127,21 +128,21 @@ def test_permute_draws_all_orders_alike():
 
 def test_every_epoch_holds_each_row_once_in_an_order_of_its_own():
     rows = masked_lm([14] * 37)
-    batches = Batches(rows, 5, seed=3)
+    batches = Batches({"text": rows}, 5, seed=3)
     seen = np.concatenate([batches.batch(step)["input_ids"][:, 1] for step in range(3 * 37 // 5)])
     epochs = [seen[at : at + 37].tolist() for at in range(0, 74, 37)]
     everything = sorted(rows.rows(np.arange(37))["input_ids"][:, 1])
     assert [sorted(epoch) for epoch in epochs] == [everything, everything]
     assert len({tuple(epoch) for epoch in [*epochs, everything]}) == 3
-    other = np.concatenate([Batches(rows, 5, seed=4).batch(step)["input_ids"][:, 1] for step in range(8)])
+    other = np.concatenate([Batches({"text": rows}, 5, seed=4).batch(step)["input_ids"][:, 1] for step in range(8)])
     assert other[:37].tolist() != epochs[0]
 
 
 @given(st.integers(0, 10**9), st.integers(1, 12))
 def test_batch_is_a_pure_function_and_parts_make_the_whole(step, size):
     rows = causal_lm([3, 50, 8, 20])
-    whole = Batches(rows, 2 * size, seed=1).batch(step)
-    fresh = Batches(causal_lm([3, 50, 8, 20]), 2 * size, seed=1)
+    whole = Batches({"text": rows}, 2 * size, seed=1).batch(step)
+    fresh = Batches({"text": causal_lm([3, 50, 8, 20])}, 2 * size, seed=1)
     parts = [fresh.batch(step, slice(0, size)), fresh.batch(step, slice(size, None))]
     for name, array in whole.items():
         np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
@@ -150,7 +151,7 @@ def test_batch_is_a_pure_function_and_parts_make_the_whole(step, size):
 @pytest.mark.parametrize("max_rows", [1, 7, 20, 1000])
 def test_fixed_batches_are_spread_evenly_and_filled_up(max_rows):
     rows = causal_lm([16 * 20 - 1])
-    batches = Batches(rows, 8).fixed(max_rows)
+    batches = Batches({"text": rows}, 8).fixed(max_rows)
     first = np.concatenate([batch["labels"][:, 0] for batch in batches])
     weights = np.concatenate([batch["loss_weights"].sum(axis=1) for batch in batches])
     total = min(max_rows, 20)
@@ -159,7 +160,7 @@ def test_fixed_batches_are_spread_evenly_and_filled_up(max_rows):
     assert len(set(first[:total])) == total and (np.diff(first[:total]) > 0).all()
     if max_rows == 7:
         assert first[total - 1] > 16 * 15, "the end of the text is not evaluated"
-    halves = [Batches(rows, 8).fixed(max_rows, part) for part in (slice(0, 4), slice(4, 8))]
+    halves = [Batches({"text": rows}, 8).fixed(max_rows, part) for part in (slice(0, 4), slice(4, 8))]
     for batch, left, right in zip(batches, *halves, strict=True):
         np.testing.assert_array_equal(batch["labels"], np.concatenate([left["labels"], right["labels"]]))
 
@@ -169,8 +170,10 @@ def test_prefetch_gives_the_batches_in_order(depth):
     batches = prefetch(lambda step: {"step": np.array(step)}, start=4, depth=depth)
     assert [int(next(batches)["step"]) for _ in range(20)] == list(range(4, 24))
     batches.close()
-    assert list(batches) == []
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    deadline = time.monotonic() + 20
+    while any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "a thread is left"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("depth", [0, 2])
@@ -192,11 +195,120 @@ def test_prefetch_works_ahead_but_not_further_than_depth():
 
     def batch_fn(step):
         made.append(step)
-        if len(made) == 3:
+        if len(made) == 2:
             enough.set()
         return {"step": np.array(step)}
 
     batches = prefetch(batch_fn, start=0, depth=2)
     assert enough.wait(10), "nobody took a batch, and none was prepared"
     batches.close()
-    assert len(made) <= 4
+    assert len(made) <= 3
+
+
+class Watched(Store):
+    """Remembers how many tokens were asked for."""
+
+    def __init__(self, lengths):
+        super().__init__(lengths)
+        self.taken = 0
+
+    def take(self, index):
+        self.taken += len(index)
+        return super().take(index)
+
+
+def sources(*sizes) -> dict[str, Rows]:
+    """Causal rows of 16 tokens, as many as the sizes say."""
+    return {f"source{number}": causal_lm([16 * size - 1]) for number, size in enumerate(sizes)}
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_any_number_of_hosts_makes_the_same_batch(hosts, mixed):
+    """Each reads its slice and no more."""
+    stores = [Watched([16 * size - 1]) for size in ((70, 31) if mixed else (70,))]
+    rows = {
+        str(number): Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "causal_lm", BYTES)
+        for number, store in enumerate(stores)
+    }
+    batches = Batches(rows, 48, seed=5, weights={"0": 0.7, "1": 0.3} if mixed else None)
+    for step in (0, 7, 10**6):
+        whole = batches.batch(step)
+        each = 48 // hosts
+        for host in range(hosts):
+            for store in stores:
+                store.taken = 0
+            part = batches.batch(step, slice(host * each, (host + 1) * each))
+            assert sum(store.taken for store in stores) == 2 * 16 * each, "inputs and labels of its rows"
+            for name, array in part.items():
+                np.testing.assert_array_equal(array, whole[name][host * each : (host + 1) * each])
+
+
+@pytest.mark.parametrize("workers, depth", [(1, 0), (1, 1), (1, 5), (3, 1), (4, 6)])
+def test_any_number_of_workers_makes_the_same_batches(workers, depth):
+    batches = Batches(sources(70), 8, seed=2)
+    stream = prefetch(batches.batch, 3, depth, workers)
+    for step in range(3, 20):
+        np.testing.assert_array_equal(next(stream)["input_ids"], batches.batch(step)["input_ids"])
+    stream.close()
+
+
+def test_a_far_step_costs_what_a_near_one_costs(monkeypatch):
+    """Counted in the numbers that the permutation mixes and the tokens that are read."""
+    import data.loader
+
+    store, mixed = Watched([16 * 999 - 1]), []
+    feistel = data.loader._feistel
+    monkeypatch.setattr(data.loader, "_feistel", lambda value, *rest: mixed.append(len(value)) or feistel(value, *rest))
+    batches = Batches({"a": Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "causal_lm", BYTES)}, 64)
+    costs = []
+    for step in (10, 10**6):
+        mixed.clear()
+        store.taken = 0
+        batches.batch(step)
+        costs.append((sum(mixed), store.taken))
+    assert costs[0][1] == costs[1][1] and 0.5 < costs[0][0] / costs[1][0] < 2
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6), st.integers(1, 100_000))
+def test_any_first_rows_hold_each_sources_share(weights, rows):
+    mixture = Mixture(weights)
+    source, number = mixture.at(np.arange(rows))
+    counts = np.bincount(source, minlength=len(weights))
+    assert counts.tolist() == mixture.taken(rows)
+    exact = np.array(weights) / sum(weights)
+    # To within rounding to 1/10,000 and a few rows that are under way.
+    assert (abs(counts - exact * rows) <= len(weights) + rows / 10_000).all()
+    for one in range(len(weights)):
+        assert number[source == one].tolist() == list(range(counts[one]))
+
+
+def test_the_realised_share_over_an_epoch():
+    rows = sources(7000, 5000)
+    batches = Batches(rows, 32, weights={"source0": 0.7, "source1": 0.3})
+    report = batches.epochs(10_000 // 32)
+    assert abs(report["source0"]["share"] - 0.7) < 0.001 and abs(report["source1"]["share"] - 0.3) < 0.001
+    assert abs(report["source0"]["epochs"] - 1) < 0.01 and abs(report["source1"]["epochs"] - 0.6) < 0.01
+
+
+def test_each_source_of_a_mixture_has_epochs_of_its_own():
+    rows = sources(30, 50)
+    batches = Batches(rows, 10, seed=4, weights={"source0": 0.5, "source1": 0.5})
+    seen = np.concatenate([batches.batch(step)["labels"][:, 0] for step in range(6)])
+    # The texts begin with the same tokens: told apart by the pattern of the mixture.
+    source, _ = batches._mixture.at(np.arange(60))
+    first = {name: row["labels"][:, 0].tolist() for name, r in rows.items() for row in [r.rows(np.arange(len(r)))]}
+    assert sorted(seen[source == 0]) == sorted(first["source0"])
+    assert len(set(seen[source == 1])) == 30 and set(seen[source == 1]) <= set(first["source1"])
+
+
+def test_without_weights_every_row_of_every_source_comes_once():
+    rows = sources(30, 50, 20)
+    taken = Batches(rows, 10).epochs(10)
+    assert [entry["epochs"] for entry in taken.values()] == [1, 1, 1]
+
+
+def test_evaluation_of_a_mixture_has_its_shares():
+    batches = Batches(sources(100, 100), 8, weights={"source0": 0.75, "source1": 0.25}).fixed(40)
+    weights = np.concatenate([batch["loss_weights"].sum(axis=1) for batch in batches])
+    assert (weights[:40] == 16).all() and len(weights) == 40

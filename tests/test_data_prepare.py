@@ -3,16 +3,21 @@
 import json
 import os
 import pathlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-import data.prepare
+import data.encode
 from cli import UserError
 from data.config import DataConfig
 from data.prepare import prepare
-from data.store import TokenStore, exists, write_store
-from data.tokenizer import fingerprint, save_tokenizer, train_tokenizer
+from data.store import Encoded, TokenStore, exists, write_store
+from data.tokenizer import fingerprint, save_tokenizer
+from data.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -40,13 +45,16 @@ def no_tokenizing(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("text is tokenized again")
 
-    monkeypatch.setattr(data.prepare, "encode", refuse)
-    monkeypatch.setattr("data.tokenizer.train_tokenizer", refuse)
+    monkeypatch.setattr("data.encode.encode", refuse)
+    monkeypatch.setattr("data.train_tokenizer.train_tokenizer", refuse)
 
 
 def test_the_text_comes_back(config):
     prepared = run(config)
-    for store, files in ((prepared.train, config.files), (prepared.validation, config.validation_files)):
+    for store, files in (
+        (prepared.train["text"], config.files),
+        (prepared.validation["validation"], config.validation_files),
+    ):
         texts = [pathlib.Path(path).read_text() for path in files]
         assert text_of(store, prepared.tokenizer) == texts
         assert store.manifest["bytes"] == sum(len(text.encode()) for text in texts)
@@ -70,7 +78,7 @@ def test_whatever_changes_is_made_again(config, change):
         with open(path, "a") as file:
             file.write(" Exeunt, pursued by a bear.")
     if change == "kind":
-        config = DataConfig(**{**vars(config), "tokenizer_kind": "wordpiece"})
+        config = replace(config, tokenizer_kind="wordpiece")
     if change == "size":
         size = 450
     if change == "specials":
@@ -85,7 +93,7 @@ def test_whatever_changes_is_made_again(config, change):
 def test_a_given_tokenizer_is_used(config, tmp_path):
     tokenizer = train_tokenizer(["a few words of another text"] * 3, "bpe", 400)
     save_tokenizer(tokenizer, tmp_path / "given")
-    given = DataConfig(**{**vars(config), "tokenizer": str(tmp_path / "given")})
+    given = replace(config, tokenizer=str(tmp_path / "given"))
     assert run(given).fingerprints["tokenizer"] == fingerprint(tokenizer)
 
 
@@ -93,45 +101,118 @@ def test_the_tokenizer_of_the_weights_comes_first(config, tmp_path):
     tokenizer = train_tokenizer(["a few words of another text"] * 3, "bpe", 400)
     assert run(config, of_weights=tokenizer).fingerprints["tokenizer"] == fingerprint(tokenizer)
     save_tokenizer(train_tokenizer(["yet other words"], "bpe", 400), tmp_path / "given")
-    given = DataConfig(**{**vars(config), "tokenizer": str(tmp_path / "given")})
+    given = replace(config, tokenizer=str(tmp_path / "given"))
     with pytest.raises(UserError, match="given is not the tokenizer that the weights were trained with"):
         run(given, of_weights=tokenizer)
 
 
-def test_an_interruption_leaves_nothing(config, monkeypatch, tmp_path):
-    encode = data.prepare.encode
+def test_an_interruption_loses_only_the_last_moments(config, monkeypatch, tmp_path):
+    """Stopped after two batches of text, the same again begins with the third and ends with the same files."""
+    monkeypatch.setattr("data.encode.BATCH_CHARACTERS", 5_000)
+    whole = run(replace(config, cache=str(tmp_path / "undisturbed")))
+    encode, seen = data.encode.encode, []
 
-    def interrupted(texts, tokenizer):
-        for number, item in enumerate(encode(texts, tokenizer)):
+    def interrupted(items, tokenizer):
+        for number, batch in enumerate(encode(items, tokenizer)):
             if number == 2:
                 raise KeyboardInterrupt
-            yield item
+            yield batch
 
-    monkeypatch.setattr(data.prepare, "encode", interrupted)
+    def watched(items, tokenizer):
+        for batch in encode(items, tokenizer):
+            seen.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr("data.encode.encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    left = [path.name for path in (tmp_path / "cache").iterdir()]
-    assert len(left) == 1 and left[0].startswith("tokenizer-"), left
-    monkeypatch.undo()
-    assert text_of(run(config).train, run(config).tokenizer)[0] == pathlib.Path(config.files[0]).read_text()
+    assert not [path for path in (tmp_path / "cache").glob("tokens-*")]
+    monkeypatch.setattr("data.encode.encode", watched)
+    again = run(config)
+    assert sum(seen) == 4 - 2 + 2, "documents: two of the four in training, and the two held-out ones"
+    for side in ("train", "validation"):
+        for here, there in zip(getattr(again, side).values(), getattr(whole, side).values(), strict=True):
+            assert here.manifest == there.manifest and here.folder.name == there.folder.name
+
+
+def test_a_torn_journal_and_a_torn_shard(config, monkeypatch, tmp_path):
+    """What was written behind the last whole entry of the journal is cut off again."""
+    monkeypatch.setattr("data.encode.BATCH_CHARACTERS", 5_000)
+    encode = data.encode.encode
+
+    def interrupted(items, tokenizer):
+        for number, batch in enumerate(encode(items, tokenizer)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr("data.encode.encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr("data.encode.encode", encode)
+    (unfinished,) = (tmp_path / "cache").glob(".tokens-*.unfinished")
+    journal = (unfinished / "journal.jsonl").read_bytes()
+    (unfinished / "journal.jsonl").write_bytes(journal[:-20])
+    with (unfinished / "tokens-00000.bin").open("ab") as file:
+        file.write(b"torn")
+    assert text_of(run(config).train["text"], run(config).tokenizer) == [
+        pathlib.Path(path).read_text() for path in config.files
+    ]
+
+
+def flip(path: pathlib.Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "offsets.bin"])
+def test_a_flipped_bit_is_found_at_first_use(config, name):
+    prepared = run(config)
+    path = prepared.train["text"].folder / name
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=f"{name} is damaged: its SHA-256.*prepare the text again"):
+        run(config).train["text"].take(np.arange(3))
+
+
+def test_only_the_shard_in_use_is_read(tmp_path):
+    store = write_store(tmp_path / "store", items(documents([40])), "uint16", {}, shard_tokens=10)
+    flip(store.folder / "tokens-00002.bin", 7)
+    assert store.damaged() == [store.folder / "tokens-00002.bin"]
+    opened = TokenStore(store.folder)
+    assert opened.take(np.array([0, 19, 35])).tolist() == [0, 19, 35]
+    with pytest.raises(UserError, match="tokens-00002.bin is damaged"):
+        opened.take(np.array([20]))
+
+
+def test_verify_names_the_damaged_file(config, run_cli):
+    arguments = (
+        *("data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
+        *("--data.tokenizer-kind", "bpe", "--data.cache", config.cache, "--vocab-size", 500, "--verify"),
+    )
+    assert "verified: 2 stores" in run_cli(*arguments).stdout
+    folder = run(config).train["text"].folder
+    flip(folder / "tokens-00000.bin", 1000)
+    result = run_cli(*arguments, code=2)
+    assert f"{folder}/tokens-00000.bin" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "shortened"])
-@pytest.mark.parametrize("name", ["manifest.json", "offsets.npy", "tokens-00000.bin"])
+@pytest.mark.parametrize("name", ["manifest.json", "offsets.bin", "tokens-00000.bin"])
 def test_damaged_tokens_are_made_again(config, name, damage):
-    path = run(config).train.folder / name
+    path = run(config).train["text"].folder / name
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-2] if damage == "shortened" else b"")
     prepared = run(config)
-    assert text_of(prepared.train, prepared.tokenizer)[0] == pathlib.Path(config.files[0]).read_text()
+    assert text_of(prepared.train["text"], prepared.tokenizer)[0] == pathlib.Path(config.files[0]).read_text()
 
 
 def test_a_cache_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*--data.cache"):
-        run(DataConfig(**{**vars(config), "cache": str(tmp_path / "file" / "cache")}))
+        run(replace(config, cache=str(tmp_path / "file" / "cache")))
 
 
 def test_progress_bars_know_the_whole(config, monkeypatch):
@@ -166,10 +247,15 @@ def documents(lengths):
     return [(np.arange(length) + 10 * number, length) for number, length in enumerate(lengths)]
 
 
+def items(documents):
+    """What write_store asks for: the documents behind the first `done`, each in a list of its own."""
+    return lambda done: ([Encoded(tokens, size, size)] for tokens, size in documents[done:])
+
+
 @pytest.mark.parametrize("lengths", [[5, 9, 0, 30, 1], [21], [7, 7], [1]])
 def test_shards_are_one_stream(tmp_path, lengths):
     expected = np.concatenate([tokens for tokens, _ in documents(lengths)])
-    store = write_store(tmp_path / "store", iter(documents(lengths)), "uint32", {"about": 1}, shard_tokens=7)
+    store = write_store(tmp_path / "store", items(documents(lengths)), "uint32", {"about": 1}, shard_tokens=7)
     assert len(list(store.folder.glob("tokens-*.bin"))) == -(-len(expected) // 7)
     index = np.random.default_rng(0).permutation(len(expected))
     for opened in (store, TokenStore(tmp_path / "store")):
@@ -179,23 +265,30 @@ def test_shards_are_one_stream(tmp_path, lengths):
         assert np.diff(opened.offsets).tolist() == lengths
 
 
-def test_the_faster_process_wins(tmp_path):
-    """While this one tokenizes, another finishes: its folder is in use and must stay as it is."""
-    folder = tmp_path / "store"
+def test_a_second_process_waits_and_takes_what_the_first_wrote(tmp_path):
+    folder, begun, go_on = tmp_path / "store", threading.Event(), threading.Event()
 
-    def slow():
-        yield from documents([3])
-        write_store(folder, iter(documents([3, 4])), "uint16", {})
-        (folder / "mark").touch()
-        yield from documents([3, 4])[1:]
+    def slow(done):
+        begun.set()
+        assert go_on.wait(60)
+        yield from items(documents([3, 4]))(done)
 
-    store = write_store(folder, slow(), "uint16", {})
-    assert (folder / "mark").exists() and exists(folder) and store.offsets[-1] == 7
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    def never(done):
+        raise AssertionError("both write")
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(write_store, folder, slow, "uint16", {})
+        assert begun.wait(60)
+        second = pool.submit(write_store, folder, never, "uint16", {})
+        time.sleep(0.2)
+        assert not second.done()
+        go_on.set()
+        assert first.result().manifest == second.result().manifest
+    assert exists(folder)
 
 
 def test_an_empty_store(tmp_path):
-    store = write_store(tmp_path / "store", iter([]), "uint16", {})
+    store = write_store(tmp_path / "store", items([]), "uint16", {})
     assert exists(tmp_path / "store") and store.offsets.tolist() == [0] and not store.counts(9).any()
 
 

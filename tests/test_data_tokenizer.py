@@ -18,16 +18,16 @@ from data.tokenizer import (
     load_tokenizer,
     pieces,
     plain_backend,
-    sample,
     save_tokenizer,
     special_ids,
-    train_tokenizer,
     vocabulary_size,
 )
+from data.train_tokenizer import sample, train_tokenizer
 
 TRAIN = """
 import pathlib, sys
-from data.tokenizer import fingerprint, train_tokenizer
+from data.tokenizer import fingerprint
+from data.train_tokenizer import train_tokenizer
 text = pathlib.Path(sys.argv[1]).read_text()[:300_000]
 print(*(fingerprint(train_tokenizer([text], kind, 1000)) for kind in ("wordpiece", "bpe")))
 """

@@ -22,7 +22,8 @@ import finetune.train
 import mlm.presets
 import mlm.pretrain
 from commands.convert import ExportConfig, ImportConfig, export_model, import_model
-from data.tokenizer import framed_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
+from data.tokenizer import framed_tokenizer, load_tokenizer, save_tokenizer, vocabulary_size
+from data.train_tokenizer import train_tokenizer
 from models.config import ModelConfig
 from models.families import family_of
 from models.heads import sequence_logits, span_logits, token_logits

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cli import UserError
-from data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer, vocabulary_size
+from data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
+from data.train_tokenizer import train_tokenizer
 from finetune import evaluate
 from finetune.examples import read_examples
 from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer

@@ -7,7 +7,8 @@ import pytest
 
 from cli import UserError
 from data.token_tables import CONTINUABLE, CONTINUES, word_table
-from data.tokenizer import plain_backend, special_ids, train_tokenizer, vocabulary_size
+from data.tokenizer import plain_backend, special_ids, vocabulary_size
+from data.train_tokenizer import train_tokenizer
 from mlm.masking import Vocabulary, mask_batch, rate_at, slots
 from mlm.presets import MaskingConfig
 from sharding.mesh import MeshConfig, build_mesh, place_batch

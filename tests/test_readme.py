@@ -14,7 +14,8 @@ import jax
 import pytest
 
 import cli
-from data.tokenizer import train_tokenizer, vocabulary_size
+from data.tokenizer import vocabulary_size
+from data.train_tokenizer import train_tokenizer
 from models.families.bert import BERT_BASE
 from models.families.roberta import ROBERTA_BASE
 from models.hub import save_pretrained

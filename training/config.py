@@ -16,12 +16,12 @@ from sharding.mesh import MeshConfig
 EXECUTION_FIELDS = frozenset(
     (
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
-        *("eval_rows", "prefetch", "json", "debug", "cache", "export", "command"),
+        *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
 FINGERPRINTED_FIELDS = frozenset(
-    f"data.{name}" for name in "files validation_files builtin_exclude tokenizer train validation".split()
+    f"data.{name}" for name in "files sources validation_files builtin_exclude tokenizer train validation".split()
 )
 """Paths that may be spelled anew (the folder was moved): the fingerprints know what was read."""
 
@@ -113,7 +113,9 @@ class TrainConfig:
     eval_every: int = 500
     """Steps between evaluations on held-out data; the end is always evaluated."""
     prefetch: int = 2
-    """Batches prepared ahead by a thread."""
+    """Batches prepared ahead."""
+    workers: int = 1
+    """Threads that prepare them; batches are the same with any number."""
     export: str | None = None
     """At the end, write the model to this new folder in Hugging Face format (as `./launch.sh export` does)."""
     json: bool = False
@@ -131,6 +133,8 @@ class TrainConfig:
             raise UserError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
         if self.prefetch < 0:
             raise UserError(f"prefetch={self.prefetch} must be at least 0 (0 = prepare no batch ahead)")
+        if self.workers < 1:
+            raise UserError(f"workers={self.workers} must be at least 1; --prefetch 0 prepares no batch ahead")
         if self.stop_at is not None and self.stop_at < 1:
             raise UserError(f"stop_at={self.stop_at} must be at least 1; leave it out to train to the end")
         if self.init_optimizer and not self.init_from:

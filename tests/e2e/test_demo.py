@@ -29,7 +29,7 @@ def test_the_demo_end_to_end(run_cli, tmp_path):
     # The recorded hash of the corpus is that of the text without them.
     recorded = json.loads((run / "config.json").read_text())["fingerprints"]["train"]
     without, with_them = (
-        open_sources(DataConfig(builtin="pydoc", builtin_exclude=tuple(sorted(files)))).train.fingerprint()
+        open_sources(DataConfig(builtin="pydoc", builtin_exclude=tuple(sorted(files)))).train["text"].fingerprint()
         for files in (held_out, ())
     )
     assert recorded == without != with_them

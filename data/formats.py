@@ -1,0 +1,243 @@
+"""Text out of files: .txt and .md (one document a file), .jsonl (one a line), .csv and .parquet (one a row).
+
+Each also packed, as .gz or .zst. A bad record becomes a reject that says where it is, and reading goes on behind it;
+memory does not depend on the size of a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from data.documents import Item, Reject, from_text
+from data.storage import damaged_errors, open_file
+
+PLAIN, TABLES = (".txt", ".md"), (".jsonl", ".csv", ".parquet")
+PACKED = (".gz", ".zst")
+TEXT_BYTES = 2**24
+"""Longer text files become several documents, cut at a blank line where there is one."""
+
+
+def kind_of(path: str) -> str | None:
+    """The suffix that says how a file is read, without that of its packing; None where it is unknown."""
+    packing = next((suffix for suffix in PACKED if path.endswith(suffix)), "")
+    return next((suffix for suffix in PLAIN + TABLES if path.removesuffix(packing).endswith(suffix)), None)
+
+
+def read(path: str, text_field: str, max_bytes: int) -> Iterator[Item]:
+    """Documents and rejects of a file, in order. max_bytes: a longer line or field is rejected, unread."""
+    reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind_of(path) or "")
+    number, found = 0, False
+    try:
+        with open_file(path) as file:
+            items = reader(file, path, text_field, max_bytes) if reader else _plain(file, path)
+            for number, item in items:  # noqa: B007 (an error below says where)
+                found = True
+                yield item
+        if not found:
+            yield Reject(path, "empty", "holds no text")
+    except damaged_errors() as error:
+        yield Reject(f"{path}:{number + 1}", "damaged", f"damaged after {number} records ({error}); fetch it again")
+    except OSError as error:
+        yield Reject(path, "unreadable", error.strerror or " ".join(str(error).split()) or type(error).__name__)
+
+
+def _plain(file: IO[bytes], path: str) -> Iterator[tuple[int, Item]]:
+    number, line, rest = 0, 1, b""
+    while True:
+        content = rest + file.read(TEXT_BYTES - len(rest) + 1)
+        whole = len(content) <= TEXT_BYTES
+        cut = len(content) if whole else _cut(content)
+        content, rest = content[:cut], content[cut:]
+        if not content and number:
+            return
+        name = f"{path}:{line}" if number else path
+        for item in _decoded(content, name, path, line):
+            yield number, item
+        line += content.count(b"\n")
+        number += 1
+        if whole:
+            return
+
+
+def _cut(content: bytes) -> int:
+    """Where a part of a long text ends: behind the last blank line, line or blank, or at least between characters."""
+    for separator in (b"\n\n", b"\r\n\r\n", b"\n", b" "):
+        cut = content.rfind(separator, len(content) // 2, len(content) - 1)
+        if cut >= 0:
+            return cut + len(separator)
+    cut = len(content)
+    while cut > len(content) - 4 and content[cut - 1] & 0xC0 == 0x80:
+        cut -= 1
+    return cut - 1
+
+
+def _decoded(content: bytes, name: str, path: str, line: int) -> Iterator[Item]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield _not_utf8(f"{path}:{line + content.count(bytes([10]), 0, error.start)}", content, error)
+        return
+    yield from from_text(text.replace("\r\n", "\n"), name)
+
+
+def _not_utf8(name: str, content: bytes, error: UnicodeDecodeError) -> Reject:
+    message = f"byte {content[error.start]:#04x} is not valid UTF-8 (`iconv -f latin1 -t utf-8` converts Latin-1)"
+    return Reject(name, "utf-8", message)
+
+
+def _jsonl(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            yield number, _long(f"{path}:{number}", _rest_of_line(file, line), max_bytes)
+        elif not line.isspace():
+            for item in _record(line, f"{path}:{number}", text_field):
+                yield number, item
+
+
+def _rest_of_line(file: IO[bytes], line: bytes) -> int:
+    """Read on to the end of a line that began with `line`, keeping nothing; returns the bytes of it all."""
+    length = len(line)
+    while line and not line.endswith(b"\n"):
+        line = file.readline(2**20)
+        length += len(line)
+    return length
+
+
+def _long(name: str, length: int, max_bytes: int) -> Reject:
+    return Reject(name, "long", f"a line of {length:,} bytes; at most {max_bytes:,} (--data.max-document-bytes)")
+
+
+def _record(line: bytes, name: str, text_field: str) -> Iterator[Item]:
+    try:
+        content = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield _not_utf8(name, line, error)
+        return
+    if content.startswith("\ufeff"):
+        content = content.lstrip("\ufeff")
+        yield Reject(name, "bom", "begins with a byte-order mark; it was removed", dropped=False)
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        kind = "nul" if "\0" in content else "json"
+        yield Reject(name, kind, f"not JSON ({error}); each line holds one object, {{…}}")
+        return
+    if not isinstance(record, dict):
+        yield Reject(name, "json", f"JSON of type {type(record).__name__}; each line holds one object, {{…}}")
+    elif text_field not in record:
+        there = ", ".join(map(repr, list(record)[:10])) or "none"
+        message = f"no field {text_field!r}; it has {there} (--data.text-field NAME chooses another)"
+        yield Reject(name, "field", message.encode(errors="replace").decode())
+    elif record[text_field] is None:
+        yield Reject(name, "type", f"field {text_field!r} is null; expected a string")
+    else:
+        yield from from_text(record[text_field], name, text_field)
+
+
+def _csv(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
+    # Bytes that are no UTF-8 pass as lone surrogates, so that their row alone is rejected.
+    too_long: list[int] = []
+
+    def lines() -> Iterator[str]:
+        while line := file.readline(max_bytes + 1):
+            if len(line) > max_bytes:
+                too_long.append(_rest_of_line(file, line))
+                line = b"\n"
+            yield line.decode("utf-8", "surrogateescape")
+
+    csv.field_size_limit(max_bytes)
+    reader = csv.reader(lines(), strict=True)
+    columns: list[str] | None = None
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            kind = "long" if "field limit" in str(error) else "table"
+            yield reader.line_num, Reject(f"{path}:{reader.line_num}", kind, str(error))
+            continue
+        name = f"{path}:{reader.line_num}"
+        while too_long:
+            yield reader.line_num, _long(name, too_long.pop(), max_bytes)
+        if columns is None:
+            columns = cells
+            if cells and cells[0].startswith("\ufeff"):
+                columns[0] = cells[0].lstrip("\ufeff")
+                yield 1, Reject(name, "bom", "begins with a byte-order mark; it was removed", dropped=False)
+            if text_field not in columns:
+                yield 1, Reject(name, "field", _no_column(text_field, columns))
+                return
+        elif len(cells) != len(columns):
+            if cells:
+                message = f"{len(cells)} columns, but the first line names {len(columns)}"
+                yield reader.line_num, Reject(name, "table", message)
+        else:
+            text = cells[columns.index(text_field)]
+            if any("\udc80" <= character <= "\udcff" for character in text):
+                yield reader.line_num, Reject(name, "utf-8", "bytes that are not valid UTF-8")
+                continue
+            for item in from_text(text, name, text_field):
+                yield reader.line_num, item
+
+
+def _parquet(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if not file.seekable():
+        # Tables are read from their end.
+        with tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(file, unpacked)
+            yield from _parquet(unpacked, path, text_field, max_bytes)
+        return
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = table.schema_arrow.names
+        if text_field not in columns:
+            yield 1, Reject(path, "field", _no_column(text_field, columns))
+            return
+        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+            for value in texts_of(batch.column(0)):
+                number += 1
+                name = f"{path}:{number}"
+                if isinstance(value, bytes):
+                    yield number, Reject(name, "utf-8", "bytes that are not valid UTF-8")
+                elif isinstance(value, str) and len(value) > max_bytes:
+                    yield number, Reject(name, "long", f"{len(value):,} characters; at most {max_bytes:,} bytes")
+                else:
+                    for item in from_text(value, name, text_field):
+                        yield number, item
+    except pyarrow.ArrowException as error:
+        message = " ".join(str(error).split())[:200]
+        yield number, Reject(f"{path}:{number + 1}", "damaged", f"damaged after {number} rows ({message})")
+
+
+def texts_of(column) -> list:
+    """Values of an Arrow column, as Python ones; bytes where they are no UTF-8."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+    texts = []
+    for value in values:
+        try:
+            texts.append(value and value.decode())
+        except UnicodeDecodeError:
+            texts.append(value)
+    return texts
+
+
+def _no_column(text_field: str, columns: list[str]) -> str:
+    there = ", ".join(map(repr, columns[:10]))
+    return f"no column {text_field!r}; there are {there} (--data.text-field NAME chooses another)"

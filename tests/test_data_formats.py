@@ -1,0 +1,216 @@
+"""Every kind of file, packed or not, and every kind of bad record: what is good is read, what is bad is told of."""
+
+import csv
+import gzip
+import io
+import json
+import pathlib
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data.formats
+from cli import UserError
+from data.config import DataConfig
+from data.documents import KINDS, Document, Reject
+from data.formats import read
+from data.prepare import prepare
+from data.sources import FileSource
+
+LINES = ["Ein Satz.", 'Mit "Zeichen", und\nzwei Zeilen', "日本語のテキスト", "😀 emoji"]
+
+
+def as_jsonl(texts) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def as_csv(texts) -> bytes:
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([["id", "text"], *([1, text] for text in texts)])
+    return file.getvalue().encode()
+
+
+def as_parquet(texts) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1] * len(texts), "text": texts}), file, row_group_size=2)
+    return file.getvalue()
+
+
+WRITERS = {".jsonl": as_jsonl, ".csv": as_csv, ".parquet": as_parquet}
+PACKERS = {
+    "": lambda content: content,
+    ".gz": gzip.compress,
+    # Two frames, as parallel packers write them.
+    ".zst": lambda content: b"".join(map(zstandard.compress, (content[:30], content[30:]))),
+}
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("kind", WRITERS)
+def test_tables_of_every_kind(tmp_path, kind, packing):
+    path = tmp_path / f"a{kind}{packing}"
+    path.write_bytes(PACKERS[packing](WRITERS[kind](LINES)))
+    items = list(FileSource((str(path),)))
+    assert [item.text for item in items if isinstance(item, Document)] == LINES
+    assert len(items) == len(LINES) and all(item.name.startswith(f"{path}:") for item in items)
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("kind", [".txt", ".md"])
+def test_a_text_is_one_document(tmp_path, kind, packing):
+    path = tmp_path / f"a{kind}{packing}"
+    path.write_bytes(PACKERS[packing]("Eins\r\n\r\nzwei, drei und viele mehr ✓".encode()))
+    assert list(FileSource((str(path),))) == [Document("Eins\n\nzwei, drei und viele mehr ✓", str(path))]
+
+
+def of_file(tmp_path: pathlib.Path, name: str, content: bytes, max_bytes: int = 1000) -> list:
+    path = tmp_path / name
+    path.write_bytes(content)
+    return [item._replace(name=item.name.removeprefix(f"{tmp_path}/")) for item in read(str(path), "text", max_bytes)]
+
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "kind"),
+    [
+        ("a.jsonl", GOOD + b'{"text": "cut of\n' + GOOD, "a.jsonl:2", "json"),
+        ("a.jsonl", GOOD + b'["a list"]\n' + GOOD, "a.jsonl:2", "json"),
+        ("a.jsonl", GOOD + b"[" * 100_000 + b"\n" + GOOD, "a.jsonl:2", "long"),
+        ("a.jsonl", GOOD + b'{"text": 7}\n' + GOOD, "a.jsonl:2", "type"),
+        ("a.jsonl", GOOD + b'{"text": null}\n' + GOOD, "a.jsonl:2", "type"),
+        ("a.jsonl", GOOD + b'{"body": "x"}\n' + GOOD, "a.jsonl:2", "field"),
+        ("a.jsonl", GOOD + b'{"text": "\xe4 latin"}\n' + GOOD, "a.jsonl:2", "utf-8"),
+        ("a.jsonl", GOOD + b'{"text": "a\\u0000b"}\n' + GOOD, "a.jsonl:2", "nul"),
+        ("a.jsonl", GOOD + b'{"text": "a\0b"}\n' + GOOD, "a.jsonl:2", "nul"),
+        ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n' + GOOD, "a.jsonl:2", "surrogate"),
+        ("a.jsonl", GOOD + b'{"text": " "}\n' + GOOD, "a.jsonl:2", "empty"),
+        ("a.jsonl", GOOD + b'{"text": "' + b"x" * 5000 + b'"}\n' + GOOD, "a.jsonl:2", "long"),
+        ("a.jsonl.gz", gzip.compress(GOOD) + gzip.compress(GOOD)[:-4], "a.jsonl.gz:3", "damaged"),
+        ("a.jsonl.gz", GOOD, "a.jsonl.gz:1", "damaged"),
+        ("a.jsonl.zst", zstandard.compress(GOOD) + zstandard.compress(GOOD * 9)[:-4], "a.jsonl.zst:2", "damaged"),
+        ("a.jsonl.zst", GOOD, "a.jsonl.zst:1", "damaged"),
+        ("a.jsonl", b"", "a.jsonl", "empty"),
+        ("a.txt", b" \n", "a.txt", "empty"),
+        ("a.txt", b"one\ntwo\n\xff three", "a.txt:3", "utf-8"),
+        ("a.txt", b"a\0b", "a.txt", "nul"),
+        ("a.csv", b"id,text\n1,good\n2\n3,good\n", "a.csv:3", "table"),
+        ("a.csv", b"id,text\n1,good\n2,\xff\n3,good\n", "a.csv:3", "utf-8"),
+        ("a.csv", b"id,text\n1,good\n2," + b"x" * 3000 + b"\n3,good\n", "a.csv:3", "long"),
+        ("a.csv", b"id,body\n1,good\n", "a.csv:1", "field"),
+        ("a.parquet", b"no parquet at all", "a.parquet:1", "damaged"),
+        ("a.parquet", as_parquet(["good", None, "good"]), "a.parquet:2", "field"),
+    ],
+)
+def test_a_bad_record_is_told_of_and_the_rest_is_read(tmp_path, name, content, place, kind):
+    items = of_file(tmp_path, name, content)
+    rejects = [item for item in items if isinstance(item, Reject)]
+    assert [(item.name, item.kind) for item in rejects] == [(place, kind)] and rejects[0].dropped
+    assert kind in KINDS and "\n" not in rejects[0].message
+    good = [item.text for item in items if isinstance(item, Document)]
+    if kind != "damaged" and name.endswith((".jsonl", ".parquet")) and good:
+        assert good == ["good", "good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"\xef\xbb\xbfgood"),
+        ("a.jsonl", b"\xef\xbb\xbf" + GOOD),
+        ("a.csv", b"\xef\xbb\xbftext\ngood\n"),
+        ("a.jsonl", b'{"text": "\\ufeffgood"}\n'),
+    ],
+)
+def test_a_byte_order_mark_is_removed_and_told_of(tmp_path, name, content):
+    mark, document = of_file(tmp_path, name, content)
+    assert (mark.kind, mark.dropped, document.text) == ("bom", False, "good")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "here.jsonl").write_bytes(GOOD)
+    source = FileSource((f"{tmp_path}/*.jsonl",))
+    reject, document = list(source)
+    assert (reject.kind, reject.name) == ("unreadable", f"{tmp_path}/gone.jsonl") and document.text == "good"
+    assert source.fingerprint() == source.fingerprint()
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_a_reader(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("bytes")
+    for kind in (".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.zst"):
+        for item in of_file(folder, f"a{kind}", content, 50):
+            assert isinstance(item, Document) and "\0" not in item.text or item.kind in KINDS
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " ", ""])
+def test_a_long_text_is_cut_where_nothing_is_torn(tmp_path, monkeypatch, separator):
+    monkeypatch.setattr(data.formats, "TEXT_BYTES", 1000)
+    text = separator.join(f"Absatz {number} über Bäume" for number in range(300))
+    items = of_file(tmp_path, "a.txt", text.encode())
+    assert "".join(item.text for item in items) == text and len(items) > 5
+    assert all(len(item.text.encode()) <= 1000 for item in items)
+    if separator.strip(" "):
+        lines = [0 if ":" not in item.name else int(item.name.split(":")[1]) for item in items]
+        starts = [text[: sum(len(item.text) for item in items[:at])].count("\n") + 1 for at in range(len(items))]
+        assert lines[1:] == starts[1:] and lines[0] == 0
+
+
+def corpus(folder: pathlib.Path, damage: bool) -> DataConfig:
+    """2,000 records in jsonl and 50 small files; with damage, one in a hundred of ten kinds is bad."""
+    folder.mkdir()
+    texts = [f"record {number} says something of its own" for number in range(2000)]
+    bad = [b'{"text": "cut\n', b'{"text": 3}\n', b'{"no": 1}\n', b'{"text": "\xe4"}\n', b'{"text": "a\\u0000"}\n']
+    bad += [b'{"text": ""}\n', b'{"text": "' + b"x" * 50_000_000 + b'"}\n']
+    with (folder / "records.jsonl").open("wb") as file:
+        if damage:
+            file.write(b"\xef\xbb\xbf")
+        for number, text in enumerate(texts):
+            file.write(json.dumps({"text": text}).encode() + b"\n")
+            if damage and number % 150 == 149:
+                file.write(bad[number // 150 % len(bad)])
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(as_jsonl(texts[:20]), mtime=0))
+    if damage:
+        whole = gzip.compress(as_jsonl(texts[20:40]), mtime=0)
+        (folder / "torn.jsonl.gz").write_bytes(whole[:-8])
+        (folder / "unreadable.jsonl").symlink_to(folder / "nowhere")
+    return DataConfig(files=(f"{folder}/*.jsonl*",), tokenizer_kind="bpe", cache=str(folder / "cache"))
+
+
+def test_one_bad_record_in_a_hundred_ends_nothing(tmp_path):
+    prepared = prepare(corpus(tmp_path / "bad", damage=True), 400, for_masked_lm=False)
+    store = prepared.train["text"]
+    entries = [json.loads(line) for line in (store.folder / "rejects.jsonl").read_text().splitlines()]
+    kinds = [entry["kind"] for entry in entries if entry["dropped"]]
+    assert store.manifest["rejected"] == {kind: kinds.count(kind) for kind in kinds}
+    assert set(kinds) == {"json", "type", "field", "utf-8", "nul", "empty", "long", "damaged", "unreadable"}
+    assert store.manifest["repaired"] == {"bom": 1} and len(kinds) == 13 + 2
+    lines = (tmp_path / "bad" / "records.jsonl").read_bytes().split(b"\n")
+    for entry in entries:
+        name, _, line = entry["name"].rpartition(":")
+        if name.endswith("records.jsonl") and entry["kind"] == "json":
+            assert lines[int(line) - 1] == b'{"text": "cut'
+    documents = store.manifest["documents"] + prepared.validation["text"].manifest["documents"]
+    assert documents == 2000 + 20 + 20, "every good record is there, those before the tear included"
+
+
+def test_too_many_bad_records_end_it(tmp_path):
+    from dataclasses import replace
+
+    config = corpus(tmp_path / "bad", damage=True)
+    with pytest.raises(UserError) as error:
+        prepare(replace(config, max_rejected=0.001), 400, for_masked_lm=False)
+    message = str(error.value)
+    assert "15 of 2," in message and "records.jsonl:151: not JSON" in message and "\n" not in message
+    assert "rejects.jsonl" in message and "--data.max-rejected" in message
+    listed = pathlib.Path(message.split("listed in ")[1].split(";")[0])
+    assert len(listed.read_text().splitlines()) == 16
+    # Allowing more goes on from there, and forbidding it afterwards is heard too.
+    prepare(config, 400, for_masked_lm=False)
+    with pytest.raises(UserError, match="at most 0%"):
+        prepare(replace(config, max_rejected=0.001), 400, for_masked_lm=False)

@@ -1,0 +1,162 @@
+"""Remote text from a server that fails now and then, and sums that are taken once."""
+
+import gzip
+import http.server
+import json
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import data.storage
+from cli import MachineError, UserError
+from data.config import DataConfig
+from data.prepare import prepare
+from data.sources import FileSource
+from data.storage import digest, open_file
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files`, and fails a share of the requests: 429, 503, a connection cut in the middle, silence."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes], share: float, ranges: bool = True, status: int | None = None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.share, self.ranges, self.status = files, share, ranges, status
+        self.random, self.asked, self.failed = random.Random(0), 0, 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server  # type: ignore[assignment]
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server = self.server
+        with server.lock:
+            server.asked += 1
+            failure = server.random.choice([429, 503, "cut", "silence"]) if server.random.random() < server.share else 0
+            server.failed += bool(failure)
+        content = server.files.get(self.path.lstrip("/"))
+        if server.status or isinstance(failure, int) and failure or content is None:
+            self.send_error(server.status or failure or 404)
+            return
+        if failure == "silence":
+            time.sleep(3)
+            return
+        start, end = 0, len(content)
+        wanted = self.headers.get("Range")
+        if wanted and server.ranges:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            start, end = int(first), min(int(last) + 1, len(content))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(end - start))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[start : start + (end - start) // 2] if failure == "cut" else content[start:end])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small blocks, short pauses, and a second of silence is too long."""
+    monkeypatch.setattr(data.storage, "BLOCK", 20_000)
+    monkeypatch.setattr(data.storage, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(data.storage, "SILENCE", 0.5)
+    data.storage._http_options.cache_clear()
+    yield
+    data.storage._http_options.cache_clear()
+
+
+def shakespeare(shared_data) -> dict[str, bytes]:
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:200_000]
+    scenes = [scene for scene in text.split("\n\n") if scene.strip()]
+    lines = "".join(json.dumps({"text": scene}) + "\n" for scene in scenes).encode()
+    half = lines.index(b"\n", len(lines) // 2) + 1
+    return {"a.jsonl": lines[:half], "b.jsonl.gz": gzip.compress(lines[half:], mtime=0)}
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_failing_server_changes_nothing(shared_data, tmp_path, quick, ranges):
+    """One request in five fails; the tokens are those of the same files on the disk."""
+    files = shakespeare(shared_data)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    settings = {"tokenizer_kind": "bpe", "cache": str(tmp_path / "cache")}
+    local = prepare(DataConfig(files=(f"{tmp_path}/*.jsonl*",), **settings), 400, for_masked_lm=False)
+    server = Server(files, share=0.2, ranges=ranges)
+    urls = tuple(server.url(name) for name in files)
+    settings["cache"] = str(tmp_path / "other")
+    remote = prepare(DataConfig(files=urls, **settings), 400, for_masked_lm=False)
+    assert server.failed > 3, "nothing failed"
+    for side in ("train", "validation"):
+        here, there = getattr(local, side)["text"], getattr(remote, side)["text"]
+        np.testing.assert_array_equal(here.offsets, there.offsets)
+        every = np.arange(here.offsets[-1])
+        np.testing.assert_array_equal(here.take(every), there.take(every))
+        assert there.manifest["rejected"] == {}
+
+
+def test_attempts_are_bounded_and_nothing_is_left_out(tmp_path, quick):
+    server = Server({"a.txt": b"text"}, share=0.0, status=503)
+    with pytest.raises(MachineError, match="8 attempts failed") as error:
+        list(FileSource((server.url("a.txt"),)))
+    assert "\n" not in str(error.value) and server.asked <= 2 * 8
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_what_is_not_there_is_not_asked_for_again(quick, status):
+    server = Server({}, share=0.0, status=status)
+    (reject,) = FileSource((server.url("a.txt"),))
+    assert reject.kind == "unreadable" and server.asked <= 2
+
+
+def test_a_remote_file_can_be_sought_in(quick):
+    content = bytes(range(256)) * 400
+    server = Server({"a.txt": content}, share=0.1)
+    with open_file(server.url("a.txt")) as file:
+        for at in (50_000, 3, 99_999, len(content)):
+            file.seek(at)
+            assert file.read(30_000) == content[at : at + 30_000]
+
+
+def test_other_file_systems():
+    import fsspec
+
+    with fsspec.open("memory://bucket/a.txt", "wb") as file:
+        file.write(b"in memory")  # type: ignore[union-attr]
+    (document,) = FileSource(("memory://bucket/*.txt",))
+    assert document.text == "in memory"
+    with pytest.raises(UserError, match="no file matches memory://bucket/nothing"):
+        FileSource(("memory://bucket/nothing*.txt",))
+    with pytest.raises(UserError, match="nosuch://.*gs://, s3://, https://"):
+        list(FileSource(("nosuch://bucket/a.txt",)))
+
+
+def test_a_sum_is_taken_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.storage, "SUMS_KEPT_AFTER", -1)
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    first = digest(str(path), tmp_path)
+    monkeypatch.setattr(data.storage.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert digest(str(path), tmp_path) == first
+    monkeypatch.undo()
+    path.write_text("texT")
+    assert digest(str(path), tmp_path) != first
