@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from cli import UserError
-from data.packing import BEGINS, ENDS, Plan
+from data.packing import BEGINS, ENDS, Plan, fill
 from data.tokenizer import SpecialIds
 
 Batch = dict[str, np.ndarray]
@@ -80,6 +80,11 @@ class Rows:
 
     def __len__(self) -> int:
         return self._plan.rows
+
+    @property
+    def fill(self) -> float:
+        """The part of all places that holds a token."""
+        return fill(self._plan, self._length)
 
     def rows(self, indices: np.ndarray) -> Batch:
         """Arrays [B,T] of the rows `indices`; row -1 is empty (padding only).
@@ -182,10 +187,18 @@ class Batches:
         ]
 
     def epochs(self, steps: int) -> dict[str, dict[str, float]]:
-        """What `steps` steps read of each source: its share of the rows, its rows, and how often it is gone through."""
+        """What `steps` steps read of each source: its share of the rows, and how often it is gone through.
+
+        Also how many rows it has, and which part of their places holds a token (`fill`).
+        """
         taken = self._mixture.taken(steps * self._batch_size)
         return {
-            name: {"share": count / max(sum(taken), 1), "rows": len(rows), "epochs": count / len(rows)}
+            name: {
+                "share": count / max(sum(taken), 1),
+                "epochs": count / len(rows),
+                "rows": len(rows),
+                "fill": rows.fill,
+            }
             for name, rows, count in zip(self._names, self._rows, taken, strict=True)
         }
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from data.documents import Item
+    from data.filters import Measure
     from data.sources import Source
     from data.store import Encoded, TokenStore
 
@@ -44,6 +45,18 @@ class Prepared(NamedTuple):
     """SHA-256 of `tokenizer`, `train` and `validation`: the same values, the same tokens."""
 
 
+class Plan(NamedTuple):
+    """What is to be tokenized."""
+
+    sides: dict[str, dict[str, Source]]
+    """"train" and "validation" → the sources of that side by name."""
+    keys: dict[str, dict[str, str]]
+    """Their fingerprints."""
+    tokenizer: PreTrainedTokenizerFast
+    fingerprints: dict[str, str]
+    """As in Prepared."""
+
+
 def prepare(
     config: DataConfig,
     vocab_size: int,
@@ -57,12 +70,28 @@ def prepare(
     config.tokenizer, else one of at most vocab_size tokens, trained on the training text alone. A config.tokenizer
     that is not that of the weights is an error.
     """
+    made = plan(config, vocab_size, for_masked_lm=for_masked_lm, of_weights=of_weights)
+    stores = {
+        side: {name: write_tokens(config, made, side, name) for name in sources} for side, sources in made.sides.items()
+    }
+    return Prepared(made.tokenizer, **stores, fingerprints=made.fingerprints)
+
+
+def plan(
+    config: DataConfig,
+    vocab_size: int,
+    *,
+    for_masked_lm: bool,
+    of_weights: PreTrainedTokenizerFast | None = None,
+) -> Plan:
+    """What is to be tokenized with which tokenizer: `prepare` without its last part."""
     from data.sources import open_sources
     from data.tokenizer import fingerprint, load_tokenizer
 
     cache = cache_folder(config)
-    sides = open_sources(config, cache, lambda source: _filtered(source, config, cache))._asdict()
+    sides = open_sources(config, cache, lambda source: filtered(source, config))._asdict()
     keys = {side: {name: source.fingerprint() for name, source in sources.items()} for side, sources in sides.items()}
+    joint = {side: _joint(names) for side, names in keys.items()}
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else of_weights
     if tokenizer and of_weights and fingerprint(tokenizer) != fingerprint(of_weights):
         raise UserError(
@@ -70,24 +99,9 @@ def prepare(
             "or start anew, without --init-from and in another --run-dir"
         )
     if tokenizer is None:
-        tokenizer = _trained(
-            cache,
-            list(sides["train"].values()),
-            _joint(keys["train"]),
-            config.tokenizer_kind,
-            vocab_size,
-            for_masked_lm,
-        )
-    tokenizer_key = fingerprint(tokenizer)
-    stores = {
-        side: {
-            name: _tokenized(cache, source, keys[side][name], tokenizer, tokenizer_key, config, _label(side, name))
-            for name, source in sources.items()
-        }
-        for side, sources in sides.items()
-    }
-    joint = {side: _joint(names) for side, names in keys.items()}
-    return Prepared(tokenizer, **stores, fingerprints={"tokenizer": tokenizer_key} | joint)
+        train = list(sides["train"].values())
+        tokenizer = _trained(cache, train, joint["train"], config.tokenizer_kind, vocab_size, for_masked_lm)
+    return Plan(sides, keys, tokenizer, {"tokenizer": fingerprint(tokenizer)} | joint)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -100,28 +114,34 @@ def _joint(keys: dict[str, str]) -> str:
     return next(iter(keys.values())) if len(keys) == 1 else hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
 
-def _label(side: str, name: str) -> str:
-    return f"{side} text" if name in ("text", side) else f"{side} text of {name}"
-
-
-def _filtered(source: Source, config: DataConfig, cache: Path) -> Source:
+def filtered(source: Source, config: DataConfig) -> Source:
     """The source without what the filters drop; what that is, is found out once and kept in the cache."""
     if not config.filters.active:
         return source
     from data.documents import documents
-    from data.filters import Decisions, decide, measure
+    from data.filters import Decisions, measure
     from data.sources import Filtered
+
+    path = decisions_path(source, config)
+    if not path.is_file():
+        texts = (item.text for item in documents(_Watched(source, "comparing documents")))
+        write_decisions(path, (measure(text, config.filters) for text in texts), config)
+    return Filtered(source, Decisions.load(path), path.stem)
+
+
+def decisions_path(source: Source, config: DataConfig) -> Path:
+    return cache_folder(config) / f"filters-{_digest(source.fingerprint(), str(config.filters))}.npz"
+
+
+def write_decisions(path: Path, measures: Iterable[Measure], config: DataConfig) -> None:
+    """Which documents the filters drop, from the measures of them all in their order."""
+    from data.filters import decide
     from data.store import make_folder
 
-    key = _digest(source.fingerprint(), str(config.filters))
-    path = cache / f"filters-{key}.npz"
-    if not path.is_file():
-        make_folder(cache)
-        texts = (item.text for item in documents(_Watched(source, "comparing documents")))
-        unfinished = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-        decide((measure(text, config.filters) for text in texts), config.filters).save(unfinished)
-        os.replace(unfinished, path)
-    return Filtered(source, Decisions.load(path), key)
+    make_folder(path.parent)
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    decide(measures, config.filters).save(unfinished)
+    os.replace(unfinished, path)
 
 
 def _trained(cache: Path, sources: list[Source], key: str, kind: str, vocab_size: int, for_masked_lm: bool):
@@ -140,53 +160,65 @@ def _trained(cache: Path, sources: list[Source], key: str, kind: str, vocab_size
     return load_tokenizer(folder)
 
 
-def _tokenized(
-    cache: Path, source: Source, key: str, tokenizer, tokenizer_key: str, config: DataConfig, label: str
+def tokens_folder(config: DataConfig, made: Plan, side: str, name: str) -> Path:
+    """Where the tokens of a source lie, whoever writes them."""
+    limit = config.filters.max_tokens_per_character
+    key = _digest(made.keys[side][name], made.fingerprints["tokenizer"], *([limit] if limit else []))
+    return cache_folder(config) / f"tokens-{key}"
+
+
+def write_tokens(
+    config: DataConfig, made: Plan, side: str, name: str, part: Source | None = None, folder: Path | None = None
 ) -> TokenStore:
+    """The tokens of one source of the plan, or of a part of it in a folder of its own."""
     from data.encode import encode
-    from data.store import REJECTS, write_store
+    from data.store import write_store
     from data.tokenizer import vocabulary_size
 
+    source = part or made.sides[side][name]
+    folder = folder or tokens_folder(config, made, side, name)
+    label = f"{side} text" if name in ("text", side) else f"{side} text of {name}"
     limit = config.filters.max_tokens_per_character
-    folder = cache / f"tokens-{_digest(key, tokenizer_key, *([limit] if limit else []))}"
-    dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
-    filtered = getattr(source, "dropped", {})
-    about = {"source": key, "tokenizer": tokenizer_key, "filtered": filtered}
+    dtype = "uint16" if vocabulary_size(made.tokenizer) <= 2**16 else "uint32"
+    about = {"source": made.keys[side][name], "tokenizer": made.fingerprints["tokenizer"]}
 
     def items_from(done: int):
         if done:
             print(f"tokenizing {label}: going on behind {done:,} documents", flush=True)
-        return encode(islice(_Watched(source, f"tokenizing {label}"), done, None), tokenizer)
+        return encode(islice(_Watched(source, f"tokenizing {label}"), done, None), made.tokenizer)
 
     def keep(encoded: Encoded) -> str | None:
         return "tokens per character" if limit and len(encoded.ids) > limit * encoded.characters else None
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    check = _share_check(config.max_rejected, label, unfinished / REJECTS)
+    def check(counts: dict[str, Any], ended: bool) -> None:
+        if part is None:
+            check_share(counts, ended, config.max_rejected, label, folder.with_name(f".{folder.name}.unfinished"))
+
+    about["filtered"] = getattr(source, "dropped", {})
     store = write_store(folder, items_from, dtype, about, keep=keep, check=check)
-    # Also where the store was there already: another run may have allowed more.
-    _share_check(config.max_rejected, label, store.folder / REJECTS)(store.manifest, True)
+    if part is None:
+        # Also where the store was there already: another run may have allowed more.
+        check_share(store.manifest, True, config.max_rejected, label, store.folder)
     return store
 
 
-def _share_check(allowed: float, label: str, rejects: Path) -> Callable[[dict[str, Any], bool], None]:
-    """Raises UserError where more than this share of the records was rejected."""
+def check_share(counts: dict[str, Any], ended: bool, allowed: float, label: str, folder: Path) -> None:
+    """UserError where more than this share of the records was rejected. folder: of the rejects."""
+    from data.store import REJECTS
 
-    def check(counts: dict[str, Any], ended: bool) -> None:
-        bad, records = sum(counts["rejected"].values()), counts["records"]
-        hopeless = records >= HOPELESS and bad > max(allowed, 0.5) * records
-        if bad > allowed * records and (ended or hopeless):
-            with rejects.open(encoding="utf-8") as file:
-                dropped = (line for line in file if '"dropped": true' in line)
-                shown = [json.loads(line) for line in islice(dropped, REJECTS_SHOWN)]
-            first = "; ".join(f"{entry['name']}: {entry['message']}" for entry in shown)
-            raise UserError(
-                f"{label}: {bad:,} of {records:,} records are bad ({bad / records:.1%}; at most {allowed:.0%}): {first}"
-                f"{' …' if bad > len(shown) else ''}; all are listed in {rejects}; correct them, or allow more with "
-                "--data.max-rejected"
-            )
-
-    return check
+    bad, records = sum(counts["rejected"].values()), counts["records"]
+    hopeless = records >= HOPELESS and bad > max(allowed, 0.5) * records
+    if bad <= allowed * records or not (ended or hopeless):
+        return
+    with (folder / REJECTS).open(encoding="utf-8") as file:
+        dropped = (line for line in file if '"dropped": true' in line)
+        shown = [json.loads(line) for line in islice(dropped, REJECTS_SHOWN)]
+    first = "; ".join(f"{entry['name']}: {entry['message']}" for entry in shown)
+    raise UserError(
+        f"{label}: {bad:,} of {records:,} records are bad ({bad / records:.1%}; at most {allowed:.0%}): {first}"
+        f"{' …' if bad > len(shown) else ''}; all are listed in {folder / REJECTS}; correct them, or allow more with "
+        "--data.max-rejected"
+    )
 
 
 class _Watched:

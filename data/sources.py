@@ -4,6 +4,7 @@ training and validation text.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -149,6 +150,12 @@ class FileSource:
         limit = "" if self._max_bytes == MAX_DOCUMENT_BYTES else f" {self._max_bytes}"
         return _sha256("\n".join([f"files 1 {self.text_field}{limit}", *parts]))
 
+    def part(self, rank: int, ranks: int) -> FileSource:
+        """The files of one of several workers: consecutive ones, so that the parts in order are the whole."""
+        found = copy.copy(self)
+        found.paths = self.paths[len(self.paths) * rank // ranks : len(self.paths) * (rank + 1) // ranks]
+        return found
+
     def size(self) -> int | None:
         sizes = [size(path) for path in self.paths]
         return None if None in sizes else sum(filter(None, sizes))
@@ -158,13 +165,13 @@ class Filtered:
     """A source without the documents that data.filters has decided to drop."""
 
     def __init__(self, source: Source, decisions: Decisions, key: str):
-        self._source, self._decisions, self._key = source, decisions, key
+        self.source, self.decisions, self._key = source, decisions, key
         self.dropped: dict[str, int] = decisions.counts
 
     def __iter__(self) -> Iterator[Item]:
-        number, dropped = 0, iter(self._decisions.dropped.tolist())
+        number, dropped = 0, iter(self.decisions.dropped.tolist())
         following = next(dropped, None)
-        for item in self._source:
+        for item in self.source:
             if isinstance(item, Document):
                 number += 1
                 if following == number - 1:
@@ -176,18 +183,19 @@ class Filtered:
         return _sha256(f"filtered {self._key}")
 
     def size(self) -> int | None:
-        return self._source.size()
+        return self.source.size()
 
 
 class Part:
     """One side of a split source: what `choose` takes of each document's text, `share` of the whole."""
 
     def __init__(self, source: Source, choose: Callable[[str], str], name: str, share: float):
-        self._source, self._choose, self._name, self._share = source, choose, name, share
+        self.source = source
+        self._choose, self._name, self._share = choose, name, share
         self.dropped: dict[str, int] = getattr(source, "dropped", {}) if share >= 0.5 else {}
 
     def __iter__(self) -> Iterator[Item]:
-        for item in self._source:
+        for item in self.source:
             if isinstance(item, Reject):
                 # Of both sides of a split, the first tells of them.
                 if self._share >= 0.5:
@@ -198,10 +206,14 @@ class Part:
                 yield Document(text, item.name)
 
     def fingerprint(self) -> str:
-        return _sha256(f"{self._name} {self._share} {self._source.fingerprint()}")
+        return _sha256(f"{self._name} {self._share} {self.source.fingerprint()}")
+
+    def of(self, source: Source) -> Part:
+        """The same side of another source, a part of this one."""
+        return Part(source, self._choose, self._name, self._share)
 
     def size(self) -> int | None:
-        whole = self._source.size()
+        whole = self.source.size()
         return whole and round(whole * self._share)
 
 

@@ -58,6 +58,8 @@ class Result:
     first_step_seconds: float | None
     """Compilation included."""
     mfu: float | None
+    data_wait: float | None
+    """The part of the time that the device waited for batches at most; first step and evaluations left out."""
     stopped_by: int | None
     """The number of the signal that ended it early."""
 
@@ -145,7 +147,9 @@ def train(
         if start >= last or start and start % config.eval_every == 0 and not tracker.has_evaluation(start):
             evaluation = evaluated(state, start)
         while step < last:
-            state, metrics = train_step(state, place_batch(next(batches), mesh))
+            with tracker.waiting():
+                batch = next(batches)
+            state, metrics = train_step(state, place_batch(batch, mesh))
             step += 1
             # The device works on this step while the host reads the one before.
             if pending is not None:
@@ -182,6 +186,7 @@ def train(
             tokens_per_second=tracker.tokens_per_second,
             first_step_seconds=tracker.first_step_seconds,
             mfu=tracker.mfu,
+            data_wait=tracker.data_wait,
             stopped_by=stop.requested if step < last else None,
         )
 

@@ -167,7 +167,10 @@ def compared_run_sections(run: RunFiles) -> list[Section]:
 
 def settings_sections(run: RunFiles) -> list[Section]:
     """What was asked, and where it ran."""
-    sections = [Section("Settings", page.settings(run.config))]
+    sections = []
+    if run.summary.get("data"):
+        sections.append(Section("Text", page.settings(run.summary["data"])))
+    sections.append(Section("Settings", page.settings(run.config)))
     if run.summary.get("environment"):
         sections.append(Section("Environment", page.settings(run.summary["environment"])))
     return sections
@@ -205,6 +208,7 @@ def _figures(run: RunFiles) -> list[tuple[str, str]]:
         ("tokens trained on", summary.get("tokens"), page.number),
         ("tokens a second", summary.get("tokens_per_second"), page.number),
         ("MFU", summary.get("mfu"), page.percent),
+        ("waiting for data", summary.get("data_wait"), page.percent),
     ]
     return [(name, write(value)) for name, value, write in candidates if value is not None]
 

@@ -85,7 +85,8 @@ def summarise(run: RunDirectory, result: Any, **more: Any) -> dict:
     What a session without a step could not measure stays as the last one left it.
     more: what the door adds (metrics of a classifier).
     """
-    names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "finished")
+    names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "data_wait")
+    names += ("finished",)
     summary = {name: getattr(result, name) for name in (*names, "stopped_by")} | more | {"run_dir": str(run.path)}
     if result.loss is None and run.summary.is_file():
         with contextlib.suppress(ValueError):

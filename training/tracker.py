@@ -35,6 +35,7 @@ class Tracker:
         quiet: bool = False,
     ):
         self.first_step_seconds: float | None = None
+        self._waited = 0.0
         self._total, self._start, self._last, self._log_every = total_steps, start_step, last_step, log_every
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
         self._quiet = quiet
@@ -62,6 +63,20 @@ class Tracker:
         """Model FLOP/s over the peak of the hardware (PaLM, Chowdhery et al. 2022, app. B), as tokens_per_second."""
         return self._utilisation(self.tokens_per_second)
 
+    @property
+    def data_wait(self) -> float | None:
+        """The part of the steps' time that went by waiting for batches, as tokens_per_second."""
+        passed = self._seen - self._clock
+        return self._waited / passed if self._step > self._start + 1 and passed > 0 else None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside is waiting for a batch."""
+        began = time.perf_counter()
+        yield
+        if self.first_step_seconds is not None:
+            self._waited += time.perf_counter() - began
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """To be called for every step once its metrics are known; writes the first, the last, every log_every-th."""
         self._step, self._seen = step, time.perf_counter()
@@ -75,7 +90,7 @@ class Tracker:
             speed = self._rate(self._marked_step, self._mark)
         self._mark, self._marked_step = self._seen, step
         mfu = self._utilisation(speed)
-        timing = {"tokens_per_second": speed, "mfu": mfu}
+        timing = {"tokens_per_second": speed, "mfu": mfu, "data_wait": self.data_wait}
         self._write(step, metrics | {name: value for name, value in timing.items() if value is not None})
         line = f"step {step}/{self._total}  loss {metrics['loss']:.3f}"
         if speed:

@@ -1,0 +1,311 @@
+"""Prepare text on many machines: `python -m cluster.prepare --data.files 's3://…/*.jsonl.gz' --executor slurm`.
+
+The steps of `./launch.sh prepare` (filters, tokenizer, tokens), spread over the tasks of datatrove, which runs them
+here, on Slurm or on Ray, notes which are done, and repeats those that are not. Each task has consecutive files; joined
+in their order, the parts are token for token what `prepare` writes, under the same name in the cache: give the runs
+the same --data flags and a --data.cache that they see.
+
+    measure   each task      what the filters must know of each document
+    decide    one task       which documents go; the tokenizer, where none is given
+    tokenize  each task      tokens of its files
+    join      one task       one store of all parts, with its manifest
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import cli
+from cli import UserError
+from data.config import DataConfig
+
+if TYPE_CHECKING:
+    from data.filters import Measure
+    from data.prepare import Plan
+    from data.sources import FileSource, Source
+    from data.store import TokenStore
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Prepare text on many machines, as `./launch.sh prepare` does on one."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    vocab_size: int = 30522
+    """Size of a tokenizer that is trained here."""
+    causal: bool = False
+    """For `clm` instead of `mlm`: a byte-level tokenizer then needs no [MASK]."""
+    tasks: int = 8
+    """Parts of the files; at most as many as there are files are of use."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    workers: int = 2
+    """Tasks at a time on this machine (local)."""
+    partition: str = "cpu"
+    """Slurm's partition."""
+    time: str = "12:00:00"
+    """Slurm's limit for a task."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self):
+        for name in ("tasks", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def main(config: ClusterConfig) -> dict:
+    """Run the stages, each when the one before it has ended; returns where they log."""
+    from data.prepare import cache_folder
+    from data.sources import FileSource, open_sources
+
+    for name, source in open_sources(config.data, cache_folder(config.data)).train.items():
+        whole = getattr(source, "source", source)
+        if not isinstance(whole, FileSource):
+            raise UserError(
+                f"the text {name!r} is not made of files, which tasks could share; prepare it on one machine"
+            )
+    logs = cache_folder(config.data) / "cluster-logs"
+    stages: list[tuple[Any, int]] = [(Decide(config), 1), (Tokenize(config), config.tasks), (Join(config), 1)]
+    if config.data.filters.active:
+        stages.insert(0, (MeasureFiles(config), config.tasks))
+    before = None
+    for number, (step, tasks) in enumerate(stages):
+        before = _executor(config, step, tasks, before, logs / f"{number}-{type(step).__name__.lower()}")
+    before.run()
+    if config.executor == "local" and not _joined(config):
+        raise cli.MachineError(f"a task has failed; its log is below {logs}; the same command repeats what is not done")
+    return {"logs": str(logs)}
+
+
+class _Step:
+    """A stage: a callable that datatrove runs with the number of its task."""
+
+    def __init__(self, config: ClusterConfig):
+        self.config = config
+
+
+class MeasureFiles(_Step):
+    """What the filters must know of the documents in this task's files, into a folder of the cache."""
+
+    def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
+        import pickle
+
+        from data.documents import documents
+        from data.filters import measure
+
+        for source in _unfiltered(self.config):
+            path = _measures(self.config, source, rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            texts = (item.text for item in documents(source.part(rank, world_size)))
+            found = [measure(text, self.config.data.filters) for text in texts]
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            unfinished.write_bytes(pickle.dumps(found))
+            os.replace(unfinished, path)
+
+
+class Decide(_Step):
+    """Which documents go, from all measures; and the tokenizer, so that no task trains one."""
+
+    def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
+        from data.prepare import decisions_path, write_decisions
+
+        if self.config.data.filters.active:
+            for source in _unfiltered(self.config):
+                path = decisions_path(source, self.config.data)
+                if not path.is_file():
+                    write_decisions(path, self._all(source), self.config.data)
+        _plan(self.config)
+
+    def _all(self, source: FileSource) -> Iterator[Measure]:
+        for rank in range(self.config.tasks):
+            yield from _read_measures(self.config, source, rank)
+
+
+class Tokenize(_Step):
+    """Tokens of this task's files, into stores of their own."""
+
+    def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
+        from data.prepare import write_tokens
+
+        made = _plan(self.config)
+        for side, sources in made.sides.items():
+            for name, source in sources.items():
+                part = self._part(source, rank, world_size)
+                write_tokens(
+                    self.config.data, made, side, name, part, _part_folder(self.config, made, side, name, rank)
+                )
+
+    def _part(self, source: Source, rank: int, ranks: int) -> Source:
+        from data.filters import Decisions
+        from data.sources import FileSource, Filtered, Part
+
+        if isinstance(source, Part):
+            return source.of(self._part(source.source, rank, ranks))
+        if isinstance(source, Filtered):
+            whole = source.source
+            assert isinstance(whole, FileSource)
+            sizes = [len(_read_measures(self.config, whole, number)) for number in range(rank + 1)]
+            begin, end = sum(sizes[:-1]), sum(sizes)
+            chosen = (source.decisions.dropped >= begin) & (source.decisions.dropped < end)
+            mine = source.decisions
+            decisions = Decisions(mine.dropped[chosen] - begin, mine.reasons[chosen], mine.counts, end - begin)
+            return Filtered(whole.part(rank, ranks), decisions, "")
+        assert isinstance(source, FileSource)
+        return source.part(rank, ranks)
+
+
+class Join(_Step):
+    """One store of all parts: their shards move, nothing is copied but the borders of documents."""
+
+    def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
+        from data.prepare import check_share, tokens_folder
+        from data.store import REJECTS, TokenStore, exists
+
+        made = _plan(self.config)
+        for side, sources in made.sides.items():
+            for name, source in sources.items():
+                folder = tokens_folder(self.config.data, made, side, name)
+                if exists(folder):
+                    continue
+                folders = [_part_folder(self.config, made, side, name, number) for number in range(self.config.tasks)]
+                parts = [TokenStore(part) for part in folders]
+                counts = {key: sum(part.manifest[key] for part in parts) for key in ("documents", "tokens", "bytes")}
+                counts |= {key: sum(part.manifest[key] for part in parts) for key in ("items", "records")}
+                counts |= {
+                    key: _added(part.manifest[key] for part in parts) for key in ("rejected", "repaired", "dropped")
+                }
+                rejects = folder.with_name(f".{folder.name}.joining")
+                rejects.mkdir(parents=True, exist_ok=True)
+                with (rejects / REJECTS).open("wb") as file:
+                    for part in folders:
+                        file.write((part / REJECTS).read_bytes())
+                check_share(counts, True, self.config.data.max_rejected, f"{side} text of {name}", rejects)
+                about = {key: parts[0].manifest[key] for key in ("source", "tokenizer", "dtype", "format_version")}
+                about["filtered"] = getattr(source, "dropped", {})
+                _join(rejects, folder, parts, about | counts)
+        shutil.rmtree(_parts(self.config), ignore_errors=True)
+
+
+def _join(unfinished: Path, folder: Path, parts: list[TokenStore], manifest: dict) -> None:
+    import numpy as np
+
+    from data.store import OFFSETS, write_manifest
+
+    shards: list[tuple[Path, int]] = []
+    with (unfinished / OFFSETS).open("wb") as file:
+        file.write(np.int64(0).tobytes())
+        begin = 0
+        for part in parts:
+            file.write((part.offsets[1:] + begin).astype(np.int64).tobytes())
+            begin += int(part.offsets[-1])
+    for part in parts:
+        for shard in part.manifest["shards"]:
+            path = unfinished / f"tokens-{len(shards):05}.bin"
+            # A hard link, so that a join that is interrupted finds every part whole.
+            path.unlink(missing_ok=True)
+            os.link(part.folder / shard["file"], path)
+            shards.append((path, shard["tokens"]))
+    write_manifest(unfinished, manifest, shards)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for key, count in one.items():
+            total[key] = total.get(key, 0) + count
+    return total
+
+
+def _executor(config: ClusterConfig, step: _Step, tasks: int, before: Any, logs: Path) -> Any:
+    try:
+        if config.executor == "local":
+            from datatrove.executor import LocalPipelineExecutor
+
+            workers = min(config.workers, tasks)
+            return LocalPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=str(logs), depends=before)
+        if config.executor == "slurm":
+            from datatrove.executor import SlurmPipelineExecutor
+
+            root = Path(__file__).resolve().parent.parent
+            return SlurmPipelineExecutor(
+                [step],
+                tasks=tasks,
+                time=config.time,
+                partition=config.partition,
+                job_name=f"espalier-{type(step).__name__.lower()}",
+                logging_dir=str(logs),
+                depends=before,
+                env_command=f"export PYTHONPATH={root} PATH={Path(sys.executable).parent}:$PATH",
+            )
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        return RayPipelineExecutor([step], tasks=tasks, logging_dir=str(logs), depends=before)
+    except ImportError as error:
+        raise UserError(
+            f"the {config.executor} executor needs a package that is not here ({error}); "
+            "`./launch.sh python -m pip install -r cluster/requirements.txt`"
+        ) from error
+
+
+def _plan(config: ClusterConfig) -> Plan:
+    from data.prepare import plan
+
+    return plan(config.data, config.vocab_size, for_masked_lm=not config.causal)
+
+
+def _unfiltered(config: ClusterConfig) -> list[FileSource]:
+    """The training sources as they are before filters and split."""
+    from data.prepare import cache_folder
+    from data.sources import Part, open_sources
+
+    train = open_sources(config.data, cache_folder(config.data)).train.values()
+    return [source.source if isinstance(source, Part) else source for source in train]  # type: ignore[misc]
+
+
+def _joined(config: ClusterConfig) -> bool:
+    from data.prepare import tokens_folder
+    from data.store import exists
+
+    made = _plan(config)
+    return all(
+        exists(tokens_folder(config.data, made, side, name)) for side, sources in made.sides.items() for name in sources
+    )
+
+
+def _parts(config: ClusterConfig) -> Path:
+    from data.prepare import cache_folder
+
+    return cache_folder(config.data) / f"cluster-parts-{config.tasks}"
+
+
+def _part_folder(config: ClusterConfig, made: Plan, side: str, name: str, rank: int) -> Path:
+    from data.prepare import tokens_folder
+
+    return _parts(config) / f"{tokens_folder(config.data, made, side, name).name}-{rank:05}"
+
+
+def _measures(config: ClusterConfig, source: Source, rank: int) -> Path:
+    from data.prepare import decisions_path
+
+    return _parts(config) / decisions_path(source, config.data).stem / f"{rank:05}.pickle"
+
+
+def _read_measures(config: ClusterConfig, source: Source, rank: int) -> list[Measure]:
+    """Of the files that a task measured. Written by this program beside it: pickle is safe here."""
+    import pickle
+
+    return pickle.loads(_measures(config, source, rank).read_bytes())
+
+
+if __name__ == "__main__":
+    cli.run_config(main, ClusterConfig, prog="cluster.prepare")
