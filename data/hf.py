@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ class HfSource:
             return None
         return (
             f"hf:{self.path} is streamed, for a look at its first {self._take:,} documents: their content has no "
-            "fingerprint, so a resume is approximate (another machine may see others); without streaming=true it is exact"
+            "fingerprint, so a resume is approximate (another machine may see others); without streaming=true, exact"
         )
 
     def __iter__(self) -> Iterator[Item]:
@@ -98,7 +97,7 @@ class HfSource:
 
         folder = Path(self.path).expanduser()
         saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-        quiet = datasets.utils.logging.is_progress_bar_enabled()
+        shown = not datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
             if saved:
@@ -112,9 +111,8 @@ class HfSource:
                 f"hf:{self.path} cannot be opened ({message}); expected a folder, or an id of the Hub and its network"
             ) from error
         finally:
-            if quiet:
-                with contextlib.suppress(Exception):
-                    datasets.enable_progress_bars()
+            if shown:
+                datasets.enable_progress_bars()
         if isinstance(data, dict):
             if self._split not in data:
                 raise UserError(f"hf:{self.path} has no split {self._split!r}; there are {', '.join(map(str, data))}")

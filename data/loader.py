@@ -262,8 +262,8 @@ class _Steps:
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, step: int) -> Batch:
-        return self._batch_fn(step)
+    def __getitem__(self, index: int) -> Batch:
+        return self._batch_fn(index)
 
 
 def prefetch(batch_fn: Callable[[int], Batch], start: int, depth: int, workers: int = 1) -> BatchStream:

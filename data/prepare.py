@@ -181,6 +181,7 @@ def write_tokens(
     limit = config.filters.max_tokens_per_character
     dtype = "uint16" if vocabulary_size(made.tokenizer) <= 2**16 else "uint32"
     about = {"source": made.keys[side][name], "tokenizer": made.fingerprints["tokenizer"]}
+    about |= {"filtered": getattr(source, "dropped", {})}
 
     def items_from(done: int):
         if done:
@@ -194,7 +195,6 @@ def write_tokens(
         if part is None:
             check_share(counts, ended, config.max_rejected, label, folder.with_name(f".{folder.name}.unfinished"))
 
-    about["filtered"] = getattr(source, "dropped", {})
     store = write_store(folder, items_from, dtype, about, keep=keep, check=check)
     if part is None:
         # Also where the store was there already: another run may have allowed more.

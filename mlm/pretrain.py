@@ -119,7 +119,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
             model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
         )
         train_V, held_out_V = (
-            sum(store.counts(model.vocab_size) for store in stores.values())
+            np.sum([store.counts(model.vocab_size) for store in stores.values()], axis=0)
             for stores in (prepared.train, prepared.validation)
         )
         entropy = unigram_entropy(train_V, held_out_V, vocabulary)

@@ -90,7 +90,7 @@ class Tracker:
             speed = self._rate(self._marked_step, self._mark)
         self._mark, self._marked_step = self._seen, step
         mfu = self._utilisation(speed)
-        timing = {"tokens_per_second": speed, "mfu": mfu, "data_wait": self.data_wait}
+        timing = {"tokens_per_second": speed, "mfu": mfu}
         self._write(step, metrics | {name: value for name, value in timing.items() if value is not None})
         line = f"step {step}/{self._total}  loss {metrics['loss']:.3f}"
         if speed:

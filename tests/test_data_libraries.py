@@ -1,0 +1,189 @@
+"""Data sets of Hugging Face and of tensorflow-datasets, prepared here and read back."""
+
+import functools
+import json
+import shutil
+import warnings
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cli import UserError
+from data.config import DataConfig
+from data.documents import Document, Reject
+from data.hf import HfSource
+from data.prepare import prepare
+from data.sources import open_source
+from data.tfds import TfdsSource
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:(datasets|tensorflow_datasets|etils|fsspec|multiprocess).*")
+
+
+@pytest.fixture(scope="module")
+def lines(shared_data) -> list[str]:
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:40_000]
+    return [scene for scene in text.split("\n\n") if scene.strip()]
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+
+
+def texts(source) -> list[str]:
+    return [item.text for item in source if isinstance(item, Document)]
+
+
+def test_a_saved_data_set_by_content_not_place(tmp_path, lines):
+    datasets.Dataset.from_dict({"text": lines, "id": list(range(len(lines)))}).save_to_disk(tmp_path / "a")
+    source = HfSource(f"{tmp_path}/a")
+    assert texts(source) == lines == texts(source) and source.approximate is None
+    assert next(iter(source)).name == f"{tmp_path}/a:1"
+    assert (source.size() or 0) >= len("".join(lines))
+    here = source.fingerprint()
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert HfSource(f"{tmp_path}/b").fingerprint() == here
+    datasets.Dataset.from_dict({"text": lines[1:]}).save_to_disk(tmp_path / "c")
+    assert HfSource(f"{tmp_path}/c").fingerprint() != here
+
+
+def test_splits_and_columns(tmp_path, lines):
+    parts = {"train": datasets.Dataset.from_dict({"body": lines}), "test": datasets.Dataset.from_dict({"body": ["x"]})}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "a")
+    assert texts(HfSource(f"{tmp_path}/a?split=test", "body")) == ["x"]
+    with pytest.raises(UserError, match="no split 'dev'; there are train, test"):
+        HfSource(f"{tmp_path}/a?split=dev", "body").fingerprint()
+    with pytest.raises(UserError, match="no column 'text'; there are 'body'"):
+        HfSource(f"{tmp_path}/a").fingerprint()
+    with pytest.raises(UserError, match="expected hf:ID_OR_FOLDER"):
+        HfSource(f"{tmp_path}/a?spilt=test")
+
+
+def test_a_folder_of_files_and_a_stream(tmp_path, lines, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    assert texts(HfSource(f"{tmp_path}/a")) == lines
+    stream = HfSource(f"{tmp_path}/a?streaming=true&take=5")
+    assert texts(stream) == lines[:5]
+    config = DataConfig(
+        files=(f"hf:{tmp_path}/a?streaming=true&take=60",), tokenizer_kind="bpe", cache=str(tmp_path / "cache")
+    )
+    prepare(config, 400, for_masked_lm=False)
+    assert "a resume is approximate" in capsys.readouterr().out
+
+
+def test_bad_rows_are_told_of(tmp_path):
+    raw = pyarrow.array([b"good", b"\xff", None, b"good"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 4, raw.buffers(), raw.null_count)
+    (tmp_path / "a").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": text, "id": [1, 2, 3, 4]}), tmp_path / "a" / "train.parquet")
+    items = list(HfSource(f"{tmp_path}/a"))
+    assert [item.text if isinstance(item, Document) else item.kind for item in items] == [
+        "good",
+        "utf-8",
+        "field",
+        "good",
+    ]
+    kinds = {item.kind for item in HfSource(f"{tmp_path}/a", "id") if isinstance(item, Reject)}
+    assert kinds == {"type"}
+
+
+def test_what_cannot_be_opened(tmp_path):
+    for spec in ("nobody/nothing-of-this-name", str(tmp_path)):
+        with pytest.raises(UserError) as error:
+            HfSource(spec).fingerprint()
+        assert "cannot be opened" in str(error.value) and "\n" not in str(error.value)
+
+
+@functools.cache
+def builder_class():
+    """Of a data set with a line each example; a name may be registered once only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets as tfds
+
+    class Lines(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        lines: list[str] = []
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": np.int32})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(self.lines), "test": self._generate_examples(self.lines[:3])}
+
+        def _generate_examples(self, chosen):
+            for number, line in enumerate(chosen):
+                yield number, {"text": line, "number": number}
+
+    tfds.disable_progress_bar()
+    return Lines
+
+
+def prepared(folder, lines, file_format) -> str:
+    """The folder of a data set of these lines that tensorflow-datasets has prepared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        builder = builder_class()(data_dir=str(folder), file_format=file_format)
+        builder.lines = lines
+        builder.download_and_prepare()
+        return str(builder.data_dir)
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "parquet"])
+def test_a_prepared_data_set_without_tensorflow(tmp_path, lines, file_format):
+    import sys
+
+    folder = prepared(tmp_path, lines, file_format)
+    source = TfdsSource(folder)
+    found = texts(source)
+    # The library shuffles while it prepares; after that the order is fixed.
+    assert sorted(found) == sorted(lines) and found == texts(TfdsSource(folder))
+    assert texts(TfdsSource(f"{folder}?split=test")) != found
+    assert "tensorflow" not in sys.modules
+    shutil.copytree(folder, tmp_path / "copy" / "lines" / "1.0.0")
+    assert TfdsSource(str(tmp_path / "copy" / "lines" / "1.0.0")).fingerprint() == source.fingerprint()
+    assert TfdsSource(f"{folder}?split=test").fingerprint() != source.fingerprint()
+    assert {item.kind for item in TfdsSource(folder, "number") if isinstance(item, Reject)} == {"type"}
+    with pytest.raises(UserError, match="no split 'dev'; there are"):
+        TfdsSource(f"{folder}?split=dev").fingerprint()
+    with pytest.raises(UserError, match="no feature 'body'; there are"):
+        list(TfdsSource(folder, "body"))
+
+
+def test_tfrecord_wants_tensorflow(tmp_path, lines):
+    folder = prepared(tmp_path, lines[:3], "array_record")
+    info = tmp_path / "lines" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match='needs TensorFlow: install it, or prepare.*file_format="array_record"'):
+        list(TfdsSource(folder))
+
+
+def test_a_name_that_tfds_does_not_know():
+    with pytest.raises(UserError, match="cannot be opened"):
+        TfdsSource("nothing_of_this_name").fingerprint()
+    with pytest.raises(UserError, match="expected tfds:NAME"):
+        TfdsSource("wikipedia?spilt=train")
+
+
+def test_as_sources_of_a_mixture(tmp_path, lines):
+    datasets.Dataset.from_dict({"text": lines}).save_to_disk(tmp_path / "hf")
+    folder = prepared(tmp_path / "tfds", lines, "array_record")
+    config = DataConfig(
+        sources=(f"a=hf:{tmp_path}/hf", f"b=tfds:{folder}"),
+        mixture="a=0.5,b=0.5",
+        tokenizer_kind="bpe",
+        cache=str(tmp_path / "cache"),
+    )
+    stores = prepare(config, 400, for_masked_lm=False)
+    assert list(stores.train) == ["a", "b"] == list(stores.validation)
+    sizes = [stores.train[name].manifest["bytes"] + stores.validation[name].manifest["bytes"] for name in "ab"]
+    assert sizes == [len("".join(lines).encode())] * 2
+    with pytest.raises(UserError, match="give each a name"):
+        open_source((f"hf:{tmp_path}/hf", "a.txt"), config)
+    with pytest.raises(UserError, match="builtin:nothing is unknown"):
+        open_source(("builtin:nothing",), config)
