@@ -26,7 +26,7 @@ class HfSource:
         self.path, _, query = spec.partition("?")
         options = dict(parse_qsl(query))
         self._split = options.pop("split", "train")
-        self._load = {key: options.pop(key) for key in ("name", "revision") if key in options}
+        self._load: dict[str, Any] = {key: options.pop(key) for key in ("name", "revision") if key in options}
         self._streaming = options.pop("streaming", "false").lower() in ("true", "1")
         take = options.pop("take", str(STREAMED))
         if options or not take.isdigit():
@@ -104,7 +104,8 @@ class HfSource:
                 data: Any = datasets.load_from_disk(str(folder))
             else:
                 path = str(folder) if folder.is_dir() else self.path
-                data = datasets.load_dataset(path, split=self._split, streaming=self._streaming, **self._load)
+                options: dict[str, Any] = {"split": self._split, "streaming": self._streaming}
+                data = datasets.load_dataset(path, **options, **self._load)
         except Exception as error:  # of many kinds: not found, no network, no such configuration or split
             message = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(

@@ -55,6 +55,13 @@ class TfdsSource:
         builder = self._builder()
         if builder.info.file_format.value != "tfrecord":
             source = builder.as_data_source(split=self._split)
+            expected = builder.info.splits[self._split].num_examples
+            if len(source) != expected:
+                # What 4.9 writes as parquet lacks rows where there are more than a hundred.
+                raise UserError(
+                    f"tfds:{self.name} holds {len(source):,} of its {expected:,} examples: it was not written whole; "
+                    'prepare it anew with file_format="array_record"'
+                )
             return (source[number] for number in range(len(source)))
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(
@@ -101,7 +108,7 @@ class TfdsSource:
             )
         if self._split.partition("[")[0] not in splits:
             raise UserError(f"tfds:{self.name} has no split {self._split!r}; there are {', '.join(splits)}")
-        features = dict(builder.info.features or {})
+        features: dict = dict(builder.info.features or {})  # type: ignore[arg-type]
         if self._field not in features:
             raise UserError(
                 f"tfds:{self.name} has no feature {self._field!r}; there are {', '.join(map(repr, features))} "

@@ -138,6 +138,7 @@ def prepared(folder, lines, file_format) -> str:
 def test_a_prepared_data_set_without_tensorflow(tmp_path, lines, file_format):
     import sys
 
+    lines = lines[:90]
     folder = prepared(tmp_path, lines, file_format)
     source = TfdsSource(folder)
     found = texts(source)
@@ -153,6 +154,12 @@ def test_a_prepared_data_set_without_tensorflow(tmp_path, lines, file_format):
         TfdsSource(f"{folder}?split=dev").fingerprint()
     with pytest.raises(UserError, match="no feature 'body'; there are"):
         list(TfdsSource(folder, "body"))
+
+
+def test_examples_that_its_writer_lost(tmp_path, lines):
+    assert len(lines) > 100
+    with pytest.raises(UserError, match=r"holds \d+ of its \d+ examples.*array_record"):
+        list(TfdsSource(prepared(tmp_path, lines, "parquet")))
 
 
 def test_tfrecord_wants_tensorflow(tmp_path, lines):
