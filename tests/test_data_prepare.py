@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +16,14 @@ import pytest
 import data.encode
 from cli import UserError
 from data.config import DataConfig
+from data.packing import fill, pack_best_fit, pack_split
 from data.prepare import prepare
+from data.sources import FileSource
 from data.store import Encoded, TokenStore, exists, write_store
-from data.tokenizer import fingerprint, save_tokenizer
+from data.tokenizer import fingerprint, plain_backend, save_tokenizer
 from data.train_tokenizer import train_tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -300,3 +306,61 @@ def test_command_line(config, run_cli, tmp_path):
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["train"]["documents"] == 4 and summary["vocab_size"] == 500
     assert "bytes a token" in result.stdout
+
+
+def test_books_fill_their_rows(shared_data):
+    """Best fit and split, at usual lengths; lengths are estimated as four characters a token."""
+    sizes = [path.stat().st_size // 4 for path in sorted((shared_data / "books" / "train").iterdir())]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    for length in (128, 512, 1024):
+        assert fill(pack_best_fit(offsets, length), length) >= 0.99
+        assert fill(pack_split(offsets, length), length) >= 0.99
+
+
+@pytest.mark.slow
+def test_tokenizing_is_as_fast_as_the_library(shared_data, tmp_path):
+    """With reading, parsing and writing, at least nine tenths of what encode_batch alone does; the best of three."""
+    texts = [path.read_text() for path in sorted((shared_data / "books" / "train").iterdir())[:20]]
+    chunks = [text[at : at + 2000] for text in texts for at in range(0, len(text), 2000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": chunk}) + "\n" for chunk in chunks))
+    tokenizer = train_tokenizer(texts[:2], "wordpiece", 8000)
+    backend, source = plain_backend(tokenizer), FileSource((f"{tmp_path}/a.jsonl",))
+    raw, ours = [], []
+    for number in range(3):
+        begun = time.perf_counter()
+        for at in range(0, len(chunks), 1000):
+            backend.encode_batch(chunks[at : at + 1000], add_special_tokens=False)
+        raw.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        write_store(tmp_path / f"{number}", lambda done: data.encode.encode(source, tokenizer), "uint16", {})
+        ours.append(time.perf_counter() - begun)
+    assert min(raw) / min(ours) >= 0.9
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(shared_data, tmp_path):
+    """Four times the text, in fresh processes: less than a tenth of what was added stays in memory."""
+    lines = [
+        json.dumps({"text": path.read_text()[:20_000]}) + "\n" for path in (shared_data / "books" / "train").iterdir()
+    ]
+    save_tokenizer(train_tokenizer(["the words of some text"] * 9, "bpe", 400), tmp_path / "tokenizer")
+    peaks, sizes = [], []
+    for number, times in enumerate((20, 80)):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(lines * times))
+        sizes.append(path.stat().st_size)
+        code = (
+            "import resource, sys; from data.config import DataConfig; from data.prepare import prepare\n"
+            f"prepare(DataConfig(files=({str(path)!r},), tokenizer={str(tmp_path / 'tokenizer')!r}, "
+            f"cache={str(tmp_path / f'cache{number}')!r}), 400, for_masked_lm=False)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        peaks.append(int(run.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 0.1 * (sizes[1] - sizes[0]), (peaks, sizes)
+
+
+@pytest.mark.slow
+def test_the_device_hardly_waits_for_data(run_cli, tmp_path):
+    result = run_cli("mlm.pretrain", "debug", "--steps", 300, "--run-dir", tmp_path / "run", "--json")
+    assert json.loads(result.stdout.splitlines()[-1])["data_wait"] < 0.02
