@@ -86,7 +86,7 @@ class DataConfig:
         if set(given) != set(names):
             raise UserError(
                 f"data.mixture={self.mixture} names {', '.join(given)}, and data.sources {', '.join(names) or 'none'}; "
-                "the names must be the same"
+                "each needs its text, --data.sources 'wiki=wiki/*.jsonl.gz', and its share"
             )
         total = sum(given.values())
         return {name: given[name] / total for name in names}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from data.documents import Item, Reject, from_text
-from data.storage import damaged_errors, open_file
+from data.storage import damaged_errors, open_file, plain_name
 
 PLAIN, TABLES = (".txt", ".md"), (".jsonl", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
@@ -24,6 +24,7 @@ TEXT_BYTES = 2**24
 
 def kind_of(path: str) -> str | None:
     """The suffix that says how a file is read, without that of its packing; None where it is unknown."""
+    path = plain_name(path)
     packing = next((suffix for suffix in PACKED if path.endswith(suffix)), "")
     return next((suffix for suffix in PLAIN + TABLES if path.removesuffix(packing).endswith(suffix)), None)
 

@@ -20,7 +20,7 @@ from data.builtin import BuiltinSource
 from data.config import MAX_DOCUMENT_BYTES, DataConfig
 from data.documents import Document, Item, Reject, documents
 from data.formats import kind_of, read
-from data.storage import digest, expand, is_remote, size
+from data.storage import digest, expand, is_remote, plain_name, size
 
 if TYPE_CHECKING:
     from data.filters import Decisions
@@ -249,7 +249,7 @@ def _split(source: Source, fraction: float, name: str, held_out: Callable[[str],
 
 
 def _suffix(path: str) -> str:
-    kind = kind_of(path)
+    kind, path = kind_of(path), plain_name(path)
     assert kind
     return path[path.rindex(kind) :]
 

@@ -53,6 +53,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def plain_name(path: str) -> str:
+    """The path without what a URL asks for behind its ?, so that its end says what it is."""
+    return path.split("?")[0] if path.startswith(("http://", "https://")) else path
+
+
 @contextlib.contextmanager
 def open_file(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a local or remote file, unpacked where its name ends in .gz or .zst.
@@ -65,9 +70,9 @@ def open_file(path: str) -> Iterator[IO[bytes]]:
         else:
             raw = open(path, "rb")  # noqa: SIM115 (the stack closes it)
         file = stack.enter_context(raw)
-        if path.endswith(".gz"):
+        if plain_name(path).endswith(".gz"):
             file = stack.enter_context(cast(IO[bytes], gzip.GzipFile(fileobj=file)))
-        elif path.endswith(".zst"):
+        elif plain_name(path).endswith(".zst"):
             import zstandard
 
             file = stack.enter_context(
@@ -87,7 +92,7 @@ def damaged_errors() -> tuple[type[Exception], ...]:
 
 def size(path: str) -> int | None:
     """Bytes as stored; None where they are packed, unknown or cannot be asked for."""
-    if path.endswith((".gz", ".zst", ".parquet")):
+    if plain_name(path).endswith((".gz", ".zst", ".parquet")):
         return None
     try:
         return _stat(path)[0] if is_remote(path) else os.path.getsize(path)

@@ -7,9 +7,11 @@ ALBERT (Kudo 2018), all by `tokenizers`. Training gives the same tokenizer where
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +35,9 @@ ALPHABET = 1000
 """WordPiece knows at most this many characters, the most frequent ones; the rest become [UNK]."""
 SAMPLE = 2**28
 """Characters a tokenizer is learnt from at most: more change its vocabulary little, and cost memory and minutes."""
+COUNTED = 2**24
+"""Characters on which the scores of Unigram's tokens are counted."""
+HARD_EM_ROUNDS = 5
 MIN_VOCABULARY = 300
 """256 bytes and the special tokens must fit."""
 
@@ -156,7 +161,12 @@ def _alphabet(texts: list[str], backend: Tokenizer, limit: int) -> tuple[list[st
 
 
 def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Unigram (Kudo 2018) with SentencePiece's mark for blanks; text is normalised to NFKC, as T5 and ALBERT do."""
+    """Unigram (Kudo 2018) with SentencePiece's mark for blanks; text is normalised to NFKC, as T5 and ALBERT do.
+
+    The trainer of `tokenizers` adds up floats in an order that changes from process to process: it finds the same
+    tokens, with scores that differ from the third digit on. So only the tokens are taken, and their scores are counted
+    anew from even ones, by the best segmentation under the last scores (hard EM): the same wherever it runs.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     backend = Tokenizer(models.Unigram())
@@ -169,5 +179,21 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=specials, unk_token="<unk>", show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    tokens = sorted(token for token in backend.get_vocab(with_added_tokens=False) if token not in specials)
+    scores = dict.fromkeys(tokens, -math.log(len(tokens)))
+    some = list(islice(texts, max(len(texts) * COUNTED // max(sum(map(len, texts)), 1), 1)))
+    for _ in range(HARD_EM_ROUNDS):
+        tokens.sort(key=lambda token: (-scores[token], token))
+        vocabulary = [(special, 0.0) for special in specials] + [(token, scores[token]) for token in tokens]
+        backend.model = models.Unigram(vocabulary, unk_id=specials.index("<unk>"), byte_fallback=False)
+        counts = np.zeros(len(vocabulary), np.int64)
+        for start in range(0, len(some), 1000):
+            for encoding in backend.encode_batch_fast(some[start : start + 1000], add_special_tokens=False):
+                counts += np.bincount(encoding.ids, minlength=len(vocabulary))
+        total = counts.sum() + len(tokens)
+        scores = {token: math.log((counts[at + len(specials)] + 1) / total) for at, token in enumerate(tokens)}
+    settled = [(special, 0.0) for special in specials] + [(token, scores[token]) for token in tokens]
+    backend.model = models.Unigram(settled, unk_id=specials.index("<unk>"), byte_fallback=False)
+    backend.add_special_tokens(specials)
     backend.post_processor = template(backend, "<s>", "</s>")
     return backend

@@ -13,6 +13,7 @@ import pytest
 import data.storage
 from cli import MachineError, UserError
 from data.config import DataConfig
+from data.documents import Document
 from data.prepare import prepare
 from data.sources import FileSource
 from data.storage import digest, open_file
@@ -112,6 +113,12 @@ def test_a_failing_server_changes_nothing(shared_data, tmp_path, quick, ranges):
         every = np.arange(here.offsets[-1])
         np.testing.assert_array_equal(here.take(every), there.take(every))
         assert there.manifest["rejected"] == {}
+
+
+def test_a_url_may_ask_for_something(quick):
+    server = Server({"a.jsonl.gz?download=1": gzip.compress(b'{"text": "asked for"}')}, share=0.0)
+    (document,) = FileSource((server.url("a.jsonl.gz?download=1"),))
+    assert isinstance(document, Document) and document.text == "asked for"
 
 
 def test_attempts_are_bounded_and_nothing_is_left_out(tmp_path, quick):

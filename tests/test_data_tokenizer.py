@@ -29,7 +29,7 @@ import pathlib, sys
 from data.tokenizer import fingerprint
 from data.train_tokenizer import train_tokenizer
 text = pathlib.Path(sys.argv[1]).read_text()[:300_000]
-print(*(fingerprint(train_tokenizer([text], kind, 1000)) for kind in ("wordpiece", "bpe")))
+print(*(fingerprint(train_tokenizer([text], kind, 1000)) for kind in ("wordpiece", "bpe", "unigram")))
 """
 
 
@@ -40,7 +40,7 @@ def shakespeare(shared_data) -> str:
 
 @pytest.fixture(scope="module")
 def trained(shakespeare):
-    return {kind: train_tokenizer([shakespeare], kind, 1000) for kind in ("wordpiece", "bpe")}
+    return {kind: train_tokenizer([shakespeare], kind, 1000) for kind in ("wordpiece", "bpe", "unigram")}
 
 
 @pytest.fixture(params=["wordpiece", "bpe"])
@@ -69,7 +69,26 @@ def test_every_process_trains_the_same(trained, shared_data):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", TRAIN, source]
     other = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert other.stdout.split() == [fingerprint(trained[kind]) for kind in ("wordpiece", "bpe")], other.stderr
+    assert other.stdout.split() == [fingerprint(trained[kind]) for kind in trained], other.stderr
+
+
+def test_unigram_against_the_librarys_own_scores(trained, shakespeare):
+    """Its tokens under the scores counted here cut the text into no more pieces than under those of its trainer."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = trained["unigram"]
+    assert vocabulary_size(tokenizer) <= 1000 and tokenizer.unk_token_id == 1
+    ids = special_ids(tokenizer, need=("cls", "sep", "mask", "bos", "eos"))
+    assert len(set(ids.all)) == 5
+    text = " ".join(shakespeare[:50_000].split())
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+    reference = Tokenizer(models.Unigram())
+    reference.normalizer, reference.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=1000, special_tokens=["<pad>", "<unk>", "<s>", "</s>", "<mask>"], unk_token="<unk>"
+    )
+    reference.train_from_iterator(list(pieces(shakespeare)), trainer)
+    assert len(encode(tokenizer, text)) < 1.01 * len(reference.encode(text, add_special_tokens=False).ids)
 
 
 def test_sizes_and_special_tokens(trained):
