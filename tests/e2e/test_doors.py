@@ -82,7 +82,7 @@ def test_generate_continues_prompts_of_own_text(run_cli, tmp_path, shared_data):
 
 BAD_INPUT = {
     "glob": ("mlm", ["--data.files", "nothing/*.txt"], "no file matches nothing/*.txt"),
-    "empty": ("mlm", ["--data.files", "empty.txt"], "empty.txt is empty"),
+    "empty": ("mlm", ["--data.files", "empty.txt"], "empty.txt: holds no text"),
     "utf8": ("clm", ["--data.files", "latin.txt"], "latin.txt:2: byte 0xef is not valid UTF-8"),
     "json": ("mlm", ["--data.files", "broken.jsonl"], "broken.jsonl:2: not JSON"),
     "field": ("mlm", ["--data.files", "field.jsonl"], "field.jsonl:1: no field 'text'"),
