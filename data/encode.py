@@ -15,7 +15,7 @@ from data.tokenizer import pieces, plain_backend
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH_CHARACTERS = 2_000_000
+BATCH_CHARACTERS = 500_000
 """Text handed to the tokenizer at once: enough for all cores, little enough for memory."""
 
 
