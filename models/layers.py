@@ -53,7 +53,21 @@ def float32_einsum(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) 
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+    return _einsum(equation, x.astype(dtype), y.astype(dtype), jnp.float32)
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array, out: jnp.dtype) -> jax.Array:
+    def mixed(x, y):
+        return jnp.einsum(equation, x, y, preferred_element_type=out)
+
+    def widened(x, y):
+        return jnp.einsum(equation, x.astype(out), y.astype(out))
+
+    if x.dtype == out:
+        return mixed(x, y)
+    # XLA:CPU of JAX 0.7 has no kernel for some bfloat16 products with a float32 result. Chosen at lowering, so that a
+    # program compiled on a CPU for an accelerator is the accelerator's.
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=mixed)
 
 
 def _float32_einsum_forward(equation, x, y, dtype):
@@ -67,9 +81,7 @@ def _float32_einsum_backward(equation, dtype, inputs, gradient):
     gradient = gradient.astype(dtype)
 
     def product(term, other, target, like):
-        return jnp.einsum(
-            f"{result},{term}->{target}", gradient, other.astype(dtype), preferred_element_type=like.dtype
-        )
+        return _einsum(f"{result},{term}->{target}", gradient, other.astype(dtype), like.dtype)
 
     return product(y_term, y, x_term, x), product(x_term, x, y_term, y)
 
