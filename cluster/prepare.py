@@ -9,14 +9,21 @@ the same --data flags and a --data.cache that they see.
     decide    one task       which documents go; the tokenizer, where none is given
     tokenize  each task      tokens of its files
     join      one task       one store of all parts, with its manifest
+
+What the tasks write and log lies in cluster-<digest> of the cache. The digest is that of text, filters, tokenizer and
+number of tasks, for datatrove's marks of what is done know of none of these; when all is joined the folder goes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,8 +35,12 @@ from data.config import DataConfig
 if TYPE_CHECKING:
     from data.filters import Measure
     from data.prepare import Plan
-    from data.sources import FileSource, Source
+    from data.sources import FileSource, Source, Sources
     from data.store import TokenStore
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS, JOBS = "parts", "jobs.json"
 
 
 @dataclass(frozen=True)
@@ -62,34 +73,139 @@ class ClusterConfig:
 
 
 def main(config: ClusterConfig) -> dict:
-    """Run the stages, each when the one before it has ended; returns where they log."""
+    """Run the stages, each when the one before it has ended; returns where they log and whether all is there."""
     from data.prepare import cache_folder
     from data.sources import FileSource, open_sources
+    from data.store import make_folder
 
-    for name, source in open_sources(config.data, cache_folder(config.data)).train.items():
+    sources = open_sources(config.data, cache_folder(config.data))
+    for name, source in sources.train.items():
         whole = getattr(source, "source", source)
         if not isinstance(whole, FileSource):
             raise UserError(
                 f"the text {name!r} is not made of files, which tasks could share; prepare it on one machine"
             )
-    logs = cache_folder(config.data) / "cluster-logs"
-    stages: list[tuple[Any, int]] = [(Decide(config), 1), (Tokenize(config), config.tasks), (Join(config), 1)]
-    if config.data.filters.active:
-        stages.insert(0, (MeasureFiles(config), config.tasks))
-    before = None
+    work = cache_folder(config.data) / f"cluster-{_digest(config, sources)}"
+    if _joined(work):
+        print(f"everything is there already: {', '.join(_joined(work))}")
+        shutil.rmtree(work, ignore_errors=True)
+        return {"logs": None, "joined": True}
+    logs = work / "logs"
+    if waiting := _waiting(work):
+        print(waiting)
+        return {"logs": str(logs), "joined": False}
+    if not (work / PARTS).is_dir():
+        # Marks without the parts that they tell of would let tasks be left out.
+        shutil.rmtree(work, ignore_errors=True)
+        make_folder(work / PARTS)
+    _run(config, _stages(config, work), logs)
+    if config.executor == "slurm":
+        return {"logs": str(logs), "joined": False}
+    if not _joined(work):
+        raise cli.MachineError(f"a task has failed; its log is below {logs}; the same command repeats what is not done")
+    shutil.rmtree(work, ignore_errors=True)
+    return {"logs": None, "joined": True}
+
+
+def _digest(config: ClusterConfig, sources: Sources) -> str:
+    """Of everything that decides what a task makes; computed without looking into the text."""
+    from data.tokenizer import fingerprint, load_tokenizer
+
+    data = config.data
+    keys = [(side, name, source.fingerprint()) for side, of in sources._asdict().items() for name, source in of.items()]
+    tokenizer = (
+        fingerprint(load_tokenizer(data.tokenizer))
+        if data.tokenizer
+        else (data.tokenizer_kind, config.vocab_size, config.causal)
+    )
+    parts = (keys, str(data.filters), tokenizer, config.tasks)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _stages(config: ClusterConfig, work: Path) -> list[tuple[_Step, int]]:
+    """The steps and their numbers of tasks."""
+    steps: list[tuple[_Step, int]] = [
+        (Decide(config, work), 1),
+        (Tokenize(config, work), config.tasks),
+        (Join(config, work), 1),
+    ]
+    return [(MeasureFiles(config, work), config.tasks)] * config.data.filters.active + steps
+
+
+def _run(config: ClusterConfig, stages: Sequence[tuple[_Step, int]], logs: Path) -> None:
+    """On Slurm: hand all stages over. Else run them one by one, up to the first of which a task fails."""
+    before, executors = None, []
     for number, (step, tasks) in enumerate(stages):
         before = _executor(config, step, tasks, before, logs / f"{number}-{type(step).__name__.lower()}")
-    before.run()
-    if config.executor == "local" and not _joined(config):
-        raise cli.MachineError(f"a task has failed; its log is below {logs}; the same command repeats what is not done")
-    return {"logs": str(logs)}
+        executors.append(before)
+    if config.executor == "slurm":
+        _hand_over(executors, logs.parent)
+        return
+    for executor in executors:
+        try:
+            executor.run()
+        except ImportError as error:
+            raise _missing(config.executor, error) from error
+        if executor.get_incomplete_ranks():
+            return
+
+
+def _hand_over(executors: list[Any], work: Path) -> None:
+    if not shutil.which("sbatch"):
+        raise UserError("--executor slurm needs sbatch, which is not on the PATH; start it on a login node of Slurm")
+    try:
+        executors[-1].run()
+    except subprocess.CalledProcessError as error:
+        raise cli.MachineError(
+            f"sbatch has refused a stage (exit {error.returncode}); nothing behind it was started"
+        ) from error
+    jobs = {executor.job_name: str(executor.job_id) for executor in executors if executor.job_id != -1}
+    (work / JOBS).write_text(json.dumps(jobs))
+    listed = ", ".join(f"{name} {job}" for name, job in jobs.items())
+    print(f"handed over to Slurm: {listed}; the same command tells how far it is, and repeats what has failed")
+
+
+def _waiting(work: Path) -> str | None:
+    """How it stands with the jobs of an earlier command that Slurm has not ended; None where there are none."""
+    try:
+        jobs = json.loads((work / JOBS).read_text())
+        asked = ["squeue", "--noheader", f"--jobs={','.join(jobs.values())}", "--format=%F %T %r"]
+        found = subprocess.run(asked, capture_output=True, text=True)
+    except (OSError, ValueError):
+        return None
+    # squeue fails where it knows none of the jobs any more.
+    lines = [line.split(maxsplit=2) for line in found.stdout.splitlines() if line.strip()]
+    if found.returncode or not lines:
+        return None
+    names = {job: name for name, job in jobs.items()}
+    states = dict.fromkeys(f"{names.get(job, 'job')} {job} {' '.join(state)}" for job, *state in lines)
+    text = f"Slurm is at work: {', '.join(states)}"
+    if "DependencyNeverSatisfied" in found.stdout:
+        advice = f"see {work / 'logs'}, `scancel {' '.join(jobs.values())}` and give the same command again"
+        text += f"; an earlier stage has failed: {advice}"
+    return text
+
+
+def _joined(work: Path) -> list[str]:
+    """The folders of tokens that the last stage has noted, if they are all there."""
+    from data.store import exists
+
+    try:
+        folders = json.loads(_note(work).read_text())
+    except (OSError, ValueError):
+        return []
+    return folders if all(exists(Path(folder)) for folder in folders) else []
+
+
+def _note(work: Path) -> Path:
+    return work.with_name(f"{work.name}.json")
 
 
 class _Step:
     """A stage: a callable that datatrove runs with the number of its task."""
 
-    def __init__(self, config: ClusterConfig):
-        self.config = config
+    def __init__(self, config: ClusterConfig, work: Path):
+        self.config, self.work = config, work
 
 
 class MeasureFiles(_Step):
@@ -102,7 +218,7 @@ class MeasureFiles(_Step):
         from data.filters import measure
 
         for source in _unfiltered(self.config):
-            path = _measures(self.config, source, rank)
+            path = _measures(self, source, rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             texts = (item.text for item in documents(source.part(rank, world_size)))
             found = [measure(text, self.config.data.filters) for text in texts]
@@ -126,22 +242,23 @@ class Decide(_Step):
 
     def _all(self, source: FileSource) -> Iterator[Measure]:
         for rank in range(self.config.tasks):
-            yield from _read_measures(self.config, source, rank)
+            yield from _read_measures(self, source, rank)
 
 
 class Tokenize(_Step):
     """Tokens of this task's files, into stores of their own."""
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
-        from data.prepare import write_tokens
+        from data.prepare import tokens_folder, write_tokens
+        from data.store import exists
 
         made = _plan(self.config)
         for side, sources in made.sides.items():
             for name, source in sources.items():
+                if exists(tokens_folder(self.config.data, made, side, name)):
+                    continue
                 part = self._part(source, rank, world_size)
-                write_tokens(
-                    self.config.data, made, side, name, part, _part_folder(self.config, made, side, name, rank)
-                )
+                write_tokens(self.config.data, made, side, name, part, _part_folder(self, made, side, name, rank))
 
     def _part(self, source: Source, rank: int, ranks: int) -> Source:
         from data.filters import Decisions
@@ -152,7 +269,7 @@ class Tokenize(_Step):
         if isinstance(source, Filtered):
             whole = source.source
             assert isinstance(whole, FileSource)
-            sizes = [len(_read_measures(self.config, whole, number)) for number in range(rank + 1)]
+            sizes = [len(_read_measures(self, whole, number)) for number in range(rank + 1)]
             begin, end = sum(sizes[:-1]), sum(sizes)
             chosen = (source.decisions.dropped >= begin) & (source.decisions.dropped < end)
             mine = source.decisions
@@ -169,13 +286,14 @@ class Join(_Step):
         from data.prepare import check_share, tokens_folder
         from data.store import REJECTS, TokenStore, exists
 
-        made = _plan(self.config)
+        made, joined = _plan(self.config), []
         for side, sources in made.sides.items():
             for name, source in sources.items():
                 folder = tokens_folder(self.config.data, made, side, name)
+                joined.append(str(folder))
                 if exists(folder):
                     continue
-                folders = [_part_folder(self.config, made, side, name, number) for number in range(self.config.tasks)]
+                folders = [_part_folder(self, made, side, name, number) for number in range(self.config.tasks)]
                 parts = [TokenStore(part) for part in folders]
                 counts = {key: sum(part.manifest[key] for part in parts) for key in ("documents", "tokens", "bytes")}
                 counts |= {key: sum(part.manifest[key] for part in parts) for key in ("items", "records")}
@@ -191,7 +309,11 @@ class Join(_Step):
                 about = {key: parts[0].manifest[key] for key in ("source", "tokenizer", "dtype", "format_version")}
                 about["filtered"] = getattr(source, "dropped", {})
                 _join(rejects, folder, parts, about | counts)
-        shutil.rmtree(_parts(self.config), ignore_errors=True)
+        note = _note(self.work)
+        unfinished = note.with_name(f".{note.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(joined))
+        os.replace(unfinished, note)
+        shutil.rmtree(self.work / PARTS, ignore_errors=True)
 
 
 def _join(unfinished: Path, folder: Path, parts: list[TokenStore], manifest: dict) -> None:
@@ -227,16 +349,16 @@ def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _executor(config: ClusterConfig, step: _Step, tasks: int, before: Any, logs: Path) -> Any:
+    """before: the executor of the stage that Slurm waits for; here and on Ray each runs when the last has ended."""
     try:
         if config.executor == "local":
             from datatrove.executor import LocalPipelineExecutor
 
-            workers = min(config.workers, tasks)
-            return LocalPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=str(logs), depends=before)
+            return LocalPipelineExecutor([step], tasks=tasks, workers=min(config.workers, tasks), logging_dir=str(logs))
         if config.executor == "slurm":
             from datatrove.executor import SlurmPipelineExecutor
 
-            root = Path(__file__).resolve().parent.parent
+            root, programs = (shlex.quote(str(path)) for path in (ROOT, Path(sys.executable).parent))
             return SlurmPipelineExecutor(
                 [step],
                 tasks=tasks,
@@ -245,16 +367,21 @@ def _executor(config: ClusterConfig, step: _Step, tasks: int, before: Any, logs:
                 job_name=f"espalier-{type(step).__name__.lower()}",
                 logging_dir=str(logs),
                 depends=before,
-                env_command=f"export PYTHONPATH={root} PATH={Path(sys.executable).parent}:$PATH",
+                env_command=f"export PYTHONPATH={root} PATH={programs}:$PATH",
             )
         from datatrove.executor.ray import RayPipelineExecutor
 
-        return RayPipelineExecutor([step], tasks=tasks, logging_dir=str(logs), depends=before)
+        return RayPipelineExecutor([step], tasks=tasks, logging_dir=str(logs))
     except ImportError as error:
-        raise UserError(
-            f"the {config.executor} executor needs a package that is not here ({error}); "
-            "`./launch.sh python -m pip install -r cluster/requirements.txt`"
-        ) from error
+        raise _missing(config.executor, error) from error
+
+
+def _missing(executor: str, error: ImportError) -> UserError:
+    package = "ray" if executor == "ray" else "-r cluster/requirements.txt"
+    return UserError(
+        f"the {executor} executor needs a package that is not here ({' '.join(str(error).split())}); "
+        f"`./launch.sh python -m pip install {package}`"
+    )
 
 
 def _plan(config: ClusterConfig) -> Plan:
@@ -272,40 +399,27 @@ def _unfiltered(config: ClusterConfig) -> list[FileSource]:
     return [source.source if isinstance(source, Part) else source for source in train]  # type: ignore[misc]
 
 
-def _joined(config: ClusterConfig) -> bool:
-    from data.prepare import tokens_folder
-    from data.store import exists
-
-    made = _plan(config)
-    return all(
-        exists(tokens_folder(config.data, made, side, name)) for side, sources in made.sides.items() for name in sources
-    )
-
-
-def _parts(config: ClusterConfig) -> Path:
-    from data.prepare import cache_folder
-
-    return cache_folder(config.data) / f"cluster-parts-{config.tasks}"
-
-
-def _part_folder(config: ClusterConfig, made: Plan, side: str, name: str, rank: int) -> Path:
+def _part_folder(step: _Step, made: Plan, side: str, name: str, rank: int) -> Path:
     from data.prepare import tokens_folder
 
-    return _parts(config) / f"{tokens_folder(config.data, made, side, name).name}-{rank:05}"
+    return step.work / PARTS / f"{tokens_folder(step.config.data, made, side, name).name}-{rank:05}"
 
 
-def _measures(config: ClusterConfig, source: Source, rank: int) -> Path:
+def _measures(step: _Step, source: Source, rank: int) -> Path:
     from data.prepare import decisions_path
 
-    return _parts(config) / decisions_path(source, config.data).stem / f"{rank:05}.pickle"
+    return step.work / PARTS / decisions_path(source, step.config.data).stem / f"{rank:05}.pickle"
 
 
-def _read_measures(config: ClusterConfig, source: Source, rank: int) -> list[Measure]:
+def _read_measures(step: _Step, source: Source, rank: int) -> list[Measure]:
     """Of the files that a task measured. Written by this program beside it: pickle is safe here."""
     import pickle
 
-    return pickle.loads(_measures(config, source, rank).read_bytes())
+    return pickle.loads(_measures(step, source, rank).read_bytes())
 
 
 if __name__ == "__main__":
-    cli.run_config(main, ClusterConfig, prog="cluster.prepare")
+    # By the name under which the machines of Slurm and Ray find again what is pickled here.
+    from cluster import prepare
+
+    cli.run_config(prepare.main, prepare.ClusterConfig, prog="cluster.prepare")
