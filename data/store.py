@@ -181,7 +181,9 @@ def write_store(
         write_manifest(unfinished, manifest, [(unfinished / name, n) for name, n in writer.shards()])
         (unfinished / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+        _sync_folder(unfinished)
         unfinished.rename(folder)
+        _sync_folder(folder.parent)
     return TokenStore(folder)
 
 
@@ -206,10 +208,10 @@ class _Writer:
         self.counts |= {"records": 0, "rejected": {}, "repaired": {}, "dropped": {}}
 
     def __enter__(self) -> _Writer:
-        rejects = self._recover()
+        rejects, journal = self._recover()
         self._offsets = self._reopen(OFFSETS, 8 * (self.counts["documents"] + 1) if self.counts["items"] else 0)
         self._rejects = self._reopen(REJECTS, rejects)
-        self._journal = (self._folder / JOURNAL).open("ab")
+        self._journal = self._reopen(JOURNAL, journal)
         if not self.counts["items"]:
             self._offsets.write(np.int64(0).tobytes())
         self._tokens = self._open_shard()
@@ -262,22 +264,39 @@ class _Writer:
             _shard(self._folder, whole).unlink(missing_ok=True)
         return [(_shard(self._folder, number).name, size) for number, size in enumerate(sizes)]
 
-    def _recover(self) -> int:
-        """Take up the last whole entry of the journal; returns the size of the rejects then."""
-        entries = []
+    def _recover(self) -> tuple[int, int]:
+        """Take up the last entry of the journal of which the files still hold everything; where there is none, nothing.
+
+        Returns the sizes of the rejects and of the journal then.
+        """
+        content = b""
         with contextlib.suppress(OSError):
-            entries = (self._folder / JOURNAL).read_bytes().split(b"\n")[:-1]
-        for line in reversed(entries):
-            with contextlib.suppress(ValueError, KeyError):
-                entry = json.loads(line)
-                size = entry.pop("rejects_size")
-                self.counts = entry
-                return size
-        return 0
+            content = (self._folder / JOURNAL).read_bytes()
+        while end := content.rfind(b"\n") + 1:
+            begin = content.rfind(b"\n", 0, end - 1) + 1
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(content[begin:end])
+                rejects = entry.pop("rejects_size")
+                if all(_size(self._folder / name) >= size for name, size in self._sizes(entry, rejects)):
+                    self.counts = entry
+                    return rejects, end
+            content = content[:begin]
+        return 0, 0
+
+    def _sizes(self, entry: dict[str, Any], rejects: int) -> Iterator[tuple[str, int]]:
+        """(file, bytes) that belong to an entry of the journal, each at least."""
+        yield OFFSETS, 8 * (entry["documents"] + 1)
+        yield REJECTS, rejects
+        whole, rest = divmod(entry["tokens"], self._shard_tokens)
+        for number, tokens in enumerate([self._shard_tokens] * whole + [rest]):
+            yield _shard(self._folder, number).name, tokens * self._dtype.itemsize
 
     def _reopen(self, name: str, size: int):
         file = (self._folder / name).open("ab")
+        # Longer by what no entry tells of; never shorter, which would be filled up with zeros.
+        assert os.fstat(file.fileno()).st_size >= size
         file.truncate(size)
+        _sync_folder(self._folder)
         return file
 
     def _open_shard(self):
@@ -320,6 +339,23 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(path: Path) -> int:
+    """0 where it is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _sync_folder(folder: Path) -> None:
+    """What is new in a folder has its name for good."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _sync(file: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 import data.encode
 from cli import UserError
 from data.config import DataConfig
+from data.documents import Reject
 from data.packing import fill, pack_best_fit, pack_split
 from data.prepare import prepare
 from data.sources import FileSource
@@ -164,6 +165,42 @@ def test_a_torn_journal_and_a_torn_shard(config, monkeypatch, tmp_path):
     assert text_of(run(config).train["text"], run(config).tokenizer) == [
         pathlib.Path(path).read_text() for path in config.files
     ]
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "torn"])
+@pytest.mark.parametrize(
+    "name", ["tokens-00000.bin", "tokens-00002.bin", "offsets.bin", "rejects.jsonl", "journal.jsonl"]
+)
+def test_an_interrupted_store_that_lost_something(tmp_path, name, damage):
+    """An earlier shard, the current one, borders, rejects, the journal itself: the end is the same, byte for byte."""
+    wanted = [40, 3, 21, 30, 8, 17]
+
+    def lists(done, end=None):
+        every = [
+            [*found, Reject(f"a:{number}", "json", "bad")] for number, found in enumerate(items(documents(wanted))(0))
+        ]
+        flat = [item for found in every for item in found]
+        for at in range(done, len(flat) if end is None else end):
+            yield [flat[at]]
+
+    def interrupted(done):
+        yield from lists(done, 8)
+        raise KeyboardInterrupt
+
+    whole = write_store(tmp_path / "whole", lists, "uint16", {}, shard_tokens=41)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "store", interrupted, "uint16", {}, shard_tokens=41)
+    path = tmp_path / ".store.unfinished" / name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 3] if damage == "short" else content[:-1])
+    again = write_store(tmp_path / "store", lists, "uint16", {}, shard_tokens=41)
+    assert {path.name for path in again.folder.iterdir()} == {path.name for path in whole.folder.iterdir()}
+    for path in whole.folder.iterdir():
+        assert (again.folder / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not again.damaged() and len(again.manifest["shards"]) == 3
 
 
 def flip(path: pathlib.Path, at: int) -> None:
