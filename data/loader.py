@@ -150,19 +150,22 @@ class Batches:
     def __init__(
         self, rows: Mapping[str, Rows], batch_size: int, seed: int = 0, weights: Mapping[str, float] | None = None
     ):
-        """weights: each source's share of the rows, summing to 1; None = as many as it has."""
+        """weights: each source's share of the rows, summing to 1; None = every row of all sources once an epoch."""
         self._names, self._rows = list(rows), list(rows.values())
         self._batch_size, self._seed = batch_size, seed
-        self._mixture = Mixture([weights[name] if weights else len(rows[name]) for name in self._names])
+        self._mixture = Mixture([weights[name] for name in self._names]) if weights else None
+        self._begins = np.cumsum([0, *map(len, self._rows)])
 
     def batch(self, step: int, part: slice = slice(None)) -> Batch:
         """Rows `part` of the global batch of this step; only those are read. Epochs follow each other without a gap."""
         index_B = step * self._batch_size + np.arange(self._batch_size)[part]
+        if self._mixture is None:
+            return self._gather(*self._place(shuffled(index_B, int(self._begins[-1]), self._seed)))
         source_B, number_B = self._mixture.at(index_B)
         chosen_B = np.empty(len(index_B), np.int64)
         for number, rows in enumerate(self._rows):
             mine = source_B == number
-            # A mixture's sources are shuffled apart, a single one as it always was.
+            # Each is shuffled apart, the first as it would be alone.
             seed = self._seed if number == 0 else int(_mix(np.uint64(self._seed), np.array(number, np.uint64)))
             chosen_B[mine] = shuffled(number_B[mine], len(rows), seed)
         return self._gather(source_B, chosen_B)
@@ -172,10 +175,16 @@ class Batches:
 
         Empty rows fill the last batch.
         """
-        sizes = np.array([len(rows) for rows in self._rows])
-        # Where a source has too few for its share, the others are shortened with it.
-        total = int(min(max_rows, *(sizes / self._mixture.shares + 1e-9)))
-        counts = np.bincount(self._mixture.at(np.arange(total))[0], minlength=len(sizes))
+        sizes = np.diff(self._begins)
+        if self._mixture is None:
+            every = int(self._begins[-1])
+            total = min(max_rows, every)
+            source, _ = self._place(np.arange(total) * every // total)
+        else:
+            # Where a source has too few for its share, the others are shortened with it.
+            total = int(min(max_rows, *(sizes / self._mixture.shares + 1e-9)))
+            source, _ = self._mixture.at(np.arange(total))
+        counts = np.bincount(source, minlength=len(sizes))
         counts = np.minimum(np.maximum(counts, 1), sizes)
         source = np.repeat(np.arange(len(sizes)), counts)
         chosen = _ranges(counts) * sizes[source] // counts[source]
@@ -189,18 +198,25 @@ class Batches:
     def epochs(self, steps: int) -> dict[str, dict[str, float]]:
         """What `steps` steps read of each source: its share of the rows, and how often it is gone through.
 
-        Also how many rows it has, and which part of their places holds a token (`fill`).
+        Also how many rows it has, and which part of their places holds a token (`fill`). Without weights, in the middle
+        of an epoch, all sources count as gone through equally far, which is so but for chance.
         """
-        taken = self._mixture.taken(steps * self._batch_size)
+        rows = steps * self._batch_size
+        taken = self._mixture.taken(rows) if self._mixture else np.diff(self._begins) * (rows / int(self._begins[-1]))
         return {
             name: {
-                "share": count / max(sum(taken), 1),
-                "epochs": count / len(rows),
+                "share": float(count / max(sum(taken), 1)),
+                "epochs": float(count / len(rows)),
                 "rows": len(rows),
                 "fill": rows.fill,
             }
             for name, rows, count in zip(self._names, self._rows, taken, strict=True)
         }
+
+    def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each of all rows, one source after the other, and its number in that source."""
+        source = np.searchsorted(self._begins, index, side="right") - 1
+        return source, index - self._begins[source]
 
     def _gather(self, source_B: np.ndarray, chosen_B: np.ndarray) -> Batch:
         if len(self._rows) == 1:
@@ -222,13 +238,15 @@ class Mixture:
     PERIOD = 10_000
 
     def __init__(self, weights: Sequence[float]):
-        """weights: positive; of one source alone, any."""
+        """weights: positive; of one source alone, any. Each source has at least one row of the pattern."""
+        assert 0 < len(weights) <= self.PERIOD
         exact = np.array(weights, float) / sum(weights) * self.PERIOD
         counts = np.maximum(exact.astype(np.int64), 1)
-        # The rows that rounding left go to those that lost most by it.
+        # The rows that rounding left go to those that lost most by it; a row too many is taken where there are others.
         while counts.sum() != self.PERIOD:
             change = 1 if counts.sum() < self.PERIOD else -1
-            counts[np.argmax(change * (exact - counts))] += change
+            lost = np.where((change > 0) | (counts > 1), change * (exact - counts), -np.inf)
+            counts[np.argmax(lost)] += change
         self._counts_S: np.ndarray = counts
         # Row k of a source with c rows stands at (k + 1/2) / c of the pattern (Sainte-Laguë's order).
         source_P = np.repeat(np.arange(len(counts)), counts)
