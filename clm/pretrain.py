@@ -38,8 +38,9 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from training.start import find_origin
 
     length = config.data.sequence_length
-    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
+    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation, length)
     mesh = build_mesh(config.mesh)
+    mine = host_rows(config.batch_size, mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
     origin = find_origin(config, run, Pretrained)
@@ -75,7 +76,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     weights = config.data.weights()
     batches = Batches(rows, config.batch_size, config.seed, weights)
     eval_batches = Batches(held_out, config.batch_size, weights=None if "validation" in held_out else weights).fixed(
-        config.eval_rows, host_rows(config.batch_size)
+        config.eval_rows, mine
     )
     objective = causal_lm_objective(model, execution=config.execution)
 
@@ -89,7 +90,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         objective=objective,
         eval_objective=objective,
         batches_from=lambda step: prefetch(
-            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch, config.workers
+            lambda step: batches.batch(step, mine), step, config.prefetch, config.workers
         ),
         eval_batches=eval_batches,
         finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},

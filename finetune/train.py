@@ -47,7 +47,7 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config)
     model = ModelConfig.from_dict(origin.config["model"])
     model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
-    task = open_task(config, model, tokenizer)
+    task = open_task(config, model, tokenizer, mesh)
     exporting = export_to(config.export, run.path, origin)
     if exporting:
         check_export(exporting, task.model, config.task, tokenizer)

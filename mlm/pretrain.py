@@ -40,8 +40,9 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from training.start import find_origin
 
     length = config.data.sequence_length
-    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
+    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation, length)
     mesh = build_mesh(config.mesh)
+    mine = host_rows(config.batch_size, mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
     origin = find_origin(config, run, Pretrained)
@@ -78,7 +79,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     weights = config.data.weights()
     batches = Batches(rows, config.batch_size, config.seed, weights)
     eval_batches = Batches(held_out, config.batch_size, weights=None if "validation" in held_out else weights).fixed(
-        config.eval_rows, host_rows(config.batch_size)
+        config.eval_rows, mine
     )
 
     mean_rate = (config.masking.rate + (config.masking.final_rate or config.masking.rate)) / 2
@@ -96,7 +97,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         objective=objective(lambda step: rate_at(config.masking, step, config.steps)),
         eval_objective=objective(lambda step: rate_at(config.masking, config.steps, config.steps)),
         batches_from=lambda step: prefetch(
-            lambda step: batches.batch(step, host_rows(config.batch_size)), step, config.prefetch, config.workers
+            lambda step: batches.batch(step, mine), step, config.prefetch, config.workers
         ),
         eval_batches=eval_batches,
         finalize_eval=lambda metrics: metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))},

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from cli import UserError
 from models.config import LayerKind, ModelConfig
 from models.layers import dropout, float32_einsum
+from models.splash import splash_attention, splash_refusal
+from sharding.mesh import mesh_platform
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,22 @@ def attend(
     return BACKENDS[backend](spec, q_BTNH, k_BSKH, v_BSKH, *boundaries, dropout_rate, dropout_key)
 
 
-def choose_backend(requested: str) -> tuple[str, str]:
-    """(name, reason) of the backend to use for `Execution.attention`."""
+def choose_backend(
+    requested: str, config: ModelConfig, length: int, *, dropping: bool, cached: bool
+) -> tuple[str, str]:
+    """(name, reason) of the backend to use for `Execution.attention` on rows of `length` tokens.
+
+    dropping: whether attention probabilities are dropped out; cached: whether keys come from a cache. UserError where
+    the one that was asked for cannot do it.
+    """
+    reason = splash_refusal(config, length, mesh_platform(), dropping=dropping, cached=cached)
+    if requested == "splash" and reason:
+        raise UserError(f"execution.attention=splash: {reason}; try --execution.attention auto")
     if requested != "auto":
         return requested, "as asked"
-    return "xla", "the backend that honours packed rows, windows and caches everywhere"
+    if reason:
+        return "xla", reason
+    return "splash", "the TPU's own kernel: no scores in memory, blocks beyond a window or a causal row left out"
 
 
 def _xla(spec, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS, dropout_rate, dropout_key):
@@ -104,4 +118,17 @@ def _xla(spec, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, q_index_BT,
     return jnp.where(seen_BTS.any(-1)[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla}
+def _splash(spec, q, k, v, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS, dropout_rate, dropout_key):
+    return splash_attention(spec, q, k, v, q_segments_BT, k_segments_BS)
+
+
+def _splash_interpreted(spec, q, k, v, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS, rate, dropout_key):
+    return splash_attention(spec, q, k, v, q_segments_BT, k_segments_BS, interpret=True)
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _xla,
+    "splash": _splash,
+    # The same kernel step by step on any device: for tests.
+    "splash_interpreted": _splash_interpreted,
+}

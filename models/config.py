@@ -222,7 +222,7 @@ class ModelConfig:
 class Execution:
     """How the model runs: speed and memory. What is computed stays the same, but for the rounding of `dtype`."""
 
-    attention: Literal["auto", "xla"] = "auto"
+    attention: Literal["auto", "xla", "splash"] = "auto"
     """Attention backend; auto = the fastest one that honours the model's boundaries here."""
     scan_layers: bool | None = None
     """Run the repeated layers by lax.scan (fast compile) or unrolled (fast step); unset = scan beyond 24 layers."""

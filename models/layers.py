@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import Execution, LayerKind, ModelConfig
-from sharding.mesh import constrain
+from sharding.mesh import constrain, mesh_platform
 
 
 class Einsum(nn.Module):
@@ -57,17 +57,10 @@ def _product(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax
 
 
 def _einsum(equation: str, x: jax.Array, y: jax.Array, out: jnp.dtype) -> jax.Array:
-    def mixed(x, y):
-        return jnp.einsum(equation, x, y, preferred_element_type=out)
-
-    def widened(x, y):
-        return jnp.einsum(equation, x.astype(out), y.astype(out))
-
-    if x.dtype == out:
-        return mixed(x, y)
-    # XLA:CPU of JAX 0.7 has no kernel for some bfloat16 products with a float32 result. Chosen at lowering, so that a
-    # program compiled on a CPU for an accelerator is the accelerator's.
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=mixed)
+    if x.dtype != out and mesh_platform() == "cpu":
+        # XLA:CPU of JAX 0.7 has no kernel for some bfloat16 products with a float32 result, and is no faster with them.
+        x, y = x.astype(out), y.astype(out)
+    return jnp.einsum(equation, x, y, preferred_element_type=out)
 
 
 def _float32_einsum_forward(equation, x, y, dtype):
@@ -161,7 +154,7 @@ class Embeddings(nn.Module):
             if token_type_ids_BT is None:  # One row for all: broadcasting keeps a scatter out of the backward pass.
                 token_type_ids_BT = jnp.zeros((1, 1), jnp.int32)
             x_BTD = x_BTD + table(c.type_vocab_size, "token_type")(token_type_ids_BT)
-        x_BTD = constrain(x_BTD, "batch", None, None)
+        x_BTD = constrain(x_BTD, "batch", "sequence", None)
         if c.embedding_norm:
             x_BTD = make_norm(c, self.dtype, "norm")(x_BTD)
         x_BTD = dropout(x_BTD, c.hidden_dropout, key)
@@ -175,7 +168,7 @@ def compute_dtype(execution: Execution) -> jnp.dtype:
     """The dtype of activations: bfloat16 where the hardware gains by it, else float32 (XLA:CPU is no faster)."""
     name = execution.dtype
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if mesh_platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 

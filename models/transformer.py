@@ -74,7 +74,9 @@ def apply(
     its last entries, and no error could be raised.
     """
     dtype = compute_dtype(execution)
-    backend, _ = choose_backend(execution.attention)
+    dropping = key is not None and config.attention_dropout > 0
+    length = batch["input_ids"].shape[1]
+    backend, _ = choose_backend(execution.attention, config, length, dropping=dropping, cached=cache is not None)
     scan = execution.scan_layers
     if scan is None:
         scan = config.num_hidden_layers > UNROLLED_LAYERS
@@ -113,7 +115,6 @@ def apply(
         x_BTD = make_norm(config, dtype).apply({"params": params["final_norm"]}, x_BTD)
     if cache is None:
         return x_BTD
-    length = batch["input_ids"].shape[1]
     return x_BTD, {"layers": new_layers, "segment_ids": context.k_segments_BS, "end": cache["end"] + length}
 
 

@@ -29,22 +29,26 @@ def token_logprobs(
     gradient; a label that ties with another for the highest score counts as right.
     """
     batch, length, _ = features_BTD.shape
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    mesh = jax.sharding.get_abstract_mesh()
+    devices, split = (1, 1) if mesh.empty else (mesh.size, mesh.shape["sequence"])
     chunk = max(1, chunk_elements * devices // (batch * table_VD.shape[0]))
     if chunk >= length:
         return _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size)
 
-    chunks = -(-length // chunk)
+    fewest = -(-length // chunk)
+    # A few more chunks rather than padding.
+    chunks = next((n for n in range(fewest, 2 * fewest) if length % (n * split) == 0), fewest)
     chunk = -(-length // chunks)
     padding = chunks * chunk - length
 
     def by_chunk(x):
+        # Interleaved, so that of a row whose tokens are split over devices every chunk has some on each.
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(batch, chunk, chunks, *x.shape[2:]), 2, 0)
 
     one = jax.checkpoint(lambda x, labels: _chunk_logprobs(x, table_VD, bias_V, labels, vocab_size), prevent_cse=False)
     results = jax.lax.map(lambda inputs: one(*inputs), (by_chunk(features_BTD), by_chunk(labels_BT)))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(batch, chunks * chunk)[:, :length], results)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(batch, chunks * chunk)[:, :length], results)
 
 
 def logits(features_BTD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, vocab_size: int) -> jax.Array:
@@ -55,7 +59,7 @@ def logits(features_BTD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | Non
 def _scores(features_BTD, table_VD, bias_V):
     # The table stays float32 up to here, so that the chunks' gradients of it are added in float32.
     scores_BTV = float32_einsum("BTD,VD->BTV", features_BTD, table_VD, features_BTD.dtype)
-    scores_BTV = constrain(scores_BTV, "batch", None, "tensor")
+    scores_BTV = constrain(scores_BTV, "batch", "sequence", "tensor")
     return scores_BTV if bias_V is None else scores_BTV + bias_V[None, None]
 
 

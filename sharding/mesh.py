@@ -1,19 +1,26 @@
 """The one place that builds device meshes and lays batches on them.
 
-Axes (docs: DESIGN "Sharding"): `data` replicates parameters, `fsdp` splits parameters, optimizer state and
-batch, `tensor` splits heads, MLP width and vocabulary. Imports JAX inside the functions only, because
-presets import `MeshConfig` for the command line.
+Axes, from the slowest network to the fastest: `replica` holds copies on slices or nodes that are far from each other,
+`data` copies near each other, `fsdp` splits parameters, optimizer state and batch (ZeRO-3, Rajbhandari et al. 2020),
+`sequence` splits the tokens of a row (each device gathers the keys and values of the whole row, as in Grattafiori et
+al. 2024, section 3.3.2), `tensor` splits heads, MLP width and vocabulary (Shoeybi et al. 2019). Imports JAX inside the
+functions only, because presets import `MeshConfig` for the command line.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cli import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+if TYPE_CHECKING:
+    import numpy as np
+
+AXES = ("replica", "data", "fsdp", "sequence", "tensor")
+BATCH_AXES = ("replica", "data", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,24 @@ class MeshConfig:
     """Ways to split parameters, optimizer state and batch (ZeRO-3)."""
     tensor: int = 1
     """Ways to split heads, MLP width and vocabulary."""
+    sequence: int = 1
+    """Ways to split the tokens of a row, for rows too long for one device."""
+    replica: int = 1
+    """Copies on slices or nodes with a slower network between them."""
+    auto: bool = False
+    """Choose the axes from the model's size, the memory of the chips and how they are connected, and say why."""
 
-    def sizes(self, device_count: int) -> tuple[int, int, int]:
-        """Axis sizes on `device_count` devices, the -1 filled in; raises UserError where they do not fit."""
-        sizes = [self.data, self.fsdp, self.tensor]
-        given = " × ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    def sizes(self, device_count: int) -> tuple[int, ...]:
+        """Axis sizes in the order of AXES on `device_count` devices, the -1 filled in; UserError where they do not fit.
+
+        Their product may be smaller than device_count: then some devices stay idle.
+        """
+        assert not self.auto, "the axes are not chosen yet (sharding.advice)"
+        sizes = [getattr(self, name) for name in AXES]
+        if self.data == -1 and sizes.count(-1) == 2:
+            # Only one is written down: the other is the default of `data`.
+            sizes[AXES.index("data")] = 1
+        given = " × ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size != 1) or "data=1"
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise UserError(f"mesh {given}: each axis is at least 1, and one of them may be -1 = the rest")
         known = math.prod(size for size in sizes if size != -1)
@@ -46,8 +66,20 @@ class MeshConfig:
                 f"mesh {given} needs {known} devices and there are {device_count}; "
                 "make an axis smaller, or set one to -1 = the rest"
             )
-        data, fsdp, tensor = sizes
-        return data, fsdp, tensor
+        return tuple(sizes)
+
+    def on(self, device_count: int) -> MeshConfig:
+        """The same mesh with every size known."""
+        return dataclasses.replace(self, **dict(zip(AXES, self.sizes(device_count), strict=True)))
+
+    @property
+    def flags(self) -> str:
+        """As it is written on the command line; the sizes must be known."""
+        sizes = {name: getattr(self, name) for name in AXES if getattr(self, name) != 1 or name == "data"}
+        return " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
+
+    def __str__(self) -> str:
+        return " × ".join(f"{name}={size}" for name in AXES if (size := getattr(self, name)) != 1) or "data=1"
 
 
 def _divisors(n: int) -> list[int]:
@@ -55,55 +87,121 @@ def _divisors(n: int) -> list[int]:
 
 
 def build_mesh(config: MeshConfig, devices=None):
-    """The mesh with axes data, fsdp, tensor over `devices` (default: all; fewer are used if the product is smaller)."""
-    import jax
+    """The mesh over `devices` (default: all of all processes; fewer are used if the product is smaller).
 
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes; training runs in a single one yet, on all of its devices"
-        )
+    Devices are ordered so that the axes to the right have the shorter ways between them; over several TPU slices, only
+    `replica` reaches from one to the next.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import mesh_utils
+
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices[: math.prod(sizes)])
+    count = math.prod(sizes)
+    if count < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh {config} has {count} of the {len(devices)} devices, and of several processes each must have a part; "
+            "set one axis to -1 = the rest"
+        )
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise UserError(
+                f"mesh {config}: the devices are {slices} slices, and only the axis replica reaches from one to the "
+                f"next; try --mesh.replica {slices}"
+            )
+        within = (sizes[0] // slices, *sizes[1:])
+        across = (slices, *(1,) * (len(AXES) - 1))
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu" and count == len(devices):
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        # In their order: devices of one process, and so of one node, stand together.
+        grid = np.array(devices[:count]).reshape(sizes)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
-def check_batch(config: MeshConfig, device_count: int, batch_size: int, accumulation: int = 1) -> None:
-    """Raise UserError unless every micro-batch splits evenly over data × fsdp."""
-    data, fsdp, _ = config.sizes(device_count)
-    unit = data * fsdp * accumulation
+def check_batch(
+    config: MeshConfig, device_count: int, batch_size: int, accumulation: int = 1, sequence_length: int | None = None
+) -> None:
+    """Raise UserError unless every micro-batch splits evenly over replica × data × fsdp, and rows over `sequence`."""
+    replica, data, fsdp, sequence, _ = config.sizes(device_count)
+    unit = replica * data * fsdp * accumulation
     if batch_size % unit:
         low = max(unit, batch_size // unit * unit)
+        names, factors = ("replica×", f"{replica}×") if replica > 1 else ("", "")
         raise UserError(
-            f"batch_size={batch_size} is not divisible by data×fsdp×accumulation={data}×{fsdp}×{accumulation}={unit}; "
-            f"try {low} or {low + unit}"
+            f"batch_size={batch_size} is not divisible by {names}data×fsdp×accumulation="
+            f"{factors}{data}×{fsdp}×{accumulation}={unit}; try {low} or {low + unit}"
+        )
+    if sequence_length is not None and sequence_length % sequence:
+        low = max(sequence, sequence_length // sequence * sequence)
+        raise UserError(
+            f"data.sequence_length={sequence_length} is not divisible by mesh axis sequence={sequence}; "
+            f"try {low} or {low + sequence}"
         )
 
 
-def host_rows(batch_size: int) -> slice:
-    """The rows of the global batch that this process loads: consecutive, in the order of the processes."""
-    import jax
+def batch_sharding(shape: tuple[int, ...], mesh):
+    """How an array [B,T,…] of the batch lies on the mesh: rows over the batch axes, tokens over `sequence`.
 
-    rows = batch_size // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-
-
-def place_batch(batch: dict, mesh) -> dict:
-    """Lay a host's rows of a batch on the mesh: first axis over data × fsdp, the rest whole.
-
-    batch: numpy arrays [rows of this process, …]. Returns global `jax.Array`s.
+    Tokens that the axis does not divide stay together.
     """
     import jax
 
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    split = len(shape) > 1 and shape[1] % mesh.shape["sequence"] == 0
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES, *("sequence",) * split))
+
+
+def host_rows(batch_size: int, mesh) -> np.ndarray:
+    """The rows of the global batch that devices of this process hold, in order: what it has to load."""
+    import numpy as np
+
+    indices = batch_sharding((batch_size,), mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def place_batch(batch: dict, mesh) -> dict:
+    """Lay a batch on the mesh. batch: NumPy arrays of the rows `host_rows`; returns global `jax.Array`s."""
+    import jax
+    import numpy as np
+
+    blocks = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    held = host_rows(blocks, mesh)
+
+    def place(array):
+        rows = len(array) // len(held)
+
+        def part(index):
+            block = int(np.searchsorted(held, (index[0].start or 0) // rows))
+            return array[(slice(block * rows, (block + 1) * rows), *index[1:])]
+
+        shape = (rows * blocks, *array.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), part)
+
+    return {name: place(array) for name, array in batch.items()}
+
+
+def mesh_platform() -> str:
+    """Platform of the mesh in use ("cpu", "gpu", "tpu"), without one that of this process.
+
+    A mesh may be of devices that are not here: a program is then compiled for them.
+    """
+    import jax
+
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return "cpu" if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
 
 
 def constrain(x, *axes):
     """Ask XLA to keep activation `x` split like this; a no-op without a mesh.
 
-    axes: one entry a dimension: "batch" (= data × fsdp), "tensor" or None. A dimension that its axis does not divide
-    (one prompt, two key/value heads) is left to XLA.
+    axes: one entry a dimension: "batch" (= replica × data × fsdp), "sequence", "tensor" or None. A dimension that its
+    axis does not divide (one prompt, two key/value heads) is left to XLA.
     """
     import jax
 

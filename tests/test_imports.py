@@ -25,8 +25,8 @@ MAY_IMPORT = {
 }
 """Besides itself and `cli`, the leaf. A door never imports another door, nothing imports `commands`."""
 
-MODELS_MAY_TAKE = {"constrain"}
-"""What `models` takes from `sharding`; models/hub.py also places weights by the rules, and reads tokenizers."""
+MODELS_MAY_TAKE = {"constrain", "mesh_platform", "BATCH_AXES"}
+"""What `models` takes from `sharding`: how activations lie, and on what; models/hub.py also places weights by the rules, and reads tokenizers."""
 
 KNOWN_ONLY_IN = {
     "flax": "models/",

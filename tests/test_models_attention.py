@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, close, strict_and_quick  # noqa: F401
 
-from models.attention import BACKENDS, AttentionSpec, attend, choose_backend, spec_for
+from models.attention import AttentionSpec, attend, spec_for
 from models.layers import dropout
 
 pytestmark = pytest.mark.corner
@@ -54,7 +54,7 @@ def random_qkv(queries=T):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla"])  # the kernel wants longer rows: tests/test_models_splash.py
 def test_attention_equals_brute_force(backend, name):
     boundaries = (SEGMENTS, SEGMENTS, INDEX, INDEX)
     got = jax.jit(lambda q, k, v: attend(SPECS[name], q, k, v, *boundaries, backend=backend))(*random_qkv())
@@ -89,7 +89,6 @@ def test_specs_of_the_layers():
     assert spec_for(FAMILIES["modernbert"], "local") == AttentionSpec(False, 3, 3, 8**-0.5)
     assert spec_for(FAMILIES["modernbert"], "global") == AttentionSpec(False, None, None, 8**-0.5)
     assert spec_for(FAMILIES["llama"], "global") == AttentionSpec(True, None, None, 8**-0.5)
-    assert choose_backend("auto")[0] in BACKENDS
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():

@@ -81,7 +81,13 @@ def test_an_axis_that_does_not_divide_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("config", "sizes"),
-    [(MeshConfig(), (8, 1, 1)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(1, 1, 1), (1, 1, 1))],
+    [
+        (MeshConfig(), (1, 8, 1, 1, 1)),
+        (MeshConfig(2, -1, 2), (1, 2, 2, 1, 2)),
+        (MeshConfig(fsdp=-1, tensor=2), (1, 1, 4, 1, 2)),
+        (MeshConfig(replica=2, sequence=2), (2, 2, 1, 2, 1)),
+        (MeshConfig(1, 1, 1), (1, 1, 1, 1, 1)),
+    ],
 )
 def test_mesh_sizes(config, sizes):
     assert config.sizes(8) == sizes
@@ -93,7 +99,7 @@ def test_mesh_sizes(config, sizes):
     [
         (MeshConfig(16, 1, 1), "needs 16 devices and there are 8"),
         (MeshConfig(-1, 3, 1), "3 does not divide the 8 devices"),
-        (MeshConfig(-1, -1, 1), "one of them may be -1"),
+        (MeshConfig(1, -1, -1), "one of them may be -1"),
         (MeshConfig(0, 1, 1), "at least 1"),
     ],
 )
@@ -108,6 +114,10 @@ def test_batch_that_does_not_split_is_refused():
     ):
         check_batch(MeshConfig(4, 2, 1), 8, 10)
     check_batch(MeshConfig(4, 2, 1), 8, 16, accumulation=2)
+    with pytest.raises(UserError, match="replica×data×fsdp×accumulation=2×4×1×1=8; try 8 or 16"):
+        check_batch(MeshConfig(4, replica=2), 8, 12)
+    with pytest.raises(UserError, match="sequence_length=102 is not divisible by mesh axis sequence=4; try 100 or 104"):
+        check_batch(MeshConfig(2, sequence=4), 8, 16, sequence_length=102)
 
 
 def test_batch_rows_lie_on_data_and_fsdp():
@@ -116,3 +126,14 @@ def test_batch_rows_lie_on_data_and_fsdp():
     placed = place_batch({"input_ids": rows}, mesh)["input_ids"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1)}
     np.testing.assert_array_equal(np.asarray(placed), rows)
+
+
+def test_tokens_lie_on_sequence_where_it_divides_them():
+    mesh = build_mesh(MeshConfig(2, sequence=4))
+    batch = {"input_ids": np.arange(48).reshape(6, 8), "labels": np.arange(6), "masked": np.arange(42).reshape(6, 7)}
+    placed = place_batch(batch, mesh)
+    assert {shard.data.shape for shard in placed["input_ids"].addressable_shards} == {(3, 2)}
+    assert {shard.data.shape for shard in placed["labels"].addressable_shards} == {(3,)}
+    assert {shard.data.shape for shard in placed["masked"].addressable_shards} == {(3, 7)}
+    for name, array in batch.items():
+        np.testing.assert_array_equal(np.asarray(placed[name]), array)

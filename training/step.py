@@ -92,7 +92,7 @@ def _accumulate(function: Callable[..., Any], batch: dict, accumulation: int) ->
     def split(x):
         assert x.shape[0] % accumulation == 0, f"{x.shape[0]} rows do not split into {accumulation} micro-batches"
         x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+        return constrain(x, None, "batch", *("sequence", *(None,) * (x.ndim - 3))[: x.ndim - 2])
 
     def add(total, numbered):
         return jax.tree.map(jnp.add, total, function(*numbered)), None

@@ -36,7 +36,7 @@ class Task(Protocol):
     """Of an average training example."""
     eval_batches: Sequence[dict]
 
-    def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         """Read the files of config.data; UserError where they will not do."""
         ...
 
@@ -53,7 +53,7 @@ class Task(Protocol):
         ...
 
 
-def open_task(config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Task:
+def open_task(config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh) -> Task:
     """The task that the configuration names, with its data read."""
     module, name = TASKS[config.task]
-    return getattr(importlib.import_module(module), name)(config, model, tokenizer)
+    return getattr(importlib.import_module(module), name)(config, model, tokenizer, mesh)

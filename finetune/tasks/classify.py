@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class Classification:
     """A finetune.tasks.Task."""
 
-    def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         self._execution = config.execution
-        self._rows = host_rows(config.batch_size)
+        self._rows = host_rows(config.batch_size, mesh)
         self._examples = read_examples(config.data, tokenizer, model)
         self._names = self._examples.names
         self.model = dataclasses.replace(model, labels=tuple(self._names))
