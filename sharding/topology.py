@@ -52,10 +52,10 @@ class Chip:
 
 # TPU: peaks, HBM and its bandwidth per chip from the Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/
 # v2, v3, v4, v5e, v5p, v6e, tpu7x, "System architecture"); one link one way from "How to Scale Your Model" (Austin et
-# al. 2025), chapter "How to Think About TPUs": v3 100 GB/s, v4 and v5e 45, v5p, v6e and 7x 90; links: 2 a torus
-# dimension. Slow network (DCN) per chip from the same book's chapter on training: v5p 6.25 GB/s, v5e 3.125, v6e 12.5;
-# v2 to v4 the 25 GB/s of a host by its 4 chips; 7x like v5p's host of 4 chips with 400 Gb/s (TPU7x page: 100 Gb/s a
-# chip). Memory is what the compiler admits; for v2, v3 and 7x, of which no message is at hand, HBM less 2 %.
+# al. 2025), chapter "How to Think About TPUs": v3 100 GB/s, v4 and v5e 45, v5p, v6e and 7x 90 (v2: 496 Gb/s, Jouppi et
+# al. 2020); links: 2 a torus dimension. Slow network (DCN) per chip from the same book's chapter on training: v5p
+# 6.25 GB/s, v5e 3.125, v6e 12.5; v4 the 25 GB/s of a host by its 4 chips, v2 and v3 half of that for each half chip; 7x
+# 100 Gb/s a chip. Memory is what the compiler admits; for v2, v3 and 7x, of which no message is at hand, HBM less 2 %.
 #
 # GPU: NVIDIA data sheets: dense is half of a figure "with sparsity"; NVLink is half of the total of both directions.
 # Memory as nvidia-smi shows it. Slow network: one 400 Gb/s card a GPU for Hopper and Blackwell (DGX H100, DGX B200
@@ -65,13 +65,13 @@ class Chip:
 # In each line: name, kind, architecture, FLOP/s, memory, its bandwidth, fast links, slow network, fast domain, and for
 # TPU the dimensions of the torus and the devices of a chip.
 CHIPS: tuple[Chip, ...] = (
-    Chip("v2", r"TPU v2", "tpu", 46e12 / 2, 7.8 * GIB, 700 * GB / 2, 200 * GB, 3.125 * GB, None, 2, 2),
-    Chip("v3", r"TPU v3", "tpu", 123e12 / 2, 15.7 * GIB, 900 * GB / 2, 200 * GB, 3.125 * GB, None, 2, 2),
+    Chip("v2", r"TPU v2", "tpu", 46e12 / 2, 7.8 * GIB, 700 * GB / 2, 4 * 62 * GB / 2, 3.125 * GB, None, 2, 2),
+    Chip("v3", r"TPU v3", "tpu", 123e12 / 2, 15.7 * GIB, 900 * GB / 2, 4 * 100 * GB / 2, 3.125 * GB, None, 2, 2),
     Chip("v4", r"TPU v4", "tpu", 275e12, 30.75 * GIB, 1228 * GB, 6 * 45 * GB, 6.25 * GB, None, 3),
     Chip("v5e", r"TPU v5 lite|TPU v5e", "tpu", 197e12, 15.75 * GIB, 819 * GB, 4 * 45 * GB, 3.125 * GB, None, 2),
     Chip("v5p", r"TPU v5p?", "tpu", 459e12, 95.74 * GIB, 2765 * GB, 6 * 90 * GB, 6.25 * GB, None, 3),
     Chip("v6e", r"TPU v6 lite|TPU v6e", "tpu", 918e12, 31.25 * GIB, 1640 * GB, 4 * 90 * GB, 12.5 * GB, None, 2),
-    Chip("tpu7x", r"TPU7x", "tpu", 2307e12 / 2, 94 * GIB, 7380 * GB / 2, 6 * 90 * GB / 2, 6.25 * GB, None, 3, 2),
+    Chip("tpu7x", r"TPU7x", "tpu", 2307e12 / 2, 94 * GIB, 7380 * GB / 2, 6 * 90 * GB / 2, 12.5 * GB / 2, None, 3, 2),
     # GB200 NVL72: 360 PFLOP/s with sparsity, 13.4 TB and 576 TB/s of HBM3e, 130 TB/s of NVLink on 72 GPUs.
     Chip("gb200", r"GB200", "blackwell", 2500e12, 189_471 * MIB, 8000 * GB, 900 * GB, 50 * GB, 72),
     # HGX B200: 36 PFLOP/s with sparsity, 64 TB/s of HBM3e, 14.4 TB/s of NVLink on 8 GPUs.
