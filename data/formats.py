@@ -20,6 +20,8 @@ PLAIN, TABLES = (".txt", ".md"), (".jsonl", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
 TEXT_BYTES = 2**24
 """Longer text files become several documents, cut at a blank line where there is one."""
+READ_BYTES, ROWS = 2**20, 16
+"""What is read of a table at a time, as it is stored and as rows."""
 
 
 def kind_of(path: str) -> str | None:
@@ -201,42 +203,55 @@ def _parquet(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Ite
         return
     number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        # In parts, of the file and of its rows: a table may be one group of rows, and a row a book. (A page, which is
+        # 1,024 rows where Arrow wrote it, is unpacked as a whole.)
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
         columns = table.schema_arrow.names
         if text_field not in columns:
             yield 1, Reject(path, "field", _no_column(text_field, columns))
             return
-        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-            for value in texts_of(batch.column(0)):
-                number += 1
-                name = f"{path}:{number}"
-                if isinstance(value, bytes):
-                    yield number, Reject(name, "utf-8", "bytes that are not valid UTF-8")
-                elif isinstance(value, str) and len(value) > max_bytes:
-                    yield number, Reject(name, "long", f"{len(value):,} characters; at most {max_bytes:,} bytes")
-                else:
-                    for item in from_text(value, name, text_field):
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[text_field]):
+                for value in batch.column(0):
+                    number += 1
+                    for item in from_arrow(value, f"{path}:{number}", text_field, max_bytes):
                         yield number, item
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        # What Arrow cannot make sense of it calls an OSError, too, but not as the system and data.storage do.
+        if isinstance(error, OSError) and error.strerror is not None:
+            raise
         message = " ".join(str(error).split())[:200]
         yield number, Reject(f"{path}:{number + 1}", "damaged", f"damaged after {number} rows ({message})")
 
 
-def texts_of(column) -> list:
-    """Values of an Arrow column, as Python ones; bytes where they are no UTF-8."""
+def from_arrow(value, name: str, text_field: str, max_bytes: int) -> Iterator[Item]:
+    """The document of one value of an Arrow column, or why it is none."""
     import pyarrow
 
+    if isinstance(value, pyarrow.DictionaryScalar):
+        value = value.value
+    if isinstance(value, pyarrow.BinaryScalar) and value.is_valid:
+        yield from from_bytes(value.as_buffer(), name, text_field, max_bytes)
+    else:
+        yield from from_text(value.as_py(), name, text_field)
+
+
+def from_bytes(content, name: str, text_field: str, max_bytes: int) -> Iterator[Item]:
+    """The document of a UTF-8 text, or why it is none. content: bytes or what holds some."""
+    if len(content) > max_bytes:
+        yield too_long(name, len(content), max_bytes)
+        return
+    content = bytes(content)
     try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        values = column.cast(pyarrow.large_binary()).to_pylist()
-    texts = []
-    for value in values:
-        try:
-            texts.append(value and value.decode())
-        except UnicodeDecodeError:
-            texts.append(value)
-    return texts
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        yield _not_utf8(name, content, error)
+    else:
+        yield from from_text(text, name, text_field)
+
+
+def too_long(name: str, size: int, max_bytes: int) -> Reject:
+    return Reject(name, "long", f"a text of {size:,} bytes; at most {max_bytes:,} (--data.max-document-bytes)")
 
 
 def _no_column(text_field: str, columns: list[str]) -> str:

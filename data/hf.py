@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from cli import UserError
-from data.documents import Item, Reject, from_text
+from data.config import MAX_DOCUMENT_BYTES
+from data.documents import Item, from_text
+from data.formats import from_arrow, too_long
 from data.storage import digest
 
 STREAMED = 10_000
@@ -22,7 +25,7 @@ class HfSource:
     The data set is downloaded and mapped; with streaming=true only its first `take` documents are fetched.
     """
 
-    def __init__(self, spec: str, text_field: str = "text"):
+    def __init__(self, spec: str, text_field: str = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
         self.path, _, query = spec.partition("?")
         options = dict(parse_qsl(query))
         self._split = options.pop("split", "train")
@@ -33,7 +36,7 @@ class HfSource:
             raise UserError(
                 f"hf:{spec}: expected hf:ID_OR_FOLDER?name=CONFIG&split=train&revision=REV&streaming=true&take=1000"
             )
-        self._take, self._field = int(take), text_field
+        self._take, self._field, self._max_bytes = int(take), text_field, max_document_bytes
         self._opened: Any = None
 
     @property
@@ -47,45 +50,52 @@ class HfSource:
         )
 
     def __iter__(self) -> Iterator[Item]:
-        number = 0
-        for values in self._columns():
-            for value in values:
-                number += 1
-                name = f"{self.path}:{number}"
-                if isinstance(value, bytes):
-                    yield Reject(name, "utf-8", "bytes that are not valid UTF-8")
-                else:
-                    yield from from_text(value, name, self._field)
+        for number, value in enumerate(self._values(), 1):
+            name = f"{self.path}:{number}"
+            if not self._streaming:
+                yield from from_arrow(value, name, self._field, self._max_bytes)
+            elif isinstance(value, str) and (size := len(value.encode(errors="replace"))) > self._max_bytes:
+                yield too_long(name, size, self._max_bytes)
+            else:
+                yield from from_text(value, name, self._field)
 
     def fingerprint(self) -> str:
         """Over the content of the Arrow files; of a stream, over what was asked for."""
+        parts: Iterable[str]
         if self._streaming:
             parts = [self.path, *map(str, sorted(self._load.items())), str(self._take)]
         else:
             data = self._data()
             files = [entry["filename"] for entry in data.cache_files]
-            parts = [digest(file) for file in files] or [str(value) for values in self._columns() for value in values]
+            parts = map(digest, files) if files else (str(value.as_py()) for value in self._values())
             if data._indices is not None:
-                parts.append(hashlib.sha256(repr(data._indices.column(0).to_pylist()).encode()).hexdigest())
-        return hashlib.sha256("\n".join(["hf 1", self._split, self._field, *parts]).encode()).hexdigest()
+                order = repr(data._indices.column(0).to_pylist())
+                parts = chain(parts, [hashlib.sha256(order.encode()).hexdigest()])
+        limit = [] if self._max_bytes == MAX_DOCUMENT_BYTES else [str(self._max_bytes)]
+        whole = hashlib.sha256("\n".join(["hf 1", self._split, self._field, *limit]).encode())
+        for part in parts:
+            whole.update(f"\n{part}".encode())
+        return whole.hexdigest()
 
     def size(self) -> int | None:
         return None if self._streaming else self._data().data.column(self._field).nbytes
 
-    def _columns(self) -> Iterator[list]:
-        """Values of the text column, some at a time."""
-        from data.formats import texts_of
-
+    def _values(self) -> Iterator[Any]:
+        """Values of the text column: Arrow's, which lie in the mapped files; of a stream, Python's."""
         data = self._data()
         if self._streaming:
             for record in data.take(self._take):
                 if self._field not in record:
                     raise self._no_column(list(record))
-                yield [record[self._field]]
+                yield record[self._field]
             return
-        for table in data.select_columns([self._field]).with_format("arrow").iter(batch_size=1000):
-            for chunk in table.column(0).chunks:
-                yield texts_of(chunk)
+        column = data.data.column(self._field)
+        if data._indices is None:
+            for chunk in column.chunks:
+                yield from chunk
+        else:
+            for chunk in data._indices.column(0).chunks:
+                yield from (column[number.as_py()] for number in chunk)
 
     def _data(self) -> Any:
         if self._opened is None:

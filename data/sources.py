@@ -52,7 +52,12 @@ class Sources(NamedTuple):
     """By the name of the source that it is a part of; "validation" where it was given."""
 
 
-SPEC = re.compile(r"(hf|tfds|builtin):(?!//)(.+)")
+EXPECTED = {
+    "hf": "hf:ID_OR_FOLDER?split=train",
+    "tfds": "tfds:NAME_OR_FOLDER?split=train",
+    "builtin": "builtin:pydoc or builtin:packages",
+}
+SPEC = re.compile(r"(hf|tfds|builtin):(?!//)(.*)")
 
 
 def open_sources(
@@ -81,14 +86,16 @@ def open_source(patterns: tuple[str, ...], config: DataConfig, cache: Path | Non
     if len(patterns) > 1:
         raise UserError(f"{named[0][0]} beside other text; give each a name: --data.sources 'a={named[0][0]}' 'b=…'")
     library, spec = named[0].groups()
+    if not spec.partition("?")[0]:
+        raise UserError(f"{named[0][0]!r} names no text; expected {EXPECTED[library]}")
     if library == "hf":
         from data.hf import HfSource
 
-        return HfSource(spec, config.text_field)
+        return HfSource(spec, config.text_field, config.max_document_bytes)
     if library == "tfds":
         from data.tfds import TfdsSource
 
-        return TfdsSource(spec, config.text_field)
+        return TfdsSource(spec, config.text_field, config.max_document_bytes)
     if spec not in ("pydoc", "packages"):
         raise UserError(f"builtin:{spec} is unknown; there are builtin:pydoc and builtin:packages")
     return BuiltinSource(spec)

@@ -11,7 +11,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from cli import UserError
-from data.documents import Item, Reject, from_text
+from data.config import MAX_DOCUMENT_BYTES
+from data.documents import Item, from_text
+from data.formats import from_bytes
 from data.storage import digest
 
 
@@ -21,32 +23,30 @@ class TfdsSource:
     array_record and parquet are read by their own libraries; tfrecord needs an installed TensorFlow.
     """
 
-    def __init__(self, spec: str, text_field: str = "text"):
+    def __init__(self, spec: str, text_field: str = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
         self.name, _, query = spec.partition("?")
         options = dict(parse_qsl(query))
         self._split, self._data_dir = options.pop("split", "train"), options.pop("data_dir", None)
         if options:
             raise UserError(f"tfds:{spec}: expected tfds:NAME/CONFIG:VERSION?split=train&data_dir=DIR, or a folder")
-        self._field = text_field
+        self._field, self._max_bytes = text_field, max_document_bytes
         self._opened: Any = None
 
     def __iter__(self) -> Iterator[Item]:
         for number, record in enumerate(self._records(), 1):
             name, value = f"{self.name}:{number}", record[self._field]
             if isinstance(value, bytes):
-                try:
-                    value = value.decode()
-                except UnicodeDecodeError as error:
-                    yield Reject(name, "utf-8", f"byte {value[error.start]:#04x} is not valid UTF-8")
-                    continue
-            yield from from_text(value, name, self._field)
+                yield from from_bytes(value, name, self._field, self._max_bytes)
+            else:
+                yield from from_text(value, name, self._field)
 
     def fingerprint(self) -> str:
         """Over the content of the split's files."""
         builder = self._builder()
         split = self._split.partition("[")[0]
         parts = [digest(str(path)) for path in builder.info.splits[split].filepaths]
-        return hashlib.sha256("\n".join(["tfds 1", self._split, self._field, *parts]).encode()).hexdigest()
+        limit = [] if self._max_bytes == MAX_DOCUMENT_BYTES else [str(self._max_bytes)]
+        return hashlib.sha256("\n".join(["tfds 1", self._split, self._field, *limit, *parts]).encode()).hexdigest()
 
     def size(self) -> int | None:
         return self._builder().info.splits[self._split].num_bytes or None

@@ -40,6 +40,14 @@ def as_parquet(texts) -> bytes:
     return file.getvalue()
 
 
+def torn_page(texts, group: int) -> bytes:
+    """A table whose rows end with a page, of the text in this group of two rows, that begins with nonsense."""
+    content = as_parquet(texts)
+    column = pyarrow.parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(group).column(1)
+    begin = column.dictionary_page_offset or column.data_page_offset
+    return content[:begin] + b"\xff" * 20 + content[begin + 20 :]
+
+
 WRITERS = {".jsonl": as_jsonl, ".csv": as_csv, ".parquet": as_parquet}
 PACKERS = {
     "": lambda content: content,
@@ -105,6 +113,8 @@ GOOD = b'{"text": "good"}\n'
         ("a.csv", b"id,body\n1,good\n", "a.csv:1", "field"),
         ("a.parquet", b"no parquet at all", "a.parquet:1", "damaged"),
         ("a.parquet", as_parquet(["good", None, "good"]), "a.parquet:2", "field"),
+        ("a.parquet", as_parquet(["good", "ä" * 600, "good"]), "a.parquet:2", "long"),
+        ("a.parquet", torn_page(["good"] * 5, group=1), "a.parquet:3", "damaged"),
     ],
 )
 def test_a_bad_record_is_told_of_and_the_rest_is_read(tmp_path, name, content, place, kind):
@@ -138,6 +148,20 @@ def test_a_file_that_cannot_be_read(tmp_path):
     reject, document = list(source)
     assert (reject.kind, reject.name) == ("unreadable", f"{tmp_path}/gone.jsonl") and document.text == "good"
     assert source.fingerprint() == source.fingerprint()
+
+
+def test_a_table_that_a_server_takes_away_is_not_damaged(tmp_path, monkeypatch):
+    """What storage says while a table is read is told of as storage says it."""
+    path = tmp_path / "a.parquet"
+    path.write_bytes(as_parquet(["good"] * 3))
+
+    class Gone(io.BytesIO):
+        def read(self, *size):
+            raise OSError(None, "the server answers 404")
+
+    monkeypatch.setattr(data.formats, "open_file", lambda path: Gone(b"x" * 100))
+    (reject,) = read(str(path), "text", 1000)
+    assert isinstance(reject, Reject) and (reject.kind, reject.message) == ("unreadable", "the server answers 404")
 
 
 @given(st.binary(max_size=200))

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 import warnings
 
 import datasets
@@ -19,6 +22,7 @@ from data.prepare import prepare
 from data.sources import open_source
 from data.tfds import TfdsSource
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(datasets|tensorflow_datasets|etils|fsspec|multiprocess).*")
 
 
@@ -89,6 +93,88 @@ def test_bad_rows_are_told_of(tmp_path):
     ]
     kinds = {item.kind for item in HfSource(f"{tmp_path}/a", "id") if isinstance(item, Reject)}
     assert kinds == {"type"}
+
+
+def test_a_text_that_is_too_long(tmp_path):
+    """Bytes are counted, not characters; the limit is part of what the text is."""
+    some = ["good", "ä" * 600, "x" * 1000]
+    datasets.Dataset.from_dict({"text": some}).save_to_disk(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    for spec in (f"hf:{tmp_path}/a", f"hf:{tmp_path}/b?streaming=true", f"tfds:{prepared(tmp_path, some, 'parquet')}"):
+        source = open_source((spec,), DataConfig(files=(spec,), max_document_bytes=1000))
+        rejects = [item for item in source if isinstance(item, Reject)]
+        assert [item.kind for item in rejects] == ["long"] and "1,200 bytes; at most 1,000" in rejects[0].message
+        assert sorted(map(len, texts(source))) == [4, 1000]
+        assert source.fingerprint() != open_source((spec,), DataConfig(files=(spec,))).fingerprint()
+
+
+def test_rows_in_another_order(tmp_path, lines):
+    """A data set that was shuffled or cut before it was saved."""
+    whole = datasets.Dataset.from_dict({"text": lines})
+    chosen = list(range(len(lines) - 1, 2, -3))
+    whole.select(chosen).save_to_disk(tmp_path / "a")
+    assert texts(HfSource(f"{tmp_path}/a")) == [lines[number] for number in chosen]
+    source = HfSource("whole")
+    source._opened = whole.select(chosen)
+    assert texts(source) == [lines[number] for number in chosen] and len(source.fingerprint()) == 64
+
+
+@pytest.mark.parametrize("spec", ["hf:", "tfds:", "builtin:", "hf:?split=train", "tfds:?split=train"])
+def test_a_library_with_nothing_behind_it(spec):
+    with pytest.raises(UserError, match=rf"names no text; expected {spec.split(':')[0]}:"):
+        open_source((spec,), DataConfig(files=(spec,)))
+
+
+def test_what_is_asked_of_the_hub(monkeypatch):
+    """An id that is no folder goes to `load_dataset` with all that was said; without network, no more can be tried."""
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        return datasets.Dataset.from_dict({"body": ["one", "two"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    spec = "hf:somebody/some-text?name=20231101.en&split=validation&revision=abc123"
+    assert texts(open_source((spec,), DataConfig(files=(spec,), text_field="body"))) == ["one", "two"]
+    options = {"name": "20231101.en", "split": "validation", "revision": "abc123", "streaming": False}
+    assert asked == [("somebody/some-text", options)]
+    asked.clear()
+    HfSource("somebody/some-text", "body").fingerprint()
+    assert asked == [("somebody/some-text", {"split": "train", "streaming": False})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_the_memory_that_large_documents_need(tmp_path, shared_data, kind):
+    """Documents of 1 MB, in one group of rows: 400 of them need hardly more than 100 (in memory of the process itself:
+    pages of a mapped file are the system's, which takes them back where it needs them)."""
+    book = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:1_000_000]
+    peaks = []
+    for number in (100, 400):
+        table = pyarrow.table({"text": [f"{at} {book}" for at in range(number)]})
+        if kind == "hf":
+            datasets.Dataset(table).save_to_disk(tmp_path / f"{number}")
+            spec = f"hf:{tmp_path}/{number}"
+        else:
+            # A page must be unpacked as a whole: here it is 16 documents, where Arrow by itself makes it 1,024.
+            pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", write_batch_size=16)
+            spec = f"{tmp_path}/{number}.parquet"
+        del table
+        code = (
+            "import re; from data.config import DataConfig; from data.sources import open_source\n"
+            f"config = DataConfig(files=({spec!r},)); peak = count = 0\n"
+            "for item in open_source(config.files, config):\n"
+            "    count += 1\n"
+            "    status = open('/proc/self/status').read()\n"
+            "    peak = max(peak, int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) * 1024)\n"
+            "print(count, peak)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        count, peak = map(int, run.stdout.split()[-2:])
+        assert count == number
+        peaks.append(peak)
+    assert peaks[1] < 400e6 and peaks[1] - peaks[0] < 30e6, peaks
 
 
 def test_what_cannot_be_opened(tmp_path):
