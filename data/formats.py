@@ -10,6 +10,7 @@ import csv
 import json
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from typing import IO
 
@@ -145,50 +146,86 @@ def _record(line: bytes, name: str, text_field: str) -> Iterator[Item]:
 
 
 def _csv(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
-    # Bytes that are no UTF-8 pass as lone surrogates, so that their row alone is rejected.
-    too_long: list[int] = []
-
-    def lines() -> Iterator[str]:
-        while line := file.readline(max_bytes + 1):
-            if len(line) > max_bytes:
-                too_long.append(_rest_of_line(file, line))
-                line = b"\n"
-            yield line.decode("utf-8", "surrogateescape")
-
-    csv.field_size_limit(max_bytes)
-    reader = csv.reader(lines(), strict=True)
+    csv.field_size_limit(max(max_bytes, 1))
+    lines = _Lines(file, max_bytes)
     columns: list[str] | None = None
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            kind = "long" if "field limit" in str(error) else "table"
-            yield reader.line_num, Reject(f"{path}:{reader.line_num}", kind, str(error))
+    while first := lines.take():
+        number, content, length = first
+        name = f"{path}:{number}"
+        if content is None:
+            yield number, _long(name, length, max_bytes)
             continue
-        name = f"{path}:{reader.line_num}"
-        while too_long:
-            yield reader.line_num, _long(name, too_long.pop(), max_bytes)
+        if number == 1 and content.startswith("\ufeff"):
+            first = number, content.lstrip("\ufeff"), length
+            yield 1, Reject(name, "bom", "begins with a byte-order mark; it was removed", dropped=False)
+        taken = [first]
+        try:
+            cells = next(csv.reader(lines.record(taken), strict=True))
+        except csv.Error as error:
+            # Mostly a quote that is never closed: it costs its line, and what it has swallowed is read again.
+            lines.give_back(taken[1:])
+            yield number, Reject(name, "table", f"{error} (in what begins on this line)")
+            continue
+        last = taken[-1][0]
         if columns is None:
             columns = cells
-            if cells and cells[0].startswith("\ufeff"):
-                columns[0] = cells[0].lstrip("\ufeff")
-                yield 1, Reject(name, "bom", "begins with a byte-order mark; it was removed", dropped=False)
             if text_field not in columns:
-                yield 1, Reject(name, "field", _no_column(text_field, columns))
+                yield last, Reject(name, "field", _no_column(text_field, columns))
                 return
         elif len(cells) != len(columns):
             if cells:
                 message = f"{len(cells)} columns, but the first line names {len(columns)}"
-                yield reader.line_num, Reject(name, "table", message)
+                yield last, Reject(name, "table", message)
         else:
             text = cells[columns.index(text_field)]
             if any("\udc80" <= character <= "\udcff" for character in text):
-                yield reader.line_num, Reject(name, "utf-8", "bytes that are not valid UTF-8")
+                yield last, Reject(name, "utf-8", "bytes that are not valid UTF-8")
                 continue
             for item in from_text(text, name, text_field):
-                yield reader.line_num, item
+                yield last, item
+
+
+class _Lines:
+    """The lines of a file, which can be given back: (number, text, bytes); no text where a line is too long.
+
+    Bytes that are no UTF-8 pass as lone surrogates, so that their row alone is rejected.
+    """
+
+    def __init__(self, file: IO[bytes], max_bytes: int):
+        self._file, self._max_bytes = file, max_bytes
+        self._number, self._again = 0, deque[tuple[int, str | None, int]]()
+
+    def take(self) -> tuple[int, str | None, int] | None:
+        """The next one; None at the end."""
+        if self._again:
+            return self._again.popleft()
+        line = self._file.readline(self._max_bytes + 1)
+        if not line:
+            return None
+        self._number += 1
+        if len(line) > self._max_bytes:
+            return self._number, None, _rest_of_line(self._file, line)
+        return self._number, line.decode("utf-8", "surrogateescape"), len(line)
+
+    def give_back(self, lines: list[tuple[int, str | None, int]]) -> None:
+        self._again.extendleft(reversed(lines))
+
+    def record(self, taken: list[tuple[int, str | None, int]]) -> Iterator[str]:
+        """The text of the line in `taken`, then of as many as are asked for, which go there too.
+
+        csv.Error where they are more than max_bytes together.
+        """
+        size = 0
+        line = taken[0]
+        while line:
+            _, content, length = line
+            size += length
+            if content is None or size > self._max_bytes:
+                self.give_back([taken.pop()])
+                raise csv.Error(f"a row of more than {self._max_bytes:,} bytes (--data.max-document-bytes)")
+            yield content
+            line = self.take()
+            taken += [line] if line else []
 
 
 def _parquet(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:

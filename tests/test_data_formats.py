@@ -127,9 +127,57 @@ def test_a_bad_record_is_told_of_and_the_rest_is_read(tmp_path, name, content, p
         assert good == ["good", "good"]
 
 
+STRAY = {
+    "opens a row": b'"row 500,never closed\n',
+    "opens the text": b'500,"never closed\n',
+    "behind a quoted text": b'500,"closed" "and not\n',
+    "alone": b'"\n',
+}
+
+
+@pytest.mark.parametrize("max_bytes", [2**25, 2000])
+@pytest.mark.parametrize("stray", STRAY.values(), ids=STRAY)
+def test_a_stray_quote_costs_its_line(tmp_path, stray, max_bytes):
+    """Among 1,000 rows, of which some are of two lines and some have quotes: all others are kept, with their names."""
+    rows = [[number, f'text "{number}"' + "\nand more" * (number % 7 == 0)] for number in range(1000)]
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["id", "text"])
+    starts = []
+    for number, row in enumerate(rows):
+        if number == 500:
+            at = file.getvalue().count("\n") + 1
+            file.write(stray.decode())
+        starts.append(file.getvalue().count("\n") + 1)
+        writer.writerow(row)
+    items = of_file(tmp_path, "a.csv", file.getvalue().encode(), max_bytes)
+    rejects = [item for item in items if isinstance(item, Reject)]
+    assert [(item.name, item.kind) for item in rejects] == [(f"a.csv:{at}", "table")], rejects
+    documents = [item for item in items if isinstance(item, Document)]
+    assert [item.text for item in documents] == [text for _, text in rows]
+    assert [item.name for item in documents] == [f"a.csv:{start}" for start in starts]
+
+
+def test_a_stray_quote_at_the_end_and_many_of_them(tmp_path):
+    content = b"text\n" + b"".join(b'"never closed\n' if n % 10 == 9 else b"row %d\n" % n for n in range(100))
+    items = of_file(tmp_path, "a.csv", content)
+    assert [item.name for item in items if isinstance(item, Reject)] == [f"a.csv:{n + 2}" for n in range(9, 100, 10)]
+    assert sum(isinstance(item, Document) for item in items) == 90
+
+
+def test_a_long_line_of_a_table(tmp_path):
+    """By itself, and within what a stray quote has begun."""
+    content = b"text\ngood\n" + b"x" * 5000 + b'\ngood\n"stray\ngood\n' + b"y" * 5000 + b"\ngood\n"
+    items = of_file(tmp_path, "a.csv", content)
+    found = [(item.name, item.kind if isinstance(item, Reject) else item.text) for item in items]
+    kinds = ["good", "long", "good", "table", "good", "long", "good"]
+    assert found == [(f"a.csv:{line}", kind) for line, kind in enumerate(kinds, 2)]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("a.csv", b'\xef\xbb\xbf"text"\ngood\n'),
         ("a.txt", b"\xef\xbb\xbfgood"),
         ("a.jsonl", b"\xef\xbb\xbf" + GOOD),
         ("a.csv", b"\xef\xbb\xbftext\ngood\n"),
