@@ -231,12 +231,13 @@ class Decide(_Step):
     """Which documents go, from all measures; and the tokenizer, so that no task trains one."""
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
+        from data.filters import Decisions
         from data.prepare import decisions_path, write_decisions
 
         if self.config.data.filters.active:
             for source in _unfiltered(self.config):
                 path = decisions_path(source, self.config.data)
-                if not path.is_file():
+                if Decisions.load(path) is None:
                     write_decisions(path, self._all(source), self.config.data)
         _plan(self.config)
 
@@ -306,7 +307,7 @@ class Join(_Step):
                     for part in folders:
                         file.write((part / REJECTS).read_bytes())
                 check_share(counts, True, self.config.data.max_rejected, f"{side} text of {name}", rejects)
-                about = {key: parts[0].manifest[key] for key in ("source", "tokenizer", "dtype", "format_version")}
+                about = {key: parts[0].manifest[key] for key in ("source", "tokenizer", "dtype")}
                 about["filtered"] = getattr(source, "dropped", {})
                 _join(rejects, folder, parts, about | counts)
         note = _note(self.work)

@@ -111,11 +111,17 @@ class Decisions(NamedTuple):
         np.savez(path, dropped=self.dropped, reasons=self.reasons, documents=self.documents)
 
     @staticmethod
-    def load(path: Path) -> Decisions:
+    def load(path: Path) -> Decisions | None:
+        """None where the file is not there or not whole."""
+        import zipfile
+
         import numpy as np
 
-        with np.load(path) as file:
-            return _decisions(file["dropped"], file["reasons"], int(file["documents"]))
+        try:
+            with open(path, "rb") as content, np.load(content) as file:
+                return _decisions(file["dropped"], file["reasons"], int(file["documents"]))
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
 
 
 def measure(text: str, config: FilterConfig) -> Measure:

@@ -6,6 +6,7 @@ however many runs use them, a changed tokenizer never meets the tokens of anothe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from data.documents import Item
-    from data.filters import Measure
+    from data.filters import Decisions, Measure
     from data.sources import Source
     from data.store import Encoded, TokenStore
 
+SUMS = "sums.json"
 REJECTS_SHOWN = 3
 HOPELESS = 1000
 """After this many records, more than half of them bad, nobody needs to wait for the end."""
@@ -123,25 +125,28 @@ def filtered(source: Source, config: DataConfig) -> Source:
     from data.sources import Filtered
 
     path = decisions_path(source, config)
-    if not path.is_file():
+    decisions = Decisions.load(path)
+    if decisions is None:
         texts = (item.text for item in documents(_Watched(source, "comparing documents")))
-        write_decisions(path, (measure(text, config.filters) for text in texts), config)
-    return Filtered(source, Decisions.load(path), path.stem)
+        decisions = write_decisions(path, (measure(text, config.filters) for text in texts), config)
+    return Filtered(source, decisions, path.stem)
 
 
 def decisions_path(source: Source, config: DataConfig) -> Path:
     return cache_folder(config) / f"filters-{_digest(source.fingerprint(), str(config.filters))}.npz"
 
 
-def write_decisions(path: Path, measures: Iterable[Measure], config: DataConfig) -> None:
+def write_decisions(path: Path, measures: Iterable[Measure], config: DataConfig) -> Decisions:
     """Which documents the filters drop, from the measures of them all in their order."""
     from data.filters import decide
     from data.store import make_folder
 
     make_folder(path.parent)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    decide(measures, config.filters).save(unfinished)
+    decisions = decide(measures, config.filters)
+    decisions.save(unfinished)
     os.replace(unfinished, path)
+    return decisions
 
 
 def _trained(cache: Path, sources: list[Source], key: str, kind: str, vocab_size: int, for_masked_lm: bool):
@@ -151,13 +156,36 @@ def _trained(cache: Path, sources: list[Source], key: str, kind: str, vocab_size
     from data.train_tokenizer import train_tokenizer
 
     folder = cache / f"tokenizer-{_digest(key, kind, vocab_size, for_masked_lm)}"
-    if not (folder / "tokenizer.json").is_file():
+    found = _cached_tokenizer(folder)
+    if found is None:
         label = f"training a {kind} tokenizer"
         texts = (item.text for item in chain.from_iterable(documents(_Watched(source, label)) for source in sources))
         shutil.rmtree(folder, ignore_errors=True)
         with appearing(folder) as unfinished:
             save_tokenizer(train_tokenizer(texts, kind, vocab_size, for_masked_lm=for_masked_lm), unfinished)
-    return load_tokenizer(folder)
+            (unfinished / SUMS).write_text(json.dumps(_sums(unfinished)))
+        found = load_tokenizer(folder)
+    return found
+
+
+def _cached_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that was trained there, unless its files are not what was written."""
+    from data.tokenizer import load_tokenizer
+
+    try:
+        intact = json.loads((folder / SUMS).read_text()) == _sums(folder)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        intact = False
+    if not intact:
+        print(f"{folder} is damaged: its SHA-256 sums are not those that were noted; training anew", flush=True)
+    return load_tokenizer(folder) if intact else None
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def tokens_folder(config: DataConfig, made: Plan, side: str, name: str) -> Path:
@@ -210,7 +238,8 @@ def check_share(counts: dict[str, Any], ended: bool, allowed: float, label: str,
     hopeless = records >= HOPELESS and bad > max(allowed, 0.5) * records
     if bad <= allowed * records or not (ended or hopeless):
         return
-    with (folder / REJECTS).open(encoding="utf-8") as file:
+    shown: list[dict] = []
+    with contextlib.suppress(OSError, ValueError), (folder / REJECTS).open(encoding="utf-8") as file:
         dropped = (line for line in file if '"dropped": true' in line)
         shown = [json.loads(line) for line in islice(dropped, REJECTS_SHOWN)]
     first = "; ".join(f"{entry['name']}: {entry['message']}" for entry in shown)
@@ -282,7 +311,7 @@ def main(config: PrepareConfig) -> dict:
                 f"{len(damaged)} of the prepared files are damaged: {', '.join(damaged[:5])}; delete their folders and "
                 "prepare the text again"
             )
-        print(f"verified: {len(stores)} stores are what was written")
+        print(f"verified: {len(stores)} stores and their tokenizer are what was written")
     return summarise(prepared, config.data, config.causal)
 
 

@@ -3,7 +3,8 @@
 <folder>/tokens-00000.bin …   uint16 or uint32, nothing but token ids
          offsets.bin          int64 [documents + 1], in tokens
          rejects.jsonl        what could not be read: where, kind, message
-         manifest.json        counts, fingerprints SHA-256 of every file; without it the folder does not count
+         manifest.json        counts, fingerprints, SHA-256 of every file and of its own content; without it the folder
+                              does not count
 
 While a store is written it lies beside that as .<name>.unfinished with a journal: after an interruption, writing goes
 on behind the last entry, of which everything is known to be on the disk.
@@ -32,7 +33,7 @@ from data.documents import Reject
 
 MANIFEST, OFFSETS, REJECTS, JOURNAL = "manifest.json", "offsets.bin", "rejects.jsonl", "journal.jsonl"
 SHARD_TOKENS = 2**26
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Encoded(NamedTuple):
@@ -49,6 +50,7 @@ class TokenStore:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest: dict = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        self._check(MANIFEST)
         self._check(OFFSETS)
         self.offsets: np.ndarray = _map(folder / OFFSETS, np.dtype(np.int64))
         self._names = [shard["file"] for shard in self.manifest["shards"]]
@@ -78,7 +80,7 @@ class TokenStore:
 
     def damaged(self) -> list[Path]:
         """Every file of the store whose content is not what was written."""
-        names = [OFFSETS, *self._names]
+        names = [MANIFEST, OFFSETS, REJECTS, *self._names]
         with ThreadPoolExecutor() as pool:
             intact = pool.map(self._intact, names)
             return [self.folder / name for name, whole in zip(names, intact, strict=True) if not whole]
@@ -94,8 +96,11 @@ class TokenStore:
 
     def _intact(self, name: str) -> bool:
         try:
+            if name == MANIFEST:
+                found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+                return found["sum"] == _sum_of_manifest(found)
             return _sum(self.folder / name) == self.manifest["sha256"][name]
-        except OSError:
+        except (OSError, ValueError, KeyError):
             return False
 
     def _check(self, name: str) -> None:
@@ -114,6 +119,7 @@ def exists(folder: Path) -> bool:
         return (
             manifest["format_version"] == FORMAT_VERSION
             and (folder / OFFSETS).stat().st_size == 8 * (manifest["documents"] + 1)
+            and (folder / REJECTS).stat().st_size == manifest["rejects_size"]
             and all((folder / s["file"]).stat().st_size == width * s["tokens"] for s in manifest["shards"])
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -177,7 +183,7 @@ def write_store(
                 writer.commit()
                 check(writer.counts, False)
             check(writer.counts, True)
-        manifest = about | writer.counts | {"format_version": FORMAT_VERSION, "dtype": dtype}
+        manifest = about | writer.counts | {"dtype": dtype}
         write_manifest(unfinished, manifest, [(unfinished / name, n) for name, n in writer.shards()])
         (unfinished / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -188,14 +194,15 @@ def write_store(
 
 
 def write_manifest(folder: Path, manifest: dict, shards: list[tuple[Path, int]]) -> None:
-    """The manifest of a folder with offsets and these shards (path, tokens): the sums of all files are taken here."""
-    paths = [path for path, _ in shards] + [folder / OFFSETS]
+    """The manifest of a folder with offsets, rejects and these shards (path, tokens): all sums are taken here."""
+    paths = [path for path, _ in shards] + [folder / OFFSETS, folder / REJECTS]
     with ThreadPoolExecutor() as pool:
         sums = dict(zip([path.name for path in paths], pool.map(_sum, paths), strict=True))
     entries = [{"file": path.name, "tokens": tokens} for path, tokens in shards]
-    content = json.dumps(manifest | {"shards": entries, "sha256": sums}, indent=1) + "\n"
+    size = (folder / REJECTS).stat().st_size
+    manifest = manifest | {"format_version": FORMAT_VERSION, "rejects_size": size, "shards": entries, "sha256": sums}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(content)
+        file.write(json.dumps(manifest | {"sum": _sum_of_manifest(manifest)}, indent=1) + "\n")
         _sync(file)
 
 
@@ -339,6 +346,12 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sum_of_manifest(manifest: dict) -> str:
+    """SHA-256 of all that it says but this."""
+    content = json.dumps({key: value for key, value in manifest.items() if key != "sum"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _size(path: Path) -> int:

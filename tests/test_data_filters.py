@@ -165,3 +165,21 @@ def test_what_was_dropped_is_not_tokenized(tmp_path, scenes):
     assert sum(store.manifest["documents"] for store in stores) == 120
     assert prepared.train["text"].manifest["filtered"] == {"exact duplicate": 30}
     assert sum(store.manifest["dropped"].get("tokens per character", 0) for store in stores) == 1
+
+
+@pytest.mark.parametrize("size", [0, 100, 500])
+def test_decisions_that_were_cut_off_are_made_again(scenes, tmp_path, size):
+    for number, text in enumerate([*scenes[:20], scenes[3]]):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    config = DataConfig(
+        files=(f"{tmp_path}/*.txt",),
+        tokenizer_kind="bpe",
+        filters=FilterConfig(exact=True),
+        cache=str(tmp_path / "cache"),
+    )
+    first = prepare(config, 400, for_masked_lm=False)
+    (path,) = (tmp_path / "cache").glob("filters-*.npz")
+    path.write_bytes(path.read_bytes()[:size])
+    again = prepare(config, 400, for_masked_lm=False)
+    assert again.train["text"].manifest == first.train["text"].manifest and Decisions.load(path)
+    assert again.train["text"].manifest["filtered"] == {"exact duplicate": 1}

@@ -66,6 +66,10 @@ def test_the_text_comes_back(config):
         assert text_of(store, prepared.tokenizer) == texts
         assert store.manifest["bytes"] == sum(len(text.encode()) for text in texts)
         assert store.manifest["dtype"] == "uint16"
+        side = "train" if files is config.files else "validation"
+        assert store.manifest["source"] == prepared.fingerprints[side]
+        assert store.manifest["source"] == FileSource(files).fingerprint()
+        assert store.manifest["tokenizer"] == fingerprint(prepared.tokenizer) == prepared.fingerprints["tokenizer"]
         counts = store.counts(500)
         assert counts.sum() == store.offsets[-1] and counts[prepared.tokenizer.encode("the")[1]] > 0
 
@@ -233,23 +237,63 @@ def test_verify_names_the_damaged_file(config, run_cli):
         *("data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
         *("--data.tokenizer-kind", "bpe", "--data.cache", config.cache, "--vocab-size", 500, "--verify"),
     )
-    assert "verified: 2 stores" in run_cli(*arguments).stdout
+    assert "verified: 2 stores and their tokenizer" in run_cli(*arguments).stdout
     folder = run(config).train["text"].folder
+    manifest = (folder / "manifest.json").read_text()
+    size = json.loads(manifest)["bytes"]
+    (folder / "manifest.json").write_text(manifest.replace(f'"bytes": {size}', f'"bytes": {size + 1}'))
+    assert f"{folder}/manifest.json is damaged" in run_cli(*arguments, code=2).stderr
+    (folder / "manifest.json").write_text(manifest)
     flip(folder / "tokens-00000.bin", 1000)
     result = run_cli(*arguments, code=2)
     assert f"{folder}/tokens-00000.bin" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "shortened"])
-@pytest.mark.parametrize("name", ["manifest.json", "offsets.bin", "tokens-00000.bin"])
+@pytest.mark.parametrize("name", ["manifest.json", "offsets.bin", "tokens-00000.bin", "rejects.jsonl"])
 def test_damaged_tokens_are_made_again(config, name, damage):
+    bad = pathlib.Path(config.files[0]).with_name("bad.jsonl")
+    bad.write_text("no JSON\n")
+    config = replace(config, files=(*config.files, str(bad)), max_rejected=0.5)
     path = run(config).train["text"].folder / name
+    whole = path.read_bytes()
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-2] if damage == "shortened" else b"")
     prepared = run(config)
+    assert path.read_bytes() == whole
     assert text_of(prepared.train["text"], prepared.tokenizer)[0] == pathlib.Path(config.files[0]).read_text()
+
+
+def test_rejects_that_are_gone_and_too_many(config, tmp_path):
+    """What cannot be shown is written again, and the command ends by its reason."""
+    (tmp_path / "bad.jsonl").write_text("no JSON\n")
+    config = replace(config, files=(*config.files, f"{tmp_path}/bad.jsonl"), max_rejected=0.5)
+    store = run(config).train["text"]
+    (store.folder / "rejects.jsonl").unlink()
+    with pytest.raises(UserError, match="1 of 5 records are bad.*bad.jsonl:1: not JSON"):
+        run(replace(config, max_rejected=0.1))
+    flip(run(config).train["text"].folder / "rejects.jsonl", 5)
+    assert store.damaged() == [store.folder / "rejects.jsonl"]
+
+
+@pytest.mark.parametrize("damage", ["shortened", "altered", "one file gone"])
+def test_a_damaged_tokenizer_is_trained_again(config, damage, tmp_path, capsys):
+    first = run(config)
+    (path,) = (tmp_path / "cache").glob("tokenizer-*/tokenizer.json")
+    whole = path.read_text()
+    if damage == "shortened":
+        path.write_text(whole[: len(whole) // 2])
+    elif damage == "altered":
+        path.write_text(whole.replace('"Ġthe"', '"Ġteh"'))
+    else:
+        path.with_name("tokenizer_config.json").unlink()
+    capsys.readouterr()
+    again = run(config)
+    assert again.fingerprints == first.fingerprints and path.read_text() == whole
+    assert again.train["text"].folder == first.train["text"].folder
+    assert f"{path.parent} is damaged: its SHA-256 sums are not" in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written(config, tmp_path):
