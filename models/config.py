@@ -225,7 +225,8 @@ class Execution:
     attention: Literal["auto", "xla", "splash"] = "auto"
     """Attention backend; auto = the fastest one that honours the model's boundaries here."""
     scan_layers: bool | None = None
-    """Run the repeated layers by lax.scan (fast compile) or unrolled (fast step); unset = scan beyond 24 layers."""
+    """Run the repeated layers by lax.scan (fast compile) or unrolled (fast step); unset = scan on TPUs and
+    beyond 24 layers."""
     remat: Literal["none", "dots", "full"] = "none"
     """What is recomputed in the backward pass: nothing, all but matrix products, everything."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

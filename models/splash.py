@@ -7,6 +7,7 @@ it on its rows, its heads and, under sequence parallelism, its part of the queri
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import jax
@@ -114,14 +115,18 @@ def _kernel(spec: AttentionSpec, length: int, heads: int, head_shards: int, quer
         block_q_dq=part,
         block_kv_dq=block,
     )
-    # Made outside of the trace that needs it first: others use it too.
-    with jax.ensure_compile_time_eval():
+
+    def make():
         return splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=sizes,
             head_shards=head_shards,
             q_seq_shards=query_shards,
             attn_logits_soft_cap=spec.softcap,
-            mask_value=float(np.finfo(np.float32).min) * 0.7,
             interpret=interpret,
         )
+
+    # Its tables are put on a device as it is made. In a thread of its own there is neither the trace that needs it first
+    # (others use it too) nor that one's mesh, whose devices may not be here.
+    with ThreadPoolExecutor(1) as elsewhere:
+        return jax.tree.map(np.asarray, elsewhere.submit(make).result())

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from cli import MachineError
+from sharding.distributed import from_first
 from sharding.mesh import place_batch
 from sharding.topology import peak_flops
 from training.checkpoint import Checkpoints
@@ -24,7 +25,7 @@ from training.optimizer import build_optimizer, schedule
 from training.run import RunDirectory
 from training.start import Origin, check_fork, first_state
 from training.state import TrainState
-from training.step import Objective, make_train_step
+from training.step import Objective, jit_train_step
 from training.tracker import Tracker
 
 
@@ -99,13 +100,7 @@ def train(
         check_fork(config, origin, config_dict.get("fingerprints", {}))
         state, whence = first_state(config, init_params, optimizer, mesh, origin, load_params)
         start = int(state.step)
-        layout = jax.tree.map(lambda x: x.sharding, state)
-
-        train_step = jax.jit(
-            make_train_step(objective, optimizer, factor, config.accumulation),
-            donate_argnums=0,
-            out_shardings=(layout, None),
-        )
+        train_step = jit_train_step(objective, optimizer, factor, config.accumulation, state)
         evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval, config.accumulation)
 
         stack.enter_context(run.writing(config_dict))
@@ -144,7 +139,8 @@ def train(
         if start >= last:
             tracker.say(f"nothing left to train: step {start} of {config.steps} is done")
         # An evaluation that the end of the last session left out.
-        if start >= last or start and start % config.eval_every == 0 and not tracker.has_evaluation(start):
+        known = from_first("evaluated", tracker.has_evaluation(start))
+        if start >= last or start and start % config.eval_every == 0 and not known:
             evaluation = evaluated(state, start)
         while step < last:
             with tracker.waiting():
@@ -187,7 +183,7 @@ def train(
             first_step_seconds=tracker.first_step_seconds,
             mfu=tracker.mfu,
             data_wait=tracker.data_wait,
-            stopped_by=stop.requested if step < last else None,
+            stopped_by=stop.number() if step < last else None,
         )
 
 

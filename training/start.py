@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from cli import UserError
+from sharding.distributed import from_first
 from training.checkpoint import (
     complete_steps,
     newest_step,
@@ -88,7 +89,10 @@ def find_origin(
 
     open_hub: opens what --init-from names with hf: before it.
     """
-    resumed = bool(complete_steps(run.checkpoints))
+    run.check_shared()
+    # Network disks may show a checkpoint to one host before another.
+    own = from_first("own checkpoints", complete_steps(run.checkpoints))
+    resumed = bool(own)
     if not resumed and not config.init_from:
         return None
     if not resumed and config.init_from and config.init_from.startswith("hf:"):
@@ -97,7 +101,7 @@ def find_origin(
             raise UserError(f"{config.init_from} has weights and no optimizer state; leave out --init-optimizer")
         return open_hub(config.init_from)
     folder = run.path if resumed else Path(config.init_from or "").expanduser()
-    step = newest_step(folder)
+    step = own[-1] if resumed else from_first("first checkpoint", newest_step(folder))
     return RunOrigin(folder, step, read_config(folder, step), resumed)
 
 
@@ -114,13 +118,8 @@ def first_state(
     load_params: parameter shapes with shardings → parameters; default: those of the origin.
     """
 
-    def around(params):
-        return new_state(params, optimizer.init, config.optimizer, _keys(config.seed)[1])
-
-    def scratch():
-        return around(init_params(_keys(config.seed)[0]))
-
-    abstract = shard_state(jax.eval_shape(scratch), mesh)
+    around, scratch = _makers(config, init_params, optimizer)
+    abstract = abstract_state(config, init_params, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     if isinstance(origin, RunOrigin) and origin.resumed:
@@ -141,6 +140,13 @@ def first_state(
     return state, f"started from the weights of {whose}"
 
 
+def abstract_state(
+    config: TrainConfig, init_params: Callable[[jax.Array], Any], optimizer: Optimizer, mesh: Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state on this mesh; UserError where an axis does not divide a parameter."""
+    return shard_state(jax.eval_shape(_makers(config, init_params, optimizer)[1]), mesh)
+
+
 def check_fork(config: TrainConfig, origin: Origin | None, fingerprints: dict[str, str]) -> None:
     """UserError if the run would go through the batches of the run that it continues once more, in the same order."""
     if not config.init_optimizer or origin is None or origin.resumed:
@@ -151,6 +157,18 @@ def check_fork(config: TrainConfig, origin: Origin | None, fingerprints: dict[st
             f"--init-optimizer goes on from {origin.name}, and with its text and its seed {config.seed} the first "
             f"batches would be those it began with; try --seed {config.seed + 1}"
         )
+
+
+def _makers(config: TrainConfig, init_params: Callable[[jax.Array], Any], optimizer: Optimizer):
+    """(parameters → the state at step 0 around them, () → the same with fresh ones)."""
+
+    def around(params):
+        return new_state(params, optimizer.init, config.optimizer, _keys(config.seed)[1])
+
+    def scratch():
+        return around(init_params(_keys(config.seed)[0]))
+
+    return around, scratch
 
 
 def _keys(seed: int) -> jax.Array:
