@@ -75,6 +75,8 @@ class DataConfig:
         given: dict[str, float] = {}
         for part in self.mixture.split(","):
             name, _, weight = part.strip().partition("=")
+            if name in given:
+                raise UserError(f"data.mixture={self.mixture} names {name} more than once; give each source one share")
             try:
                 given[name] = float(weight)
             except ValueError:

@@ -73,7 +73,8 @@ class Rows:
     ):
         """token_bytes: int32 [V] (data.token_tables.token_bytes), for the `label_bytes` of kind "causal_lm"."""
         if not plan.rows:
-            raise UserError("the text makes no row of tokens: it is empty or too short to hold a part out; add text")
+            label = getattr(store, "label", "the text")
+            raise UserError(f"{label} makes no row of tokens: it is empty or too short to hold a part out; add text")
         self._take, self._last = store.take, int(store.offsets[-1]) - 1
         self._plan, self._length, self._specials = plan, sequence_length, specials
         self._causal, self._token_bytes = kind == "causal_lm", token_bytes

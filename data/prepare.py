@@ -70,13 +70,31 @@ def prepare(
 
     The tokenizer is `of_weights`, that of the weights that are taken, because weights and tokens belong together; else
     config.tokenizer, else one of at most vocab_size tokens, trained on the training text alone. A config.tokenizer
-    that is not that of the weights is an error.
+    that is not that of the weights is an error, and so is a source of which nothing is left.
     """
     made = plan(config, vocab_size, for_masked_lm=for_masked_lm, of_weights=of_weights)
     stores = {
         side: {name: write_tokens(config, made, side, name) for name in sources} for side, sources in made.sides.items()
     }
+    for store in chain.from_iterable(found.values() for found in stores.values()):
+        _check_any_tokens(store, config)
     return Prepared(made.tokenizer, **stores, fingerprints=made.fingerprints)
+
+
+def _check_any_tokens(store: TokenStore, config: DataConfig) -> None:
+    counts = store.manifest
+    if counts["tokens"]:
+        return
+    dropped = counts["filtered"] | counts["dropped"]
+    if dropped:
+        listed = ", ".join(f"{count:,} by {reason}" for reason, count in dropped.items())
+        why, advice = f"the filters have dropped {listed}", "change --data.filters, or add text"
+    elif config.validation_files:
+        why, advice = "it is empty", "add text"
+    else:
+        why = f"it is empty or too short to hold a part of {config.validation_fraction:.4g} out"
+        advice = "add text, name --data.validation-files, or change --data.validation-fraction"
+    raise UserError(f"{store.label} makes no row of tokens: {why}; {advice}")
 
 
 def plan(
@@ -224,6 +242,7 @@ def write_tokens(
             check_share(counts, ended, config.max_rejected, label, folder.with_name(f".{folder.name}.unfinished"))
 
     store = write_store(folder, items_from, dtype, about, keep=keep, check=check)
+    store.label = label
     if part is None:
         # Also where the store was there already: another run may have allowed more.
         check_share(store.manifest, True, config.max_rejected, label, store.folder)

@@ -47,6 +47,9 @@ class Encoded(NamedTuple):
 class TokenStore:
     """The tokens of a prepared text, read on demand. A shard that is not what was written is found at its first use."""
 
+    label = "the text"
+    """What it holds, for messages."""
+
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest: dict = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

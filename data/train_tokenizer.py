@@ -180,7 +180,7 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     tokens = sorted(token for token in backend.get_vocab(with_added_tokens=False) if token not in specials)
-    scores = dict.fromkeys(tokens, -math.log(len(tokens)))
+    scores = dict.fromkeys(tokens, -math.log(max(len(tokens), 1)))
     some = list(islice(texts, max(len(texts) * COUNTED // max(sum(map(len, texts)), 1), 1)))
     for _ in range(HARD_EM_ROUNDS):
         tokens.sort(key=lambda token: (-scores[token], token))

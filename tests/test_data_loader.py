@@ -20,6 +20,8 @@ BYTES = np.array([0] * 6 + [1 + index % 4 for index in range(20_000)], np.int32)
 class Store:
     """Documents of the given lengths; token ids count up from 6, so that each is its own address."""
 
+    label = "the text"
+
     def __init__(self, lengths):
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.documents = [list(range(6 + a, 6 + b)) for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
@@ -102,8 +104,12 @@ def test_rows_do_not_depend_on_each_other(lengths, T, random):
 
 
 def test_no_rows_is_an_error():
-    with pytest.raises(UserError, match="no row of tokens"):
+    with pytest.raises(UserError, match="the text makes no row of tokens"):
         masked_lm([0])
+    store = Store([0])
+    store.label = "validation text of wiki"
+    with pytest.raises(UserError, match="validation text of wiki makes no row of tokens"):
+        Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "causal_lm", BYTES)
 
 
 @given(st.integers(1, 700), st.integers(0, 2**63))

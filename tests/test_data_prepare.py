@@ -17,6 +17,7 @@ import data.encode
 from cli import UserError
 from data.config import DataConfig
 from data.documents import Reject
+from data.filters import FilterConfig
 from data.packing import fill, pack_best_fit, pack_split
 from data.prepare import prepare
 from data.sources import FileSource
@@ -300,6 +301,49 @@ def test_a_cache_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*--data.cache"):
         run(replace(config, cache=str(tmp_path / "file" / "cache")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"filters": FilterConfig(min_characters=10**6)}, "train text of plays makes no row.*dropped 4 by characters"),
+        (
+            {"filters": FilterConfig(max_tokens_per_character=1e-6)},
+            "train text of plays makes no row.*dropped 4 by tokens per character; change --data.filters",
+        ),
+        (
+            {"validation_fraction": 0.999},
+            "train text of plays makes no row.*too short to hold a part of 0.999 out.*--data.validation-fraction",
+        ),
+        ({"validation_fraction": 1e-9}, "validation text of plays makes no row.*a part of 1e-09 out"),
+    ],
+)
+def test_nothing_left_is_told_of_with_source_and_side(config, settings, message, tmp_path):
+    """Other sources may have plenty."""
+    save_tokenizer(train_tokenizer(["the words of a text"] * 9, "bpe", 400), tmp_path / "given")
+    if "validation_fraction" in settings:
+        many = 40 if settings["validation_fraction"] > 0.5 else 1
+        lines = [[f"{number}-{line}" for line in range(many)] for number in range(4)]
+        for path, some in zip(config.files, lines, strict=True):
+            pathlib.Path(path).with_suffix(".jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in some))
+        config = replace(config, files=tuple(path.replace(".txt", ".jsonl") for path in config.files))
+    books = tuple(f"books={path}" for path in config.validation_files)
+    plays = tuple(f"plays={path}" for path in config.files)
+    without = replace(config, files=(), validation_files=(), sources=plays + books, tokenizer=str(tmp_path / "given"))
+    with pytest.raises(UserError, match=message) as error:
+        run(replace(without, **settings))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_nothing_left_to_train_a_tokenizer_on(config, kind, run_cli):
+    result = run_cli(
+        *("data.prepare", "--data.files", *config.files, "--data.tokenizer-kind", kind, "--vocab-size", 500),
+        *("--data.cache", config.cache, "--data.filters.min-characters", 10**6),
+        code=2,
+    )
+    assert "train text makes no row of tokens: the filters have dropped 4 by characters" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_progress_bars_know_the_whole(config, monkeypatch):

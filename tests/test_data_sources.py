@@ -133,3 +133,22 @@ def test_real_books_as_one_file_and_as_lines(shared_data, tmp_path):
     (train,), (validation,) = (side.values() for side in open_sources(DataConfig(files=(path,))))
     assert len(texts(train)) + len(texts(validation)) == len(lines)
     assert 0.01 < len(texts(validation)) / len(lines) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ("a=0.5,b=0.5,a=0.1", "names a more than once"),
+        ("a=0.5,b=0.5,b=0.5", "names b more than once"),
+        ("a=0.5,c=0.5", "names a, c, and data.sources a, b"),
+        ("a=0.5,b=0", "'b=0' is not NAME=SHARE"),
+        ("a=0.5,b=many", "'b=many' is not NAME=SHARE"),
+    ],
+)
+def test_shares_that_make_no_mixture(mixture, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(sources=("a=a.txt", "b=b.txt"), mixture=mixture)
+
+
+def test_shares_are_of_their_sum():
+    assert DataConfig(sources=("a=a.txt", "b=b.txt"), mixture="b=1, a=3").weights() == {"a": 0.75, "b": 0.25}
