@@ -103,24 +103,24 @@ def size(path: str) -> int | None:
 def digest(path: str, cache: Path | None = None) -> str:
     """What stands for the content: its SHA-256, or for a remote file the checksum that its storage keeps, if any.
 
-    The sum of a local file is remembered in `cache`, by path, size and time of change, so that a terabyte is not read
-    at each start.
+    The sum of a local file is remembered in `cache`, by path, size and times of change, so that a terabyte is not read
+    at each start: also by that of the inode, which the system sets and no tool turns back.
     """
     if is_remote(path):
         return _remote_digest(path)
     try:
         status = os.stat(path)
-        key = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        key = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
         place = cache and cache / "sums" / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(place.read_text()) if place else {}
-            if known.get("key") == key:
-                return known["sha256"]
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            known = json.loads(place.read_text()) if place else {"key": None}
+            if known["key"] == key:
+                return str(known["sha256"])
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"unreadable {error.errno}"
-    if place and time.time() - status.st_mtime > SUMS_KEPT_AFTER:
+    if place and time.time() - max(status.st_mtime, status.st_ctime) > SUMS_KEPT_AFTER:
         with contextlib.suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             unfinished = place.with_name(f".{place.name}.{os.getpid()}")
@@ -130,25 +130,35 @@ def digest(path: str, cache: Path | None = None) -> str:
 
 
 def persistently(act: Callable[[], T], what: str) -> T:
-    """act(), repeated while storage fails. OSError where it says no for good, MachineError where it never recovers."""
+    """act(), repeated while storage fails. OSError where it says no for good, MachineError where it never recovers.
+
+    UserError where it cannot get better by itself: a package or credentials that are not there.
+    """
     error: Exception | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
             longest = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+            if attempt == 1:
+                _tell_once(f"{what}: {_words(error, what)}; trying again, up to {ATTEMPTS} times")
             # Many hosts that failed together should not come back together.
             time.sleep(random.uniform(longest / 2, longest))
         try:
             return act()
         except Exception as caught:  # every file system behind fsspec has errors of its own
-            final = _final(caught)
+            final = _final(caught, what)
             if final:
                 raise final from caught
             error = caught
-    words = " ".join(str(error).split())[:200] or type(error).__name__
     raise MachineError(
-        f"{what} cannot be read: {ATTEMPTS} attempts failed, the last with {words}; what is done so far is kept, "
-        "the same command goes on"
+        f"{what} cannot be read: {ATTEMPTS} attempts failed, the last with {_words(error, what)}; "
+        "what is done so far is kept, the same command goes on"
     )
+
+
+@functools.lru_cache(1000)
+def _tell_once(line: str) -> None:
+    """Of a file of a thousand blocks the same need not be said a hundred times."""
+    print(line, flush=True)
 
 
 class _RemoteFile(io.RawIOBase):
@@ -297,9 +307,7 @@ def _system(url: str) -> tuple[Any, str]:
 
         return url_to_fs(url, **options)
     except ImportError as error:
-        package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(url.split("://")[0])
-        advice = f"`./launch.sh python -m pip install {package}`" if package else "install the package that it names"
-        raise UserError(f"{url}: {' '.join(str(error).split())}; try {advice}") from error
+        raise _missing_package(url, error) from error
     except ValueError as error:
         raise UserError(f"{url}: {' '.join(str(error).split())}; known are gs://, s3://, https:// and paths") from error
 
@@ -332,13 +340,18 @@ def _remote_digest(url: str) -> str:
         return f"unreadable {error.errno}"
 
 
-def _final(error: BaseException) -> OSError | None:
-    """The error as OSError where repeating is of no use: not there, or not allowed."""
+def _final(error: BaseException, what: str) -> OSError | UserError | None:
+    """The error where repeating is of no use: not there, not allowed, or nothing to ask with."""
     if isinstance(error, MachineError | UserError):
         raise error
+    if isinstance(error, ImportError):
+        return _missing_package(what, error)
+    if any(cause.__class__.__name__ in NO_CREDENTIALS for cause in _causes(error)):
+        variables = "GOOGLE_APPLICATION_CREDENTIALS" if what.startswith(("gs://", "gcs://")) else "AWS_ACCESS_KEY_ID …"
+        return UserError(f"{what}: no credentials ({_words(error, what)}); log in, or set {variables}")
     # fsspec turns whatever a server answered into "not found" and keeps the answer as the cause.
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    status = getattr(cause, "status", None)
+    status = getattr(cause, "status", None) or getattr(cause, "code", None)
     if isinstance(status, int):
         if status in (408, 425, 429) or status >= 500:
             return None
@@ -346,3 +359,37 @@ def _final(error: BaseException) -> OSError | None:
     if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError):
         return cause
     return None
+
+
+NO_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"),  # botocore, s3fs
+    *("DefaultCredentialsError", "RefreshError", "ReauthFailError"),  # google.auth, gcsfs
+}
+"""Names of exceptions of libraries that need not be installed."""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _words(error: BaseException | None, what: str) -> str:
+    """An error in one line, with what is behind it where that says more: the URL alone, `what`, is no reason."""
+    assert error is not None
+    found: list[str] = []
+    for cause in _causes(error):
+        text = " ".join(str(cause).split())[:200] or type(cause).__name__
+        if text != what and not any(text in other for other in found):
+            found.append(text)
+    return ": ".join(found[:2]) or type(error).__name__
+
+
+def _missing_package(url: str, error: ImportError) -> UserError:
+    package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(url.split("://")[0])
+    advice = f"`./launch.sh python -m pip install {package}`" if package else "install the package that it names"
+    return UserError(f"{url}: {' '.join(str(error).split())}; try {advice}")

@@ -1,14 +1,19 @@
 """Remote text from a server that fails now and then, and sums that are taken once."""
 
 import gzip
+import hashlib
 import http.server
 import json
+import os
 import random
+import sys
 import threading
 import time
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 import data.storage
 from cli import MachineError, UserError
@@ -17,6 +22,9 @@ from data.documents import Document
 from data.prepare import prepare
 from data.sources import FileSource
 from data.storage import digest, open_file
+
+# The file systems that fsspec has opened, by protocol.
+KNOWN = sys.modules["fsspec.registry"]._registry
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -128,7 +136,51 @@ def test_attempts_are_bounded_and_nothing_is_left_out(tmp_path, quick):
     assert "\n" not in str(error.value) and server.asked <= 2 * 8
 
 
-@pytest.mark.parametrize("status", [403, 404])
+def test_a_refused_connection_is_told_of_at_once_with_its_cause(quick, capsys):
+    server = Server({}, share=0.0)
+    url = server.url("a.txt")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(MachineError, match=r"8 attempts failed, the last with .*Connect call failed") as error:
+        list(FileSource((url,)))
+    assert "\n" not in str(error.value)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{url}: Cannot connect to host") and line.endswith("trying again, up to 8 times")
+
+
+class NoCredentialsError(Exception):
+    """As botocore's, which is known by its name."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ImportError("Please install s3fs"), UserError, "Please install s3fs; try `.* pip install s3fs`"),
+        (
+            NoCredentialsError("Unable to locate credentials"),
+            UserError,
+            r"no credentials \(.*Unable.*AWS_ACCESS_KEY_ID",
+        ),
+        (PermissionError("Forbidden"), OSError, "Forbidden"),
+        (FileNotFoundError("no such key"), OSError, "no such key"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_cannot_get_better_is_tried_once(error, kind, message, wrapped, capsys):
+    tried = []
+
+    def act():
+        tried.append(1)
+        if wrapped and isinstance(error, NoCredentialsError):
+            raise OSError("cannot list the bucket") from error
+        raise error
+
+    with pytest.raises(kind, match=message) as caught:
+        data.storage.persistently(act, "s3://bucket/a.txt")
+    assert tried == [1] and not capsys.readouterr().out and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_is_not_there_is_not_asked_for_again(quick, status):
     server = Server({}, share=0.0, status=status)
     (reject,) = FileSource((server.url("a.txt"),))
@@ -145,8 +197,6 @@ def test_a_remote_file_can_be_sought_in(quick):
 
 
 def test_other_file_systems():
-    import fsspec
-
     with fsspec.open("memory://bucket/a.txt", "wb") as file:
         file.write(b"in memory")  # type: ignore[union-attr]
     (document,) = FileSource(("memory://bucket/*.txt",))
@@ -155,6 +205,83 @@ def test_other_file_systems():
         FileSource(("memory://bucket/nothing*.txt",))
     with pytest.raises(UserError, match="nosuch://.*gs://, s3://, https://"):
         list(FileSource(("nosuch://bucket/a.txt",)))
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("gcs", "gcsfs")])
+def test_a_package_that_is_not_there(protocol, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(KNOWN, protocol, raising=False)
+    for pattern in (f"{protocol}://bucket/*.txt", f"{protocol}://bucket/a.txt"):
+        with pytest.raises(UserError, match=rf"{protocol}://bucket/.*`./launch.sh python -m pip install {package}`"):
+            list(FileSource((pattern,)))
+
+
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_buckets(protocol, monkeypatch, tmp_path):
+    """The way of s3:// and gs:// through fsspec, with its file system in memory in their place."""
+
+    class Bucket(MemoryFileSystem):
+        store: dict = {}
+        pseudo_dirs = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix(f"{protocol}://"))
+
+        def unstrip_protocol(self, name):
+            return f"{protocol}:/{self._strip_protocol(name)}"
+
+        def info(self, path, **options):
+            found = super().info(path, **options)
+            return found | ({"ETag": str(hash(self.cat_file(path)))} if found["type"] == "file" else {})
+
+    Bucket.protocol = protocol
+    monkeypatch.setitem(KNOWN, protocol, Bucket)
+    lines = [f"record {number} of the bucket" for number in range(300)]
+    content = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
+    system = Bucket()
+    system.pipe({"/bucket/text/a.jsonl.gz": gzip.compress(content), "/bucket/text/b.jsonl": content})
+    source = FileSource((f"{protocol}://bucket/text/*.jsonl*",))
+    assert source.paths == [f"{protocol}://bucket/text/{name}" for name in ("a.jsonl.gz", "b.jsonl")]
+    assert [item.text for item in source if isinstance(item, Document)] == lines * 2
+    before = source.fingerprint()
+    assert FileSource((f"{protocol}://bucket/text/*.jsonl*",)).fingerprint() == before
+    system.pipe({"/bucket/text/b.jsonl": content + b'{"text": "more"}\n'})
+    assert source.fingerprint() != before
+    config = DataConfig(
+        files=(f"{protocol}://bucket/text/*.jsonl*",), tokenizer_kind="bpe", cache=str(tmp_path / "cache")
+    )
+    stores = prepare(config, 400, for_masked_lm=False)
+    assert sum(side["text"].manifest["documents"] for side in (stores.train, stores.validation)) == 601
+    with pytest.raises(UserError, match=f"no file matches {protocol}://bucket/none"):
+        FileSource((f"{protocol}://bucket/none*.txt",))
+    (reject,) = FileSource((f"{protocol}://bucket/none.txt",))
+    assert reject.kind == "unreadable"
+
+
+def test_a_change_that_hides_itself(tmp_path, monkeypatch):
+    """Of the same size, in the same file, with the time of change turned back."""
+    monkeypatch.setattr(data.storage, "SUMS_KEPT_AFTER", -1)
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    status = path.stat()
+    first = digest(str(path), tmp_path)
+    time.sleep(0.02)
+    with path.open("r+") as file:
+        file.write("t3xt")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns and digest(str(path), tmp_path) != first
+
+
+@pytest.mark.parametrize("kept", [b"", b"[]", b"{}", b'{"key": 1}'])
+def test_a_damaged_note_of_a_sum_counts_as_none(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(data.storage, "SUMS_KEPT_AFTER", -1)
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    first = digest(str(path), tmp_path)
+    for note in (tmp_path / "sums").iterdir():
+        note.write_bytes(kept)
+    assert digest(str(path), tmp_path) == first == hashlib.sha256(b"text").hexdigest()
 
 
 def test_a_sum_is_taken_once(tmp_path, monkeypatch):
