@@ -254,21 +254,51 @@ def corpus(folder: pathlib.Path, damage: bool) -> DataConfig:
     return DataConfig(files=(f"{folder}/*.jsonl*",), tokenizer_kind="bpe", cache=str(folder / "cache"))
 
 
-def test_one_bad_record_in_a_hundred_ends_nothing(tmp_path):
-    prepared = prepare(corpus(tmp_path / "bad", damage=True), 400, for_masked_lm=False)
+BAD = {
+    "json": b'{"text": "cut\n',
+    "type": b'{"text": 3}\n',
+    "field": b'{"no": 1}\n',
+    "utf-8": b'{"text": "\xe4"}\n',
+    "nul": b'{"text": "a\\u0000"}\n',
+    "empty": b'{"text": ""}\n',
+    "long": b'{"text": "' + b"x" * 50_000_000 + b'"}\n',
+    "bom": b'\xef\xbb\xbf{"text": "behind a byte-order mark"}\n',
+}
+"""Lines by the kind of their fault; two more kinds are files."""
+
+
+def test_every_hundredth_record_bad_in_ten_ways_ends_nothing(tmp_path):
+    """2,000 records, of which exactly 1 % are bad: each is told of by its place, and every other one is read."""
+    expected = []
+    kinds = [*BAD, "damaged", "unreadable"]
+    for number in range(20):
+        kind, path = kinds[number % 10], tmp_path / f"{number:02}.jsonl"
+        good = [f"record {number}-{line} says something of its own" for line in range(99)]
+        # Not always at the end: files of one kind have it at another line the second time.
+        at = 99 if number < 10 else 40
+        place = f"{path}:{at + 1}"
+        if kind == "damaged":
+            path = path.with_name(path.name + ".gz")
+            path.write_bytes(gzip.compress(as_jsonl(good), mtime=0)[:-8])
+            place = f"{path}:100"
+        elif kind == "unreadable":
+            path.write_bytes(as_jsonl(good))
+            place = f"{tmp_path}/{number:02}-gone.jsonl"
+            pathlib.Path(place).symlink_to(tmp_path / "nowhere")
+        else:
+            lines = as_jsonl(good).splitlines(keepends=True)
+            path.write_bytes(b"".join([*lines[:at], BAD[kind], *lines[at:]]))
+        expected.append((place, kind, kind != "bom"))
+    config = DataConfig(files=(f"{tmp_path}/*.jsonl*",), tokenizer_kind="bpe", cache=str(tmp_path / "cache"))
+    prepared = prepare(config, 400, for_masked_lm=False)
     store = prepared.train["text"]
     entries = [json.loads(line) for line in (store.folder / "rejects.jsonl").read_text().splitlines()]
-    kinds = [entry["kind"] for entry in entries if entry["dropped"]]
-    assert store.manifest["rejected"] == {kind: kinds.count(kind) for kind in kinds}
-    assert set(kinds) == {"json", "type", "field", "utf-8", "nul", "empty", "long", "damaged", "unreadable"}
-    assert store.manifest["repaired"] == {"bom": 1} and len(kinds) == 13 + 2
-    lines = (tmp_path / "bad" / "records.jsonl").read_bytes().split(b"\n")
-    for entry in entries:
-        name, _, line = entry["name"].rpartition(":")
-        if name.endswith("records.jsonl") and entry["kind"] == "json":
-            assert lines[int(line) - 1] == b'{"text": "cut'
+    found = [(entry["name"], entry["kind"], entry["dropped"]) for entry in entries]
+    assert sorted(found) == sorted(expected) and len({kind for _, kind, _ in found}) == 10
+    assert store.manifest["rejected"] == {kind: 2 for kind in kinds if kind != "bom"}
+    assert store.manifest["repaired"] == {"bom": 2}
     documents = store.manifest["documents"] + prepared.validation["text"].manifest["documents"]
-    assert documents == 2000 + 20 + 20, "every good record is there, those before the tear included"
+    assert documents == 20 * 99 + 2, "every good record is there, those behind the bad ones included"
 
 
 def test_too_many_bad_records_end_it(tmp_path):

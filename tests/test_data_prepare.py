@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data.encode
 from cli import UserError
@@ -22,7 +24,7 @@ from data.packing import fill, pack_best_fit, pack_split
 from data.prepare import prepare
 from data.sources import FileSource
 from data.store import Encoded, TokenStore, exists, write_store
-from data.tokenizer import fingerprint, plain_backend, save_tokenizer
+from data.tokenizer import WORDPIECE_SPECIALS, fingerprint, plain_backend, save_tokenizer, wrap
 from data.train_tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -431,6 +433,104 @@ def test_command_line(config, run_cli, tmp_path):
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["train"]["documents"] == 4 and summary["vocab_size"] == 500
     assert "bytes a token" in result.stdout
+
+
+def test_the_lengths_as_a_picture(config, run_cli):
+    result = run_cli(
+        *("data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
+        *("--data.cache", config.cache, "--data.tokenizer-kind", "bpe", "--vocab-size", 500, "--json"),
+    )
+    summary = json.loads(result.stdout.splitlines()[-1])
+    picture = pathlib.Path(summary["picture"])
+    assert picture == run(config).train["text"].folder / "lengths.png"
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and picture.stat().st_size > 5000
+    assert f"lengths:    {picture}" in result.stdout
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_as_many_tokens_as_two_bytes_hold_and_one_more(tmp_path, size, dtype):
+    """The greatest id comes back."""
+    specials = list(WORDPIECE_SPECIALS.values())
+    vocabulary = {token: number for number, token in enumerate(specials)}
+    vocabulary |= {f"w{number}": number for number in range(len(specials), size)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(specials)
+    save_tokenizer(wrap(backend, WORDPIECE_SPECIALS), tmp_path / "tokenizer")
+    numbers = [size - 1, 5, size - 2, 1000]
+    (tmp_path / "a.txt").write_text(" ".join(f"w{number}" for number in numbers))
+    (tmp_path / "b.txt").write_text("w7")
+    config = DataConfig(
+        files=(f"{tmp_path}/a.txt",),
+        validation_files=(f"{tmp_path}/b.txt",),
+        tokenizer=str(tmp_path / "tokenizer"),
+        cache=str(tmp_path / "cache"),
+    )
+    store = run(config).train["text"]
+    assert store.manifest["dtype"] == dtype and store.take(np.arange(4)).tolist() == numbers
+    assert (store.folder / "tokens-00000.bin").stat().st_size == 4 * np.dtype(dtype).itemsize
+
+
+def test_a_killed_preparation_goes_on_with_the_same_bytes(shared_data, tmp_path, start_cli, run_cli):
+    """A real process, really killed in the middle of its tokens; twice."""
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(6):
+            for at in range(0, len(text), 2000):
+                file.write(
+                    json.dumps({"text": f"{number} {text[at : at + 2000]}"}) + "\n" + "bad\n" * (at % 99_000 == 0)
+                )
+    (tmp_path / "b.txt").write_text(text[:5000])
+    save_tokenizer(train_tokenizer([text[:100_000]], "bpe", 1000), tmp_path / "tokenizer")
+
+    def command(cache: str) -> tuple:
+        return (
+            *("data.prepare", "--data.files", tmp_path / "a.jsonl", "--data.validation-files", tmp_path / "b.txt"),
+            *("--data.tokenizer", tmp_path / "tokenizer", "--data.cache", tmp_path / cache, "--vocab-size", 1000),
+        )
+
+    run_cli(*command("whole"))
+    for entries in (2, 5):
+        process = start_cli(*command("killed"))
+        while True:
+            assert process.poll() is None, process.communicate()
+            journals = list((tmp_path / "killed").glob(".tokens-*.unfinished/journal.jsonl"))
+            if journals and journals[0].read_bytes().count(b"\n") >= entries:
+                break
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not list((tmp_path / "killed").glob("tokens-*"))
+    again = run_cli(*command("killed"))
+    assert "tokenizing train text: going on behind" in again.stdout
+    whole, killed = (
+        {
+            str(path.relative_to(tmp_path / cache)): path.read_bytes()
+            for path in (tmp_path / cache).glob("tokens-*/*")
+            if path.name != "lengths.png"
+        }
+        for cache in ("whole", "killed")
+    )
+    assert killed == whole and len(whole) == 8
+    assert not list((tmp_path / "killed").glob(".tokens-*.unfinished"))
+
+
+def test_real_books_fill_their_rows(shared_data, tmp_path):
+    """As masked LM and causal LM read them; books cut at blank lines, as documents of some 2,000 characters, too."""
+    books = [path for path in sorted((shared_data / "books" / "train").iterdir())[:8]]
+    with (tmp_path / "parts.jsonl").open("w") as file:
+        for path in books[:4]:
+            text = path.read_text()
+            for at in range(0, len(text), 2000):
+                file.write(json.dumps({"text": text[at : at + 2000]}) + "\n")
+    save_tokenizer(train_tokenizer([books[0].read_text()], "wordpiece", 4000), tmp_path / "tokenizer")
+    for files in (tuple(map(str, books)), (f"{tmp_path}/parts.jsonl",)):
+        config = DataConfig(files=files, tokenizer=str(tmp_path / "tokenizer"), cache=str(tmp_path / "cache"))
+        offsets = run(config).train["text"].offsets
+        assert offsets[-1] > 200_000
+        for length in (128, 512):
+            assert fill(pack_best_fit(offsets, length), length) >= 0.99
+            assert fill(pack_split(offsets, length), length) >= 0.99
 
 
 def test_books_fill_their_rows(shared_data):
