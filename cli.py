@@ -249,7 +249,9 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
-        print(f"error: {message}", file=sys.stderr)
+        # Which of several processes it was (sharding.distributed).
+        who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))
+        print(f"error: {who}{message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 

@@ -10,8 +10,10 @@ from functools import partial
 
 import cli
 from clm.presets import PRESETS, PretrainConfig
+from sharding.distributed import collected, joined
 
 
+@joined
 def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     """Run, or resume, the pretraining that `config` describes; returns the `--json` object.
 
@@ -105,14 +107,15 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     )
 
     summary = summarise(run, result, parameters=count_params(model, "causal_lm"), data=batches.epochs(result.step))
-    if jax.process_index() == 0 and not result.stopped_by:
+    params = None if result.stopped_by else collected(result.state.params)
+    if params is not None:
         longest = model.max_length or length
         sampling = SamplingConfig(max_new_tokens=min(100, longest - 1))
-        texts = continue_texts(model, jax.device_get(result.state.params), tokenizer, [""] * 3, sampling)
+        texts = continue_texts(model, params, tokenizer, [""] * 3, sampling)
         write_json(run.path / "samples.json", {"texts": texts})
         write_report(run.path)
         if exporting and result.finished:
-            save_pretrained(exporting, model, result.state.params, tokenizer, card=model_card(run.path))
+            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path))
             print(f"exported to {config.export}", flush=True)
     return summary
 

@@ -12,8 +12,10 @@ from functools import partial
 import cli
 from cli import UserError
 from finetune.presets import PRESETS, FinetuneConfig
+from sharding.distributed import collected, joined
 
 
+@joined
 def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     """Run, or resume, the fine-tuning that `config` describes; returns the `--json` object."""
     import jax
@@ -82,11 +84,12 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     if result.stopped_by:
         return summarise(run, result, metrics={})
     summary = summarise(run, result, metrics=task.finish(run, result.state.params, mesh))
+    params = collected(result.state.params) if exporting and result.finished else None
     if jax.process_index() == 0:
         write_report(run.path)
-        if exporting and result.finished:
+        if exporting and params is not None:
             as_trained = framed_tokenizer(tokenizer, model.causal)
-            save_pretrained(exporting, task.model, result.state.params, as_trained, card=model_card(run.path))
+            save_pretrained(exporting, task.model, params, as_trained, card=model_card(run.path))
             print(f"exported to {config.export}", flush=True)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
         print(f"{figures}  on {config.data.validation}; more in {run.report}", flush=True)

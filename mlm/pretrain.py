@@ -10,8 +10,10 @@ from functools import partial
 
 import cli
 from mlm.presets import PRESETS, PretrainConfig
+from sharding.distributed import collected, joined
 
 
+@joined
 def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     """Run, or resume, the pretraining that `config` describes; returns the `--json` object.
 
@@ -112,8 +114,8 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     )
 
     summary = summarise(run, result, parameters=count_params(model, "masked_lm"), data=batches.epochs(result.step))
-    if jax.process_index() == 0 and not result.stopped_by:
-        params = jax.device_get(result.state.params)
+    params = None if result.stopped_by else collected(result.state.params)
+    if params is not None:
         texts = token_texts(tokenizer)
         texts += ["?"] * (model.vocab_size - len(texts))
         samples = masked_samples(
@@ -127,7 +129,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         write_json(run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
         write_report(run.path)
         if exporting and result.finished:
-            save_pretrained(exporting, model, result.state.params, tokenizer, card=model_card(run.path))
+            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path))
             print(f"exported to {config.export}", flush=True)
     return summary
 

@@ -8,6 +8,9 @@
 
 A checkpoint counts only once its manifest is there, so one whose writer was killed is never read. Orbax keeps no
 checksum of contents and casts types silently when it restores; both are checked here.
+
+With several processes each writes what its devices hold into the same folder, and hashes its share of the files; the
+first does the rest. Every wait for the others has its limit.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from etils import epath
 from tqdm import tqdm
 
 from cli import MachineError, UserError
+from sharding.distributed import LONG_WAIT, WAIT, from_first, gather
 from sharding.rules import path_of
 from training.run import RunDirectory, write_json
 from training.state import TrainState
@@ -53,7 +57,7 @@ class CheckpointError(OSError, MachineError):
 class Checkpoints:
     """The checkpoints of one run: asynchronous saves, the newest `keep` stay on disk.
 
-    announce: receives a line for each finished save.
+    announce: receives a line for each finished save. To be made and called by all processes of the run.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, announce: Callable[[str], None] = print):
@@ -68,8 +72,16 @@ class Checkpoints:
                 if not (self.folder / str(step) / MANIFEST).exists():
                     announce(f"removed checkpoint {step}: it was not written to its end")
                     shutil.rmtree(self.folder / str(step))
+            self.folder.mkdir(parents=True, exist_ok=True)
+        gather("the folder of checkpoints is there")
         # Orbax keeps every step: it would delete old ones before the manifest of the new one is written.
-        options = ocp.CheckpointManagerOptions(create=True, cleanup_tmp_directories=True, max_to_keep=None)
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,
+            max_to_keep=None,
+            async_options=ocp.AsyncOptions(timeout_secs=int(WAIT)),
+            multiprocessing_options=_by_all(),
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
@@ -95,7 +107,9 @@ class Checkpoints:
             saved = self._manager.save(step, args=items, force=True)
         assert saved, f"Orbax did not save step {step}"
         self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        self._writer = threading.Thread(target=self._finish, args=(step, started), name=f"saving step {step}")
+        self._writer = threading.Thread(
+            target=self._finish, args=(step, started), name=f"saving step {step}", daemon=True
+        )
         self._writer.start()
 
     def wait(self) -> None:
@@ -108,7 +122,7 @@ class Checkpoints:
                 unit_scale=True,
                 delay=0.5,
                 leave=False,
-                disable=None,
+                disable=True if jax.process_index() else None,
             ) as bar:
                 while self._writer.is_alive():
                     self._writer.join(0.2)
@@ -134,8 +148,8 @@ class Checkpoints:
         try:
             with _plain_errors(step, self.folder):
                 self._manager.wait_until_finished()
+                size = _write_manifest(self.folder / str(step))
                 if jax.process_index() == 0:
-                    size = _write_manifest(self.folder / str(step))
                     _sync(self.folder / str(step))
                     for old in complete_steps(self.folder)[: -self._keep]:
                         (self.folder / str(old) / MANIFEST).unlink()
@@ -227,8 +241,9 @@ def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
 
 
 def _restore(folder: Path, item: str, abstract: Any, ignore: str = "") -> Any:
-    _verify(folder, item)
-    handler = ocp.PyTreeCheckpointHandler()
+    _verify(folder, item, together=True)
+    # Without a Checkpointer around it, which would wait for the other processes: whoever reads, reads alone.
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_all())
     saved = handler.metadata(epath.Path(folder / item)).tree
     if abstract is None:
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
@@ -238,8 +253,10 @@ def _restore(folder: Path, item: str, abstract: Any, ignore: str = "") -> Any:
         _compare(folder / item, there, _named(abstract))
         layout = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout, partial_restore=bool(ignore))
-    with ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(folder / item, args=args)
+    try:
+        return handler.restore(epath.Path(folder / item), args=args)
+    finally:
+        handler.close()
 
 
 def _compare(where: Path, saved: dict, wanted: dict) -> None:
@@ -258,16 +275,34 @@ def _compare(where: Path, saved: dict, wanted: dict) -> None:
 
 def _json(folder: Path, item: str) -> dict:
     _verify(folder, item)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder / item)
+    handler = ocp.JsonCheckpointHandler()
+    try:
+        return dict(handler.restore(epath.Path(folder / item)))
+    finally:
+        handler.close()
 
 
 def _write_manifest(folder: Path) -> int:
-    """Write the manifest of a step's folder; returns the bytes it covers."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "sha256": sums})
-    return sum(path.stat().st_size for path in files)
+    """Write the manifest of a step's folder, all processes together; returns the bytes it covers."""
+    files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = from_first("files of the manifest", files, LONG_WAIT)
+    sums = _sums(folder, files, "sums of the manifest")
+    unread = [name for name, found in sums.items() if found is None]
+    if unread:
+        raise OSError(errno.EIO, f"{unread[0]} cannot be read again")
+    if jax.process_index() == 0:
+        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "sha256": sums})
+    return sum(_size(folder / name) for name in files)
+
+
+def _sums(folder: Path, names: list[str], what: str | None) -> dict[str, str | None]:
+    """SHA-256 of these files, None for one that cannot be read.
+
+    what: under which name the processes share them out; None = this one alone reads them all.
+    """
+    mine = names[jax.process_index() :: jax.process_count()] if what else names
+    sums = {name: _sha256(folder / name) for name in mine}
+    return {name: found for part in gather(what, sums, LONG_WAIT) for name, found in part.items()} if what else sums
 
 
 def _written(folder: Path, step: int) -> int:
@@ -276,9 +311,15 @@ def _written(folder: Path, step: int) -> int:
     for root in (folder / str(step), *folder.glob(f"{step}.*")):
         for place, _, names in os.walk(root):
             for name in names:
-                with contextlib.suppress(FileNotFoundError):  # renamed just now
-                    size += os.path.getsize(os.path.join(place, name))
+                size += _size(Path(place, name))
     return size
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # renamed just now
+        return 0
 
 
 def _sync(folder: Path) -> None:
@@ -291,12 +332,17 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _verify(folder: Path, item: str) -> None:
-    """UserError unless every file of the item is there with the contents it was written with."""
+def _verify(folder: Path, item: str, together: bool = False) -> None:
+    """UserError unless every file of the item is there with the contents it was written with.
+
+    together: all processes are here, and each reads a part.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, sums = manifest["format_version"], manifest["sha256"]
-        damaged = [name for name in sums if name.startswith(item + "/") and _sha256(folder / name) != sums[name]]
+        names = sorted(name for name in sums if name.startswith(item + "/"))
+        found = _sums(folder, names, f"sums of {item}" if together else None)
+        damaged = [name for name in names if found.get(name) != sums[name]]
     except (OSError, ValueError, KeyError) as error:
         version, damaged = FORMAT_VERSION, [str(error)]
     if version != FORMAT_VERSION:
@@ -307,9 +353,18 @@ def _verify(folder: Path, item: str) -> None:
         raise UserError(f"checkpoint {folder} is damaged: {damaged[0]} is not as it was written{rest}")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _by_all() -> ocp.options.MultiprocessingOptions:
+    """Options that make Orbax wait through the coordinator, with a time-out, and not by a collective without one."""
+    count = jax.process_count()
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,220 @@
+"""One program in several processes: start, waiting for each other, and the end.
+
+A door's `main` is decorated with `joined`, which starts `jax.distributed` where there are several processes. Whatever
+waits for others is bounded: by a time-out, and by `sharding.watch`, which ends all processes when one has ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import inspect
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from cli import MachineError, UserError
+from sharding.places import Place, find_place
+from sharding.watch import rendezvous
+
+WAIT = 600.0
+"""Seconds in which all processes come to the same point, where nothing long stands before it."""
+LONG_WAIT = 24 * 3600.0
+"""The same where one may prepare text, hash or export for hours; that it lives meanwhile, is watched."""
+HEARTBEAT = 60
+"""Seconds without a heartbeat after which JAX gives a process up, should `sharding.watch` not have noticed."""
+
+R = TypeVar("R")
+
+
+def joined(main: Callable[..., R]) -> Callable[..., R]:
+    """A door's main(config, …) that joins the other processes first, where there are any, and leaves them at its end.
+
+    config.distributed: a sharding.places.DistributedConfig. Only process 0 writes to standard output.
+    """
+
+    @functools.wraps(main)
+    def run(config: Any, *args: Any, **kwargs: Any) -> R:
+        place = find_place(config.distributed)
+        if place is None:
+            return main(config, *args, **kwargs)
+        with _membership(place, config.distributed.timeout):
+            return main(config, *args, **kwargs)
+
+    return run
+
+
+def gather(name: str, value: Any = None, timeout: float = WAIT) -> list:
+    """What every process gives under this name, in their order; also a barrier. Values are JSON.
+
+    Every process calls it equally often with a name. MachineError where one does not come within `timeout` seconds.
+    """
+    import jax
+
+    count, mine = jax.process_count(), jax.process_index()
+    if count == 1:
+        return [value]
+    store, end = _store(), time.monotonic() + timeout
+    turn = _turns[name] = _turns[name] + 1
+    key, written = f"espalier/{name}/{turn}", json.dumps(value)
+    if mine:
+        store.key_value_set(f"{key}/{mine}", written)
+        # Process 0 gives up first, and says whom it missed.
+        return json.loads(_value(f"{key}/all", end + 30, f"process 0 did not come to {name!r} within {timeout:g} s"))
+    values = [written]
+    for number in range(1, count):
+        missing = f"process {number} of {count} did not come to {name!r} within {timeout:g} s"
+        values.append(_value(f"{key}/{number}", end, missing))
+    store.key_value_set(f"{key}/all", f"[{','.join(values)}]")
+    if turn > 1:
+        # All have read it, for all have come to this turn.
+        store.key_value_delete(f"espalier/{name}/{turn - 1}/")
+    return [json.loads(value) for value in values]
+
+
+def from_first(name: str, value: Any = None, timeout: float = WAIT) -> Any:
+    """The value that process 0 gives under this name; the others wait for it."""
+    import jax
+
+    if jax.process_count() == 1:
+        return value
+    turn = _turns[name] = _turns[name] + 1
+    key = f"espalier/{name}/{turn}/first"
+    if jax.process_index() == 0:
+        _store().key_value_set(key, json.dumps(value))
+        return value
+    missing = f"process 0 did not come to {name!r} within {timeout:g} s"
+    return json.loads(_value(key, time.monotonic() + timeout, missing))
+
+
+def collected(tree: Any) -> Any:
+    """A tree of arrays as NumPy arrays in process 0, None in the others, all of which must take part.
+
+    One leaf at a time is on every device whole, so that what is split over hosts need not fit on one.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    first = jax.process_index() == 0
+
+    def whole(leaf):
+        if not leaf.is_fully_replicated:
+            everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+            leaf = jax.jit(_same, out_shardings=everywhere)(leaf)
+        local = leaf.addressable_data(0).block_until_ready()
+        return jax.device_get(local) if first else None
+
+    gathered = jax.tree.map(whole, tree)
+    return gathered if first else None
+
+
+_turns: Counter[str] = Counter()
+
+
+def _same(x):
+    return x
+
+
+def _store():
+    from jax._src import distributed
+
+    # JAX has no public way to it; Orbax goes this one too.
+    client = distributed.global_state.client
+    assert client is not None, "several processes and no jax.distributed"
+    return client
+
+
+def _value(key: str, end: float, missing: str) -> str:
+    while (left := end - time.monotonic()) > 0:
+        # In parts, so that Ctrl-C is heard meanwhile.
+        try:
+            return _store().blocking_key_value_get(key, int(min(left, 5.0) * 1000) + 1)
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+    raise MachineError(missing)
+
+
+@contextlib.contextmanager
+def _membership(place: Place, timeout: float) -> Iterator[None]:
+    if place.process_id:
+        # Also what libraries write from C++.
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    watch = rendezvous(place, timeout)
+    import jax
+
+    try:
+        _initialize(place, timeout)
+        yield
+        gather("the end", timeout=LONG_WAIT)
+    except BaseException as error:
+        if not isinstance(error, UserError | MachineError | KeyboardInterrupt | SystemExit):
+            # Where another process ends, what failed here is a collective; the word of the cause comes after it.
+            cause = watch.failure(3.0)
+            if cause:
+                error = MachineError(cause)
+        who = f"process {place.process_id} of {place.processes}"
+        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        watch.fail(_one_line(error), code)
+        _leave_soon(code)
+        error.add_note(who)
+        raise error
+    watch.leave()
+    jax.distributed.shutdown()
+
+
+def _initialize(place: Place, timeout: float) -> None:
+    import jax
+
+    if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    options: dict[str, Any] = {
+        # All are there: what is awaited now is JAX itself.
+        "initialization_timeout": max(60, round(timeout)),
+        "heartbeat_timeout_seconds": HEARTBEAT,
+        "shutdown_timeout_seconds": HEARTBEAT,
+    }
+    # The last came after JAX 0.7.
+    known = inspect.signature(jax.distributed.initialize).parameters
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    try:
+        jax.distributed.initialize(
+            f"{host}:{place.port}",
+            place.processes,
+            place.process_id,
+            local_device_ids=place.local_devices,
+            cluster_detection_method="deactivate",
+            **{name: value for name, value in options.items() if name in known},
+        )
+    except RuntimeError as error:
+        raise UserError(f"jax.distributed did not start: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    said = " ".join(str(error).split())[:500]
+    if isinstance(error, UserError | MachineError):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _leave_soon(code: int) -> None:
+    """End this process once its error is told, without waiting for the others as JAX would at its exit."""
+
+    def end():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(end)
+    # Threads that wait for others would keep it from coming so far.
+    timer = threading.Timer(20.0, os._exit, (code,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,99 @@
+"""The toy (tests/toy.py), trained by several processes: `worker.py JOB …`, a job being JSON.
+
+    run_dir, mesh (sizes of axes), steps, stop_at, every (steps between checkpoints), pause (seconds before a batch)
+
+Each job leaves in its run directory start.npz and final.npz (leaves of the whole state), and rows-<process>.json: the
+rows that the process loaded.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+import cli
+from sharding.distributed import collected, joined
+from sharding.places import DistributedConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+    jobs: list[dict]
+    distributed: DistributedConfig = DistributedConfig()
+
+
+def perform(job: dict):
+    import jax
+    import numpy as np
+    import toy
+
+    from sharding.mesh import MeshConfig, build_mesh, host_rows
+    from training import loop
+    from training.config import CheckpointConfig
+
+    run_dir = pathlib.Path(job["run_dir"])
+    config = toy.config(
+        run_dir,
+        steps=job["steps"],
+        stop_at=job.get("stop_at"),
+        mesh=MeshConfig(**job["mesh"]),
+        checkpoint=CheckpointConfig(every=job.get("every", 100)),
+        eval_every=job.get("eval_every", 100),
+    )
+    mesh = build_mesh(config.mesh)
+    mine = host_rows(toy.ROWS, mesh)
+
+    def part(batch):
+        return {name: array[mine] for name, array in batch.items()}
+
+    def batches_from(step):
+        while True:
+            time.sleep(job.get("pause", 0))
+            yield part(toy.batch(step))
+            step += 1
+
+    def keep(state, name):
+        whole = collected(state)
+        if whole is not None:
+            np.savez(run_dir / name, *jax.tree.leaves(whole))
+
+    first_state = loop.first_state
+
+    def and_kept(*arguments):
+        state, whence = first_state(*arguments)
+        run_dir.mkdir(exist_ok=True)
+        started.append(collected(state))
+        return state, whence
+
+    started: list = []
+    loop.first_state = and_kept
+    try:
+        result = toy.run(
+            config, batches_from=batches_from, eval_batches=[part(toy.batch(10_000 + i)) for i in range(3)], mesh=mesh
+        )
+    finally:
+        loop.first_state = first_state
+    if started[0] is not None:
+        np.savez(run_dir / "start.npz", *jax.tree.leaves(started[0]))
+    keep(result.state, "final.npz")
+    (run_dir / f"rows-{jax.process_index()}.json").write_text(json.dumps(mine.tolist()))
+    return result
+
+
+@joined
+def main(config: Jobs) -> dict:
+    import jax
+    import toy
+
+    # As tests/toy.py does it for the tests of one process.
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert toy.ROWS == 16
+    result = [perform(job) for job in config.jobs][-1]
+    return {"stopped_by": result.stopped_by}
+
+
+if __name__ == "__main__":
+    jobs = Jobs([json.loads(argument) for argument in sys.argv[1:]])
+    with cli._one_line_errors(debug=False):
+        cli._call(main, jobs)
