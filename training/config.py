@@ -12,11 +12,13 @@ from typing import Literal
 
 from cli import UserError
 from sharding.mesh import MeshConfig
+from sharding.places import DistributedConfig
 
 EXECUTION_FIELDS = frozenset(
     (
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
+        "distributed",
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -24,6 +26,8 @@ FINGERPRINTED_FIELDS = frozenset(
     f"data.{name}" for name in "files sources validation_files builtin_exclude tokenizer train validation".split()
 )
 """Paths that may be spelled anew (the folder was moved): the fingerprints know what was read."""
+HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers", "max_rejected", "json", "debug"))
+"""Field names, at any depth, that may differ between the processes of one run."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches a step; gradients are summed exactly."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = 10
     """Steps between progress lines and logged metrics."""

@@ -12,13 +12,15 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from sharding.distributed import gather
+
 
 class StopSignal:
     """Context in which the first SIGTERM, SIGHUP (a lost terminal) or Ctrl-C only asks to stop; a second Ctrl-C
     interrupts at once. A signal that is ignored already (nohup) stays so.
 
-    With several processes all must stop at the same step: JAX then listens for SIGTERM itself, spreads the word and
-    names that step (`jax.distributed` does none of this for a single process).
+    With several processes all must stop at the same step: JAX listens for SIGTERM from its start on, spreads the word
+    and names that step (it does none of this for a single process).
     """
 
     def __init__(self):
@@ -29,7 +31,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if self._alone else (signal.SIGINT,)
+            # With several processes, what JAX does on SIGTERM must stay.
+            numbers = (signal.SIGHUP, signal.SIGINT, *(signal.SIGTERM,) * self._alone)
             for number in numbers:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._ask)
@@ -42,6 +45,11 @@ class StopSignal:
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; to be asked by every process at every step."""
         return bool(self.requested) if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def number(self) -> int | None:
+        """The signal that ended the loop early, the same in every process; to be asked by every process, once."""
+        asked = [number for number in gather("stopped by", self.requested) if number]
+        return asked[0] if asked else signal.SIGTERM
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = number

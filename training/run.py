@@ -9,6 +9,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import jax
 
 from cli import UserError
-from training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS
+from sharding.distributed import LONG_WAIT, from_first, gather
+from training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS, HOST_FIELDS
 
 
 class RunDirectory:
@@ -36,12 +39,34 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 
+    def check_shared(self) -> None:
+        """UserError unless every process sees the folder on the same disk."""
+        if jax.process_count() == 1:
+            return
+        there = next(path for path in (self.path, *self.path.parents) if path.is_dir())
+        # Hidden, so that the folder still counts as empty.
+        token = Path(from_first("a token", str(there / f".seen-by-all-{uuid.uuid4().hex}")))
+        if jax.process_index() == 0:
+            token.touch()
+        try:
+            gather("the token is there")
+            blind = [number for number, seen in enumerate(gather("the token is seen", _appears(token))) if not seen]
+        finally:
+            if jax.process_index() == 0:
+                token.unlink(missing_ok=True)
+        if blind:
+            raise UserError(
+                f"process {', '.join(map(str, blind[:8]))} does not see what process 0 writes to {token.parent}: the "
+                "run directory must be on a disk that all hosts share; give such a --run-dir"
+            )
+
     def check(self, config: dict, defaults: dict) -> None:
-        """UserError where the folder holds another run or other things; writes nothing.
+        """UserError where the folder holds another run or other things, or processes other settings; writes nothing.
 
         config: JSON values, with the fingerprints of tokenizer and data. Its identity must be that of the run there.
         defaults: what fields mean that the run there was not asked for, because they are younger than it.
         """
+        _check_same_everywhere(json.loads(json.dumps(config)))
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; a run needs a folder: give another --run-dir")
         if self.config.exists():
@@ -62,6 +87,7 @@ class RunDirectory:
                         f"another process is training in {self.path}; wait for it, stop it, or give another --run-dir"
                     ) from None
                 write_json(self.config, config)
+            gather("the run directory is ours")
             yield
 
     def _check_same_run(self, config: dict, defaults: dict) -> None:
@@ -77,6 +103,32 @@ class RunDirectory:
                 f"{self.path} holds a run with other settings: {'; '.join(changes)}; "
                 "give another --run-dir, or the settings it was started with"
             )
+
+
+def _check_same_everywhere(config: dict) -> None:
+    """UserError unless every process has the same settings and, by their fingerprints, the same text and tokenizer."""
+    config = _without(config, HOST_FIELDS, FINGERPRINTED_FIELDS)
+    # Where the hosts have caches of their own, one may have prepared its text long before another.
+    first = from_first("settings", config, LONG_WAIT)
+    for number, changes in enumerate(gather("settings", list(_differences(first, config))[:4], LONG_WAIT)):
+        if changes:
+            raise UserError(
+                f"process {number} has other settings than process 0: {'; '.join(changes)}; start all with the same "
+                "flags and files"
+            )
+
+
+def _appears(path: Path, seconds: float = 30) -> bool:
+    """Whether a file is there, with the time that network disks take to show what another host wrote."""
+    end = time.monotonic() + seconds
+    while True:
+        # A listing, for network disks remember for a while that a name was not there.
+        with contextlib.suppress(OSError):
+            if path.name in os.listdir(path.parent):
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
 
 
 def summarise(run: RunDirectory, result: Any, **more: Any) -> dict:
