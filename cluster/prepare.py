@@ -86,8 +86,8 @@ def main(config: ClusterConfig) -> dict:
                 f"the text {name!r} is not made of files, which tasks could share; prepare it on one machine"
             )
     work = cache_folder(config.data) / f"cluster-{_digest(config, sources)}"
-    if _joined(work):
-        print(f"everything is there already: {', '.join(_joined(work))}")
+    if folders := _joined(work):
+        print(f"everything is there already: {', '.join(folders)}")
         shutil.rmtree(work, ignore_errors=True)
         return {"logs": None, "joined": True}
     logs = work / "logs"
@@ -191,10 +191,10 @@ def _joined(work: Path) -> list[str]:
     from data.store import exists
 
     try:
-        folders = json.loads(_note(work).read_text())
+        folders = [work.with_name(name) for name in json.loads(_note(work).read_text())]
     except (OSError, ValueError):
         return []
-    return folders if all(exists(Path(folder)) for folder in folders) else []
+    return [str(folder) for folder in folders] if all(map(exists, folders)) else []
 
 
 def _note(work: Path) -> Path:
@@ -291,7 +291,7 @@ class Join(_Step):
         for side, sources in made.sides.items():
             for name, source in sources.items():
                 folder = tokens_folder(self.config.data, made, side, name)
-                joined.append(str(folder))
+                joined.append(folder.name)
                 if exists(folder):
                     continue
                 folders = [_part_folder(self, made, side, name, number) for number in range(self.config.tasks)]
