@@ -4,7 +4,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 min_python=3.11
-commands=(demo mlm clm finetune generate prepare import export report test setup python)
+commands=(demo mlm clm finetune plan generate prepare import export report test setup python)
 
 usage() {
   cat <<'HELP'
@@ -15,6 +15,8 @@ usage: ./launch.sh [COMMAND] [arguments]
   ./launch.sh mlm PRESET [flags]       masked-LM pretraining (BERT, ModernBERT)
   ./launch.sh clm PRESET [flags]       causal-LM pretraining (GPT-2, Llama)
   ./launch.sh finetune PRESET [flags]  fine-tune a checkpoint on labelled data
+  ./launch.sh plan PRESET [flags]      memory, time and cost of a run before any chip is rented; `plan budget`: how much
+                                       data and compute a model takes
   ./launch.sh generate [flags]         continue text with a causal-LM run
   ./launch.sh prepare [flags]          train a tokenizer and tokenize text without training a model
   ./launch.sh import SRC DST [flags]   make a run directory of a model in Hugging Face format (folder or Hub id)
@@ -209,6 +211,28 @@ install_locked() {
   fi
 }
 
+# libtpu of the version that this JAX belongs with, whose compiler `plan` asks. In a folder of its own: among the other
+# packages it would have JAX look for TPUs at every start.
+install_libtpu() {
+  local wanted folder=$stamps/libtpu
+  wanted=$("$python" -c 'import importlib.metadata, re
+print(*(re.match(r"[\w.=*]+", line)[0] for line in importlib.metadata.requires("jax") if re.match("libtpu==.*tpu", line)))')
+  [[ ! -e $folder/version || $(<"$folder/version") != "$wanted" ]] || return 0
+  say "installing $wanted, the compiler for TPUs (140 MB), into $folder"
+  rm -rf "$folder"
+  "$python" -m pip install --disable-pip-version-check --quiet --no-deps --target "$folder" "$wanted" >&2 ||
+    fail "the installation did not end well (see above); the same command tries again"
+  printf '%s\n' "$wanted" >"$folder/version"
+}
+
+install_libtpu_locked() {
+  if [[ $hardware != tpu ]] && command -v flock >/dev/null; then
+    (flock 9; install_libtpu) 9>"$stamps/lock"
+  elif [[ $hardware != tpu ]]; then
+    (install_libtpu)
+  fi
+}
+
 setup() {
   local files=("$root/requirements.txt") name
   [[ $1 != test ]] || files+=("$root/requirements-test.txt")
@@ -250,6 +274,13 @@ case $command in
   finetune) training=yes run_module finetune.train "$@" ;;
   generate) run_module clm.generate "$@" ;;
   prepare) run_module data.prepare "$@" ;;
+  plan)
+    if [[ " $*" == *" --topology"* ]]; then
+      setup run
+      install_libtpu_locked
+    fi
+    run_module commands.plan "$@"
+    ;;
   import | export) run_module commands.convert "$command" "$@" ;;
   report) run_module commands.report "$@" ;;
   python) run_python "$@" ;;
@@ -260,6 +291,7 @@ case $command in
   test)
     setup run
     setup test
+    install_libtpu_locked
     cd "$root"
     # Processes of their own for the tests, since most of them wait for compilers that use one core.
     exec "$python" -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"

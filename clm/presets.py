@@ -8,7 +8,7 @@ from cli import UserError
 from data.config import DataConfig
 from models.config import Execution, ModelConfig
 from models.families.gpt2 import GPT2, GPT2_MEDIUM
-from models.families.llama import LLAMA_1B, LLAMA_8B
+from models.families.llama import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B
 from sharding.mesh import MeshConfig
 from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
@@ -145,6 +145,30 @@ def llama_8b() -> PretrainConfig:
     )
 
 
+def llama_70b() -> PretrainConfig:
+    """Llama 3.1 70B's architecture, for slices of hundreds of chips: `./launch.sh clm llama-70b --data.files …`.
+
+    Not yet run. `./launch.sh plan llama-70b --topology v5p:8x8x8` says what it needs.
+    """
+    base = llama_8b()
+    return replace(base, model=LLAMA_70B, batch_size=1024, optimizer=replace(base.optimizer, learning_rate=1.5e-4))
+
+
+def llama_405b() -> PretrainConfig:
+    """Llama 3.1 405B's architecture, for slices of thousands of chips: `./launch.sh clm llama-405b --data.files …`.
+
+    Not yet run. `./launch.sh plan llama-405b --topology v5p:16x16x16` says what it needs.
+    """
+    base = llama_8b()
+    return replace(
+        base,
+        model=LLAMA_405B,
+        batch_size=2048,
+        mesh=MeshConfig(data=1, fsdp=-1, tensor=4),
+        optimizer=replace(base.optimizer, learning_rate=8e-5),
+    )
+
+
 PRESETS = {
     "debug": debug,
     "demo": demo,
@@ -152,4 +176,6 @@ PRESETS = {
     "gpt2-medium": gpt2_medium,
     "llama-1b": llama_1b,
     "llama-8b": llama_8b,
+    "llama-70b": llama_70b,
+    "llama-405b": llama_405b,
 }

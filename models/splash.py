@@ -126,7 +126,7 @@ def _kernel(spec: AttentionSpec, length: int, heads: int, head_shards: int, quer
             interpret=interpret,
         )
 
-    # Its tables are put on a device as it is made. In a thread of its own there is neither the trace that needs it first
-    # (others use it too) nor that one's mesh, whose devices may not be here.
+    # Its tables are put on a device as it is made. In a thread of its own there is neither the trace that needs
+    # it first (others use it too) nor the mesh of that one, whose devices may not be here.
     with ThreadPoolExecutor(1) as elsewhere:
         return jax.tree.map(np.asarray, elsewhere.submit(make).result())

@@ -95,7 +95,7 @@ def apply(
             str(j): Block(config, kind, section == "prefix" and j == 0, dtype, backend) for j, kind in enumerate(kinds)
         }
         looped = scan and section == "period"
-        layers = {j: _rematerialised(_pure(block), execution.remat, looped) for j, block in blocks.items()}
+        layers = {j: rematerialised(_pure(block), execution.remat, looped) for j, block in blocks.items()}
 
         def step(x_BTD, inputs, layers=layers):
             params, cache, keys = inputs
@@ -208,7 +208,7 @@ def _pure(block: Block):
     return lambda params, *inputs: block.apply({"params": params}, *inputs)
 
 
-def _rematerialised(run, name: str, looped: bool):
+def rematerialised(run, name: str, looped: bool):
     if name == "none":
         return run
     policies = jax.checkpoint_policies

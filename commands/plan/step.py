@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,15 @@ from training.start import abstract_state
 from training.step import Objective, jit_train_step
 
 
-def lower_step(config: Any, mesh: Mesh) -> jax.stages.Lowered:
+class Program(NamedTuple):
+    """A train step that is ready to be compiled."""
+
+    lowered: jax.stages.Lowered
+    arguments: tuple[Any, dict]
+    """(state, batch): shapes, types and shardings."""
+
+
+def lower_step(config: Any, mesh: Mesh) -> Program:
     """The train step of a pretraining configuration, lowered for `mesh`.
 
     UserError where the layout does not fit the model, before anything is compiled.
@@ -38,7 +46,7 @@ def lower_step(config: Any, mesh: Mesh) -> jax.stages.Lowered:
         shape = (config.batch_size, config.data.sequence_length)
         layout = batch_sharding(shape, mesh)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in names.items()}
-        return step.lower(state, batch)
+        return Program(step.lower(state, batch), (state, batch))
 
 
 TOKENS = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}

@@ -50,6 +50,12 @@ LLAMA_8B = replace(
     tie_word_embeddings=False,
 )
 """Llama 3.1 8B."""
+LLAMA_70B = replace(LLAMA_8B, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28_672)
+"""Llama 3.1 70B."""
+LLAMA_405B = replace(
+    LLAMA_8B, hidden_size=16_384, num_hidden_layers=126, num_attention_heads=128, intermediate_size=53_248
+)
+"""Llama 3.1 405B."""
 
 
 def read(hf: Any) -> dict[str, Any]:

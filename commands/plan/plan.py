@@ -1,0 +1,357 @@
+"""The plan of a run: does it fit, and how long does it take. Compiles for TPU slices, computes for everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from cli import UserError
+from commands.plan.compiled import Compiled, Slice, compile_step, devices_of, parse_topology
+from commands.plan.roofline import Bill, Job, StepTime, bill, step_time
+from commands.plan.settings import as_tokens
+from models.config import ModelConfig
+from models.counts import count_params
+from models.memory import Memory, step_memory
+from models.splash import splash_refusal
+from models.transformer import UNROLLED_LAYERS
+from sharding.advice import KEPT_FREE, Task, advise, layouts
+from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch
+from sharding.topology import Chip, chip_named
+
+COMPILATIONS = 4
+"""How many candidates of a search are compiled at most."""
+REMATS = ("none", "dots", "full")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The devices that are planned for."""
+
+    chip: Chip
+    devices: int
+    """As JAX counts them."""
+    slices: int = 1
+    slice: Slice | None = None
+    """Where there is a compiler for it."""
+
+    @property
+    def name(self) -> str:
+        if self.slice is None:
+            return f"{self.chips} × {self.chip.name}"
+        return f"{self.slice.count} × {self.slice.name}" if self.slices > 1 else self.slice.name
+
+    @property
+    def chips(self) -> int:
+        return self.devices // self.chip.devices_per_chip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is carried out, and what comes of it."""
+
+    mesh: MeshConfig
+    accumulation: int
+    remat: str
+    attention: str
+    memory: Memory
+    """By analysis."""
+    time: StepTime
+    compiled: Compiled | None
+    limit: float
+    """Bytes that a device has for a program."""
+
+    @property
+    def peak(self) -> float:
+        """Bytes of a device: the compiler's word, or else the estimate."""
+        return self.compiled.peak if self.compiled else self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled.fits if self.compiled else self.memory.total <= self.limit * (1 - KEPT_FREE)
+
+    @property
+    def flags(self) -> str:
+        return f"{self.mesh.flags} --accumulation {self.accumulation} --execution.remat {self.remat}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a run."""
+
+    hardware: Hardware
+    model: ModelConfig
+    params: int
+    rows: int
+    length: int
+    tokens: float
+    """To train on."""
+    asked: Layout
+    why_mesh: str | None
+    """Why the mesh was chosen, where it was."""
+    attention_reason: str
+    found: Layout | None
+    """What fits instead, where what was asked for does not."""
+    tried: int
+    """Candidates that the search looked at."""
+    bill: Bill
+
+    @property
+    def layout(self) -> Layout:
+        """What the figures are for: what was asked for, or what fits instead."""
+        return self.found or self.asked
+
+    def as_json(self) -> dict[str, Any]:
+        """The `--json` object. Bytes, FLOPs and seconds; a chip is what is rented."""
+        per_chip = self.hardware.chip.devices_per_chip
+        asked, layout = self.asked, self.layout
+        return {
+            "fits": asked.fits,
+            "peak_bytes_per_chip": asked.peak * per_chip,
+            "chip_bytes": asked.limit * per_chip,
+            "params": self.params,
+            "model_flops_per_token": layout.time.model_flops_per_token,
+            "step_seconds": layout.time.step,
+            "step_seconds_range": [layout.time.low, layout.time.high],
+            "tokens_per_second_per_chip": layout.time.tokens_per_second_per_chip,
+            "tokens_per_second": layout.time.tokens_per_second,
+            "mfu": layout.time.mfu,
+            "compile_seconds": asked.compiled.seconds if asked.compiled else None,
+            "mesh": {axis: getattr(asked.mesh, axis) for axis in AXES},
+            "basis": "compiled" if asked.compiled else "estimate",
+            "hardware": self.hardware.name,
+            "chips": self.hardware.chips,
+            "batch_size": self.rows,
+            "sequence_length": self.length,
+            "accumulation": asked.accumulation,
+            "remat": asked.remat,
+            "attention": asked.attention,
+            "memory": dataclasses.asdict(asked.memory),
+            "argument_bytes_per_chip": asked.compiled.arguments * per_chip if asked.compiled else None,
+            "temporary_bytes_per_chip": asked.compiled.temporary * per_chip if asked.compiled else None,
+            "largest": [dataclasses.asdict(tensor) for tensor in asked.compiled.largest] if asked.compiled else [],
+            "collectives": asked.compiled.collectives if asked.compiled else {},
+            "kernels": asked.compiled.kernels if asked.compiled else None,
+            "time": layout.time.parts,
+            "tokens": self.tokens,
+            "days": self.bill.days,
+            "chip_hours": self.bill.chip_hours,
+            "cost": self.bill.cost,
+            "suggestion": None
+            if self.found is None
+            else {
+                "mesh": {axis: getattr(self.found.mesh, axis) for axis in AXES},
+                "accumulation": self.found.accumulation,
+                "remat": self.found.remat,
+                "peak_bytes_per_chip": self.found.peak * per_chip,
+                "flags": self.found.flags,
+            },
+        }
+
+
+def make_plan(config: Any) -> Plan:
+    """The plan of a configuration of commands.plan.settings; UserError for what cannot be, before any compilation."""
+    hardware = find_hardware(config)
+    length = config.data.sequence_length
+    model = config.model.fitted(config.model.vocab_size, length)
+    planner = Planner(config, model, hardware)
+    if hardware.slice:
+        planner.devices()
+    mesh, why = planner.mesh()
+    asked = planner.layout(mesh, config.accumulation, config.execution.remat, compiling=True)
+    found, tried = planner.search(asked) if config.search and not asked.fits else (None, 0)
+    layout = found or asked
+    tokens = as_tokens(config.tokens) if config.tokens else float(config.steps * config.batch_size * length)
+    job = planner.job(layout.mesh, layout.accumulation, layout.remat)
+    return Plan(
+        hardware=hardware,
+        model=model,
+        params=count_params(model, planner.head),
+        rows=config.batch_size,
+        length=length,
+        tokens=tokens,
+        asked=asked,
+        why_mesh=why,
+        attention_reason=planner.attention(mesh)[1],
+        found=found,
+        tried=tried,
+        bill=bill(layout.time, job, tokens, config.price),
+    )
+
+
+def find_hardware(config: Any) -> Hardware:
+    """The chips that the settings name."""
+    if (config.topology is None) == (config.chip is None):
+        given = "both --topology and --chip" if config.topology else "no chips"
+        raise UserError(f"{given} given; name a TPU slice (--topology v5e:4x4) or a chip (--chip h100 --chips 8)")
+    if config.topology:
+        wanted = parse_topology(config.topology, config.slices)
+        return Hardware(wanted.chip, wanted.devices, wanted.count, wanted)
+    chip = chip_named(config.chip)
+    return Hardware(chip, config.chips * chip.devices_per_chip)
+
+
+class Planner:
+    """Layouts of one run on one kind of hardware."""
+
+    def __init__(self, config: Any, model: ModelConfig, hardware: Hardware):
+        self.config, self.model, self.hardware = config, model, hardware
+        self.head = "causal_lm" if model.causal else "masked_lm"
+        self.limit = hardware.chip.memory
+        self._devices: list[Any] = []
+
+    def mesh(self) -> tuple[MeshConfig, str | None]:
+        """The mesh that was asked for, all sizes known, and why if it was left to us."""
+        config, devices = self.config, self.hardware.devices
+        if config.mesh.auto:
+            task = self._task(config.accumulation)
+            return advise(
+                task, lambda mesh: self._memory(mesh, config.accumulation, config.execution.remat).total, self.limit
+            )
+        wanted = config.mesh
+        if self.hardware.slices > 1 and wanted.replica == 1:
+            wanted = dataclasses.replace(wanted, replica=self.hardware.slices)
+        mesh = wanted.on(devices)
+        sizes = [getattr(mesh, axis) for axis in AXES]
+        product = 1
+        for size in sizes:
+            product *= size
+        if product != devices:
+            raise UserError(
+                f"mesh {mesh} has {product} devices and {self.hardware.name} has {devices}; "
+                "set one axis to -1 = the rest, or try --mesh auto"
+            )
+        self._check(mesh, config.accumulation)
+        return mesh, None
+
+    def layout(self, mesh: MeshConfig, accumulation: int, remat: str, *, compiling: bool) -> Layout:
+        """What comes of a mesh, micro-batches and rematerialisation."""
+        memory = self._memory(mesh, accumulation, remat)
+        compiled = None
+        if compiling and self.hardware.slice:
+            execution = dataclasses.replace(self.config.execution, remat=remat)
+            config = dataclasses.replace(self.config, accumulation=accumulation, execution=execution, mesh=mesh)
+            compiled = compile_step(config, build_mesh(mesh, self.devices()), self.hardware.chip)
+        return Layout(
+            mesh=mesh,
+            accumulation=accumulation,
+            remat=remat,
+            attention=self.attention(mesh)[0],
+            memory=memory,
+            time=step_time(self.job(mesh, accumulation, remat)),
+            compiled=compiled,
+            limit=compiled.limit if compiled else self.limit,
+        )
+
+    def search(self, asked: Layout) -> tuple[Layout | None, int]:
+        """(the first layout that fits, candidates looked at): by analysis the fastest first, and then compiled."""
+        config, candidates = self.config, []
+        for accumulation in _doublings(config.accumulation, config.batch_size):
+            for mesh in [asked.mesh, *layouts(self._task(accumulation))]:
+                if config.batch_size % (accumulation * mesh.replica * mesh.data * mesh.fsdp):
+                    continue
+                for remat in REMATS[REMATS.index(config.execution.remat) :]:
+                    candidates.append(self.layout(mesh, accumulation, remat, compiling=False))
+        # Where the compiler has spoken, estimates are scaled by what it said.
+        scale = max(1.0, asked.peak / asked.memory.total) if asked.compiled else 1.0
+        allowed = asked.limit * (1 - KEPT_FREE) / scale
+        fitting = sorted(
+            (layout for layout in candidates if layout.memory.total <= allowed), key=lambda layout: layout.time.step
+        )
+        if self.hardware.slice is None:
+            return (fitting[0] if fitting else None), len(candidates)
+        for layout in fitting[:COMPILATIONS]:
+            compiled = self.layout(layout.mesh, layout.accumulation, layout.remat, compiling=True)
+            if compiled.fits:
+                return compiled, len(candidates)
+        return None, len(candidates)
+
+    def job(self, mesh: MeshConfig, accumulation: int, remat: Any) -> Job:
+        """The step, as the time model takes it."""
+        config = self.config
+        fraction = 1.0
+        if not self.model.causal:
+            fraction = (config.masking.rate + (config.masking.final_rate or config.masking.rate)) / 2
+        return Job(
+            model=self.model,
+            chip=self.hardware.chip,
+            sequence_length=config.data.sequence_length,
+            batch_rows=config.batch_size,
+            mesh={axis: getattr(mesh, axis) for axis in AXES},
+            accumulation=accumulation,
+            predicted_fraction=fraction,
+            remat=remat,
+            scan=self._scans(),
+            optimizer=config.optimizer.name,
+            attention="xla" if self.attention(mesh)[0] == "xla" else "flash",
+        )
+
+    def attention(self, mesh: MeshConfig) -> tuple[str, str]:
+        """(backend, reason). On GPUs a fused kernel is assumed, whatever this version has there."""
+        if self.config.execution.attention == "xla":
+            return "xla", "as asked"
+        if self.hardware.chip.architecture != "tpu":
+            return "fused", "assumed: a kernel that keeps no scores"
+        length = self.config.data.sequence_length // mesh.sequence
+        dropping = self.model.attention_dropout > 0
+        reason = splash_refusal(self.model, length, "tpu", dropping=dropping, cached=False)
+        return ("xla", reason) if reason else ("splash", "the TPU's own kernel")
+
+    def devices(self) -> list[Any]:
+        assert self.hardware.slice is not None
+        self._devices = self._devices or devices_of(self.hardware.slice)
+        return self._devices
+
+    def _scans(self) -> bool:
+        scan = self.config.execution.scan_layers
+        on_tpu = self.hardware.chip.architecture == "tpu"
+        return scan if scan is not None else on_tpu or self.model.num_hidden_layers > UNROLLED_LAYERS
+
+    def _memory(self, mesh: MeshConfig, accumulation: int, remat: Any) -> Memory:
+        attention = self.attention(mesh)[0]
+        return step_memory(
+            self.model,
+            self.head,
+            {axis: getattr(mesh, axis) for axis in AXES},
+            rows=self.config.batch_size,
+            length=self.config.data.sequence_length,
+            accumulation=accumulation,
+            remat=remat,
+            attention="xla" if attention == "xla" else "splash",
+            dtype="float32" if self.config.execution.dtype == "float32" else "bfloat16",
+            muon=self.config.optimizer.name == "muon",
+            scan=self._scans(),
+        )
+
+    def _task(self, accumulation: int) -> Task:
+        return Task(
+            devices=self.hardware.devices,
+            slices=self.hardware.slices,
+            rows=self.config.batch_size // accumulation,
+            length=self.config.data.sequence_length,
+            heads=self.model.kv_heads,
+            width=self.model.hidden_size,
+        )
+
+    def _check(self, mesh: MeshConfig, accumulation: int) -> None:
+        """UserError for what does not divide, before any compilation."""
+        config = self.config
+        check_batch(mesh, self.hardware.devices, config.batch_size, accumulation, config.data.sequence_length)
+        for axis, size, what in (
+            ("tensor", self.model.kv_heads, f"{self.model.kv_heads} key/value heads"),
+            ("tensor", self.model.intermediate_size, f"intermediate size {self.model.intermediate_size}"),
+            ("fsdp", self.model.hidden_size, f"hidden size {self.model.hidden_size}"),
+        ):
+            if size % getattr(mesh, axis):
+                fits = [n for n in range(1, getattr(mesh, axis) + 1) if size % n == 0][-2:]
+                raise UserError(
+                    f"mesh axis {axis}={getattr(mesh, axis)} does not divide the model's {what}; "
+                    f"try {axis} = {' or '.join(map(str, fits))}"
+                )
+
+
+def _doublings(start: int, most: int) -> list[int]:
+    values = [start]
+    while most % (values[-1] * 2) == 0:
+        values.append(values[-1] * 2)
+    return values

@@ -1,0 +1,85 @@
+"""Which mesh to take: the simplest layout that fits the memory of the chips. What `--mesh auto` follows.
+
+Copies of the model cost one all-reduce a step, splitting it by ZeRO-3 an all-gather a layer, splitting tokens one of
+keys and values a layer, splitting heads two exchanges of activations a layer (Rajbhandari et al. 2020; Grattafiori et
+al. 2024, section 3.3.2; Shoeybi et al. 2019): they are tried in this order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from cli import UserError
+from sharding.mesh import MeshConfig
+
+KEPT_FREE = 0.1
+"""Of the memory: for what an estimate does not see, fragments and the network's buffers."""
+MOST_TENSOR = 8
+"""Devices that share a layer's heads: more are farther apart than the exchanges allow."""
+
+
+class Task(NamedTuple):
+    """What a mesh must divide evenly."""
+
+    devices: int
+    slices: int
+    """Groups of devices with a slower network between them; the axis replica reaches across."""
+    rows: int
+    """Of a micro-batch."""
+    length: int
+    """Tokens of a row."""
+    heads: int
+    """Key/value heads."""
+    width: int
+    """D, which fsdp splits."""
+
+
+def layouts(task: Task) -> Iterator[MeshConfig]:
+    """Every mesh over all devices that divides the task, the simplest first."""
+    within = task.devices // task.slices
+    tensors = [n for n in range(1, min(MOST_TENSOR, within) + 1) if within % n == task.heads % n == 0]
+    splits = [n for n in _divisors(within) if task.length % (128 * n) == 0 or n == 1]
+    for tensor, sequence in sorted(((t, s) for t in tensors for s in splits), key=lambda pair: (math.prod(pair), pair)):
+        copies, rest = divmod(within, tensor * sequence)
+        if rest or task.rows % (copies * task.slices):
+            continue
+        for fsdp in _divisors(copies):
+            if task.width % fsdp == 0:
+                yield MeshConfig(copies // fsdp, fsdp, tensor, sequence, task.slices)
+
+
+def advise(task: Task, need: Callable[[MeshConfig], float], limit: float | None) -> tuple[MeshConfig, str]:
+    """(mesh, why): the first layout that needs less than the limit but for KEPT_FREE.
+
+    need: bytes of a device. limit: of a device; None = unknown, then copies of the whole model. UserError where no mesh
+    divides the task or holds it.
+    """
+    found = list(layouts(task))
+    if not found:
+        raise UserError(
+            f"no mesh of {task.devices} devices divides {task.rows} rows of {task.length} tokens evenly; try "
+            f"--batch-size {-(-task.rows // task.devices) * task.devices}"
+        )
+    needs = [(need(mesh), mesh) for mesh in (found if limit else found[:1])]
+    if not limit:
+        return found[0], "copies of the whole model: the memory of these devices is not known"
+    allowed = limit * (1 - KEPT_FREE)
+    for number, (bytes_, mesh) in enumerate(needs):
+        if bytes_ <= allowed:
+            before = f"; {needs[0][1]} would need {_gigabytes(needs[0][0])}" if number else ""
+            return mesh, f"it needs about {_gigabytes(bytes_)} of the {_gigabytes(limit)} of a device{before}"
+    least, mesh = min(needs, key=lambda pair: pair[0])
+    raise UserError(
+        f"no mesh of {task.devices} devices holds this: {mesh} needs the least, about {_gigabytes(least)} of the "
+        f"{_gigabytes(limit)} of a device; try --execution.remat full, a larger --accumulation, or more devices"
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
