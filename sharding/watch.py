@@ -110,7 +110,9 @@ class Watch:
         threading.Thread(target=self._leave_with, args=(failure,), daemon=True).start()
 
     def _leave_with(self, failure: Failure) -> None:
-        if not self._leaving.wait(GRACE):
+        # Without process 0, JAX is about to abort this one.
+        orphaned = failure.message is None and failure.process_id == 0
+        if not self._leaving.wait(0 if orphaned else GRACE):
             os.write(2, f"error: {self._words(failure)}\n".encode())
             self._linger()
             os._exit(failure.code)
