@@ -207,6 +207,9 @@ class _Step:
     def __init__(self, config: ClusterConfig, work: Path):
         self.config, self.work = config, work
 
+    def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
+        raise NotImplementedError
+
 
 class MeasureFiles(_Step):
     """What the filters must know of the documents in this task's files, into a folder of the cache."""
