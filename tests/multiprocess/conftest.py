@@ -109,6 +109,8 @@ def start(tmp_path) -> Iterator[Callable[..., Group]]:
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}",
                 "XLA_FLAGS": XLA_FLAGS.format(devices),
                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
             if flags:
                 command += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", str(count)]

@@ -1,88 +1,118 @@
 """The doors in two processes: the same results, files and reports as in one."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_finetune import ENCODER, sentences, write_jsonl, write_run
+
+import finetune.train
+import mlm.pretrain
+from finetune.presets import PRESETS as FINETUNE
+from finetune.presets import FinetuneData
+from mlm.presets import PRESETS as MLM
+from sharding.mesh import MeshConfig
 
 pytestmark = pytest.mark.timeout(400)
 
-KINDS = {"fruit": "apple pear plum", "bird": "crow robin wren", "tool": "saw axe file"}
-PRETRAIN = ("--eval-rows", 8, "--log-every", 1, "--eval-every", 4, "--steps", 2, "--json")
+SPLIT = MeshConfig(data=1, fsdp=4)
+FLAGS = ("--mesh.data", 1, "--mesh.fsdp", 4, "--json")
 
 
-def sentences(count: int) -> str:
-    kinds = sorted(KINDS)
-    rows = []
-    for number in range(count):
-        kind = kinds[number % 3]
-        words = KINDS[kind].split()
-        rows.append({"sentence": f"we saw the {words[number % len(words)]} here", "label": kind})
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def same_results(together: dict, alone: dict) -> None:
+    assert together["finished"] and together["step"] == alone["step"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert together["eval"] == pytest.approx(alone["eval"], rel=1e-5)
 
 
-def result(group) -> dict:
+def same_weights(one, two) -> None:
+    one, two = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+def spoken(group) -> dict:
+    """The --json object of process 0; the other says nothing."""
+    assert group.out(1) == "" and group.err(1) == "" == group.err(0), group.told()
     return json.loads(group.out(0).splitlines()[-1])
 
 
-def test_pretraining_then_finetuning_in_two_processes_equals_one(run, tmp_path):
-    """mlm and then finetune, parameters split over all devices, with export; the second starts from the first."""
-    (tmp_path / "train.jsonl").write_text(sentences(32))
-    (tmp_path / "validation.jsonl").write_text(sentences(12))
-    outcomes = {}
-    for name, count in (("together", 2), ("alone", 1)):
-        options = {"devices": 4 // count, "flags": count > 1}
-        split = ("--mesh.data", 1, "--mesh.fsdp", 4)
-        pretrained = run(
-            count, "mlm.pretrain", "debug", "--run-dir", f"{name}-mlm", "--export", f"{name}-hf", *PRETRAIN, *split,
-            **options,
-        )  # fmt: skip
-        tuned = run(
-            count, "finetune.train", "classify-debug", "--run-dir", f"{name}-tuned", "--init-from", f"{name}-mlm",
-            "--data.train", "train.jsonl", "--data.validation", "validation.jsonl", "--steps", 3, "--batch-size", 8,
-            "--export", f"{name}-tuned-hf", "--json", *split, **options,
-        )  # fmt: skip
-        outcomes[name] = result(pretrained), result(tuned)
-        for group in (pretrained, tuned):
-            assert all(group.out(number) == "" and group.err(number) == "" for number in range(1, count)), group.told()
-    for together, alone in zip(*outcomes.values(), strict=True):
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-        assert together["eval"] == pytest.approx(alone["eval"], rel=1e-5)
-        assert together.get("metrics") == alone.get("metrics")
-        assert together["step"] == alone["step"] and together["finished"]
-    for folder in ("mlm", "tuned"):
-        there = [sorted(path.name for path in (tmp_path / f"{name}-{folder}").iterdir()) for name in outcomes]
-        assert there[0] == there[1] and {"report.html", "config.json", "summary.json", "metrics.jsonl"} <= set(there[0])
-    for file in ("mlm/samples.json", "tuned/predictions.jsonl", "tuned/confusion.json"):
-        folder, _, rest = file.partition("/")
-        texts = [(tmp_path / f"{name}-{folder}" / rest).read_text() for name in outcomes]
-        assert [len(text.splitlines()) for text in texts][0] > 0
-        if file.startswith("tuned/confusion"):
-            assert texts[0] == texts[1]
-    for folder in ("hf", "tuned-hf"):
-        one, two = (load_file(tmp_path / f"{name}-{folder}" / "model.safetensors") for name in outcomes)
-        assert one.keys() == two.keys() and all(np.allclose(one[key], two[key], rtol=1e-4, atol=1e-5) for key in one)
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_caches_of_their_own_and_flags_that_differ(run, tmp_path):
-    """Each host prepares its text where there is no common cache; another text on one of them is refused."""
+def test_pretraining_with_a_cache_on_each_host(run, tmp_path):
+    """Parameters split over both processes; samples, report and export are written by the first."""
 
     def cache(number):
         return {"environment": {"ESPALIER_CACHE": str(tmp_path / f"cache-{number}")}}
 
-    (tmp_path / "text.txt").write_text("the crow and the wren saw the plum\n\n" * 300)
-    flags = ("--data.files", "text.txt", *PRETRAIN)
-    run(2, "clm.pretrain", "debug", "--run-dir", "own", *flags, each=cache)
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("the crow and the wren saw the plum\n\n" * 300)
+    other.write_text("the robin and the crow ate the pear\n\n" * 300)
+    shape = ("--model.num-hidden-layers", 1, "--data.sequence-length", 16, "--eval-rows", 8, "--steps", 2)
+    flags = ("mlm.pretrain", "debug", *shape, *FLAGS)
+    group = run(2, *flags, "--data.files", text, "--run-dir", "both", "--export", "both-hf", flags=True, each=cache)
+    together = spoken(group)
     assert len(list(tmp_path.glob("cache-*/tokenizer-*"))) == 2
 
-    (tmp_path / "other.txt").write_text("the robin and the crow ate the pear\n\n" * 300)
+    config = MLM["debug"]()
+    alone = mlm.pretrain.main(
+        dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, num_hidden_layers=1),
+            data=dataclasses.replace(config.data, files=(str(text),), sequence_length=16),
+            eval_rows=8,
+            steps=2,
+            mesh=SPLIT,
+            run_dir=str(tmp_path / "one"),
+            export=str(tmp_path / "one-hf"),
+        )
+    )
+    same_results(together, alone)
+    same_weights(tmp_path / "both-hf", tmp_path / "one-hf")
+    assert names(tmp_path / "both") == names(tmp_path / "one")
+    assert {"report.html", "samples.json", "summary.json"} <= set(names(tmp_path / "both"))
 
-    def other(number):
-        return {"arguments": ["--data.files", ("text.txt", "other.txt")[number]]}
+    # A host with another text is refused by all, before anything is written.
+    def differs(number):
+        return cache(number) | {"arguments": ["--data.files", (text, other)[number]]}
 
-    group = run(2, "clm.pretrain", "debug", "--run-dir", "other", *flags[2:], codes=2, each=other)
+    group = run(2, *flags, "--run-dir", "other", codes=2, each=differs)
     for number in range(2):
         (line,) = group.lines(number)
         assert "process 1 has other settings than process 0: fingerprints." in line
     assert not (tmp_path / "other").exists()
+
+
+def test_finetuning(run, tmp_path):
+    base = write_run(tmp_path / "base", dataclasses.replace(ENCODER, classifier_pooling="cls"))
+    train, validation = (write_jsonl(tmp_path / f"{n}.jsonl", sentences(n)) for n in (32, 13))
+    files = ("--data.train", train, "--data.validation", validation, "--init-from", base)
+    shape = ("--steps", 3, "--batch-size", 8, "--export", "both-hf")
+    group = run(2, "finetune.train", "classify-debug", "--run-dir", "both", *files, *shape, *FLAGS)
+    together = spoken(group)
+    alone = finetune.train.main(
+        dataclasses.replace(
+            FINETUNE["classify-debug"](),
+            data=FinetuneData(train=train, validation=validation),
+            init_from=str(base),
+            steps=3,
+            batch_size=8,
+            mesh=SPLIT,
+            run_dir=str(tmp_path / "one"),
+            export=str(tmp_path / "one-hf"),
+        )
+    )
+    same_results(together, alone)
+    assert together["metrics"] == alone["metrics"]
+    same_weights(tmp_path / "both-hf", tmp_path / "one-hf")
+    assert names(tmp_path / "both") == names(tmp_path / "one")
+    for name in ("confusion.json", "predictions.jsonl"):
+        one, two = ((tmp_path / run / name).read_text().splitlines() for run in ("both", "one"))
+        assert len(one) == len(two)
+    assert (tmp_path / "both" / "confusion.json").read_text() == (tmp_path / "one" / "confusion.json").read_text()
+    assert len((tmp_path / "both" / "predictions.jsonl").read_text().splitlines()) == 13

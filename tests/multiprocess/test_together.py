@@ -26,7 +26,6 @@ TWO = {
     "replica": dict(replica=2, data=1, fsdp=2),
 }
 FOUR = {
-    "data": dict(data=8),
     "replica": dict(replica=4, data=1, fsdp=2),
     "everything": dict(data=1, fsdp=2, sequence=2, tensor=2),
 }
@@ -101,8 +100,8 @@ def test_a_checkpoint_of_any_number_of_processes_goes_on_in_any_other(run, tmp_p
         (folder / "config.json").write_text(json.dumps(settings))
         return folder
 
-    for target in (2, 4):
-        folders = {source: goes_on(source, target) for source in meshes if source != target}
+    for target, sources in ((2, [4]), (4, [1, 2])):
+        folders = {source: goes_on(source, target) for source in sources}
         group = run(target, "worker.py", *(job(folder, meshes[target], steps=4) for folder in folders.values()))
         for source, folder in folders.items():
             assert f"resumed at step 2 from {folder}" in group.out(0)
@@ -110,12 +109,10 @@ def test_a_checkpoint_of_any_number_of_processes_goes_on_in_any_other(run, tmp_p
                 np.testing.assert_array_equal(got, expected)
             assert_same(folder, tmp_path / "whole", whole)
             assert complete_steps(folder / "checkpoints") == [2, 4]
-    for source in (2, 4):
-        folder = goes_on(source, 1)
-        restored = restored_state(folder, meshes[1])
-        for got, expected in zip(restored, saved[source], strict=True):
-            np.testing.assert_array_equal(got, expected)
-        assert_close(alone(folder, meshes[1], steps=4), whole)
+    folder = goes_on(4, 1)
+    for got, expected in zip(restored_state(folder, meshes[1]), saved[4], strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert_close(alone(folder, meshes[1], steps=4), whole)
 
 
 def restored_state(run_dir, mesh) -> list[np.ndarray]:
