@@ -93,10 +93,11 @@ def run(
             )
         preset = presets[name]
         default = preset()
+        flags = dict(_flags(type(default)))
+        arguments[1:] = _spelled_out(arguments[1:], flags)
         config = _parse(type(default), f"{prog} {name}", inspect.getdoc(preset), arguments[1:], default)
         if getattr(config, "run_dir", "") is None:
             config = dataclasses.replace(config, run_dir=f"runs/{prog}-{name}")
-        flags = dict(_flags(type(default)))
         called = Call(f"./launch.sh {prog} {shlex.join(arguments)}", frozenset(_given(arguments, flags)))
         _call(lambda config: main(config, called), config)
 
@@ -178,6 +179,19 @@ def _flags(config_type: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", hint
             if hint is bool:
                 yield f"{prefix}no-{name}", hint
+
+
+def _spelled_out(arguments: Sequence[str], flags: Mapping[str, Any]) -> list[str]:
+    """`--mesh auto` as `--mesh.auto`: a group of flags with a switch `auto` takes that word for all of them."""
+    line: list[str] = []
+    for argument in arguments:
+        if argument == "auto" and line and f"{line[-1]}.auto" in flags:
+            line[-1] += ".auto"
+        elif argument.endswith("=auto") and f"{argument.removesuffix('=auto')}.auto" in flags:
+            line.append(argument.removesuffix("=auto") + ".auto")
+        else:
+            line.append(argument)
+    return line
 
 
 def _given(arguments: list[str], flags: Mapping[str, Any]) -> Iterator[str]:

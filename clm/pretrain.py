@@ -19,7 +19,6 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
 
     With config.init_from, the architecture is that of the weights, but for the model settings given in `call`.
     """
-    import jax
 
     from clm.generate import SamplingConfig, continue_texts
     from clm.loss import causal_lm_objective
@@ -30,9 +29,10 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
     from models.counts import count_params, flops_per_token
     from models.hub import Pretrained, check_export, save_pretrained
+    from models.layout import open_mesh
     from models.pretrained import architecture_of, export_to, load_weights
     from models.transformer import init_params, matrix_axes
-    from sharding.mesh import build_mesh, check_batch, host_rows
+    from sharding.mesh import host_rows
     from training.card import model_card
     from training.loop import train
     from training.report import write_report
@@ -40,16 +40,14 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from training.start import find_origin
 
     length = config.data.sequence_length
-    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation, length)
-    mesh = build_mesh(config.mesh)
-    mine = host_rows(config.batch_size, mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
     origin = find_origin(config, run, Pretrained)
     architecture = config.model
     if origin and config.init_from:
         architecture = architecture_of(origin.config, config.model, call.settings_of("model"))
-    architecture.fitted(architecture.vocab_size, length)
+    mesh = open_mesh(config, architecture.fitted(architecture.vocab_size, length), "causal_lm", length)
+    mine = host_rows(config.batch_size, mesh)
 
     of_weights = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
     prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=False, of_weights=of_weights)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cli import UserError
-from data.loader import Batch, shuffled
+from data.loader import ALL, Batch, Part, shuffled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -152,19 +152,19 @@ class LabelledBatches:
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def batch(self, step: int, part: slice = slice(None)) -> Batch:
+    def batch(self, step: int, part: Part = ALL) -> Batch:
         """Rows `part` of this step's global batch, in an order of its own in each epoch.
 
         The row length is that of the global batch, so that all hosts agree on it.
         """
         return self._rows(shuffled(step * self._batch_size + np.arange(self._batch_size), len(self), self._seed), part)
 
-    def fixed(self, part: slice = slice(None)) -> list[Batch]:
+    def fixed(self, part: Part = ALL) -> list[Batch]:
         """All examples in the order of the file; empty rows fill up the last batch."""
         indices = np.append(np.arange(len(self)), np.full(-len(self) % self._batch_size, -1))
         return [self._rows(chosen, part) for chosen in indices.reshape(-1, self._batch_size)]
 
-    def _rows(self, indices: np.ndarray, part: slice) -> Batch:
+    def _rows(self, indices: np.ndarray, part: Part) -> Batch:
         longest = self._lengths[indices[indices >= 0]].max()
         length = next(length for length in self._row_lengths if length >= longest)
         indices = indices[part]

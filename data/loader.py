@@ -15,6 +15,9 @@ from data.packing import BEGINS, ENDS, Plan, fill
 from data.tokenizer import SpecialIds
 
 Batch = dict[str, np.ndarray]
+Part = slice | np.ndarray
+"""Rows of a batch: a slice of them or their numbers."""
+ALL = slice(None)
 ROUNDS = 8
 
 
@@ -157,7 +160,7 @@ class Batches:
         self._mixture = Mixture([weights[name] for name in self._names]) if weights else None
         self._begins = np.cumsum([0, *map(len, self._rows)])
 
-    def batch(self, step: int, part: slice = slice(None)) -> Batch:
+    def batch(self, step: int, part: Part = ALL) -> Batch:
         """Rows `part` of the global batch of this step; only those are read. Epochs follow each other without a gap."""
         index_B = step * self._batch_size + np.arange(self._batch_size)[part]
         if self._mixture is None:
@@ -171,7 +174,7 @@ class Batches:
             chosen_B[mine] = shuffled(number_B[mine], len(rows), seed)
         return self._gather(source_B, chosen_B)
 
-    def fixed(self, max_rows: int, part: slice = slice(None)) -> list[Batch]:
+    def fixed(self, max_rows: int, part: Part = ALL) -> list[Batch]:
         """Evaluation batches: at most max_rows rows, of each source its share of them, evenly spaced over all it has.
 
         Empty rows fill the last batch.

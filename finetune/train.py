@@ -26,17 +26,15 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from models.config import ModelConfig
     from models.counts import flops_per_token
     from models.hub import Pretrained, check_export, save_pretrained
+    from models.layout import open_mesh
     from models.pretrained import export_to, load_weights
     from models.transformer import matrix_axes
-    from sharding.mesh import build_mesh, check_batch
     from training.card import model_card
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise
     from training.start import find_origin
 
-    check_batch(config.mesh, jax.device_count(), config.batch_size, config.accumulation)
-    mesh = build_mesh(config.mesh)
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)
 
@@ -49,6 +47,7 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config)
     model = ModelConfig.from_dict(origin.config["model"])
     model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
+    mesh = open_mesh(config, model, config.task, None)
     task = open_task(config, model, tokenizer, mesh)
     exporting = export_to(config.export, run.path, origin)
     if exporting:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding.mesh import BATCH_AXES
+
 if TYPE_CHECKING:
     from mlm.presets import MaskingConfig
 
@@ -81,8 +83,21 @@ def _choose(key, batch, rate, slot_count, whole_words, vocabulary):
         word_BT = jnp.cumsum(starts_BT, axis=1) - 1
         draw_BT = jnp.take_along_axis(draw_BT, word_BT, axis=1)
     # top_k returns equal scores in order of position, so the last word chosen is cut at its end.
-    _, positions_BM = jax.lax.top_k(jnp.where(ordinary_BT, draw_BT, -1.0), slot_count)
+    positions_BM = _top_k(jnp.where(ordinary_BT, draw_BT, -1.0), slot_count)
     count_B1 = jnp.sum(ordinary_BT, axis=1, keepdims=True, dtype=jnp.float32)
     used_B1 = jnp.minimum(jnp.maximum(jnp.round(rate * count_B1), 1.0), count_B1)
     weights_BM = (jnp.arange(slot_count)[None, :] < used_B1).astype(jnp.float32)
     return positions_BM.astype(jnp.int32), weights_BM
+
+
+def _top_k(x_BT: jax.Array, k: int) -> jax.Array:
+    """Places of the k largest of each row. Each device sorts its own rows: by itself XLA would gather all of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def places(x_BT):
+        return jax.lax.top_k(x_BT, k)[1]
+
+    if mesh.empty or x_BT.shape[0] % math.prod(mesh.shape[name] for name in BATCH_AXES):
+        return places(x_BT)
+    rows = jax.sharding.PartitionSpec(BATCH_AXES)
+    return jax.shard_map(places, in_specs=rows, out_specs=rows)(x_BT)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from models.block import Block, Context
 from models.config import ModelConfig
+from models.heads import LANGUAGE_MODELS
 from models.layers import rotary_frequencies, rotary_tables
 from models.transformer import init_params, rematerialised
 from sharding.rules import param_spec, path_of
@@ -67,13 +68,11 @@ def step_memory(
     """
     size = {axis: mesh.get(axis, 1) for axis in ("replica", "data", "fsdp", "sequence", "tensor")}
     itemsize = jnp.dtype(dtype).itemsize
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), (head,)))
     held = gathered = looped = 0.0
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        spec = param_spec(path_of(key_path), leaf.ndim)
-        whole = math.prod(leaf.shape) / math.prod(size[axis] for axis in spec if axis == "tensor")
+    for path, elements, spec in _parameters(config, head):
+        whole = elements / math.prod(size[axis] for axis in spec if axis == "tensor")
         held += 4 * whole / math.prod(size[axis] for axis in spec if axis == "fsdp")
-        if "period" in path_of(key_path):
+        if "period" in path:
             looped += whole
         else:
             gathered += whole
@@ -87,10 +86,10 @@ def step_memory(
     kept = working = 0.0
     for kind, count in {kind: config.layers.count(kind) for kind in config.layers}.items():
         layer = functools.partial(
-            _layer_bytes, config, kind, local_rows, length, size["sequence"], size["tensor"], attention, dtype
+            _row_bytes, config, kind, length, size["sequence"], size["tensor"], attention, dtype
         )
-        kept += count * layer(remat)
-        working = max(working, layer("none") + in_layer)
+        kept += count * local_rows * layer(remat)
+        working = max(working, local_rows * layer("none") + in_layer)
     tokens = local_rows * length / size["sequence"]
     scores = min(CHUNK_BYTES, 4 * tokens * config.padded_vocab_size / size["tensor"])
     ends = 4 * tokens * config.hidden_size * itemsize
@@ -104,11 +103,19 @@ def step_memory(
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _parameters(config: ModelConfig, head: str) -> list[tuple[str, int, tuple]]:
+    """(path, elements, how the rules split it) of every parameter."""
+    heads = (head,) if head in LANGUAGE_MODELS else ()
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), heads))
+    paths = [(path_of(key_path), leaf) for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+    return [(path, math.prod(leaf.shape), tuple(param_spec(path, leaf.ndim))) for path, leaf in paths]
+
+
 @functools.lru_cache(maxsize=256)
-def _layer_bytes(
+def _row_bytes(
     config: ModelConfig,
     kind: str,
-    rows: int,
     length: int,
     sequence: int,
     tensor: int,
@@ -116,7 +123,7 @@ def _layer_bytes(
     dtype: str,
     remat: str,
 ) -> float:
-    """Bytes that a layer of this kind keeps of `rows` rows on one device between its forward and its backward pass."""
+    """Bytes that a layer of this kind keeps of a row on one device between its forward and its backward pass."""
     local = dataclasses.replace(
         config,
         num_attention_heads=max(1, config.num_attention_heads // tensor),
@@ -151,4 +158,4 @@ def _layer_bytes(
         across = sequence if leaf.shape[-2:] == (tokens, tokens) else 1
         total += math.prod(leaf.shape) * leaf.dtype.itemsize * across
     gathered = 2 * 2 * (length - tokens) * local.kv_heads * local.head_size * jnp.dtype(dtype).itemsize
-    return rows * (total + (gathered if sequence > 1 and remat == "none" else 0))
+    return total + (gathered if sequence > 1 and remat == "none" else 0)

@@ -79,9 +79,7 @@ def apply(
     dropping = key is not None and config.attention_dropout > 0
     length = batch["input_ids"].shape[1]
     backend, _ = choose_backend(execution.attention, config, length, dropping=dropping, cached=cache is not None)
-    scan = execution.scan_layers
-    if scan is None:
-        scan = config.num_hidden_layers > UNROLLED_LAYERS or mesh_platform() == "tpu"
+    scan = scans(config, execution)
     context = _context(config, batch, cache)
     embedding_key, layer_keys = (None, {}) if key is None else _dropout_keys(config, key)
 
@@ -118,6 +116,13 @@ def apply(
     if cache is None:
         return x_BTD
     return x_BTD, {"layers": new_layers, "segment_ids": context.k_segments_BS, "end": cache["end"] + length}
+
+
+def scans(config: ModelConfig, execution: Execution) -> bool:
+    """Whether the repeated layers run by lax.scan."""
+    if execution.scan_layers is not None:
+        return execution.scan_layers
+    return config.num_hidden_layers > UNROLLED_LAYERS or mesh_platform() == "tpu"
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int, dtype=jnp.float32) -> dict:

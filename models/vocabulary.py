@@ -31,15 +31,14 @@ def token_logprobs(
     batch, length, _ = features_BTD.shape
     mesh = jax.sharding.get_abstract_mesh()
     devices, split = (1, 1) if mesh.empty else (mesh.size, mesh.shape["sequence"])
-    chunk = max(1, chunk_elements * devices // (batch * table_VD.shape[0]))
-    if chunk >= length:
-        return _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size)
-
-    fewest = -(-length // chunk)
+    most = max(1, chunk_elements * devices // (batch * table_VD.shape[0]))
+    fewest = -(-length // most)
     # A few more chunks rather than padding.
     chunks = next((n for n in range(fewest, 2 * fewest) if length % (n * split) == 0), fewest)
-    chunk = -(-length // chunks)
+    chunk = -(-length // (chunks * split)) * split
     padding = chunks * chunk - length
+    if chunks == 1 and not padding:
+        return _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size)
 
     def by_chunk(x):
         # Interleaved, so that of a row whose tokens are split over devices every chunk has some on each.

@@ -143,7 +143,7 @@ def compile_step(config: Any, mesh: jax.sharding.Mesh, chip: Chip) -> Compiled:
         return _too_large(str(error), step, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     memory: Any = program.memory_analysis()
-    text = program.as_text()
+    text = program.as_text() or ""
     arguments = memory.argument_size_in_bytes
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(

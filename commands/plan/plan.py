@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,10 +213,7 @@ class Planner:
         if self.hardware.slices > 1 and wanted.replica == 1:
             wanted = dataclasses.replace(wanted, replica=self.hardware.slices)
         mesh = wanted.on(devices)
-        sizes = [getattr(mesh, axis) for axis in AXES]
-        product = 1
-        for size in sizes:
-            product *= size
+        product = math.prod(mesh.sizes(devices))
         if product != devices:
             raise UserError(
                 f"mesh {mesh} has {product} devices and {self.hardware.name} has {devices}; "
@@ -291,7 +289,10 @@ class Planner:
         if self.config.execution.attention == "xla":
             return "xla", "as asked"
         if self.hardware.chip.architecture != "tpu":
-            return "fused", "assumed: a kernel that keeps no scores"
+            return "fused", (
+                "assumed: a kernel that keeps no scores (cuDNN's, Triton's); this version runs XLA's attention on GPUs, "
+                "which --execution.attention xla plans for"
+            )
         length = self.config.data.sequence_length // mesh.sequence
         dropping = self.model.attention_dropout > 0
         reason = splash_refusal(self.model, length, "tpu", dropping=dropping, cached=False)

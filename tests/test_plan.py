@@ -1,0 +1,197 @@
+"""Plans by analysis: what is asked, what is answered, what is refused. Compiled ones: tests/test_plan_compiled.py."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+import cli
+from commands.plan.__main__ import main, presets
+from commands.plan.compiled import parse_topology
+from commands.plan.plan import make_plan
+from commands.plan.settings import as_tokens
+from sharding.advice import Task, advise, layouts
+from sharding.mesh import MeshConfig
+
+KEYS = {
+    *("fits", "peak_bytes_per_chip", "chip_bytes", "params", "model_flops_per_token", "step_seconds"),
+    *("tokens_per_second_per_chip", "mfu", "compile_seconds", "mesh", "basis"),
+}
+
+
+def planned(preset: str, **changes):
+    """The plan of a preset; nested settings by their flags' names with __ for the point."""
+    config = presets()[preset]()
+    nested: dict[str, dict] = {}
+    for name, value in list(changes.items()):
+        if "__" in name:
+            outer, inner = name.split("__")
+            nested.setdefault(outer, {})[inner] = changes.pop(name)
+    parts = {outer: dataclasses.replace(getattr(config, outer), **inner) for outer, inner in nested.items()}
+    return make_plan(dataclasses.replace(config, **changes, **parts))
+
+
+def run(capsys, tmp_path, *arguments: str) -> str:
+    cli.run(main, presets(), prog="plan", description="", argv=[*arguments, "--run-dir", str(tmp_path)])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as error:
+        cli.run(main, presets(), prog="plan", description="", argv=list(arguments))
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_command_line_prints_one_json_object_and_draws_a_page(capsys, tmp_path):
+    out = run(capsys, tmp_path, *"gpt2 --chip h100 --chips 8 --accumulation 4 --price 2 --tokens 10B --json".split())
+    (line,) = out.strip().splitlines()
+    plan = json.loads(line)
+    assert plan.keys() >= KEYS
+    assert plan["basis"] == "estimate" and plan["compile_seconds"] is None and plan["fits"] is True
+    assert plan["params"] == 124_439_808  # Radford et al. 2019, counted by transformers
+    assert plan["mesh"] == {"replica": 1, "data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
+    speed = plan["tokens_per_second_per_chip"]
+    assert plan["step_seconds"] * speed * 8 == pytest.approx(512 * 1024)
+    assert plan["mfu"] == pytest.approx(speed * plan["model_flops_per_token"] / 989e12)
+    assert plan["chip_hours"] == pytest.approx(10e9 / speed / 3600) and plan["cost"] == pytest.approx(
+        2 * plan["chip_hours"]
+    )
+    page = (tmp_path / "plan.html").read_text()
+    assert "Memory of a device" in page and "Where the time of a step goes" in page and "kept for the backward" in page
+    assert json.loads((tmp_path / "plan.json").read_text())["params"] == plan["params"]
+
+
+def test_text_says_whether_it_fits_and_what_would(capsys, tmp_path):
+    out = run(capsys, tmp_path, "llama-8b", "--chip", "h100", "--chips", "8")
+    assert re.search(r"^does not fit: [\d.]+ of 79.65 GiB", out, re.M)
+    flags = re.search(r"^fits: (.*)$", out, re.M)
+    assert flags, out
+    again = run(capsys, tmp_path, "llama-8b", "--chip", "h100", "--chips", "8", *flags[1].split())
+    assert re.search(r"^fits: [\d.]+ of 79.65 GiB", again, re.M)
+
+
+def test_what_the_search_names_is_the_fastest_that_fits():
+    plan = planned("llama-8b", chip="h100", chips=8)
+    assert not plan.asked.fits and plan.found and plan.found.fits and plan.tried > 10
+    # By hand: rematerialisation and micro-batches are needed, but no more of them than that.
+    fewer = planned(
+        "llama-8b", chip="h100", chips=8, accumulation=plan.found.accumulation // 2, execution__remat=plan.found.remat
+    )
+    assert not fewer.asked.fits
+
+
+def test_nothing_fits_is_said(capsys, tmp_path):
+    out = run(capsys, tmp_path, "llama-70b", "--chip", "t4", "--chips", "8")
+    assert "nothing that fits among" in out
+
+
+def test_memory_of_the_state_is_sixteen_bytes_a_parameter_split_by_the_mesh():
+    """Float32 parameters, two moments and the gradient, with the vocabulary padded to 128."""
+    params = 85_056_000 + 50_304 * 768 + 1024 * 768
+    for mesh, ways in ((MeshConfig(data=8), 1), (MeshConfig(data=1, fsdp=8), 8)):
+        memory = planned("gpt2", chip="h100", chips=8, mesh=mesh).asked.memory
+        assert (memory.parameters + memory.optimizer + memory.gradients) * ways / params == pytest.approx(16, rel=0.01)
+
+
+def test_rematerialisation_and_micro_batches_need_less_memory():
+    sizes = [
+        planned("gpt2", chip="h100", chips=8, execution__remat=remat, search=False).asked.memory.total
+        for remat in ("none", "dots", "full")
+    ]
+    assert sizes == sorted(sizes, reverse=True) and sizes[2] < 0.5 * sizes[0]
+    kept = [planned("gpt2", chip="h100", chips=8, accumulation=a, search=False).asked.memory.kept for a in (1, 4)]
+    assert kept[0] == pytest.approx(4 * kept[1])
+
+
+def test_xla_attention_keeps_scores():
+    fused, scores = (
+        planned("gpt2", chip="h100", chips=8, accumulation=4, execution__attention=kind, search=False).asked.memory.kept
+        for kind in ("auto", "xla")
+    )
+    # At least the probabilities of 12 layers, 12 heads, 16 rows: bfloat16 [T, T].
+    assert scores - fused > 12 * 12 * 16 * 1024 * 1024 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("gpt2", "no chips given; name a TPU slice"),
+        ("gpt2 --topology v5e:4x4 --chip h100", "both --topology and --chip given"),
+        ("gpt2 --topology v9:4x4", "unknown topology 'v9:4x4'; it is one of v4:AxBxC, v5e:AxB"),
+        ("gpt2 --topology v5e", "v5e slices have 2 dimensions; for instance v5e:2x2"),
+        ("gpt2 --topology v5e:4x4x4", "v5e slices have 2 dimensions; for instance v5e:2x2"),
+        ("gpt2 --topology v5e:128x64", "8192 chips; at most 4096"),
+        ("gpt2 --topology v5e:3x3", "no topology v5e:3x3"),
+        ("gpt2 --topology v5e:4x4 --mesh.data 4", "mesh data=4 has 4 devices and v5e:4x4 has 16"),
+        ("gpt2 --topology v5e:4x4 --mesh.data 3 --mesh.fsdp -1", "3 does not divide the 16 devices"),
+        ("llama-8b --topology v5p:4x4x4 --mesh.tensor 16", "tensor=16 does not divide the model's 8 key/value heads"),
+        ("gpt2 --topology v5e:4x4 --mesh.tensor 8", "tensor=8 does not divide the model's 12 key/value heads"),
+        ("gpt2 --chip h100 --chips 2 --mesh.sequence 2 --data.sequence-length 1001", "1001 is not divisible by mesh"),
+        ("gpt2 --chip h100 --chips 7", "batch_size=512 is not divisible by data×fsdp×accumulation=7×1×1"),
+        ("gpt2 --chip h999", "unknown chip 'h999'; known are v2, v3"),
+        ("gpt2 --chip h100 --chips 0", "chips=0 and slices=1 must be at least 1"),
+        ("gpt2 --chip h100 --tokens lots", "tokens='lots' is no number of tokens; write 10B"),
+        ("gpt2 --chip h100 --price -1", "price=-1 must be at least 0"),
+        ("gpt2 --chip h100 --data.sequence-length 2048", "exceeds the model's 1024 learned positions"),
+        ("gpt3 --chip h100", "unknown preset 'gpt3'; did you mean gpt2"),
+        ("demo --chip h100", "mlm-demo"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_compilation(capsys, monkeypatch, arguments, message):
+    def compiled(*_):
+        raise AssertionError("it compiles")
+
+    monkeypatch.setattr("commands.plan.plan.compile_step", compiled)
+    assert message in refused(capsys, *arguments.split())
+
+
+def test_tokens():
+    assert [as_tokens(text) for text in ("10B", "1.5T", "3e11", "300m", "1000")] == [1e10, 1.5e12, 3e11, 3e8, 1000]
+
+
+def test_topologies():
+    found = parse_topology("V5P:4x4x8", 2)
+    assert (found.chips, found.devices, found.name) == (256, 256, "v5p:4x4x8")
+    assert parse_topology("tpu7x:2x2x1").devices == 8  # two devices a chip
+
+
+# ------------------------------------------------------------------------------------------------------------- advice
+
+TASK = Task(devices=8, slices=1, rows=64, length=1024, heads=4, width=768)
+
+
+def test_every_layout_uses_all_devices_and_divides_the_task():
+    found = list(layouts(TASK))
+    assert found[0] == MeshConfig(data=8) and len(set(found)) == len(found)
+    for mesh in found:
+        assert mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence * mesh.replica == 8
+        assert TASK.heads % mesh.tensor == 0 and TASK.rows % (mesh.data * mesh.fsdp) == 0
+    slices = list(layouts(TASK._replace(slices=2)))
+    assert {mesh.replica for mesh in slices} == {2}
+    # Fewer rows than devices: something else must be split.
+    assert all(mesh.tensor * mesh.sequence >= 4 for mesh in layouts(TASK._replace(rows=2)))
+
+
+def test_advice_takes_the_simplest_that_fits_and_says_why():
+    def need(mesh):
+        return 100 * 2**30 / (mesh.fsdp * mesh.tensor)
+
+    assert advise(TASK, need, None)[0] == MeshConfig(data=8)
+    mesh, why = advise(TASK, need, 120 * 2**30)
+    assert mesh == MeshConfig(data=8) and "100 GiB of the 120 GiB" in why
+    mesh, why = advise(TASK, need, 60 * 2**30)
+    assert mesh == MeshConfig(data=4, fsdp=2) and "data=8 would need 100 GiB" in why
+    with pytest.raises(cli.UserError, match="no mesh of 8 devices holds this.*try --execution.remat full"):
+        advise(TASK, need, 5 * 2**30)
+    with pytest.raises(cli.UserError, match="no mesh of 8 devices divides 3 rows"):
+        advise(TASK._replace(rows=3, heads=1, length=100), need, None)
+
+
+def test_mesh_auto_is_a_word_on_the_command_line(capsys, tmp_path):
+    arguments = "llama-1b --chip h100 --chips 8 --accumulation 8 --mesh auto --json".split()
+    plan = json.loads(run(capsys, tmp_path, *arguments))
+    assert plan["fits"] and plan["mesh"]["data"] * plan["mesh"]["fsdp"] == 8

@@ -1,0 +1,121 @@
+"""What layouts may exchange between devices and hold on one, read from compiled programs."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import pytest
+
+import clm.presets
+import mlm.presets
+from commands.plan.compiled import collectives, shapes_of
+from commands.plan.step import lower_step
+from models.config import Execution
+from sharding.mesh import MeshConfig, build_mesh
+
+# Every size is another number, so that a shape tells what it is; scores of a device take four chunks.
+V, T, B, D, F = 20_480, 512, 16, 96, 320
+SIZES = dict(
+    vocab_size=V - 7,
+    hidden_size=D,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=24,
+    intermediate_size=F,
+    max_position_embeddings=T,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+DOORS = {"mlm": (mlm.presets.modern_base, {}), "clm": (clm.presets.llama_1b, {"rope_scaling_factor": None})}
+
+
+@functools.cache
+def program(door: str, mesh: MeshConfig):
+    """(HLO text, state as (path, whole shape, shape on a device)) of the train step on eight devices."""
+    preset, changes = DOORS[door]
+    config = preset()
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **SIZES, **changes),
+        batch_size=B,
+        data=dataclasses.replace(config.data, sequence_length=T),
+        execution=Execution(scan_layers=True, dtype="float32", remat="full"),
+    )
+    step = lower_step(config, build_mesh(mesh))
+    state = [
+        (jax.tree_util.keystr(path), leaf.shape, leaf.sharding.shard_shape(leaf.shape))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(step.arguments[0])
+    ]
+    return step.lowered.compile().as_text(), state
+
+
+def shapes(text: str) -> set[tuple[int, ...]]:
+    """Of everything the program computes."""
+    return {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)}
+
+
+def gathered(text: str) -> set[tuple[int, ...]]:
+    return {shape for _, shape in shapes_of(text, "all-gather")}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_copies_exchange_gradients_and_nothing_else(door):
+    text, _ = program(door, MeshConfig(data=8))
+    assert set(collectives(text)) == {"all-reduce"}
+    text, _ = program(door, MeshConfig(data=4, replica=2))
+    assert set(collectives(text)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_under_fsdp_no_matrix_of_the_state_is_whole_on_a_device(door):
+    text, state = program(door, MeshConfig(data=1, fsdp=8))
+    whole = sum(math.prod(shape) for _, shape, part in state if shape == part)
+    assert whole < 0.01 * sum(math.prod(shape) for _, shape, _ in state)
+    for path, shape, part in state:
+        if path.endswith(("['kernel']", "['embedding']")):
+            assert math.prod(part) * 8 == math.prod(shape), path
+    # The program takes and returns it as it lies: an entry parameter is a shard.
+    entry = text[text.index("\nENTRY") :]
+    parameters = {tuple(map(int, s.split(","))) for s in re.findall(r"= f32\[([\d,]+)\]\S* parameter\(", entry)}
+    assert (V, D // 8) in parameters and (V, D) not in parameters
+    # Weights of one layer are gathered at a time, never those of all layers.
+    assert gathered(text) and not [shape for shape in gathered(text) if len(shape) > 2 and shape[0] == 4 and F in shape]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_under_tensor_parallelism_the_vocabulary_stays_split(door):
+    text, state = program(door, MeshConfig(data=2, tensor=4))
+    assert "all-reduce" in collectives(text)
+    # Neither the table nor its gradient or moments, in either order, nor scores of all entries.
+    assert not [shape for shape in shapes(text) if V in shape and math.prod(shape) >= V * D]
+    assert {part[0] for path, shape, part in state if shape == (V, D)} == {V // 4}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_under_sequence_parallelism_only_keys_and_values_are_gathered(door):
+    text, _ = program(door, MeshConfig(data=2, sequence=4))
+    for shape in gathered(text):
+        # [B, T, K, H]; what is no larger than the ids of the batch does not count.
+        assert math.prod(shape) <= B * T or shape[-2:] == (4, 24), shape
+    # Scores are of a quarter of the queries against all keys.
+    assert not [shape for shape in shapes(text) if shape[-2:] == (T, T)]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, tensor=4), MeshConfig(data=2, sequence=4)],
+    ids=str,
+)
+def test_scores_over_the_vocabulary_are_never_there_for_all_tokens(door, mesh):
+    """The largest buffer with a vocabulary in it is a chunk: of the tokens of a device, a part."""
+    text, _ = program(door, mesh)
+    split = mesh.tensor if mesh.tensor > 1 else 1
+    largest = max(math.prod(shape) for shape in shapes(text) if V in shape or V // split in shape)
+    tokens = T if door == "clm" else round(0.3 * T)
+    assert largest <= 2**24
+    if door == "clm":
+        assert largest < B * tokens * V / 8
