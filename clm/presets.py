@@ -90,11 +90,13 @@ def demo() -> PretrainConfig:
 def gpt2() -> PretrainConfig:
     """GPT-2 (124M; Radford et al. 2019), half a million tokens a step: `./launch.sh clm gpt2 --data.files …`.
 
-    Not yet run to the end. 19,073 steps are 10 billion tokens. On one GPU: `--batch-size 512 --accumulation 16`.
+    Not yet run to the end. 19,073 steps are 10 billion tokens. As it is, it fits a TPU v4:2x2x2 (tests/
+    test_plan_compiled.py); on one GPU: `--accumulation 16`.
     """
     return PretrainConfig(
         steps=19_073,
         batch_size=512,
+        accumulation=4,
         log_every=10,
         eval_every=500,
         model=replace(GPT2, hidden_dropout=0.0, attention_dropout=0.0),

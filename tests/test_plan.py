@@ -7,7 +7,7 @@ import re
 import pytest
 
 import cli
-from commands.plan.__main__ import main, presets
+from commands.plan.__main__ import PRESETS, main
 from commands.plan.compiled import parse_topology
 from commands.plan.plan import make_plan
 from commands.plan.settings import as_tokens
@@ -22,9 +22,9 @@ KEYS = {
 
 def planned(preset: str, **changes):
     """The plan of a preset; nested settings by their flags' names with __ for the point."""
-    config = presets()[preset]()
+    config = PRESETS[preset]()
     nested: dict[str, dict] = {}
-    for name, value in list(changes.items()):
+    for name in list(changes):
         if "__" in name:
             outer, inner = name.split("__")
             nested.setdefault(outer, {})[inner] = changes.pop(name)
@@ -33,13 +33,13 @@ def planned(preset: str, **changes):
 
 
 def run(capsys, tmp_path, *arguments: str) -> str:
-    cli.run(main, presets(), prog="plan", description="", argv=[*arguments, "--run-dir", str(tmp_path)])
+    cli.run(main, PRESETS, prog="plan", description="", argv=[*arguments, "--run-dir", str(tmp_path)])
     return capsys.readouterr().out
 
 
 def refused(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as error:
-        cli.run(main, presets(), prog="plan", description="", argv=list(arguments))
+        cli.run(main, PRESETS, prog="plan", description="", argv=list(arguments))
     assert error.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -93,7 +93,7 @@ def test_memory_of_the_state_is_sixteen_bytes_a_parameter_split_by_the_mesh():
     """Float32 parameters, two moments and the gradient, with the vocabulary padded to 128."""
     params = 85_056_000 + 50_304 * 768 + 1024 * 768
     for mesh, ways in ((MeshConfig(data=8), 1), (MeshConfig(data=1, fsdp=8), 8)):
-        memory = planned("gpt2", chip="h100", chips=8, mesh=mesh).asked.memory
+        memory = planned("gpt2", chip="h100", chips=8, mesh=mesh, accumulation=1).asked.memory
         assert (memory.parameters + memory.optimizer + memory.gradients) * ways / params == pytest.approx(16, rel=0.01)
 
 
@@ -131,7 +131,7 @@ def test_xla_attention_keeps_scores():
         ("llama-8b --topology v5p:4x4x4 --mesh.tensor 16", "tensor=16 does not divide the model's 8 key/value heads"),
         ("gpt2 --topology v5e:4x4 --mesh.tensor 8", "tensor=8 does not divide the model's 12 key/value heads"),
         ("gpt2 --chip h100 --chips 2 --mesh.sequence 2 --data.sequence-length 1001", "1001 is not divisible by mesh"),
-        ("gpt2 --chip h100 --chips 7", "batch_size=512 is not divisible by data×fsdp×accumulation=7×1×1"),
+        ("gpt2 --chip h100 --chips 7", "batch_size=512 is not divisible by data×fsdp×accumulation=7×1×4=28"),
         ("gpt2 --chip h999", "unknown chip 'h999'; known are v2, v3"),
         ("gpt2 --chip h100 --chips 0", "chips=0 and slices=1 must be at least 1"),
         ("gpt2 --chip h100 --tokens lots", "tokens='lots' is no number of tokens; write 10B"),

@@ -32,6 +32,8 @@ MODULES = {
     "generate": "clm.generate",
     "prepare": "data.prepare",
     "report": "commands.report",
+    "plan": "commands.plan.__main__",
+    "budget": "commands.plan.budget",
     "import": "commands.convert",
     "export": "commands.convert",
 }
@@ -54,6 +56,8 @@ SHORTENED = {
     "finetune": FEW_ROWS,
     "generate": "--sampling.max-new-tokens 4",
     "prepare": "",
+    "plan": f"{TINY} --model.num-key-value-heads 2 --batch-size 64 --data.sequence-length 128",
+    "budget": "",
     "report": "",
     "import": "",
     "export": "",
@@ -102,6 +106,8 @@ KEYS = {
     "generate": {"prompts", "completions"},
     "prepare": {"vocab_size", "train", "validation"},
     "report": {"report"},
+    "plan": {"fits", "peak_bytes_per_chip", "basis"},
+    "budget": {"parameters", "tokens", "batch_size"},
     "import": {"run_dir", "head"},
     "export": {"path", "head"},
 }
@@ -118,7 +124,7 @@ def test_every_command_runs(user, capsys, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     for command in COMMANDS:
-        name, *arguments = command or ["demo"]
+        name, *arguments = command[1:] if command[:2] == ["plan", "budget"] else command or ["demo"]
         arguments = [argument.replace("$BOOKS", "books").replace("$SST2", ".") for argument in arguments]
         shortened = SHORTENED[name]
         if any(argument.startswith("hf:") for argument in arguments):
@@ -144,11 +150,12 @@ def test_every_command_runs(user, capsys, monkeypatch):
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z][\w.-]*)", README))))
 def test_every_flag_in_the_text_exists(flag):
     accepted = set()
-    for name in ("mlm", "clm", "finetune"):
+    for name in ("mlm", "clm", "finetune", "plan"):
         module = importlib.import_module(MODULES[name])
         for preset in module.PRESETS.values():
             accepted |= {given for given, _ in cli._flags(type(preset()))}
-    assert flag in accepted | {"--help"}
+    groups = {given.removesuffix(".auto") for given in accepted if given.endswith(".auto")}
+    assert flag in accepted | groups | {"--help"}
 
 
 @pytest.mark.parametrize("text", [README, AGENTS], ids=["README", "AGENTS"])

@@ -39,6 +39,9 @@ def _planned(preset: Callable[[], Any], plan: type) -> Callable[[], Any]:
     return make
 
 
+PRESETS = presets()
+
+
 def main(config: Any, call: cli.Call) -> dict:
     """Make the plan and print it; returns the `--json` object."""
     # What a slice needs is worked out on this machine's CPU, whatever else it has.
@@ -65,4 +68,4 @@ if __name__ == "__main__":
 
         cli.run_config(budget.main, budget.BudgetConfig, prog="plan budget", argv=sys.argv[2:])
     else:
-        cli.run(main, presets(), prog="plan", description=DESCRIPTION)
+        cli.run(main, PRESETS, prog="plan", description=DESCRIPTION)

@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,14 +181,20 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 
 def _temporaries(text: str) -> Iterator[Tensor]:
-    """What operations of the program write, named by the line of the model that asks for it."""
-    pattern = (
-        r"= ([a-z]+\d+)\[([\d,]+)\]\S* (?!parameter|get-tuple-element|bitcast|tuple)[\w-]+\(.*?op_name=\"([^\"]*)\""
-    )
-    for kind, sizes, name in set(re.findall(pattern, text)):
-        size = math.prod(_shape(sizes)) * BYTES.get(kind, 4)
-        if size >= 2**20:
-            yield Tensor(_short_name(name), f"{kind}[{sizes}]", size)
+    """What the program holds for a while: stacks that a loop fills, layer by layer, and the largest single results."""
+    stacks = re.findall(r"= ([a-z]+\d+)\[([\d,]+)\]\S* custom-call\(\).*AllocateBuffer", text)
+    for (kind, sizes), count in Counter(stacks).items():
+        yield _stacked(f"{kind}[{sizes}]", count, math.prod(_shape(sizes)) * BYTES.get(kind, 4))
+    pattern = r"= ([a-z]+\d+)\[([\d,]+)\]\S* (?:fusion|convolution|custom-call)\(.*?op_name=\"([^\"]*)\""
+    for kind, sizes, name in re.findall(pattern, text):
+        if (kind, sizes) not in stacks:
+            yield Tensor(_short_name(name), f"{kind}[{sizes}]", math.prod(_shape(sizes)) * BYTES.get(kind, 4))
+
+
+def _stacked(shape: str, count: int, size: float) -> Tensor:
+    layers = _shape(shape[shape.index("[") + 1 : -1])[0]
+    times = f", {count} of them" if count > 1 else ""
+    return Tensor(f"kept for the backward pass by {layers} layers{times}", shape, count * size)
 
 
 def _arguments(program: Program) -> Iterator[Tensor]:
@@ -203,7 +210,8 @@ def _arguments(program: Program) -> Iterator[Tensor]:
 
 
 def _largest(tensors: list[Tensor], count: int = 10) -> tuple[Tensor, ...]:
-    named = {(tensor.name, tensor.shape): tensor for tensor in tensors}
+    """The largest, one of each shape of what is not part of the state."""
+    named = {tensor.name if "/" in tensor.name else tensor.shape: tensor for tensor in tensors}
     return tuple(sorted(named.values(), key=lambda tensor: -tensor.size)[:count])
 
 
@@ -211,7 +219,14 @@ def _too_large(message: str, step: Program, seconds: float) -> Compiled:
     """What the compiler's complaint says: the whole need, and its largest allocations."""
     used, limit = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message).groups()  # type: ignore[union-attr]
     found = re.findall(r"Size: (\S+)\s+Operator: op_name=\"([^\"]*)\".*?\n\s+Shape: (\S+?)\{.*?\n", message, flags=re.S)
-    allocations = [Tensor(_short_name(name), shape, _bytes(size)) for size, name, shape in found]
+    sizes = {shape: _bytes(size) for size, _, shape in found}
+    times = Counter(shape for *_, shape in found)
+    allocations = [
+        _stacked(shape, times[shape], sizes[shape])
+        if name.startswith("broadcast")
+        else Tensor(_short_name(name), shape, sizes[shape])
+        for _, name, shape in found
+    ]
     state = list(_arguments(step))
     arguments = sum(tensor.size for tensor in state)
     return Compiled(

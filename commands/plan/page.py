@@ -54,7 +54,7 @@ def sections(plan: Plan, command: str | None) -> list[Section]:
     parts = [
         Section(
             "Memory of a device",
-            bar(memory_parts(asked), asked.limit, f"{asked.limit / GIB:.1f} GiB"),
+            bar(memory_parts(asked), asked.limit, f"The mark: the {asked.limit / GIB:.1f} GiB that a program may use."),
             "What was asked for: "
             + described(plan, asked)
             + ". "
@@ -69,7 +69,7 @@ def sections(plan: Plan, command: str | None) -> list[Section]:
         parts.append(
             Section(
                 "What fits",
-                bar(memory_parts(found), found.limit, f"{found.limit / GIB:.1f} GiB"),
+                bar(memory_parts(found), found.limit, f"The mark: {found.limit / GIB:.1f} GiB."),
                 f"{described(plan, found)}: {found.flags}",
             )
         )
@@ -85,7 +85,7 @@ def sections(plan: Plan, command: str | None) -> list[Section]:
     parts.append(
         Section(
             "Where the time of a step goes",
-            bar(steps, time.step, f"{time.step:.3g} s"),
+            bar(steps, time.step, f"In all {time.step:.3g} s."),
             f"By analysis: {time.step:.3g} s, from {time.low:.3g} to {time.high:.3g} s (docs/plan.md: how good it is).",
         )
     )
@@ -135,7 +135,7 @@ def bar(parts: Sequence[Part], whole: float, end: str) -> str:
     mark = f'<u style="left:{whole * scale:.3f}%" title="{escape(end)}"></u>'
     return (
         f"{STYLE}<div class=stack>{''.join(pieces)}{mark}</div>"
-        f"<p class=note>the mark: {escape(end)}</p><ul class=legend>{''.join(legend)}</ul>"
+        f"<p class=note>{escape(end)}</p><ul class=legend>{''.join(legend)}</ul>"
     )
 
 

@@ -290,8 +290,8 @@ class Planner:
             return "xla", "as asked"
         if self.hardware.chip.architecture != "tpu":
             return "fused", (
-                "assumed: a kernel that keeps no scores (cuDNN's, Triton's); this version runs XLA's attention on GPUs, "
-                "which --execution.attention xla plans for"
+                "assumed: a kernel that keeps no scores (cuDNN's, Triton's); this version runs XLA's attention on "
+                "GPUs, which --execution.attention xla plans for"
             )
         length = self.config.data.sequence_length // mesh.sequence
         dropping = self.model.attention_dropout > 0

@@ -1,0 +1,63 @@
+"""Presets compiled for TPU slices by the TPU's own compiler: they fit, and have its attention kernel."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from commands.plan.__main__ import PRESETS
+from commands.plan.plan import make_plan
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+GIB = 2**30
+# The smallest slice that each preset is meant for: one that stops fitting fails here.
+FITS = {
+    "bert-base": "v5e:4x4",
+    "modern-base": "v6e:4x4",
+    "gpt2": "v4:2x2x2",
+    "llama-8b": "v5p:4x4x4",
+    "llama-70b": "v5p:8x8x8",
+}
+
+
+@functools.cache
+def compiled(name: str, **changes):
+    config = dataclasses.replace(PRESETS[name](), topology=FITS[name], search=False, **changes)
+    return make_plan(config)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_preset_fits_its_slice(name):
+    plan = compiled(name)
+    program = plan.asked.compiled
+    answer = plan.as_json()
+    assert program and plan.asked.fits and answer["basis"] == "compiled" and answer["compile_seconds"] > 0
+    assert 0 < program.arguments < program.peak <= program.limit
+    assert answer["chip_bytes"] == program.limit and answer["peak_bytes_per_chip"] == program.peak
+    # State and batch, exactly: float32 parameters and two moments as they are split, three or six arrays of tokens.
+    split = plan.asked.mesh.fsdp * plan.asked.mesh.tensor
+    state = 12 * plan.params / split
+    assert state < program.arguments < 1.1 * state + 2**20 * 64
+    # BERT drops out attention probabilities, which no kernel holds; the others have the TPU's own.
+    assert (program.kernels > 0) == (name != "bert-base") == (plan.asked.attention == "splash")
+    assert "attention_dropout=0.1" in plan.attention_reason if name == "bert-base" else program.largest
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_memory_by_analysis_is_near_what_the_compiler_says(name):
+    """BERT comes close to the chip's memory without rematerialisation, and the compiler adds some of its own."""
+    plan = compiled(name)
+    assert plan.asked.memory.total == pytest.approx(plan.asked.peak, rel=0.5 if name == "bert-base" else 0.25)
+
+
+def test_what_does_not_fit_is_said_with_what_takes_the_most():
+    plan = compiled("gpt2", accumulation=1)
+    program = plan.asked.compiled
+    assert program and not plan.asked.fits and program.peak > program.limit == pytest.approx(30.75 * GIB)
+    assert "kept for the backward pass by 12 layers" in program.largest[0].name
+    assert not plan.as_json()["fits"]
+
+
+def test_llama_70b_gathers_weights_and_never_whole_states():
+    program = compiled("llama-70b").asked.compiled
+    assert program and program.collectives.keys() & {"all-gather", "reduce-scatter", "all-reduce"}
