@@ -85,9 +85,7 @@ def step_memory(
     local_rows = max(1, rows // (accumulation * size["replica"] * size["data"] * size["fsdp"]))
     kept = working = 0.0
     for kind, count in {kind: config.layers.count(kind) for kind in config.layers}.items():
-        layer = functools.partial(
-            _row_bytes, config, kind, length, size["sequence"], size["tensor"], attention, dtype
-        )
+        layer = functools.partial(_row_bytes, config, kind, length, size["sequence"], size["tensor"], attention, dtype)
         kept += count * local_rows * layer(remat)
         working = max(working, local_rows * layer("none") + in_layer)
     tokens = local_rows * length / size["sequence"]
