@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from etils import epath
 from tqdm import tqdm
 
 from cli import MachineError, UserError
-from sharding.distributed import LONG_WAIT, WAIT, from_first, gather
+from sharding.distributed import LONG_WAIT, from_first, gather
 from sharding.rules import path_of
 from training.run import RunDirectory, write_json
 from training.state import TrainState
@@ -48,6 +49,8 @@ for _logger in ("absl", "asyncio"):
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+WRITING = 7200
+"""Seconds that a checkpoint may take to be written by all processes."""
 
 
 class CheckpointError(OSError, MachineError):
@@ -66,6 +69,7 @@ class Checkpoints:
         self.announce = announce
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._failed = False
         self._saving = self._size = 0
         if jax.process_index() == 0:
             for step in _step_folders(self.folder):
@@ -79,7 +83,7 @@ class Checkpoints:
             create=False,
             cleanup_tmp_directories=True,
             max_to_keep=None,
-            async_options=ocp.AsyncOptions(timeout_secs=int(WAIT)),
+            async_options=ocp.AsyncOptions(timeout_secs=WRITING, barrier_sync_fn=_barrier()),
             multiprocessing_options=_by_all(),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -141,8 +145,10 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # Orbax repeats the failure that wait() raised
-                self._manager.close()
+            # Among several processes, Orbax would wait for the others after a failure; this one is about to end.
+            if not (self._failed and jax.process_count() > 1):
+                with contextlib.suppress(Exception):  # Orbax repeats the failure that wait() raised
+                    self._manager.close()
 
     def _finish(self, step: int, started: float) -> None:
         try:
@@ -156,7 +162,7 @@ class Checkpoints:
                         shutil.rmtree(self.folder / str(old))
                     self.announce(f"saved step {step} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)")
         except BaseException as error:  # raised where the loop asks next, in wait()
-            self._failure = error
+            self._failure, self._failed = error, True
 
 
 def save_params(folder: str | Path, params: Any, config: dict) -> None:
@@ -359,6 +365,18 @@ def _sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def _barrier() -> Callable[..., None]:
+    """How Orbax's threads wait for the other processes."""
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        # It does so also on its way out of a failure of this process alone, where the others will not come.
+        if sys.exception() is None:
+            wait(key=key, timeout_ms=timeout_ms)
+
+    return barrier
 
 
 def _by_all() -> ocp.options.MultiprocessingOptions:

@@ -59,6 +59,29 @@ def test_an_error_of_one_is_told_by_all(start, tmp_path):
         assert line.startswith("error: process "), line
 
 
+def test_a_checkpoint_that_one_cannot_write_ends_all(start, tmp_path):
+    group = start(2, "worker.py", job(tmp_path / "run", mesh={"data": 1, "fsdp": 4}, every=3, full=[1]))
+    group.wait(1, timeout=90)
+    # The standard error of process 1 is a file, of which it cannot write more either.
+    (line,) = group.lines(0)
+    assert line.startswith("error: process 1 of 2: ") and "checkpoint 3 could not be written" in line
+    assert complete_steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_damaged_checkpoint_is_told_by_all(start, run, tmp_path):
+    short = job(tmp_path / "run", mesh={"data": 1, "fsdp": 4}, steps=4, stop_at=2)
+    run(2, "worker.py", short)
+    largest = max((tmp_path / "run" / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    group = start(2, "worker.py", short)
+    group.wait(2, timeout=60)
+    for number in range(2):
+        (line,) = group.lines(number)
+        assert line.startswith("error: process ") and "is damaged" in line and largest.name in line
+
+
 def test_processes_with_different_settings_are_refused(start, tmp_path):
     group = start(2, "worker.py", each=lambda number: {"arguments": [job(tmp_path / "run", steps=5 + number, pause=0)]})
     group.wait([2, 2], timeout=60)

@@ -1,7 +1,7 @@
 """The toy (tests/toy.py), trained by several processes: `worker.py JOB …`, a job being JSON.
 
     run_dir, mesh (sizes of axes), steps, stop_at, every (steps between checkpoints), pause (seconds before a batch),
-    blind (processes that do not see what others write)
+    blind (processes that do not see what others write), full (processes that cannot write more than 1 kB to a file)
 
 Each job leaves in its run directory start.npz and final.npz (leaves of the whole state), and rows-<process>.json: the
 rows that the process loaded.
@@ -10,6 +10,7 @@ rows that the process loaded.
 import dataclasses
 import json
 import pathlib
+import resource
 import sys
 import time
 
@@ -53,6 +54,9 @@ def perform(job: dict):
     def batches_from(step):
         while True:
             time.sleep(job.get("pause", 0))
+            # Not before the programs are compiled and cached.
+            if jax.process_index() in job.get("full", ()) and step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
             yield part(toy.batch(step))
             step += 1
 
