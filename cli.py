@@ -99,6 +99,9 @@ def run(
         if getattr(config, "run_dir", "") is None:
             config = dataclasses.replace(config, run_dir=f"runs/{prog}-{name}")
         called = Call(f"./launch.sh {prog} {shlex.join(arguments)}", frozenset(_given(arguments, flags)))
+        for group in (name.removesuffix(".auto") for name in called.given if name.endswith(".auto")):
+            if others := sorted(called.settings_of(group) - {"auto"}):
+                raise UserError(f"--{group} auto chooses --{group}.{others[0]} too; leave out one of them")
         _call(lambda config: main(config, called), config)
 
 

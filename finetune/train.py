@@ -22,6 +22,7 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
 
     from data.loader import prefetch
     from data.tokenizer import fingerprint, framed_tokenizer, save_tokenizer, tokenizer_of
+    from finetune.examples import max_length
     from finetune.tasks import open_task
     from models.config import ModelConfig
     from models.counts import flops_per_token
@@ -47,7 +48,7 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config)
     model = ModelConfig.from_dict(origin.config["model"])
     model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
-    mesh = open_mesh(config, model, config.task, None)
+    mesh = open_mesh(config, model, config.task, max_length(config.data, model), split=False)
     task = open_task(config, model, tokenizer, mesh)
     exporting = export_to(config.export, run.path, origin)
     if exporting:

@@ -87,7 +87,9 @@ def choose_backend(
     dropping: whether attention probabilities are dropped out; cached: whether keys come from a cache. UserError where
     the one that was asked for cannot do it.
     """
-    reason = splash_refusal(config, length, mesh_platform(), dropping=dropping, cached=cached)
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["sequence"]
+    reason = splash_refusal(config, length, mesh_platform(), parts=parts, dropping=dropping, cached=cached)
     if requested == "splash" and reason:
         raise UserError(f"execution.attention=splash: {reason}; try --execution.attention auto")
     if requested != "auto":

@@ -21,7 +21,7 @@ from models.block import Block, Context
 from models.config import ModelConfig
 from models.heads import LANGUAGE_MODELS
 from models.layers import rotary_frequencies, rotary_tables
-from models.transformer import init_params, rematerialised
+from models.transformer import init_params, matrix_axes, rematerialised
 from sharding.rules import param_spec, path_of
 
 CHUNK_BYTES = 2**26
@@ -68,10 +68,13 @@ def step_memory(
     """
     size = {axis: mesh.get(axis, 1) for axis in ("replica", "data", "fsdp", "sequence", "tensor")}
     itemsize = jnp.dtype(dtype).itemsize
-    held = gathered = looped = 0.0
-    for path, elements, spec in _parameters(config, head):
+    held = gathered = looped = moments = 0.0
+    for path, elements, spec, matrix in _parameters(config, head):
         whole = elements / math.prod(size[axis] for axis in spec if axis == "tensor")
-        held += 4 * whole / math.prod(size[axis] for axis in spec if axis == "fsdp")
+        part = 4 * whole / math.prod(size[axis] for axis in spec if axis == "fsdp")
+        held += part
+        # Muon keeps one moment of a layer's matrices; the rest is AdamW's.
+        moments += part * (1 if muon and matrix else 2)
         if "period" in path:
             looped += whole
         else:
@@ -93,7 +96,7 @@ def step_memory(
     ends = 4 * tokens * config.hidden_size * itemsize
     return Memory(
         parameters=held,
-        optimizer=held * (1 if muon else 2),
+        optimizer=moments,
         gradients=held * (2 if accumulation > 1 else 1),
         weights=weights,
         kept=kept,
@@ -102,12 +105,16 @@ def step_memory(
 
 
 @functools.lru_cache(maxsize=16)
-def _parameters(config: ModelConfig, head: str) -> list[tuple[str, int, tuple]]:
-    """(path, elements, how the rules split it) of every parameter."""
+def _parameters(config: ModelConfig, head: str) -> list[tuple[str, int, tuple, bool]]:
+    """(path, elements, how the rules split it, whether it is a layer's matrix) of every parameter."""
     heads = (head,) if head in LANGUAGE_MODELS else ()
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), heads))
+    matrices = jax.tree.structure(shapes).flatten_up_to(matrix_axes(shapes))
     paths = [(path_of(key_path), leaf) for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
-    return [(path, math.prod(leaf.shape), tuple(param_spec(path, leaf.ndim))) for path, leaf in paths]
+    return [
+        (path, math.prod(leaf.shape), tuple(param_spec(path, leaf.ndim)), axes is not None)
+        for (path, leaf), axes in zip(paths, matrices, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=256)

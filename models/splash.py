@@ -27,10 +27,10 @@ BLOCK = 512
 """Tokens of a block of queries or keys, where the row has so many."""
 
 
-def splash_refusal(config: ModelConfig, length: int, platform: str, *, dropping: bool, cached: bool) -> str | None:
-    """Why the kernel cannot be used here; None if it can."""
-    mesh = jax.sharding.get_abstract_mesh()
-    part = length // (1 if mesh.empty else mesh.shape["sequence"])
+def splash_refusal(
+    config: ModelConfig, length: int, platform: str, *, parts: int, dropping: bool, cached: bool
+) -> str | None:
+    """Why the kernel cannot be used on rows of `length` tokens on so many parts of the mesh; None if it can."""
     if platform != "tpu":
         return f"splash attention is a kernel for TPUs and this is a {platform.upper()}"
     if cached:
@@ -40,8 +40,8 @@ def splash_refusal(config: ModelConfig, length: int, platform: str, *, dropping:
             f"attention_dropout={config.attention_dropout:g} drops probabilities, which the kernel never holds "
             "(0 lets it be used)"
         )
-    if part % LANES:
-        return f"{part} tokens of a row on a device are no multiple of {LANES}"
+    if length % (LANES * parts):
+        return f"a row of {length} tokens on {parts} devices is no multiple of {LANES} on each"
     return None
 
 
@@ -77,7 +77,8 @@ def splash_attention(
         part, whole = PartitionSpec(BATCH_AXES, "sequence"), PartitionSpec(BATCH_AXES)
         queries = PartitionSpec(BATCH_AXES, "tensor", "sequence")
         keys = PartitionSpec(BATCH_AXES, "tensor")
-        masks = PartitionSpec("tensor", "sequence")
+        # Where every query sees the whole row, one table serves all parts of it.
+        masks = PartitionSpec("tensor", None if _sees_all(spec, length) else "sequence")
         kernel_spec = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, masks))
         specs = (kernel_spec, queries, keys, keys, part, whole)
         out_BNTH = jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(kernel, *inputs)
@@ -91,20 +92,26 @@ def block_size(length: int, most: int = BLOCK) -> int:
     return next(size for size in range(min(most, length), 0, -LANES) if length % size == 0)
 
 
+def _sees_all(spec: AttentionSpec, length: int) -> bool:
+    right = 0 if spec.causal else spec.right
+    return all(reach is None or reach >= length - 1 for reach in (spec.left, right))
+
+
 @functools.lru_cache(maxsize=32)
 def _kernel(spec: AttentionSpec, length: int, heads: int, head_shards: int, query_shards: int, interpret: bool):
     """The kernel for rows of `length` tokens, with tables of the blocks to visit; they depend on nothing else."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+    block, part = block_size(length), block_size(length // query_shards)
     shape = (length, length)
     right = 0 if spec.causal else spec.right
-    if spec.left is None and right is None:
-        mask = splash.FullMask(shape)
+    if _sees_all(spec, length):
+        # JAX cannot join the tables of several parts if no block of them is seen in part.
+        mask, query_shards = splash.FullMask((length // query_shards, length)), 1
     elif spec.left is None and right == 0:
         mask = splash.CausalMask(shape, shard_count=query_shards)
     else:
         mask = splash.LocalMask(shape, (spec.left, right), offset=0, shard_count=query_shards)
-    block, part = block_size(length), block_size(length // query_shards)
     sizes = splash.BlockSizes(
         block_q=part,
         block_kv=block,

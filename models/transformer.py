@@ -118,11 +118,11 @@ def apply(
     return x_BTD, {"layers": new_layers, "segment_ids": context.k_segments_BS, "end": cache["end"] + length}
 
 
-def scans(config: ModelConfig, execution: Execution) -> bool:
-    """Whether the repeated layers run by lax.scan."""
+def scans(config: ModelConfig, execution: Execution, platform: str | None = None) -> bool:
+    """Whether the repeated layers run by lax.scan. platform: default: that of the mesh in use."""
     if execution.scan_layers is not None:
         return execution.scan_layers
-    return config.num_hidden_layers > UNROLLED_LAYERS or mesh_platform() == "tpu"
+    return config.num_hidden_layers > UNROLLED_LAYERS or (platform or mesh_platform()) == "tpu"
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int, dtype=jnp.float32) -> dict:

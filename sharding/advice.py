@@ -26,14 +26,16 @@ class Task(NamedTuple):
     devices: int
     slices: int
     """Groups of devices with a slower network between them; the axis replica reaches across."""
-    rows: int
-    """Of a micro-batch."""
+    batch_size: int
+    """Rows of a step."""
+    accumulation: int
+    """Micro-batches of a step."""
     length: int
-    """Tokens of a row."""
+    """Tokens of a row; 1 = rows that are not to be split."""
     heads: int
-    """Key/value heads."""
+    """What tensor must divide: key/value heads and MLP width, as one number."""
     width: int
-    """D, which fsdp splits."""
+    """What fsdp must divide: the width D, and that of the embeddings."""
 
 
 def layouts(task: Task) -> Iterator[MeshConfig]:
@@ -43,7 +45,7 @@ def layouts(task: Task) -> Iterator[MeshConfig]:
     splits = [n for n in _divisors(within) if task.length % (128 * n) == 0 or n == 1]
     for tensor, sequence in sorted(((t, s) for t in tensors for s in splits), key=lambda pair: (math.prod(pair), pair)):
         copies, rest = divmod(within, tensor * sequence)
-        if rest or task.rows % (copies * task.slices):
+        if rest or task.batch_size % (copies * task.slices * task.accumulation):
             continue
         for fsdp in _divisors(copies):
             if task.width % fsdp == 0:
@@ -56,20 +58,21 @@ def advise(task: Task, need: Callable[[MeshConfig], float], limit: float | None)
     need: bytes of a device. limit: of a device; None = unknown, then copies of the whole model. UserError where no mesh
     divides the task or holds it.
     """
-    found = list(layouts(task))
-    if not found:
+    needs: list[tuple[float, MeshConfig]] = []
+    for mesh in layouts(task):
+        if limit is None:
+            return mesh, "the simplest: the memory of these devices is not known"
+        needs.append((need(mesh), mesh))
+        if needs[-1][0] <= limit * (1 - KEPT_FREE):
+            before = f"; {needs[0][1]} would need {_gigabytes(needs[0][0])}" if len(needs) > 1 else ""
+            return mesh, f"it needs about {_gigabytes(needs[-1][0])} of the {_gigabytes(limit)} of a device{before}"
+    if not needs:
+        unit = task.devices * task.accumulation
         raise UserError(
-            f"no mesh of {task.devices} devices divides {task.rows} rows of {task.length} tokens evenly; try "
-            f"--batch-size {-(-task.rows // task.devices) * task.devices}"
+            f"no mesh of {task.devices} devices divides batch_size={task.batch_size} in accumulation="
+            f"{task.accumulation} evenly; try --batch-size {-(-task.batch_size // unit) * unit}"
         )
-    needs = [(need(mesh), mesh) for mesh in (found if limit else found[:1])]
-    if not limit:
-        return found[0], "copies of the whole model: the memory of these devices is not known"
-    allowed = limit * (1 - KEPT_FREE)
-    for number, (bytes_, mesh) in enumerate(needs):
-        if bytes_ <= allowed:
-            before = f"; {needs[0][1]} would need {_gigabytes(needs[0][0])}" if number else ""
-            return mesh, f"it needs about {_gigabytes(bytes_)} of the {_gigabytes(limit)} of a device{before}"
+    assert limit is not None
     least, mesh = min(needs, key=lambda pair: pair[0])
     raise UserError(
         f"no mesh of {task.devices} devices holds this: {mesh} needs the least, about {_gigabytes(least)} of the "

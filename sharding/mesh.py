@@ -104,7 +104,7 @@ def build_mesh(config: MeshConfig, devices=None):
             f"mesh {config} has {count} of the {len(devices)} devices, and of several processes each must have a part; "
             "set one axis to -1 = the rest"
         )
-    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    slices = slice_count(devices)
     if slices > 1:
         if sizes[0] % slices:
             raise UserError(
@@ -120,6 +120,11 @@ def build_mesh(config: MeshConfig, devices=None):
         # In their order: devices of one process, and so of one node, stand together.
         grid = np.array(devices[:count]).reshape(sizes)
     return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def slice_count(devices) -> int:
+    """TPU slices among the devices. JAX calls each node of GPUs one too, but fast networks join them."""
+    return len({getattr(d, "slice_index", None) or 0 for d in devices}) if devices[0].platform == "tpu" else 1
 
 
 def check_batch(

@@ -21,6 +21,7 @@ SPECS = {
     "causal": AttentionSpec(True, None, None, 0.3),
     "window": AttentionSpec(False, 20, 20, 0.3),
     "causal window": AttentionSpec(True, 30, None, 0.3),
+    "wide window": AttentionSpec(False, T, T - 1, 0.3),
     "softcap": AttentionSpec(True, None, None, 0.3, softcap=0.7),
 }
 
@@ -55,7 +56,7 @@ def test_kernel_equals_reference(name):
 
 
 @pytest.mark.parametrize("config", [MeshConfig(2, 1, 2, sequence=2), MeshConfig(1, 2, 1, sequence=4)], ids=str)
-@pytest.mark.parametrize("name", ["causal", "window"])
+@pytest.mark.parametrize("name", ["causal", "window", "bidirectional", "wide window"])
 def test_kernel_on_a_mesh_equals_reference(name, config):
     """Rows, heads and queries split; tables of blocks differ from device to device."""
     mesh = build_mesh(config)

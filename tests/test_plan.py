@@ -107,6 +107,15 @@ def test_rematerialisation_and_micro_batches_need_less_memory():
     assert kept[0] == pytest.approx(4 * kept[1])
 
 
+def test_muon_keeps_one_moment_of_a_matrix():
+    adamw, muon = (
+        planned("gpt2", chip="h100", chips=8, optimizer__name=name, search=False).asked.memory.optimizer
+        for name in ("adamw", "muon")
+    )
+    matrices = 12 * 12 * 768**2
+    assert adamw - muon == 4 * matrices
+
+
 def test_xla_attention_keeps_scores():
     fused, scores = (
         planned("gpt2", chip="h100", chips=8, accumulation=4, execution__attention=kind, search=False).asked.memory.kept
@@ -132,6 +141,11 @@ def test_xla_attention_keeps_scores():
         ("gpt2 --topology v5e:4x4 --mesh.tensor 8", "tensor=8 does not divide the model's 12 key/value heads"),
         ("gpt2 --chip h100 --chips 2 --mesh.sequence 2 --data.sequence-length 1001", "1001 is not divisible by mesh"),
         ("gpt2 --chip h100 --chips 7", "batch_size=512 is not divisible by data×fsdp×accumulation=7×1×4=28"),
+        ("gpt2 --chip h100 --slices 2", "--slices does not go with --chip"),
+        ("gpt2 --topology v5e:4x4 --chips 2", "--chips does not go with --topology"),
+        ("gpt2 --chip h100 --mesh auto --mesh.tensor 4", "--mesh auto chooses --mesh.tensor too"),
+        ("gpt2 --chip h100 --chips 8 --mesh auto --batch-size 4 --accumulation 8", "try --batch-size 64"),
+        ("gpt2 --chip h100 --execution.attention splash", "kernel for TPUs and this is a GPU"),
         ("gpt2 --chip h999", "unknown chip 'h999'; known are v2, v3"),
         ("gpt2 --chip h100 --chips 0", "chips=0 and slices=1 must be at least 1"),
         ("gpt2 --chip h100 --tokens lots", "tokens='lots' is no number of tokens; write 10B"),
@@ -161,7 +175,7 @@ def test_topologies():
 
 # ------------------------------------------------------------------------------------------------------------- advice
 
-TASK = Task(devices=8, slices=1, rows=64, length=1024, heads=4, width=768)
+TASK = Task(devices=8, slices=1, batch_size=64, accumulation=1, length=1024, heads=4, width=768)
 
 
 def test_every_layout_uses_all_devices_and_divides_the_task():
@@ -169,11 +183,11 @@ def test_every_layout_uses_all_devices_and_divides_the_task():
     assert found[0] == MeshConfig(data=8) and len(set(found)) == len(found)
     for mesh in found:
         assert mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence * mesh.replica == 8
-        assert TASK.heads % mesh.tensor == 0 and TASK.rows % (mesh.data * mesh.fsdp) == 0
+        assert TASK.heads % mesh.tensor == 0 and TASK.batch_size % (mesh.data * mesh.fsdp) == 0
     slices = list(layouts(TASK._replace(slices=2)))
     assert {mesh.replica for mesh in slices} == {2}
     # Fewer rows than devices: something else must be split.
-    assert all(mesh.tensor * mesh.sequence >= 4 for mesh in layouts(TASK._replace(rows=2)))
+    assert all(mesh.tensor * mesh.sequence >= 4 for mesh in layouts(TASK._replace(batch_size=2)))
 
 
 def test_advice_takes_the_simplest_that_fits_and_says_why():
@@ -187,8 +201,9 @@ def test_advice_takes_the_simplest_that_fits_and_says_why():
     assert mesh == MeshConfig(data=4, fsdp=2) and "data=8 would need 100 GiB" in why
     with pytest.raises(cli.UserError, match="no mesh of 8 devices holds this.*try --execution.remat full"):
         advise(TASK, need, 5 * 2**30)
-    with pytest.raises(cli.UserError, match="no mesh of 8 devices divides 3 rows"):
-        advise(TASK._replace(rows=3, heads=1, length=100), need, None)
+    odd = TASK._replace(batch_size=24, accumulation=5, heads=1, length=100)
+    with pytest.raises(cli.UserError, match="no mesh of 8 devices divides batch_size=24.*try --batch-size 40"):
+        advise(odd, need, None)
 
 
 def test_mesh_auto_is_a_word_on_the_command_line(capsys, tmp_path):

@@ -139,7 +139,7 @@ def compile_step(config: Any, mesh: jax.sharding.Mesh, chip: Chip) -> Compiled:
         with _quiet():
             program = step.lowered.compile()
     except Exception as error:
-        if "Ran out of memory" not in str(error):
+        if not re.search(r"Used \S+ of \S+ hbm", str(error)):
             raise
         return _too_large(str(error), step, time.perf_counter() - began)
     seconds = time.perf_counter() - began

@@ -104,7 +104,7 @@ def sections(plan: Plan, command: str | None) -> list[Section]:
         ("attention", asked.attention, plan.attention_reason),
         ("command", command or "", ""),
     ]
-    return [*parts, Section("What was planned", table(("", "", ""), settings))]
+    return [*parts, Section("What was planned", STYLE + table(("", "", ""), settings))]
 
 
 def memory_parts(layout: Layout) -> list[Part]:
@@ -134,7 +134,7 @@ def bar(parts: Sequence[Part], whole: float, end: str) -> str:
         legend.append(f'<li><i style="background:{colour}"></i>{escape(part.name)} <b>{escape(part.shown)}</b></li>')
     mark = f'<u style="left:{whole * scale:.3f}%" title="{escape(end)}"></u>'
     return (
-        f"{STYLE}<div class=stack>{''.join(pieces)}{mark}</div>"
+        f"<div class=stack>{''.join(pieces)}{mark}</div>"
         f"<p class=note>{escape(end)}</p><ul class=legend>{''.join(legend)}</ul>"
     )
 

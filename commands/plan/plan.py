@@ -13,9 +13,10 @@ from commands.plan.roofline import Bill, Job, StepTime, bill, step_time
 from commands.plan.settings import as_tokens
 from models.config import ModelConfig
 from models.counts import count_params
-from models.memory import Memory, step_memory
+from models.layout import memory_of, task_of
+from models.memory import Memory
 from models.splash import splash_refusal
-from models.transformer import UNROLLED_LAYERS
+from models.transformer import scans
 from sharding.advice import KEPT_FREE, Task, advise, layouts
 from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch
 from sharding.topology import Chip, chip_named
@@ -185,6 +186,9 @@ def find_hardware(config: Any) -> Hardware:
     if (config.topology is None) == (config.chip is None):
         given = "both --topology and --chip" if config.topology else "no chips"
         raise UserError(f"{given} given; name a TPU slice (--topology v5e:4x4) or a chip (--chip h100 --chips 8)")
+    if config.chip and config.slices != 1 or config.topology and config.chips != 1:
+        one, other = ("--slices", "--chip") if config.chip else ("--chips", "--topology")
+        raise UserError(f"{one} does not go with {other}; write --topology v5e:4x4 --slices 2 or --chip h100 --chips 8")
     if config.topology:
         wanted = parse_topology(config.topology, config.slices)
         return Hardware(wanted.chip, wanted.devices, wanted.count, wanted)
@@ -204,13 +208,10 @@ class Planner:
     def mesh(self) -> tuple[MeshConfig, str | None]:
         """The mesh that was asked for, all sizes known, and why if it was left to us."""
         config, devices = self.config, self.hardware.devices
-        if config.mesh.auto:
-            task = self._task(config.accumulation)
-            return advise(
-                task, lambda mesh: self._memory(mesh, config.accumulation, config.execution.remat).total, self.limit
-            )
-        wanted = config.mesh
-        if self.hardware.slices > 1 and wanted.replica == 1:
+        wanted, why = config.mesh, None
+        if wanted.auto:
+            wanted, why = advise(self._task(config), lambda mesh: self._memory(config, mesh).total, self.limit)
+        elif self.hardware.slices > 1 and wanted.replica == 1:
             wanted = dataclasses.replace(wanted, replica=self.hardware.slices)
         mesh = wanted.on(devices)
         product = math.prod(mesh.sizes(devices))
@@ -219,23 +220,22 @@ class Planner:
                 f"mesh {mesh} has {product} devices and {self.hardware.name} has {devices}; "
                 "set one axis to -1 = the rest, or try --mesh auto"
             )
-        self._check(mesh, config.accumulation)
-        return mesh, None
+        self._check(mesh)
+        return mesh, why
 
     def layout(self, mesh: MeshConfig, accumulation: int, remat: str, *, compiling: bool) -> Layout:
         """What comes of a mesh, micro-batches and rematerialisation."""
-        memory = self._memory(mesh, accumulation, remat)
+        config = self._with(accumulation, remat)
         compiled = None
         if compiling and self.hardware.slice:
-            execution = dataclasses.replace(self.config.execution, remat=remat)
-            config = dataclasses.replace(self.config, accumulation=accumulation, execution=execution, mesh=mesh)
+            config = dataclasses.replace(config, mesh=mesh)
             compiled = compile_step(config, build_mesh(mesh, self.devices()), self.hardware.chip)
         return Layout(
             mesh=mesh,
             accumulation=accumulation,
             remat=remat,
             attention=self.attention(mesh)[0],
-            memory=memory,
+            memory=self._memory(config, mesh),
             time=step_time(self.job(mesh, accumulation, remat)),
             compiled=compiled,
             limit=compiled.limit if compiled else self.limit,
@@ -243,26 +243,28 @@ class Planner:
 
     def search(self, asked: Layout) -> tuple[Layout | None, int]:
         """(the first layout that fits, candidates looked at): by analysis the fastest first, and then compiled."""
-        config, candidates = self.config, []
-        for accumulation in _doublings(config.accumulation, config.batch_size):
-            for mesh in [asked.mesh, *layouts(self._task(accumulation))]:
-                if config.batch_size % (accumulation * mesh.replica * mesh.data * mesh.fsdp):
-                    continue
-                for remat in REMATS[REMATS.index(config.execution.remat) :]:
-                    candidates.append(self.layout(mesh, accumulation, remat, compiling=False))
-        # Where the compiler has spoken, estimates are scaled by what it said.
-        scale = max(1.0, asked.peak / asked.memory.total) if asked.compiled else 1.0
-        allowed = asked.limit * (1 - KEPT_FREE) / scale
-        fitting = sorted(
-            (layout for layout in candidates if layout.memory.total <= allowed), key=lambda layout: layout.time.step
-        )
+        # Where the compiler has spoken, estimates are scaled by what it said; elsewhere some memory is left free.
+        allowed = asked.limit * (1 - KEPT_FREE)
+        if asked.compiled:
+            allowed = asked.limit / max(1.0, asked.peak / asked.memory.total)
+        tried, fitting = 0, []
+        for accumulation in _doublings(self.config.accumulation, self.config.batch_size):
+            for remat in REMATS[REMATS.index(self.config.execution.remat) :]:
+                config = self._with(accumulation, remat)
+                for mesh in dict.fromkeys([asked.mesh, *layouts(self._task(config))]):
+                    if config.batch_size % (accumulation * mesh.replica * mesh.data * mesh.fsdp):
+                        continue
+                    tried += 1
+                    if self._memory(config, mesh).total <= allowed:
+                        fitting.append(self.layout(mesh, accumulation, remat, compiling=False))
+        fitting.sort(key=lambda layout: layout.time.step)
         if self.hardware.slice is None:
-            return (fitting[0] if fitting else None), len(candidates)
+            return (fitting[0] if fitting else None), tried
         for layout in fitting[:COMPILATIONS]:
             compiled = self.layout(layout.mesh, layout.accumulation, layout.remat, compiling=True)
             if compiled.fits:
-                return compiled, len(candidates)
-        return None, len(candidates)
+                return compiled, tried
+        return None, tried
 
     def job(self, mesh: MeshConfig, accumulation: int, remat: Any) -> Job:
         """The step, as the time model takes it."""
@@ -286,16 +288,21 @@ class Planner:
 
     def attention(self, mesh: MeshConfig) -> tuple[str, str]:
         """(backend, reason). On GPUs a fused kernel is assumed, whatever this version has there."""
-        if self.config.execution.attention == "xla":
+        wanted = self.config.execution.attention
+        if wanted == "xla":
             return "xla", "as asked"
-        if self.hardware.chip.architecture != "tpu":
+        on_tpu = self.hardware.chip.architecture == "tpu"
+        if not on_tpu and wanted == "auto":
             return "fused", (
                 "assumed: a kernel that keeps no scores (cuDNN's, Triton's); this version runs XLA's attention on "
                 "GPUs, which --execution.attention xla plans for"
             )
-        length = self.config.data.sequence_length // mesh.sequence
+        length = self.config.data.sequence_length
         dropping = self.model.attention_dropout > 0
-        reason = splash_refusal(self.model, length, "tpu", dropping=dropping, cached=False)
+        platform = "tpu" if on_tpu else "gpu"
+        reason = splash_refusal(self.model, length, platform, parts=mesh.sequence, dropping=dropping, cached=False)
+        if reason and wanted == "splash":
+            raise UserError(f"execution.attention=splash: {reason}; try --execution.attention auto")
         return ("xla", reason) if reason else ("splash", "the TPU's own kernel")
 
     def devices(self) -> list[Any]:
@@ -304,40 +311,32 @@ class Planner:
         return self._devices
 
     def _scans(self) -> bool:
-        scan = self.config.execution.scan_layers
-        on_tpu = self.hardware.chip.architecture == "tpu"
-        return scan if scan is not None else on_tpu or self.model.num_hidden_layers > UNROLLED_LAYERS
+        platform = "tpu" if self.hardware.chip.architecture == "tpu" else "gpu"
+        return scans(self.model, self.config.execution, platform)
 
-    def _memory(self, mesh: MeshConfig, accumulation: int, remat: Any) -> Memory:
-        attention = self.attention(mesh)[0]
-        return step_memory(
+    def _with(self, accumulation: int, remat: Any) -> Any:
+        execution = dataclasses.replace(self.config.execution, remat=remat)
+        return dataclasses.replace(self.config, accumulation=accumulation, execution=execution)
+
+    def _memory(self, config: Any, mesh: MeshConfig) -> Memory:
+        return memory_of(
+            config,
             self.model,
             self.head,
-            {axis: getattr(mesh, axis) for axis in AXES},
-            rows=self.config.batch_size,
-            length=self.config.data.sequence_length,
-            accumulation=accumulation,
-            remat=remat,
-            attention="xla" if attention == "xla" else "splash",
-            dtype="float32" if self.config.execution.dtype == "float32" else "bfloat16",
-            muon=self.config.optimizer.name == "muon",
+            mesh,
+            config.data.sequence_length,
+            attention="xla" if self.attention(mesh)[0] == "xla" else "splash",
+            dtype="float32" if config.execution.dtype == "float32" else "bfloat16",
             scan=self._scans(),
         )
 
-    def _task(self, accumulation: int) -> Task:
-        return Task(
-            devices=self.hardware.devices,
-            slices=self.hardware.slices,
-            rows=self.config.batch_size // accumulation,
-            length=self.config.data.sequence_length,
-            heads=self.model.kv_heads,
-            width=self.model.hidden_size,
-        )
+    def _task(self, config: Any) -> Task:
+        return task_of(config, self.model, self.hardware.devices, self.hardware.slices, config.data.sequence_length)
 
-    def _check(self, mesh: MeshConfig, accumulation: int) -> None:
+    def _check(self, mesh: MeshConfig) -> None:
         """UserError for what does not divide, before any compilation."""
         config = self.config
-        check_batch(mesh, self.hardware.devices, config.batch_size, accumulation, config.data.sequence_length)
+        check_batch(mesh, self.hardware.devices, config.batch_size, config.accumulation, config.data.sequence_length)
         for axis, size, what in (
             ("tensor", self.model.kv_heads, f"{self.model.kv_heads} key/value heads"),
             ("tensor", self.model.intermediate_size, f"intermediate size {self.model.intermediate_size}"),

@@ -15,10 +15,8 @@ from typing import Literal
 
 from models.config import ModelConfig
 from models.counts import Product, flops_per_token, products, visible_keys
+from sharding.mesh import AXES
 from sharding.topology import Architecture, Chip
-
-AXES = ("replica", "data", "fsdp", "sequence", "tensor")
-"""Outermost first: neighbours along `tensor` are nearest to each other."""
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ def as_text(plan: Plan) -> str:
         lines += ["", f"fits: {plan.found.flags}", f"  memory     {memory_line(plan.found)}"]
     elif not asked.fits and plan.tried:
         lines += ["", f"nothing that fits among {plan.tried} layouts; try more chips, a shorter row or a smaller model"]
-    time, bill = layout.time, plan.bill
+    time, bill, so = layout.time, plan.bill, "so " if plan.found else ""
     where = ", ".join(
         f"{name} {part / time.step:.0%}" for name, part in time.parts.items() if part >= 0.005 * time.step
     )
     lines += [
         "",
-        f"a step takes {time.step:.3g} s, from {time.low:.3g} to {time.high:.3g} (by analysis; how good: docs/plan.md)",
+        f"{so}a step takes {time.step:.3g} s, from {time.low:.3g} to {time.high:.3g} (by analysis: docs/plan.md)",
         f"  speed      {short(time.tokens_per_second)} tokens/s, {time.tokens_per_second_per_chip:,.0f} a chip; "
         f"{time.mfu:.1%} of the peak ({time.model_flops_per_token:.3g} model FLOPs a token)",
         f"  where      {where}",
