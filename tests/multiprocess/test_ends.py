@@ -20,6 +20,7 @@ def begun(run_dir):
     return lambda: (run_dir / "metrics.jsonl").exists() and len(toy.metrics_of(run_dir)) >= 2
 
 
+@pytest.mark.corner
 @pytest.mark.parametrize("number, asked", [(1, signal.SIGTERM), (0, signal.SIGINT)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_to_one_saves_in_all_at_the_same_step(start, tmp_path, number, asked):
     run_dir = tmp_path / "run"
@@ -33,6 +34,7 @@ def test_a_signal_to_one_saves_in_all_at_the_same_step(start, tmp_path, number, 
     assert last == saved
 
 
+@pytest.mark.corner
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_death_of_one_ends_the_other_soon_and_in_one_line(start, tmp_path, killed):
     group = start(2, "worker.py", job(tmp_path / "run"))
@@ -43,10 +45,12 @@ def test_the_death_of_one_ends_the_other_soon_and_in_one_line(start, tmp_path, k
     other.wait(timeout=30)
     assert other.returncode not in (0, None)
     lines = [line for line in group.lines(1 - killed) if f"process {killed} of 2 ended without a word" in line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), group.told()
-    if killed == 1:
-        # Where process 0 is gone, JAX may be as fast and add a stack of its own.
-        assert group.lines(0) == lines and other.returncode == 1
+    if killed == 0:
+        # JAX sees the end of process 0 in the same millisecond; where it is first, it aborts with a stack of its own.
+        assert lines or "another task died" in group.err(1), group.told()
+    else:
+        assert group.lines(0) == lines and len(lines) == 1 and lines[0].startswith("error: "), group.told()
+        assert other.returncode == 1
     assert time.monotonic() - began < 30
 
 
