@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 import cli
 from commands.plan.__main__ import PRESETS, main
-from commands.plan.compiled import parse_topology
+from commands.plan.compiled import devices_of, parse_topology
 from commands.plan.plan import make_plan
 from commands.plan.settings import as_tokens
 from sharding.advice import Task, advise, layouts
-from sharding.mesh import MeshConfig
+from sharding.mesh import MeshConfig, build_mesh, slice_count
 
 KEYS = {
     *("fits", "peak_bytes_per_chip", "chip_bytes", "params", "model_flops_per_token", "step_seconds"),
@@ -171,6 +172,16 @@ def test_topologies():
     found = parse_topology("V5P:4x4x8", 2)
     assert (found.chips, found.devices, found.name) == (256, 256, "v5p:4x4x8")
     assert parse_topology("tpu7x:2x2x1").devices == 8  # two devices a chip
+
+
+def test_only_replica_reaches_from_slice_to_slice():
+    devices = devices_of(parse_topology("v5e:4x4", 2))
+    mesh = build_mesh(MeshConfig(data=1, fsdp=-1, replica=2), devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(cli.UserError, match="the devices are 2 slices.*try --mesh.replica 2"):
+        build_mesh(MeshConfig(), devices)
+    # JAX numbers nodes of GPUs as slices; their networks are fast enough for every axis.
+    assert slice_count([SimpleNamespace(platform="gpu", slice_index=number // 8) for number in range(16)]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- advice
