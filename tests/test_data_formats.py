@@ -99,7 +99,7 @@ GOOD = b'{"text": "good"}\n'
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n' + GOOD, "a.jsonl:2", "surrogate"),
         ("a.jsonl", GOOD + b'{"text": " "}\n' + GOOD, "a.jsonl:2", "empty"),
         ("a.jsonl", GOOD + b'{"text": "' + b"x" * 5000 + b'"}\n' + GOOD, "a.jsonl:2", "long"),
-        ("a.jsonl.gz", gzip.compress(GOOD) + gzip.compress(GOOD)[:-4], "a.jsonl.gz:3", "damaged"),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0) + gzip.compress(GOOD, mtime=0)[:-4], "a.jsonl.gz:3", "damaged"),
         ("a.jsonl.gz", GOOD, "a.jsonl.gz:1", "damaged"),
         ("a.jsonl.zst", zstandard.compress(GOOD) + zstandard.compress(GOOD * 9)[:-4], "a.jsonl.zst:2", "damaged"),
         ("a.jsonl.zst", GOOD, "a.jsonl.zst:1", "damaged"),
