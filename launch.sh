@@ -216,10 +216,11 @@ install_locked() {
 install_libtpu() {
   local wanted folder=$stamps/libtpu
   wanted=$("$python" -c 'import importlib.metadata, re
-print(*(re.match(r"[\w.=*]+", line)[0] for line in importlib.metadata.requires("jax") if re.match("libtpu==.*tpu", line)))')
+print(*(re.match(r"[\w.=*]+", line)[0] for line in importlib.metadata.requires("jax") or () if re.match("libtpu==.*tpu", line)))')
   [[ ! -e $folder/version || $(<"$folder/version") != "$wanted" ]] || return 0
   say "installing $wanted, the compiler for TPUs (140 MB), into $folder"
   rm -rf "$folder"
+  mkdir -p "$folder"
   "$python" -m pip install --disable-pip-version-check --quiet --no-deps --target "$folder" "$wanted" >&2 ||
     fail "the installation did not end well (see above); the same command tries again"
   printf '%s\n' "$wanted" >"$folder/version"

@@ -101,7 +101,8 @@ class Place:
         folder = self.root.parent / "site"
         info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        needs = "Requires-Dist: libtpu==0.0.41.*; extra == 'tpu'\n" if name == "jax" else ""
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
         return str(folder)
 
 
@@ -173,13 +174,29 @@ def test_an_environment_whose_interpreter_has_gone_is_made_again(place):
 
 
 def test_test_adds_what_tests_need_and_runs_in_the_checkout(place, tmp_path):
-    place.launch("test", "-k", "a b", cwd=tmp_path)
-    needs, tests, run = place.asked()
+    jax = place.installed("jax", "0.10.1")
+    place.launch("test", "-k", "a b", cwd=tmp_path, PYTHONPATH=jax)
+    needs, tests, compiler, run = place.asked()
+    assert compiler.endswith(f"--target {place.root}/.venv/.espalier/libtpu libtpu==0.0.41.*")
     assert "requirements-test" not in needs and f"--requirement {place.root}/requirements-test.txt" in tests
     assert f"cwd={place.root}: -m pytest " in run and run.endswith(" -k a b")
-    place.launch("test")
+    place.launch("test", PYTHONPATH=jax)
     place.launch("mlm")
     assert not [line for line in place.asked() if "pip install" in line]
+
+
+def test_plan_for_a_topology_brings_the_compiler_once(place):
+    jax = place.installed("jax", "0.10.1")
+    place.launch("plan", "gpt2", "--chip", "h100", PYTHONPATH=jax)
+    assert not [line for line in place.asked() if "libtpu" in line]
+    place.launch("plan", "gpt2", "--topology", "v5e:4x4", PYTHONPATH=jax)
+    compiler, run = place.asked()
+    assert "libtpu==0.0.41.*" in compiler and run.endswith("-P -m commands.plan gpt2 --topology v5e:4x4")
+    place.launch("plan", "gpt2", "--topology=v5e:4x4", PYTHONPATH=jax)
+    assert len(place.asked()) == 1
+    (place.root / ".venv/.espalier/libtpu/version").unlink()
+    _, err = place.launch("plan", "bert-base", "--topology", "v5e:4x4", code=2, PYTHONPATH=jax, FAKE_PIP_EXIT="1")
+    assert "the same command tries again" in err
 
 
 def test_python_is_that_of_the_environment(place):
