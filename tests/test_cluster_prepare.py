@@ -17,6 +17,9 @@ from data.filters import FilterConfig
 from data.prepare import prepare
 from data.store import exists
 
+# datatrove forks a process that only keeps a lock; JAX, which an earlier test may have imported, warns of every fork.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 
 def files(folder: pathlib.Path, shared_data) -> str:
     text = (shared_data / "tinyshakespeare" / "input.txt").read_text()[:150_000]
