@@ -48,8 +48,6 @@ def main(config: Any, call: cli.Call) -> dict:
     import os
 
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from commands.plan.page import write_plan
     from commands.plan.plan import make_plan
     from commands.plan.text import as_text

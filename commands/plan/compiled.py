@@ -262,7 +262,10 @@ def _known() -> str:
 
 
 def _find_libtpu() -> None:
-    """Tell JAX where libtpu is; UserError where it is not."""
+    """Tell JAX where libtpu is, and libtpu that no TPU is meant; UserError where it is not."""
+    # It would ask the metadata server of a cloud, and let one process at a time load it, as if each held the chips.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if "TPU_LIBRARY_PATH" in os.environ:
         return
     folder = Path(sys.prefix) / ".espalier" / "libtpu" / "libtpu" / "libtpu.so"
