@@ -11,19 +11,19 @@ import difflib
 import functools
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import cli
 from cli import UserError
+from commands.plan import numbers
 from commands.plan import scaling_laws as laws
-from commands.plan.budget_text import as_text, short
+from commands.plan.budget_text import as_text
+from commands.plan.numbers import short
 from commands.plan.scaling_laws import Allocation, Law
 
 Door = Literal["clm", "mlm"]
-SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 LIMITS = {"params": (1e3, 1e15), "flops": (1e10, 1e32), "hours": (1e-3, 1e6), "gb": (1e-6, 1e9)}
 """Of each quantity to start from, what is taken for an intended one."""
 START = "give one of --params 124M, --preset gpt2, --flops 1e21, --hours 24 --chip h100, --gb 10"
@@ -241,13 +241,13 @@ def start(config: BudgetConfig, door: Door, speed: float | None) -> tuple[str, C
 
 def as_number(name: str, value: str) -> float:
     """The number that '124M' or '1.5e9' means; UserError for anything else."""
-    found = re.fullmatch(r"\s*([-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([KMBT]?)\s*", value, re.I)
-    if not found:
+    number = numbers.read(value)
+    if number is None:
         raise UserError(
             f"{name}={value} is not a number; accepted are figures like 12.5, 1e9 or 124M (K, M, B, T); try "
             f"--{name} {dict(params='124M', flops='1e21', hours='24', gb='10')[name]}"
         )
-    return float(found[1]) * SUFFIXES[found[2].upper()]
+    return number
 
 
 def chip_speed(config: BudgetConfig) -> float | None:

@@ -7,21 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from commands.plan import scaling_laws as laws
+from commands.plan.numbers import short
 
 if TYPE_CHECKING:
     from commands.plan.budget import Budget, Row
 
 WIDTH = 110
 MASKED = {model.name for model in laws.PUBLISHED if model.task == "masked"}
-
-
-def short(value: float) -> str:
-    """Three digits and K, M, B or T."""
-    for suffix in ("", "K", "M", "B", "T"):
-        if float(f"{value:.3g}") < 1000 or suffix == "T":
-            return f"{float(f'{value:.3g}'):,.6g}{suffix}"
-        value /= 1000
-    raise AssertionError("the last suffix returns")
 
 
 def as_text(b: Budget) -> str:

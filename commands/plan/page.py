@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from commands.plan.numbers import short
 from commands.plan.plan import Layout, Plan
-from commands.plan.text import GIB, duration, plural, short, verdict
+from commands.plan.text import GIB, duration, plural, verdict
 from sharding.mesh import AXES
 from training.page import Section, tiles, write_page
 from training.run import write_json

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import clm.presets
 import mlm.presets
 from cli import UserError
-
-MULTIPLES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+from commands.plan import numbers
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,8 @@ class PlanSettings:
 
 def as_tokens(text: str) -> float:
     """10B, 1.5e12 or 300000000 as a number."""
-    found = re.fullmatch(r"([\d.]+(?:e\+?\d+)?)([KMBT]?)", text.strip(), re.I)
-    try:
-        value = float(found[1]) * MULTIPLES[found[2].upper()] if found else 0.0
-    except ValueError:
-        value = 0.0
-    if value <= 0:
+    value = numbers.read(text)
+    if value is None or value <= 0:
         raise UserError(f"tokens={text!r} is no number of tokens; write 10B, 1.5T or 3e11")
     return value
 

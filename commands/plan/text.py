@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from commands.plan.numbers import short
 from commands.plan.plan import Layout, Plan
 from sharding.advice import KEPT_FREE
 
@@ -90,14 +91,6 @@ def duration(days: float) -> str:
     if days >= 2:
         return f"{days:.1f} days"
     return f"{days * 24:.1f} hours" if days >= 1 / 12 else f"{days * 24 * 60:.1f} minutes"
-
-
-def short(value: float) -> str:
-    """1,234,567 as 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def plural(count: int, what: str) -> str:
