@@ -5,6 +5,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 import cli
@@ -182,6 +183,30 @@ def test_only_replica_reaches_from_slice_to_slice():
         build_mesh(MeshConfig(), devices)
     # JAX numbers nodes of GPUs as slices; their networks are fast enough for every axis.
     assert slice_count([SimpleNamespace(platform="gpu", slice_index=number // 8) for number in range(16)]) == 1
+
+
+def test_compiling_for_absent_devices_leaves_the_cache_of_programs_alone(tmp_path):
+    """JAX cannot read back what it would write there. A run's own programs are cached before and after."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    kept = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        jax.jit(lambda x: x + 1)(1.0)
+        before = len(list(tmp_path.iterdir()))
+        config = dataclasses.replace(PRESETS["mlm-debug"](), topology="v5e:2x2", search=False)
+        plan = make_plan(config)
+        assert before and not list(tmp_path.glob("*train_step*")) and plan.asked.fits
+        assert plan.asked.compiled and plan.asked.compiled.collectives.keys() == {"all-reduce"}
+        jax.jit(lambda x: x + 2)(1.0)
+        assert len(list(tmp_path.iterdir())) > before
+    finally:
+        compilation_cache.reset_cache()
+        for name, value in kept.items():
+            jax.config.update(name, value)
 
 
 # ------------------------------------------------------------------------------------------------------------- advice

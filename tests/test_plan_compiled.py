@@ -1,7 +1,6 @@
 """Presets compiled for TPU slices by the TPU's own compiler: they fit, and have its attention kernel."""
 
 import dataclasses
-import functools
 
 import pytest
 
@@ -20,10 +19,8 @@ FITS = {
 }
 
 
-@functools.cache
 def compiled(name: str, **changes):
-    config = dataclasses.replace(PRESETS[name](), topology=FITS[name], search=False, **changes)
-    return make_plan(config)
+    return make_plan(dataclasses.replace(PRESETS[name](), topology=FITS[name], search=False, **changes))
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -41,12 +38,9 @@ def test_preset_fits_its_slice(name):
     # BERT drops out attention probabilities, which no kernel holds; the others have the TPU's own.
     assert (program.kernels > 0) == (name != "bert-base") == (plan.asked.attention == "splash")
     assert "attention_dropout=0.1" in plan.attention_reason if name == "bert-base" else program.largest
-
-
-@pytest.mark.parametrize("name", FITS)
-def test_memory_by_analysis_is_near_what_the_compiler_says(name):
-    """BERT comes close to the chip's memory without rematerialisation, and the compiler adds some of its own."""
-    plan = compiled(name)
+    # Weights that are split are gathered.
+    assert ("all-gather" in program.collectives) == (split > 1)
+    # By analysis about the same. BERT comes close to the chip's memory, and there the compiler adds some of its own.
     assert plan.asked.memory.total == pytest.approx(plan.asked.peak, rel=0.5 if name == "bert-base" else 0.25)
 
 
@@ -56,8 +50,3 @@ def test_what_does_not_fit_is_said_with_what_takes_the_most():
     assert program and not plan.asked.fits and program.peak > program.limit == pytest.approx(30.75 * GIB)
     assert "kept for the backward pass by 12 layers" in program.largest[0].name
     assert not plan.as_json()["fits"]
-
-
-def test_llama_70b_gathers_weights_and_never_whole_states():
-    program = compiled("llama-70b").asked.compiled
-    assert program and program.collectives.keys() & {"all-gather", "reduce-scatter", "all-reduce"}

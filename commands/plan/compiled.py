@@ -136,7 +136,7 @@ def compile_step(config: Any, mesh: jax.sharding.Mesh, chip: Chip) -> Compiled:
     step = lower_step(config, mesh)
     began = time.perf_counter()
     try:
-        with _quiet():
+        with _quiet(), _uncached():
             program = step.lowered.compile()
     except Exception as error:
         if not re.search(r"Used \S+ of \S+ hbm", str(error)):
@@ -293,3 +293,20 @@ def _quiet() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's cache of compiled programs: it writes those of absent devices and cannot read them back."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    kept = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    # JAX looks at the setting once in a process, unless its state is reset.
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_enable_compilation_cache", kept)
