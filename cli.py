@@ -16,7 +16,9 @@ import json
 import math
 import os
 import re
+import select
 import shlex
+import signal
 import sys
 import textwrap
 import traceback
@@ -127,7 +129,8 @@ def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: S
 def _call(main: Callable[[Any], Any], config: Any) -> None:
     result = main(config)
     if getattr(config, "json", False) and result is not None:
-        print(json.dumps(_plain(result), allow_nan=False), flush=True)
+        print(json.dumps(_plain(result), allow_nan=False))
+    sys.stdout.flush()
     if isinstance(result, dict) and result.get("stopped_by"):
         # As shells have it, so that what should follow a finished run does not follow an interrupted one.
         raise SystemExit(128 + result["stopped_by"])
@@ -258,6 +261,8 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
     except (UserError, MachineError, KeyboardInterrupt, OSError, RuntimeError) as error:
         refused = isinstance(error, OSError) and error.errno in REFUSALS
         full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(128 + signal.SIGPIPE) from None
         if not (refused or full or isinstance(error, UserError | MachineError | KeyboardInterrupt)):
             raise
         if debug:
@@ -270,6 +275,16 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
         who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))
         print(f"error: {who}{message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has gone (`| head`); if so, nothing more is written there, at exit neither."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _plain(value: Any) -> Any:

@@ -326,6 +326,16 @@ def test_the_line_is_the_same_whatever_the_terminal_can_show(tmp_path, start_cli
         assert (out, err) == ("", f"error: {message}; `script --help` says what is accepted\n")
 
 
+def test_a_reader_that_leaves_early_is_no_error(tmp_path, start_cli):
+    """`./launch.sh plan … | head -1`, whether the program still prints or has it all in its buffer."""
+    for flush in (True, False):
+        lines = f"[print(i, flush={flush} or not i) or time.sleep(0.1) for i in range(20)]"
+        process = run_script(start_cli, tmp_path, lines)()
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.wait(timeout=20) == 128 + signal.SIGPIPE and process.stderr.read() == ""
+
+
 def test_ctrl_c_leaves_with_130_and_one_line(tmp_path, start_cli):
     process = run_script(start_cli, tmp_path, "print('started', flush=True); time.sleep(60)")()
     assert process.stdout.readline() == "started\n"
