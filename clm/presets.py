@@ -96,7 +96,7 @@ def gpt2() -> PretrainConfig:
     return PretrainConfig(
         steps=19_073,
         batch_size=512,
-        accumulation=4,
+        accumulation=2,
         log_every=10,
         eval_every=500,
         model=replace(GPT2, hidden_dropout=0.0, attention_dropout=0.0),

@@ -144,7 +144,6 @@ def modern_base() -> PretrainConfig:
     return PretrainConfig(
         steps=400_000,
         batch_size=512,
-        accumulation=2,
         log_every=50,
         eval_every=5000,
         model=MODERNBERT_BASE,

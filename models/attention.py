@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cli import UserError
 from models.config import LayerKind, ModelConfig
-from models.layers import dropout, float32_einsum
+from models.layers import dropout, float32_einsum, zero_unless
 from models.splash import splash_attention, splash_refusal
 from sharding.mesh import mesh_platform
 
@@ -111,13 +111,25 @@ def _xla(spec, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, q_index_BT,
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     seen_BTS = visible(spec, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS)
-    # A large finite number: -inf would turn a row that sees nothing into NaN.
-    scores = jnp.where(seen_BTS[:, None, None], scores, jnp.float32(-1e30))
-    probabilities = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, dropout_key).astype(v_BSKH.dtype)
+    probabilities = _softmax(scores, seen_BTS[:, None, None])
+    probabilities = dropout(probabilities, dropout_rate, dropout_key).astype(v_BSKH.dtype)
 
     out = jnp.einsum("BKGTS,BKSH->BKGTH", probabilities, v_BKSH).transpose(0, 3, 1, 2, 4)
-    out = out.reshape(batch, length, heads, size)
-    return jnp.where(seen_BTS.any(-1)[:, :, None, None], out, jnp.zeros((), out.dtype))
+    return zero_unless(seen_BTS.any(-1)[:, :, None, None], out.reshape(batch, length, heads, size))
+
+
+@jax.custom_jvp
+def _softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
+    """Probabilities over the last axis where `seen`; they alone are kept for the backward pass."""
+    # A large finite number: -inf would turn a row that sees nothing into NaN.
+    return jax.nn.softmax(jnp.where(seen, scores, jnp.float32(-1e30)), axis=-1)
+
+
+@_softmax.defjvp
+def _softmax_jvp(inputs, tangents):
+    p, tangent = _softmax(*inputs), tangents[0]
+    # What is not seen has p = 0.
+    return p, p * (tangent - (p * tangent).sum(-1, keepdims=True))
 
 
 def _splash(spec, q, k, v, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS, dropout_rate, dropout_key):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.attention import attend, spec_for
 from models.config import LayerKind, ModelConfig
-from models.layers import Einsum, Norm, activation, dropout, make_norm, rotate
+from models.layers import Einsum, Norm, activation, dropout, gated, make_norm, rotate
 from sharding.mesh import constrain
 
 DROPOUTS = 3
@@ -101,7 +101,6 @@ class MLP(nn.Module):
     def __call__(self, x_BTD):
         c = self.config
         D, F = c.hidden_size, c.intermediate_size
-        act = activation(c.hidden_act)
 
         def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
             return Einsum(shape, c.mlp_bias, stddev, self.dtype, name=name)
@@ -110,9 +109,10 @@ class MLP(nn.Module):
             # C next to F, not in front: one product without transposing its result (a quarter faster on CPU).
             gate_up_BTCF = linear((2, D, F), "gate_up")("BTD,CDF->BTCF", x_BTD)
             gate_up_BTCF = constrain(gate_up_BTCF, "batch", "sequence", None, "tensor")
-            h_BTF = act(gate_up_BTCF[:, :, 0]) * gate_up_BTCF[:, :, 1]
+            h_BTF = gated(c.hidden_act)(gate_up_BTCF[:, :, 0], gate_up_BTCF[:, :, 1])
         else:
-            h_BTF = act(constrain(linear((D, F), "up")("BTD,DF->BTF", x_BTD), "batch", "sequence", "tensor"))
+            up_BTF = constrain(linear((D, F), "up")("BTD,DF->BTF", x_BTD), "batch", "sequence", "tensor")
+            h_BTF = activation(c.hidden_act)(up_BTF)
         return linear((F, D), "down", output_stddev(c))("BTF,FD->BTD", h_BTF)
 
 

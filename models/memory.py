@@ -21,6 +21,7 @@ from models.block import Block, Context
 from models.config import ModelConfig
 from models.heads import LANGUAGE_MODELS
 from models.layers import rotary_frequencies, rotary_tables
+from models.splash import LANES
 from models.transformer import init_params, matrix_axes, rematerialised
 from sharding.rules import param_spec, path_of
 
@@ -161,6 +162,9 @@ def _row_bytes(
     total = 0.0
     for leaf in leaves:
         across = sequence if leaf.shape[-2:] == (tokens, tokens) else 1
+        if attention == "splash" and leaf.shape[-2:] == (tokens, local.head_size):
+            # The kernel takes heads last, and there memory comes in whole lanes.
+            across = -(-local.head_size // LANES) * LANES / local.head_size
         total += math.prod(leaf.shape) * leaf.dtype.itemsize * across
     gathered = 2 * 2 * (length - tokens) * local.kv_heads * local.head_size * jnp.dtype(dtype).itemsize
     return total + (gathered if sequence > 1 and remat == "none" else 0)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from models.config import ModelConfig
+from models.layers import zero_unless
 from sharding.mesh import BATCH_AXES
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ def splash_attention(
         specs = (kernel_spec, queries, keys, keys, part, whole)
         out_BNTH = jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(kernel, *inputs)
     # Padding sees padding in the kernel.
-    out_BNTH = jnp.where((q_segments_BT != 0)[:, None, :, None], out_BNTH, jnp.zeros((), out_BNTH.dtype))
-    return out_BNTH.transpose(0, 2, 1, 3)
+    return zero_unless((q_segments_BT != 0)[:, :, None, None], out_BNTH.transpose(0, 2, 1, 3))
 
 
 def block_size(length: int, most: int = BLOCK) -> int:

@@ -142,7 +142,7 @@ def test_xla_attention_keeps_scores():
         ("llama-8b --topology v5p:4x4x4 --mesh.tensor 16", "tensor=16 does not divide the model's 8 key/value heads"),
         ("gpt2 --topology v5e:4x4 --mesh.tensor 8", "tensor=8 does not divide the model's 12 key/value heads"),
         ("gpt2 --chip h100 --chips 2 --mesh.sequence 2 --data.sequence-length 1001", "1001 is not divisible by mesh"),
-        ("gpt2 --chip h100 --chips 7", "batch_size=512 is not divisible by data×fsdp×accumulation=7×1×4=28"),
+        ("gpt2 --chip h100 --chips 7", "batch_size=512 is not divisible by data×fsdp×accumulation=7×1×2=14"),
         ("gpt2 --chip h100 --slices 2", "--slices does not go with --chip"),
         ("gpt2 --topology v5e:4x4 --chips 2", "--chips does not go with --topology"),
         ("gpt2 --chip h100 --mesh auto --mesh.tensor 4", "--mesh auto chooses --mesh.tensor too"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import jax
 
     from commands.plan.step import Program
+    from sharding.mesh import MeshConfig
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 MOST_CHIPS = 4096
@@ -107,6 +108,16 @@ def parse_topology(text: str, count: int = 1) -> Slice:
     if found.chips > MOST_CHIPS:
         raise UserError(f"topology {text!r} × {count} has {found.chips} chips; at most {MOST_CHIPS} are planned for")
     return found
+
+
+def gathers_by_reducing(wanted: Slice, mesh: MeshConfig) -> bool:
+    """Whether the compiler gathers what `fsdp` splits by adding up zeros with one part each: all-reduces.
+
+    It does where the axis is the whole of a three-dimensional torus (found by compiling, libtpu 0.0.41). An all-reduce
+    moves twice the bytes, and nothing is computed beside it.
+    """
+    whole = mesh.fsdp == wanted.devices // wanted.count
+    return whole and len(wanted.shape) == 3 and min(wanted.shape) >= 4
 
 
 def devices_of(wanted: Slice) -> list[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli import UserError
-from commands.plan.compiled import Compiled, Slice, compile_step, devices_of, parse_topology
+from commands.plan.compiled import Compiled, Slice, compile_step, devices_of, gathers_by_reducing, parse_topology
 from commands.plan.roofline import Bill, Job, StepTime, bill, step_time
 from commands.plan.settings import as_tokens
 from models.config import ModelConfig
@@ -103,6 +103,18 @@ class Plan:
         """What the figures are for: what was asked for, or what fits instead."""
         return self.found or self.asked
 
+    @property
+    def hint(self) -> str | None:
+        """What would be better about the mesh."""
+        wanted, mesh = self.hardware.slice, self.layout.mesh
+        if wanted is None or not gathers_by_reducing(wanted, mesh):
+            return None
+        data = min(wanted.shape)
+        return (
+            "fsdp is the whole of a 3-D torus, where the compiler gathers weights by all-reduces (twice the bytes, and "
+            f"nothing beside them); --mesh.data {data} --mesh.fsdp {mesh.fsdp // data} gathers, if it fits"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The `--json` object. Bytes, FLOPs and seconds; a chip is what is rented."""
         per_chip = self.hardware.chip.devices_per_chip
@@ -134,6 +146,7 @@ class Plan:
             "largest": [dataclasses.asdict(tensor) for tensor in asked.compiled.largest] if asked.compiled else [],
             "collectives": asked.compiled.collectives if asked.compiled else {},
             "kernels": asked.compiled.kernels if asked.compiled else None,
+            "hint": self.hint,
             "time": layout.time.parts,
             "tokens": self.tokens,
             "days": self.bill.days,

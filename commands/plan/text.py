@@ -26,6 +26,8 @@ def as_text(plan: Plan) -> str:
     if asked.compiled:
         lines.append(f"  largest    {largest(asked)}")
         lines.append(f"  compiled   in {asked.compiled.seconds:.0f} s by the TPU's compiler{kernels(asked)}")
+    if plan.hint:
+        lines.append(f"  hint       {plan.hint}")
     if plan.found:
         lines += ["", f"fits: {plan.found.flags}", f"  memory     {memory_line(plan.found)}"]
     elif not asked.fits and plan.tried:

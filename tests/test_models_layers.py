@@ -1,0 +1,106 @@
+"""What the layers keep for the backward pass: no more than it needs, and the gradients are those of plain autodiff."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clm.presets
+import mlm.presets
+from models.config import ModelConfig
+from models.layers import Norm, activation, dropout, gated, gelu, zero_unless
+from models.memory import step_memory
+
+PLAIN = {"gelu": gelu, "gelu_new": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}
+SHAPE = (4, 512)
+
+
+def draw(number: int, scale: float = 3.0) -> jax.Array:
+    return scale * jax.random.normal(jax.random.key(number), SHAPE)
+
+
+def kept(function, *arguments) -> list[tuple[int, ...]]:
+    """Shapes of the arrays that wait for the backward pass."""
+    shapes = jax.eval_shape(lambda *xs: jax.tree.leaves(jax.vjp(function, *xs)[1]), *arguments)
+    return [leaf.shape for leaf in shapes if leaf.size > 1]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_activation_keeps_its_slope_alone(name):
+    x, weight = draw(0), draw(1)
+    ours, plain = activation(name), PLAIN[name]
+    np.testing.assert_array_equal(ours(x), plain(x))
+    gradients = [jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (ours, plain)]
+    # GPT-2's form takes the difference of numbers near 1, up to nine times over.
+    np.testing.assert_allclose(*gradients, rtol=1e-6, atol=1e-6 * float(jnp.abs(gradients[1]).max()))
+    assert kept(ours, x) == [SHAPE]
+    # Second derivatives are those of the function too.
+    curves = [jax.grad(lambda x, f=f: jax.jvp(f, (x,), (weight,))[1].sum())(x) for f in (ours, plain)]
+    np.testing.assert_allclose(*curves, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_a_gated_activation_keeps_a_slope_for_each_argument(name):
+    gate, up, weight = draw(0), draw(1), draw(2)
+
+    def loss(function):
+        return lambda gate, up: (function(gate, up) * weight).sum()
+
+    ours = jax.grad(loss(gated(name)), (0, 1))(gate, up)
+    plain = jax.grad(loss(lambda gate, up: PLAIN[name](gate) * up), (0, 1))(gate, up)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
+    assert kept(gated(name), gate, up) == [SHAPE, SHAPE]
+
+
+def test_plain_autodiff_would_keep_several():
+    assert kept(jax.nn.gelu, draw(0)).count(SHAPE) > 3
+
+
+@pytest.mark.parametrize(("kind", "bias"), [("layernorm", True), ("layernorm", False), ("rmsnorm", False)])
+def test_a_norm_keeps_what_came_in(kind, bias):
+    x = draw(0).astype(jnp.bfloat16)
+    norm = Norm(kind, 1e-5, bias, jnp.dtype(jnp.bfloat16))
+    params = norm.init(jax.random.key(0), x)
+    # x in its own type, and scale and bias [D] at most.
+    shapes = kept(lambda params, x: norm.apply(params, x), params, x)
+    assert shapes.count(SHAPE) == 1 and set(shapes) <= {SHAPE, SHAPE[1:]}
+
+
+def test_dropout_keeps_what_it_kept():
+    x, key = draw(0), jax.random.key(1)
+    out, gradient = jax.value_and_grad(lambda x: dropout(x, 0.25, key).sum())(x)
+    assert set(np.unique(gradient)) == {0, np.float32(256 / 192)} and float(out) == pytest.approx(
+        float((x * gradient).sum()), rel=1e-4
+    )
+    kinds = jax.eval_shape(lambda x: jax.tree.leaves(jax.vjp(lambda x: dropout(x, 0.25, key), x)[1]), x)
+    assert [leaf.dtype for leaf in kinds if leaf.shape == SHAPE] == [bool]
+
+
+def test_zeroing_keeps_one_number_a_token():
+    seen = jnp.array([[True, False, True]])[:, :, None, None]
+    x = jnp.full((1, 3, 2, 4), jnp.nan).at[:, ::2].set(1.0)
+    gradient = jax.grad(lambda x: zero_unless(seen, x).sum())(x)
+    np.testing.assert_array_equal(gradient[0, :, 0, 0], [1, 0, 1])
+    np.testing.assert_array_equal(zero_unless(seen, x)[0, :, 0, 0], [1, 0, 1])
+    assert kept(lambda x: zero_unless(seen, x), x) == [seen.shape]
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "arrays"),
+    [
+        # bfloat16: q, k, v and the result in the kernel, which takes heads of 64 as 128; the result once more after it;
+        # the residual stream twice and its norms; the MLP's slopes and its result. Float32: a logarithm a head.
+        (clm.presets.gpt2(), 1024, lambda c: 2 * ((4 * 2 + 5) * c.hidden_size + 2 * c.intermediate_size) + 4 * 12),
+        (
+            mlm.presets.modern_base(),
+            1024,
+            lambda c: 2 * ((4 * 2 + 5) * c.hidden_size + 3 * c.intermediate_size) + 4 * 12,
+        ),
+    ],
+)
+def test_a_layer_keeps_what_its_products_need(config, length, arrays):
+    model: ModelConfig = config.model.fitted(config.model.vocab_size, length)
+    head = "causal_lm" if model.causal else "masked_lm"
+    memory = step_memory(model, head, {}, rows=1, length=length, attention="splash")
+    assert memory.kept == pytest.approx(model.num_hidden_layers * length * arrays(model), rel=0.01)
