@@ -52,8 +52,10 @@ class Attention(nn.Module):
         def linear(shape: tuple[int, ...], name: str) -> Einsum:
             return Einsum(shape, c.attention_bias, c.initializer_range, self.dtype, name=name)
 
-        q_BTNH = linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD)
+        x_BTD = constrain(x_BTD, "batch", "sequence", None)
+        q_BTNH = constrain(linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD), "batch", "sequence", "tensor", None)
         kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", x_BTD)
+        kv_BTCKH = constrain(kv_BTCKH, "batch", "sequence", None, "tensor", None)
         k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
         if c.qk_norm:
             q_BTNH = Norm("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, name="q_norm")(q_BTNH)
@@ -88,7 +90,7 @@ class Attention(nn.Module):
         )
         bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
         out = Einsum((N, H, D), bias, output_stddev(c), self.dtype, name="out")
-        return out("BTNH,NHD->BTD", out_BTNH), cache
+        return constrain(out("BTNH,NHD->BTD", out_BTNH), "batch", "sequence", None), cache
 
 
 class MLP(nn.Module):
@@ -105,6 +107,7 @@ class MLP(nn.Module):
         def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
             return Einsum(shape, c.mlp_bias, stddev, self.dtype, name=name)
 
+        x_BTD = constrain(x_BTD, "batch", "sequence", None)
         if c.gated_mlp:
             # C next to F, not in front: one product without transposing its result (a quarter faster on CPU).
             gate_up_BTCF = linear((2, D, F), "gate_up")("BTD,CDF->BTCF", x_BTD)
@@ -113,7 +116,8 @@ class MLP(nn.Module):
         else:
             up_BTF = constrain(linear((D, F), "up")("BTD,DF->BTF", x_BTD), "batch", "sequence", "tensor")
             h_BTF = activation(c.hidden_act)(up_BTF)
-        return linear((F, D), "down", output_stddev(c))("BTF,FD->BTD", h_BTF)
+        out = linear((F, D), "down", output_stddev(c))
+        return constrain(out("BTF,FD->BTD", h_BTF), "batch", "sequence", None)
 
 
 class Block(nn.Module):
@@ -144,14 +148,14 @@ class Block(nn.Module):
                 mlp_post_norm = make_norm(c, self.dtype, "mlp_post_norm")
             y_BTD, cache = attention(attention_norm(x_BTD), context, cache, key[0])
             x_BTD = x_BTD + dropout(attention_post_norm(y_BTD), c.hidden_dropout, key[1])
-            x_BTD = constrain(x_BTD, "batch", "sequence", None)
+            x_BTD = constrain(x_BTD, "batch", "tokens", None)
             x_BTD = x_BTD + dropout(mlp_post_norm(mlp(mlp_norm(x_BTD))), c.hidden_dropout, key[2])
         else:
             y_BTD, cache = attention(x_BTD, context, cache, key[0])
             x_BTD = attention_norm(x_BTD + dropout(y_BTD, c.hidden_dropout, key[1]))
-            x_BTD = constrain(x_BTD, "batch", "sequence", None)
+            x_BTD = constrain(x_BTD, "batch", "tokens", None)
             x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD), c.hidden_dropout, key[2]))
-        return constrain(x_BTD, "batch", "sequence", None), cache
+        return constrain(x_BTD, "batch", "tokens", None), cache
 
 
 def output_stddev(config: ModelConfig) -> float:

@@ -166,5 +166,8 @@ def _row_bytes(
             # The kernel takes heads last, and there memory comes in whole lanes.
             across = -(-local.head_size // LANES) * LANES / local.head_size
         total += math.prod(leaf.shape) * leaf.dtype.itemsize * across
+    if tokens % tensor == 0:
+        # The layer's own input lies split (models.block); more may, and is counted whole.
+        total -= (1 - 1 / tensor) * tokens * local.hidden_size * jnp.dtype(dtype).itemsize
     gathered = 2 * 2 * (length - tokens) * local.kv_heads * local.head_size * jnp.dtype(dtype).itemsize
     return total + (gathered if sequence > 1 and remat == "none" else 0)

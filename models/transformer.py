@@ -17,7 +17,7 @@ from models.block import DROPOUTS, Block, Context
 from models.config import Execution, ModelConfig
 from models.heads import init_heads
 from models.layers import Embeddings, compute_dtype, make_norm, named_key, rotary_frequencies, rotary_tables
-from sharding.mesh import mesh_platform
+from sharding.mesh import constrain, mesh_platform
 
 DEFAULT_EXECUTION = Execution()
 UNROLLED_LAYERS = 24
@@ -85,7 +85,7 @@ def apply(
 
     embeddings = Embeddings(config, dtype)
     inputs = (batch["input_ids"], batch["positions"], batch.get("token_type_ids"), embedding_key)
-    x_BTD = embeddings.apply({"params": params["embeddings"]}, *inputs)
+    x_BTD = constrain(embeddings.apply({"params": params["embeddings"]}, *inputs), "batch", "tokens", None)
 
     new_layers = {}
     for section, kinds in _sections(config):
@@ -113,6 +113,7 @@ def apply(
 
     if config.final_norm:
         x_BTD = make_norm(config, dtype).apply({"params": params["final_norm"]}, x_BTD)
+    x_BTD = constrain(x_BTD, "batch", "sequence", None)
     if cache is None:
         return x_BTD
     return x_BTD, {"layers": new_layers, "segment_ids": context.k_segments_BS, "end": cache["end"] + length}

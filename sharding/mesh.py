@@ -205,8 +205,9 @@ def mesh_platform() -> str:
 def constrain(x, *axes):
     """Ask XLA to keep activation `x` split like this; a no-op without a mesh.
 
-    axes: one entry a dimension: "batch" (= replica × data × fsdp), "sequence", "tensor" or None. A dimension that its
-    axis does not divide (one prompt, two key/value heads) is left to XLA.
+    axes: one entry a dimension: "batch" (= replica × data × fsdp), "sequence", "tensor", "tokens" (= sequence × tensor)
+    or None. A dimension that its axis does not divide (one prompt, two key/value heads) is left to XLA; tokens are then
+    split by "sequence" alone, if that divides.
     """
     import jax
 
@@ -216,7 +217,9 @@ def constrain(x, *axes):
     assert len(axes) == x.ndim, f"{len(axes)} axes for an array of shape {x.shape}"
     spec = []
     for size, axis in zip(x.shape, axes, strict=True):
-        names = BATCH_AXES if axis == "batch" else (axis,) if axis else ()
-        fits = size % math.prod(mesh.shape[name] for name in names) == 0
-        spec.append(names if fits else jax.sharding.PartitionSpec.UNCONSTRAINED)
+        choices = {"batch": [BATCH_AXES], "tokens": [("sequence", "tensor"), ("sequence",)], None: [()]}
+        fitting = (
+            names for names in choices.get(axis, [(axis,)]) if size % math.prod(mesh.shape[name] for name in names) == 0
+        )
+        spec.append(next(fitting, jax.sharding.PartitionSpec.UNCONSTRAINED))
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))

@@ -97,6 +97,18 @@ def test_under_tensor_parallelism_the_vocabulary_stays_split(door):
 
 
 @pytest.mark.parametrize("door", DOORS)
+def test_under_tensor_parallelism_the_stream_between_layers_is_split_by_tokens(door):
+    """Layers are rematerialised: their inputs alone are kept, a quarter on each device. Within them rows are whole."""
+    text, _ = program(door, MeshConfig(data=2, tensor=4))
+    assert (B // 2, T // 4, D) in shapes(text)
+    stacks = {shape for shape in shapes(text) if len(shape) == 4 and shape[1:] in ((B // 2, T // 4, D), (B // 2, T, D))}
+    # The masked LM's layers are one period here, and no stack.
+    assert {shape[2] for shape in stacks} == ({T // 4} if door == "clm" else set())
+    assert {shape for shape in gathered(text) if math.prod(shape) > B * T} == {(B // 2, T, D)}
+    assert set(collectives(text)) == {"all-gather", "all-reduce"}
+
+
+@pytest.mark.parametrize("door", DOORS)
 def test_under_sequence_parallelism_only_keys_and_values_are_gathered(door):
     text, _ = program(door, MeshConfig(data=2, sequence=4))
     for shape in gathered(text):
