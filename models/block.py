@@ -4,7 +4,7 @@ Pre-norm: x + f(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + f(x)) (Vaswani
 x + norm(f(norm(x))) (Gemma Team 2024, section 2).
 
 Under tensor parallelism the stream between attention and MLP lies split by tokens, and each of the two takes whole rows
-and gives back its part (Korthikanti et al. 2022): norms and dropout are worked out once, what is kept is a part too, and
+and gives back its part (Korthikanti et al. 2022): norms and dropout are worked out once, what is kept is a part, and
 as much is exchanged as in Megatron's first form, where sums travel whole.
 """
 
