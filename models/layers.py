@@ -7,6 +7,7 @@ Grattafiori et al. 2024, section 3.2.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -206,14 +207,14 @@ def elementwise(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     @wrapped.defjvp
     def _(arguments, tangents):
-        total = jnp.zeros((), arguments[0].dtype)
-        for i, (x, tangent) in enumerate(zip(arguments, tangents, strict=True)):
-
-            def of_one(x, i=i):
+        def slope(i):
+            def by_one(x):
                 return function(*arguments[:i], x, *arguments[i + 1 :])
 
-            total = total + jax.jvp(of_one, (x,), (jnp.ones_like(x),))[1] * tangent
-        return function(*arguments), total
+            return jax.jvp(by_one, (arguments[i],), (jnp.ones_like(arguments[i]),))[1]
+
+        terms = [slope(i) * tangent for i, tangent in enumerate(tangents)]
+        return function(*arguments), functools.reduce(jnp.add, terms)
 
     return wrapped
 

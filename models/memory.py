@@ -161,11 +161,14 @@ def _row_bytes(
     leaves = jax.eval_shape(residuals, ids, jax.eval_shape(lambda: jax.random.key(0)))
     total = 0.0
     for leaf in leaves:
-        across = sequence if leaf.shape[-2:] == (tokens, tokens) else 1
-        if attention == "splash" and leaf.shape[-2:] == (tokens, local.head_size):
+        *outer, last = leaf.shape
+        if leaf.shape[-2:] == (tokens, tokens):
+            # Scores of this device's queries, against the keys of the whole row.
+            last *= sequence
+        elif attention == "splash" and leaf.shape[-2:] == (tokens, local.head_size):
             # The kernel takes heads last, and there memory comes in whole lanes.
-            across = -(-local.head_size // LANES) * LANES / local.head_size
-        total += math.prod(leaf.shape) * leaf.dtype.itemsize * across
+            last = -(-last // LANES) * LANES
+        total += math.prod(outer) * last * leaf.dtype.itemsize
     if tokens % tensor == 0:
         # The layer's own input lies split (models.block); more may, and is counted whole.
         total -= (1 - 1 / tensor) * tokens * local.hidden_size * jnp.dtype(dtype).itemsize

@@ -100,7 +100,7 @@ def sections(plan: Plan, command: str | None) -> list[Section]:
             )
     settings = [
         ("hardware", f"{plan.hardware.name}, {plural(plan.hardware.chips, 'chip')}", ""),
-        ("mesh", " × ".join(f"{axis}={getattr(asked.mesh, axis)}" for axis in AXES), plan.why_mesh or ""),
+        ("mesh", " × ".join(f"{axis}={getattr(asked.mesh, axis)}" for axis in AXES), plan.why_mesh or plan.hint or ""),
         ("batch", f"{plan.rows:,} rows of {plan.length:,} tokens", plural(asked.accumulation, "micro-batch")),
         ("attention", asked.attention, plan.attention_reason),
         ("command", command or "", ""),
