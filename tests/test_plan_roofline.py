@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 
 from cli import UserError
+from commands.plan.amounts import Job, parameters
 from commands.plan.published import FIT_HALF, HELD_OUT, documented, error, errors, fit, table
-from commands.plan.roofline import AXES, FITTED, SPREAD, Job, bill, parameters, step_time
+from commands.plan.roofline import FITTED, SPREAD, bill, step_time
 from commands.plan.runs import LLAMA_405B, RUNS, SOURCES, maxtext_model
 from models.counts import count_params, flops_per_token
 from models.families.bert import BERT_BASE
 from models.families.gpt2 import GPT2
 from models.families.llama import LLAMA_1B, LLAMA_8B
 from models.families.modernbert import MODERNBERT_BASE
+from sharding.mesh import AXES
 from sharding.topology import CHIPS, chip_named, chip_of
 
 LLAMA = Job(LLAMA_8B, chip_named("h100"), 4096, 256, {"fsdp": 64}, remat="dots")

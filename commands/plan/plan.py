@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli import UserError
+from commands.plan.amounts import Job
 from commands.plan.compiled import Compiled, Slice, compile_step, devices_of, gathers_by_reducing, parse_topology
-from commands.plan.roofline import Bill, Job, StepTime, bill, step_time
+from commands.plan.roofline import Bill, StepTime, bill, step_time
 from commands.plan.settings import as_tokens
 from models.config import ModelConfig
 from models.counts import count_params

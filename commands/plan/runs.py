@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from commands.plan.roofline import Job
+from commands.plan.amounts import Job
 from models.config import ModelConfig
 from models.counts import products
 from models.families.bert import BERT_BASE, BERT_LARGE
