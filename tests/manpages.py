@@ -10,14 +10,14 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / ".manpages"
 KEPT = re.compile(r"[.'] *(B|I|BR|BI|RB|RI|IR|IB|SM|SH|SS|Sh|Ss|Nm|Nd|Fl|Ar|Pa|Xr) +")
-ROFF = re.compile(r"\\f(\(..|\[.*?\]|.)|\\s[+-]?\d+|\\\((co|lq|rq|em|en|bu|aq|oq|cq)|\\[&/|,^cde%]|\\\*(\(..|\[.*?\]|.)")
+ROFF = re.compile(r"\\f(\(..|\[.*?\]|.)|\\s[+-]?\d+|\\\(([a-z]{2}|\*\*)|\\[&/|,^cde%=+.]|\\\*(\(..|\[.*?\]|.)")
 
 
 def man_texts(language: str, pages: int = 400) -> list[str]:
     """The first `pages` pages (in order of their names) of manpages-zh or manpages-ja, a text each, without markup."""
     folder = _package(f"manpages-{language}")
     country = {"zh": "zh_CN", "ja": "ja"}[language]
-    texts = [_plain(gzip.open(path, "rt", encoding="utf-8").read()) for path in _pages(folder, country)[:pages]]
+    texts = [_plain(gzip.decompress(path.read_bytes()).decode()) for path in _pages(folder, country)[:pages]]
     return [text for text in texts if len(text) > 200]
 
 
