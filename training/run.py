@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+import library_log
 from cli import UserError
 from sharding.distributed import LONG_WAIT, from_first, gather
 from training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS, HOST_FIELDS
@@ -76,7 +77,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self, config: dict) -> Iterator[None]:
-        """Write config.json and keep other processes from training here until the block or this process ends."""
+        """Write config.json and keep other processes from training here until the block or this process ends.
+
+        From here on, what libraries say goes to log.txt there; those of further processes to log-1.txt and so on.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as lock:
             if jax.process_index() == 0:
@@ -88,6 +92,8 @@ class RunDirectory:
                     ) from None
                 write_json(self.config, config)
             gather("the run directory is ours")
+            number = jax.process_index()
+            library_log.move_to(self.path / (f"log-{number}.txt" if number else "log.txt"))
             yield
 
     def _check_same_run(self, config: dict, defaults: dict) -> None:
