@@ -24,17 +24,17 @@ def read_config(folder: Path) -> tuple[Any, ModelConfig]:
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; expected a folder in Hugging Face format")
     values = _json(path)
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in _json(folder / name):
-            raise UserError(f"{folder / name} asks for code from the repository (auto_map), which is never run")
     model_type = str(values.get("model_type"))
-    family_of(model_type)
+    family = family_of(model_type)
+    for name in ("config.json", "tokenizer_config.json"):
+        passed_over = name == "config.json" and family.passes_auto_map
+        if not passed_over and (folder / name).is_file() and "auto_map" in _json(folder / name):
+            raise UserError(f"{folder / name} asks for code from the repository (auto_map), which is never run")
     if values.get("quantization_config"):
         raise UserError(f"{path}: the weights are quantised; take the model in float32, bfloat16 or float16")
-    from transformers import CONFIG_MAPPING
-
+    made = _config_class(model_type)
     try:
-        hf = CONFIG_MAPPING[model_type].from_dict(values)
+        hf = made.from_dict(values)
         return hf, to_ours(hf)
     except UserError:
         raise
@@ -58,9 +58,8 @@ def to_hf(config: ModelConfig, head: str, tokenizer: Any = None, dtype: str = "f
 
     UserError where the model is not of the class that would load it: the way back must give the same architecture.
     """
-    from transformers import CONFIG_MAPPING
-
     family = family_of(config.model_type)
+    made = _config_class(config.model_type)
     if head not in family.classes:
         raise UserError(
             f"transformers has no {config.model_type} with the head {head}; there are {', '.join(family.classes)}"
@@ -68,7 +67,8 @@ def to_hf(config: ModelConfig, head: str, tokenizer: Any = None, dtype: str = "f
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in family.keys.items()}
     values |= {f"{name}_token_id": None for name in ("pad", "bos", "eos")}
     if tokenizer is not None:
-        names = ("pad", "bos", "eos") + (("cls", "sep") if config.model_type == "modernbert" else ())
+        more = {"modernbert": ("cls", "sep"), "eurobert": ("mask",)}
+        names = ("pad", "bos", "eos") + more.get(config.model_type, ())
         values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
     pad = values["pad_token_id"]
     values |= family.write(config)
@@ -80,7 +80,11 @@ def to_hf(config: ModelConfig, head: str, tokenizer: Any = None, dtype: str = "f
     if head in CLASSIFIERS:
         values["id2label"] = dict(enumerate(config.labels))
         values["label2id"] = {label: number for number, label in enumerate(config.labels)}
-    hf = CONFIG_MAPPING[config.model_type](**values, architectures=[family.classes[head]], dtype=dtype)
+    must = {"nomic_bert": "pad_token_id", "eurobert": "mask_token_id"}.get(config.model_type)
+    if must and values.get(must) is None:
+        # None is no value there: without a tokenizer the class's own stays.
+        values.pop(must, None)
+    hf = made(**values, architectures=[family.classes[head]], dtype=dtype)
     there, here = _essence(to_ours(hf), head), _essence(config, head)
     differences = [f"{name}={here[name]!r} (it has {there[name]!r})" for name in here if here[name] != there[name]]
     if differences:
@@ -97,6 +101,18 @@ def generation_config(hf: Any) -> Any:
 
     ids = {name: getattr(hf, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return GenerationConfig(**ids)
+
+
+def _config_class(model_type: str) -> Any:
+    """UserError where the installed transformers is older than the family."""
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {transformers.__version__} has no {model_type}, which came with version "
+            f"{family_of(model_type).since}; try pip install --upgrade transformers"
+        )
+    return transformers.CONFIG_MAPPING[model_type]
 
 
 def _json(path: Path) -> dict:
@@ -126,13 +142,15 @@ def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
     if head != "masked_lm" and not (config.classifier_pooler == "transform" and head in CLASSIFIERS):
         irrelevant += ["head_transform_bias"]
     if head not in LANGUAGE_MODELS:
-        irrelevant += ["head_bias", "head_transform", "tie_word_embeddings"]
+        irrelevant += ["head_bias", "head_transform", "tie_word_embeddings", "final_logit_softcapping"]
+    if not config.qk_norm:
+        irrelevant += ["qk_norm_over"]
     if "local" not in config.layers:
         irrelevant += ["sliding_window", "local_rope_theta"]
     elif config.local_rope_theta is None and config.rope_scaling_factor is None:
         c["local_rope_theta"] = config.rope_theta
     if config.position_embedding == "learned":
-        irrelevant += ["rope_theta", "local_rope_theta", "rope_scaling_factor"]
+        irrelevant += ["rope_theta", "local_rope_theta", "rope_scaling_factor", "partial_rotary_factor"]
     if config.rope_scaling_factor is None:
         irrelevant += ["rope_type"]
     if config.rope_scaling_factor is None or config.rope_type != "llama3":

@@ -22,7 +22,7 @@ from data.store import appearing
 from models import tensor_files
 from models.config import ModelConfig
 from models.families import family_of
-from models.heads import has_pooler
+from models.heads import bare_head, has_pooler
 from models.hf_config import CLASSIFIERS, generation_config, read_config, to_hf
 from models.placement import place
 from models.tensor_files import TensorFiles, write_tensors
@@ -162,7 +162,7 @@ class Pretrained:
 
         UserError lists every tensor that is missing, not expected, or of another shape or type.
         """
-        if head not in ("embedding", "causal_lm") and not self._holds(head):
+        if head not in ("embedding", "causal_lm", bare_head(self._config)) and not self._holds(head):
             advice = (
                 f"but {self.head}; leave the head out to take that one" if head != self.head else "as its config says"
             )
@@ -218,7 +218,7 @@ class Pretrained:
             if architecture in named:
                 return named[architecture]
         heads = (head for head in self._family.classes if self._family.heads.get(head) and self._holds(head))
-        return next(heads, "causal_lm" if self._config.causal and self._config.tie_word_embeddings else "embedding")
+        return next(heads, bare_head(self._config) or "embedding")
 
     def _holds(self, head: str) -> bool:
         """Whether the file has a tensor of this head that the stack has not."""
@@ -228,11 +228,11 @@ class Pretrained:
 
 
 def head_of(config: ModelConfig, params: dict) -> str:
-    """The head in a parameter tree; a tied language model of a decoder has no parameters of its own."""
+    """The head in a parameter tree; a tied language model without transform and bias has no parameters of its own."""
     heads = sorted(params.get("head", {}))
     assert len(heads) <= 1, f"several heads: {heads}"
     if not heads:
-        return "causal_lm" if config.causal and config.tie_word_embeddings else "embedding"
+        return bare_head(config) or "embedding"
     return "embedding" if heads == ["pooler"] else heads[0]
 
 
