@@ -38,15 +38,14 @@ def init_heads(config: ModelConfig, key: jax.Array, heads: tuple[str, ...]) -> d
     for name in set(heads) & set(LANGUAGE_MODELS):
         if c.head_bias:
             params[name]["bias"] = jnp.zeros((V,), jnp.float32)
-    if "masked_lm" in heads:
-        if not c.tie_word_embeddings:
-            raise UserError("masked-LM heads share the token embedding; set tie_word_embeddings=True")
-        if c.head_transform:
-            transform = MaskedLMTransform(c, x_BTD.dtype)
-            params["masked_lm"] |= transform.init(named_key(key, "masked_lm"), x_BTD)["params"]
-    if "causal_lm" in heads and not c.tie_word_embeddings:
+    if "masked_lm" in heads and c.head_transform:
+        transform = MaskedLMTransform(c, x_BTD.dtype)
+        params["masked_lm"] |= transform.init(named_key(key, "masked_lm"), x_BTD)["params"]
+    if not c.tie_word_embeddings:
         init = nn.initializers.truncated_normal(c.initializer_range)
-        params["causal_lm"]["kernel"] = init(named_key(key, "causal_lm"), (V, c.hidden_size), jnp.float32)
+        for name, width in (("causal_lm", c.hidden_size), ("masked_lm", c.embedding_width)):
+            if name in heads:
+                params[name]["kernel"] = init(named_key(key, name), (V, width), jnp.float32)
     modules: dict[str, tuple[Any, tuple]] = {
         "sequence_classification": (SequenceClassifier(c), (x_BTD, segments_BT)),
         "token_classification": (TokenClassifier(c, len(c.labels)), (x_BTD,)),
@@ -76,7 +75,8 @@ def masked_lm_head(config: ModelConfig, params: dict, hidden_BMD: jax.Array, exe
         weights = {name: head[name] for name in ("transform", "norm")}
         transform: Any = MaskedLMTransform(config, compute_dtype(execution))
         hidden_BMD = transform.apply({"params": weights}, hidden_BMD)
-    return hidden_BMD, params["embeddings"]["token"]["embedding"], head.get("bias")
+    table_VE = params["embeddings"]["token"]["embedding"] if config.tie_word_embeddings else head["kernel"]
+    return hidden_BMD, table_VE, head.get("bias")
 
 
 def causal_lm_head(config: ModelConfig, params: dict, hidden_BTD: jax.Array, execution: Execution):

@@ -44,6 +44,8 @@ class Tensor:
     """Axes of `split` in the parameters' order."""
     targets: tuple[tuple[ParamPath, tuple[int, ...]], ...]
     """ParamPath of the parameter and index on its leading axes."""
+    copies: tuple[str, ...] = ()
+    """Further names under which it is written, and read where its own is missing."""
 
     def parts(self, tensor: Any) -> list[Any]:
         """Views of the tensor, one for each target."""
@@ -69,6 +71,7 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
     """
     leaves = dict(leaves_of(shapes))
     aliases = family.aliases if config.tie_word_embeddings else {}
+    untied = {} if config.tie_word_embeddings else family.untied
     prefix = "" if head == "embedding" else family.prefixes.get(head, family.prefix)
     sizes = _sizes(config)
     tensors = []
@@ -84,7 +87,10 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
                     continue  # A bias or a norm that this model goes without.
                 assert all(path in leaves for path, _ in targets), f"{name}: only some of {names} are in the model"
                 shape, split, order = _layout(layout, sizes)
-                tensors.append(Tensor(before + name.format(layer), aliases.get(name, ()), shape, split, order, targets))
+                own, also, copies = before + name.format(layer), aliases.get(name, ()), ()
+                if name in untied:
+                    own, copies = untied[name], (own,)
+                tensors.append(Tensor(own, also, shape, split, order, targets, copies))
     _check_whole(tensors, leaves, config, head)
     return tensors
 
@@ -101,7 +107,7 @@ def plain_name(family: Family, name: str) -> str:
 def known_names(family: Family, layers: int) -> set[str]:
     """All plain names that a file of this family may hold, whatever its heads."""
     names = set(family.trunk) | {name for head in family.heads.values() for name in head}
-    names |= {alias for aliases in family.aliases.values() for alias in aliases}
+    names |= {alias for aliases in family.aliases.values() for alias in aliases} | set(family.untied.values())
     return {
         plain_name(family, name.format(layer)) for name in names for layer in (range(layers) if "{}" in name else (0,))
     }
@@ -121,7 +127,9 @@ def export(tensors: list[Tensor], params: Mapping[str, Any]) -> Iterator[tuple[s
     leaves = dict(leaves_of(params))
     for tensor in tensors:
         parts = [np.asarray(leaves[path][index] if index else leaves[path]) for path, index in tensor.targets]
-        yield tensor.name, tensor.join(parts)
+        joined = tensor.join(parts)
+        for name in (tensor.name, *tensor.copies):
+            yield name, joined
 
 
 def leaves_of(tree: Any) -> Iterator[tuple[ParamPath, Any]]:
