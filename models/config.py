@@ -7,6 +7,7 @@ configs wherever one exists. Imports no JAX, so that `--help` stays fast.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,15 +83,23 @@ class ModelConfig:
     """Part of each head that rotary positions turn: its first dimensions (Phi-4-mini: 0.75)."""
     local_rope_theta: float | None = None
     """Rotary base of local layers, which are not scaled then; unset = all layers are alike."""
-    rope_type: Literal["llama3", "linear"] = "llama3"
-    """Kind of frequency scaling, where there is a rope_scaling_factor: by wavelength (Llama 3), or all alike."""
+    rope_type: Literal["llama3", "linear", "yarn"] = "llama3"
+    """Kind of frequency scaling, where there is a rope_scaling_factor: by wavelength (Llama 3, YaRN), or all alike."""
     rope_scaling_factor: float | None = None
     """Factor by which long wavelengths are stretched; unset = none."""
     rope_original_max_position_embeddings: int = 8192
-    """llama3: the context before it was extended; wavelengths beyond it are stretched by the whole factor."""
+    """llama3, yarn: the context before it was extended; wavelengths beyond it are stretched by the whole factor."""
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     """llama3: wavelengths up to the original context divided by this stay as they are."""
+    rope_beta_fast: float = 32.0
+    """yarn: pairs of dimensions that turn more often than this in the original context stay as they are."""
+    rope_beta_slow: float = 1.0
+    """yarn: pairs of dimensions that turn less often than this in the original context are stretched by the factor."""
+    rope_attention_factor: float | None = None
+    """yarn: what cosines and sines are multiplied by; unset = 1 + 0.1 ln(rope_scaling_factor)."""
+    rope_truncate: bool = True
+    """yarn: between beta_fast and beta_slow, begin and end at whole pairs of dimensions."""
     type_vocab_size: int = 0
     """Token types (BERT: 2); 0 = none."""
     causal: bool = False
@@ -123,6 +132,7 @@ class ModelConfig:
         for name in (
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
             *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "embedding_size"),
+            "rope_original_max_position_embeddings",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -169,6 +179,11 @@ class ModelConfig:
                 f"nope layers go without rotary positions, and position_embedding={self.position_embedding} has none; "
                 "try global, or --model.position-embedding rotary"
             )
+        if not 0 < self.rope_beta_slow <= self.rope_beta_fast:
+            raise UserError(
+                f"rope_beta_slow={self.rope_beta_slow} must be above 0 and at most rope_beta_fast="
+                f"{self.rope_beta_fast}; YaRN's are 1 and 32"
+            )
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -204,6 +219,15 @@ class ModelConfig:
     def attention_divisor(self) -> float:
         """Attention scores are divided by its square root."""
         return self.query_pre_attn_scalar or self.head_size
+
+    @property
+    def rotary_length(self) -> float:
+        """What the cosines and sines of rotary positions are multiplied by: 1, but for YaRN."""
+        if self.rope_scaling_factor is None or self.rope_type != "yarn":
+            return 1.0
+        if self.rope_attention_factor is not None:
+            return self.rope_attention_factor
+        return 1.0 + 0.1 * math.log(max(1.0, self.rope_scaling_factor))
 
     @property
     def embedding_width(self) -> int:

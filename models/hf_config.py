@@ -151,8 +151,15 @@ def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
         c["local_rope_theta"] = config.rope_theta
     if config.position_embedding == "learned":
         irrelevant += ["rope_theta", "local_rope_theta", "rope_scaling_factor", "partial_rotary_factor"]
+        irrelevant += ["rope_attention_factor"]
     if config.rope_scaling_factor is None:
         irrelevant += ["rope_type"]
-    if config.rope_scaling_factor is None or config.rope_type != "llama3":
-        irrelevant += ["rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor"]
+    c["rope_attention_factor"] = config.rotary_length
+    kind = None if config.rope_scaling_factor is None else config.rope_type
+    if kind not in ("llama3", "yarn"):
+        irrelevant += ["rope_original_max_position_embeddings"]
+    if kind != "llama3":
+        irrelevant += ["rope_low_freq_factor", "rope_high_freq_factor"]
+    if kind != "yarn":
+        irrelevant += ["rope_beta_fast", "rope_beta_slow", "rope_truncate"]
     return {name: value for name, value in c.items() if name not in irrelevant}

@@ -171,7 +171,7 @@ class Pretrained:
         tensors = tensors_of(self._family, self.config_for(head), head, abstract)
         views, faults = {}, []
         for tensor in tensors:
-            names = [plain_name(self._family, name) for name in (tensor.name, *tensor.also)]
+            names = [plain_name(self._family, name) for name in (tensor.name, *tensor.also, *tensor.copies)]
             view = next((self._views[name] for name in names if name in self._views), None)
             if view is None:
                 faults.append(f"{tensor.name} is missing")

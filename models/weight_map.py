@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -41,6 +41,8 @@ class Tensor:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     """What follows one another on its first axis; most tensors are a single one."""
+    copies: tuple[str, ...] = ()
+    """Further names under which it is written, and read where its own is missing."""
 
     @property
     def targets(self) -> tuple[tuple[ParamPath, tuple[int, ...]], ...]:
@@ -100,6 +102,7 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
     """
     leaves = dict(leaves_of(shapes))
     aliases = family.aliases if config.tie_word_embeddings else {}
+    untied = {} if config.tie_word_embeddings else family.untied
     prefix = "" if head == "embedding" else family.prefixes.get(head, family.prefix)
     sizes = _sizes(config)
     tensors = []
@@ -116,6 +119,8 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
                 if not any(path in leaves for path, _ in tensor.targets):
                     continue  # A bias or a norm that this model goes without.
                 assert all(path in leaves for path, _ in tensor.targets), f"{name}: only some of {where} are there"
+                if name in untied:
+                    tensor = replace(tensor, name=untied[name], copies=(tensor.name,))
                 tensors.append(tensor)
     _check_whole(tensors, leaves, config, head)
     return tensors
@@ -133,7 +138,7 @@ def plain_name(family: Family, name: str) -> str:
 def known_names(family: Family, layers: int) -> set[str]:
     """All plain names that a file of this family may hold, whatever its heads."""
     names = set(family.trunk) | {name for head in family.heads.values() for name in head}
-    names |= {alias for aliases in family.aliases.values() for alias in aliases}
+    names |= {alias for aliases in family.aliases.values() for alias in aliases} | set(family.untied.values())
     return {
         plain_name(family, name.format(layer)) for name in names for layer in (range(layers) if "{}" in name else (0,))
     }
@@ -153,7 +158,9 @@ def export(tensors: list[Tensor], params: Mapping[str, Any]) -> Iterator[tuple[s
     leaves = dict(leaves_of(params))
     for tensor in tensors:
         parts = [np.asarray(leaves[path][index] if index else leaves[path]) for path, index in tensor.targets]
-        yield tensor.name, tensor.join(parts)
+        joined = tensor.join(parts)
+        for name in (tensor.name, *tensor.copies):
+            yield name, joined
 
 
 def leaves_of(tree: Any) -> Iterator[tuple[ParamPath, Any]]:

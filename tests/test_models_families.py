@@ -17,6 +17,8 @@ LLAMA_LIKE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
 }
+QWEN_LIKE = LLAMA_LIKE | {"head_dim": 128, "num_key_value_heads": 2, "max_position_embeddings": 131_072}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SPELLED = {
     # config.json as published, shortened to what decides; transformers 5 spells some of it anew.
     "bert-base-uncased": (
@@ -68,6 +70,19 @@ SPELLED = {
          "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
         {"head_size": 64, "rope_theta": 500_000.0, "rope_type": "llama3", "rope_scaling_factor": 32.0, "kv_heads": 2},
     ),
+    "Qwen3-8B, extended": (
+        {"model_type": "qwen3", **QWEN_LIKE, "rope_theta": 1000000,
+         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+        {"rope_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_position_embeddings": 32768,
+         "rope_theta": 1_000_000.0, "rope_beta_fast": 32.0, "rope_truncate": True},
+    ),
+    "the same, as transformers 5 spells it": (
+        {"model_type": "qwen3", **QWEN_LIKE,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1000000, "factor": 4.0, "truncate": False,
+         "beta_fast": 16, "attention_factor": 1.25, "original_max_position_embeddings": 32768}},
+        {"rope_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_position_embeddings": 32768,
+         "rope_theta": 1_000_000.0, "rope_beta_fast": 16.0, "rope_truncate": False, "rotary_length": 1.25},
+    ),
     "Mistral-7B-v0.1": (
         {"model_type": "mistral", **LLAMA_LIKE, "num_key_value_heads": 2, "rope_theta": 10000.0,
          "sliding_window": 4096},
@@ -117,7 +132,10 @@ def test_what_other_models_of_a_type_may_have_is_refused(tmp_path):
         "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     }
     for written, message in (
-        (base | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        (base | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported .its frequencies ch"),
+        (base | {"rope_scaling": {"rope_type": "yarn"}}, "is no configuration of llama: .*factor"),
+        (base | {"rope_scaling": YARN | {"factor": None}}, "'yarn' comes with factor=None"),
+        (base | {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supp"),
         (modern | {"classifier_activation": "silu"}, "classifier_activation='silu' is not supported"),
         (gemma | {"rope_parameters": scaled}, "'linear' in sliding layers is not supported"),
         (gemma | {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),

@@ -78,3 +78,30 @@ def test_llama_3_frequencies(config):
     expected, attention_scale = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](to_hf(config, "causal_lm"), "cpu")
     np.testing.assert_allclose(rotary_frequencies(config), expected.numpy(), rtol=1e-6)
     assert attention_scale == 1.0
+
+
+YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32_768)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"factor": 1.0},
+        {"truncate": False},
+        {"beta_fast": 48.0, "beta_slow": 2.5},
+        {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+        {"original_max_position_embeddings": 8, "rope_theta": 50.0},
+        {"attention_factor": 0.75},
+        {"mscale": 1.0, "mscale_all_dim": 0.5, "factor": 40.0},
+    ],
+    ids=str,
+)
+def test_yarn_frequencies(more):
+    """The last bit apart, which transformers' own differ by from one processor to another."""
+    config = hf.LlamaConfig(rope_parameters=YARN | more, max_position_embeddings=131_072, head_dim=128)
+    expected, length = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    ours = to_ours(config)
+    np.testing.assert_allclose(rotary_frequencies(ours), expected.numpy(), rtol=1.5e-7)
+    assert ours.rotary_length == pytest.approx(length, rel=1e-12)
+    assert to_ours(to_hf(ours, "causal_lm")) == ours

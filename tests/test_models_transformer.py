@@ -21,7 +21,6 @@ from tiny_models import (  # noqa: F401
     strict_and_quick,
 )
 
-from cli import UserError
 from models.config import Execution
 from models.heads import causal_lm_head, masked_lm_head
 from models.transformer import _dropout_keys, apply, init_cache, init_params, matrix_axes
@@ -337,8 +336,3 @@ def test_matrix_axes_multiply_what_the_layers_multiply(config):
             assert len(rest) == (names[1] == "period") + (names[-2] in ("kv", "gate_up"))
         else:
             assert axes is None, names
-
-
-def test_an_untied_masked_lm_is_refused():
-    with pytest.raises(UserError, match="share the token embedding"):
-        random_params(dataclasses.replace(BERT, tie_word_embeddings=False), ("masked_lm",))

@@ -29,10 +29,7 @@ HEADS_THERE = ("causal_lm", "sequence_classification", "token_classification", "
 
 
 def _read(hf: Any) -> dict[str, Any]:
-    return read(hf) | {
-        "partial_rotary_factor": float(hf.rope_parameters.get("partial_rotary_factor", 1.0)),
-        "layer_period": ("local",) if hf.sliding_window else ("global",),
-    }
+    return read(hf, partial=True) | {"layer_period": ("local",) if hf.sliding_window else ("global",)}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
