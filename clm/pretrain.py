@@ -55,13 +55,13 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     specials = special_ids(tokenizer, need=("bos", "eos"))
     # Published models have spare rows in their vocabulary.
     model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
-    exporting = export_to(config.export, run.path, origin)
+    exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
         check_export(exporting, model, "causal_lm", tokenizer)
     config_dict, defaults = settings(
         config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done if origin else 0)
 
     bytes_V = token_bytes(tokenizer)
     rows, held_out = (

@@ -50,15 +50,16 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
     mesh = open_mesh(config, model, config.task, max_length(config.data, model), split=False)
     task = open_task(config, model, tokenizer, mesh)
-    exporting = export_to(config.export, run.path, origin)
+    config = resolved(config, task.examples, model.hidden_size)
+    assert config.steps is not None
+    exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
         check_export(exporting, task.model, config.task, tokenizer)
-    config = resolved(config, task.examples, model.hidden_size)
     fingerprints = {"tokenizer": fingerprint(tokenizer)} | task.fingerprints
     config_dict, defaults = settings(
         config, task.model, fingerprints=fingerprints, command=call.command, **task.settings
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done)
 
     tokens_per_step = config.batch_size * task.tokens_per_row
     fresh = config.scratch and not origin.resumed

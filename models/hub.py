@@ -111,7 +111,7 @@ class Pretrained:
     Also what a run may start from (training.start.Origin).
     """
 
-    resumed = finished = False
+    resumed, done = False, 0
 
     def __init__(self, path_or_id: str | os.PathLike, revision: str | None = None):
         self.name = str(path_or_id)
