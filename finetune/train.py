@@ -60,6 +60,8 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         config, task.model, fingerprints=fingerprints, command=call.command, **task.settings
     )
     run.check(config_dict, defaults, origin.done)
+    if jax.process_index() == 0:
+        print("\n".join(task.facts), flush=True)
 
     tokens_per_step = config.batch_size * task.tokens_per_row
     fresh = config.scratch and not origin.resumed

@@ -24,9 +24,10 @@ EXECUTION_FIELDS = frozenset(
 )
 """Field names, at any depth, that a resumed run may change."""
 FINGERPRINTED_FIELDS = frozenset(
-    f"data.{name}" for name in "files sources validation_files builtin_exclude tokenizer train validation".split()
+    f"data.{name}"
+    for name in "files sources validation_files builtin_exclude tokenizer train validation label_kind".split()
 )
-"""Paths that may be spelled anew (the folder was moved): the fingerprints know what was read."""
+"""What may be spelled anew (the folder was moved): the fingerprints, or the classes, know what was read."""
 HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers", "max_rejected", "json", "debug"))
 """Field names, at any depth, that may differ between the processes of one run."""
 
