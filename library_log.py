@@ -298,7 +298,7 @@ def _unraisable(unraisable: Any) -> None:
     if has_part(unraisable.exc_traceback):
         sys.__unraisablehook__(unraisable)
     else:
-        _report(f"Exception ignored: {unraisable.err_msg or ''} {unraisable.object!r}", unraisable.exc_value)
+        _report(f"{unraisable.err_msg or 'Exception ignored in'}: {unraisable.object!r}", unraisable.exc_value)
 
 
 def _uncaught_in_thread(arguments: Any) -> None:
