@@ -270,6 +270,9 @@ def test_a_debugger_has_the_terminal_with_line_editing(program, tmp_path):
 SAID = "os.write(2, b''.join(b'said %d\\n' % i for i in range(30)))\n"
 
 
+ALARM = "os.write(2, b'E1 cpu_aot_loader.cc:195] Target machine feature +prefer-no-gather is not supported\\n')\n"
+
+
 @pytest.mark.parametrize(
     "end, code",
     [
@@ -282,7 +285,7 @@ SAID = "os.write(2, b''.join(b'said %d\\n' % i for i in range(30)))\n"
     ids=["abort", "crash", "kill", "exit", "bug"],
 )
 def test_an_abnormal_end_shows_the_last_lines(program, tmp_path, end, code):
-    out, err = ended(program(f"print('own', flush=True)\n{SAID}{end}"), code)
+    out, err = ended(program(f"print('own', flush=True)\n{SAID}{ALARM}{end}"), code)
     (path,) = tmp_path.glob("cache/logs/*.log")
     head, *lines = err.splitlines()
     assert out == "own\n" and head.endswith(str(path))
