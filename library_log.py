@@ -17,6 +17,7 @@ import contextlib
 import faulthandler
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -32,6 +33,9 @@ SHOWN = 20
 """Lines of the log that an abnormal end shows."""
 WIDTH = 300
 """Characters of each; those of XLA may have thousands."""
+NO_HINT = r"^Extension modules: |cpu_aot_loader.*\+prefer-no-"
+"""Lines that an abnormal end leaves out: the end of faulthandler's, and tuning preferences that the loader of compiled
+programs takes for instructions of the processor (jax#38445), 2 kB a line and several a program."""
 KEPT = 50
 """Logs that stay in the cache, besides those of the last hour."""
 
@@ -149,8 +153,7 @@ def last_lines(path: str) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    # The end of what faulthandler writes, and nobody's hint.
-    lines = [line for line in lines if line.strip() and not line.startswith("Extension modules: ")]
+    lines = [line for line in lines if line.strip() and not re.search(NO_HINT, line)]
     fatal = next((number for number, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
     # The outer frames would be all that is seen.
     lines = lines[: fatal + 8][-SHOWN:]
@@ -298,7 +301,7 @@ def _unraisable(unraisable: Any) -> None:
     if has_part(unraisable.exc_traceback):
         sys.__unraisablehook__(unraisable)
     else:
-        _report(f"Exception ignored: {unraisable.err_msg or ''} {unraisable.object!r}", unraisable.exc_value)
+        _report(f"{unraisable.err_msg or 'Exception ignored in'}: {unraisable.object!r}", unraisable.exc_value)
 
 
 def _uncaught_in_thread(arguments: Any) -> None:

@@ -141,7 +141,9 @@ def _run(config: ClusterConfig, stages: Sequence[tuple[_Step, int]], logs: Path)
     if config.executor == "slurm":
         _hand_over(executors, logs.parent)
         return
-    for executor in executors:
+    for number, (executor, (step, tasks)) in enumerate(zip(executors, stages, strict=True), 1):
+        shares = f" in {tasks} tasks" if tasks > 1 else ""
+        print(f"{number}/{len(stages)}  {step.title}{shares}; their logs: {logs}", flush=True)
         try:
             executor.run()
         except ImportError as error:
@@ -204,6 +206,9 @@ def _note(work: Path) -> Path:
 class _Step:
     """A stage: a callable that datatrove runs with the number of its task."""
 
+    title: str
+    """What it does, for a line on the terminal."""
+
     def __init__(self, config: ClusterConfig, work: Path):
         self.config, self.work = config, work
 
@@ -213,6 +218,8 @@ class _Step:
 
 class MeasureFiles(_Step):
     """What the filters must know of the documents in this task's files, into a folder of the cache."""
+
+    title = "measuring the documents"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         import pickle
@@ -233,6 +240,8 @@ class MeasureFiles(_Step):
 class Decide(_Step):
     """Which documents go, from all measures; and the tokenizer, so that no task trains one."""
 
+    title = "deciding which documents stay, training the tokenizer"
+
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         from data.filters import Decisions
         from data.prepare import decisions_path, write_decisions
@@ -251,6 +260,8 @@ class Decide(_Step):
 
 class Tokenize(_Step):
     """Tokens of this task's files, into stores of their own."""
+
+    title = "tokenizing"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         from data.prepare import tokens_folder, write_tokens
@@ -285,6 +296,8 @@ class Tokenize(_Step):
 
 class Join(_Step):
     """One store of all parts: their shards move, nothing is copied but the borders of documents."""
+
+    title = "joining the parts"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         from data.prepare import check_share, tokens_folder

@@ -117,6 +117,13 @@ def test_native_lines_go_to_the_log_and_those_of_python_to_the_terminal(program,
     assert logs(tmp_path) == ["E0000 cpu_aot_loader.cc\n[Gloo] Rank 0\nbuffered\n"]
 
 
+QUICK = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+
+
 def test_in_a_run_they_lie_in_its_directory(program, tmp_path):
     """With what was said before there was one."""
     run = f"""
@@ -131,9 +138,7 @@ def test_in_a_run_they_lie_in_its_directory(program, tmp_path):
     toy.run(toy.config(Path({str(tmp_path / "run")!r}), steps=2), batches_from=batches_from)
     os.write(1, b"after\\n")
     """
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    devices = f"--xla_force_host_platform_device_count=2 {quick}"
-    out, err = ended(program(run, env={"XLA_FLAGS": devices, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}))
+    out, err = ended(program(run, env=QUICK))
     assert err == "" and "evaluation at step 2" in out and "at step 0\n" not in out
     assert toy.metrics_of(tmp_path / "run")
     said = (tmp_path / "run" / "log.txt").read_text()
@@ -142,6 +147,24 @@ def test_in_a_run_they_lie_in_its_directory(program, tmp_path):
         *("before", "at step 0", "at step 1", "after")
     ]
     assert logs(tmp_path) == []
+
+
+def test_a_disk_that_is_full_at_a_save_is_one_line(program, tmp_path):
+    """Here a limit to the size of files, which takes effect once the programs are compiled."""
+    run = f"""
+    import resource
+    from pathlib import Path
+    import toy
+    def batches_from(step):
+        for batch in toy.batches_from(step):
+            if step == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+            step += 1
+            yield batch
+    toy.run(toy.config(Path({str(tmp_path / "run")!r}), steps=2), batches_from=batches_from)
+    """
+    _, err = ended(program(run, env=QUICK), 1)
+    assert re.fullmatch(r"error: .*checkpoint 2 could not be written: .*\n", err), err
 
 
 @pytest.mark.parametrize("how", LIBRARY_WAYS)
@@ -247,6 +270,9 @@ def test_a_debugger_has_the_terminal_with_line_editing(program, tmp_path):
 SAID = "os.write(2, b''.join(b'said %d\\n' % i for i in range(30)))\n"
 
 
+ALARM = "os.write(2, b'E1 cpu_aot_loader.cc:195] Target machine feature +prefer-no-gather is not supported\\n')\n"
+
+
 @pytest.mark.parametrize(
     "end, code",
     [
@@ -259,7 +285,7 @@ SAID = "os.write(2, b''.join(b'said %d\\n' % i for i in range(30)))\n"
     ids=["abort", "crash", "kill", "exit", "bug"],
 )
 def test_an_abnormal_end_shows_the_last_lines(program, tmp_path, end, code):
-    out, err = ended(program(f"print('own', flush=True)\n{SAID}{end}"), code)
+    out, err = ended(program(f"print('own', flush=True)\n{SAID}{ALARM}{end}"), code)
     (path,) = tmp_path.glob("cache/logs/*.log")
     head, *lines = err.splitlines()
     assert out == "own\n" and head.endswith(str(path))
