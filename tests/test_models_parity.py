@@ -218,7 +218,7 @@ def test_greedy_texts_are_those_of_generate(name):
     mask = torch.tensor([[0] * (21 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = hf.GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=PAD, eos_token_id=None)
     expected = model(name, "causal_lm").generate(ids, attention_mask=mask, generation_config=settings)[:, 21:]
-    got = generate(config, params, prompts, SamplingConfig(max_new_tokens=64, temperature=0.0), end_id=None)
+    got = generate(config, params, prompts, SamplingConfig(max_new_tokens=64, temperature=0.0), end_ids=())
     assert got == expected.tolist()
     assert len({tuple(row) for row in got}) == 3
 
