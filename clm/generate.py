@@ -129,7 +129,8 @@ def generate(
         def step_logits(batch, cache):
             x_BTD, cache = transformer.apply(config, params, batch, cache=cache)
             features, table, bias = heads.causal_lm_head(config, params, x_BTD[:, -1:], transformer.Execution())
-            return logits(features, table, bias, config.vocab_size)[:, 0].astype(jnp.float32), cache
+            scores_BTV = logits(features, table, bias, config.vocab_size, config.final_logit_softcapping)
+            return scores_BTV[:, 0].astype(jnp.float32), cache
 
         def turn(carry):
             count, logits_BV, cache, done_B, new_BT = carry

@@ -58,13 +58,13 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
     handed_on = published_beside(origin.config if origin else None)
     published = Published.beside(handed_on)
-    exporting = export_to(config.export, run.path, origin)
+    exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
         check_export(exporting, model, "causal_lm", tokenizer, published)
     config_dict, defaults = settings(
         config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command, **handed_on
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done if origin else 0)
 
     bytes_V = token_bytes(tokenizer)
     rows, held_out = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cli import UserError
+from data.encodings import codec
 from data.filters import FilterConfig
 
 MAX_DOCUMENT_BYTES = 2**25
@@ -36,6 +37,9 @@ class DataConfig:
     """Part of the text held out where there are no validation files."""
     text_field: str = "text"
     """The field of a jsonl line, or the column of a table, that holds its text."""
+    encoding: str = "utf-8"
+    """Encoding of the text files (not of .parquet, which has its own), by the names of Python: gb18030, big5, cp932,
+    euc-jp, euc-kr, utf-16, cp1252 … Files that are Unicode in truth are read as that, and told of."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     """A longer line or field is rejected. (Longer .txt files are cut into several documents.)"""
     max_rejected: float = 0.05
@@ -54,6 +58,7 @@ class DataConfig:
     def __post_init__(self):
         if self.sequence_length < 8:
             raise UserError(f"data.sequence_length={self.sequence_length} is too short; at least 8")
+        codec(self.encoding)
         if not 0 < self.validation_fraction < 1:
             raise UserError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, for instance 0.02"

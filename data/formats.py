@@ -1,20 +1,24 @@
 """Text out of files: .txt and .md (one document a file), .jsonl (one a line), .csv and .parquet (one a row).
 
-Each also packed, as .gz or .zst. A bad record becomes a reject that says where it is, and reading goes on behind it;
+Each also packed, as .gz or .zst, and all but .parquet in any encoding. A bad record becomes a reject that says where it is, and reading goes on behind it;
 memory does not depend on the size of a file.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
+import io
 import json
 import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any, cast
 
 from data.documents import Item, Reject, from_text
+from data.encodings import SAMPLE_BYTES, Guess, detect, label, other_unicode
+from data.recode import Recoded, fault
 from data.storage import damaged_errors, open_file, plain_name
 
 PLAIN, TABLES = (".txt", ".md"), (".jsonl", ".csv", ".parquet")
@@ -32,15 +36,33 @@ def kind_of(path: str) -> str | None:
     return next((suffix for suffix in PLAIN + TABLES if path.removesuffix(packing).endswith(suffix)), None)
 
 
-def read(path: str, text_field: str, max_bytes: int) -> Iterator[Item]:
-    """Documents and rejects of a file, in order. max_bytes: a longer line or field is rejected, unread."""
-    reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind_of(path) or "")
-    number, found = 0, False
+def read(path: str, text_field: str, max_bytes: int, encoding: str = "utf-8") -> Iterator[Item]:
+    """Documents and rejects of a file, in order. max_bytes: a longer line or field is rejected, unread.
+
+    encoding: of text files, as data.encodings.codec names it; one that is Unicode in truth is read as that.
+    """
+    kind = kind_of(path) or ""
+    reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind)
+    number, found, recoded, told = 0, False, None, False
+    advice = functools.cache(lambda wanted: _advice(path, wanted))
     try:
         with open_file(path) as file:
+            if kind != ".parquet":
+                if encoding != "utf-8":
+                    recoded = Recoded(file, encoding)
+                    file = cast(IO[bytes], io.BufferedReader(recoded, 2**18))
+                elif other := other_unicode(cast(Any, file).peek(SAMPLE_BYTES)[:SAMPLE_BYTES]):
+                    yield Reject(path, "utf-8", f"not UTF-8: {Guess(other).advice}")
+                    return
             items = reader(file, path, text_field, max_bytes) if reader else _plain(file, path)
             for number, item in items:  # noqa: B007 (an error below says where)
                 found = True
+                if recoded and recoded.notice and not told:
+                    told = True
+                    yield Reject(path, "encoding", recoded.notice, dropped=False)
+                if isinstance(item, Reject) and item.kind == "utf-8" and kind != ".parquet":
+                    wrong = f"bytes that are not valid {label(recoded.encoding)}" if recoded else item.message
+                    item = item._replace(message=wrong + advice(recoded.encoding if recoded else encoding))
                 yield item
         if not found:
             yield Reject(path, "empty", "holds no text")
@@ -90,8 +112,17 @@ def _decoded(content: bytes, name: str, path: str, line: int) -> Iterator[Item]:
 
 
 def _not_utf8(name: str, content: bytes, error: UnicodeDecodeError) -> Reject:
-    message = f"byte {content[error.start]:#04x} is not valid UTF-8 (`iconv -f latin1 -t utf-8` converts Latin-1)"
-    return Reject(name, "utf-8", message)
+    return Reject(name, "utf-8", f"byte {content[error.start]:#04x} is not valid UTF-8")
+
+
+def _advice(path: str, encoding: str) -> str:
+    """What a text file with bytes that are not of this encoding seems to be in, as the end of a line."""
+    try:
+        with open_file(path) as file:
+            guess = detect(fault(file, encoding))
+    except (OSError, *damaged_errors()):
+        return ""
+    return f"; {guess.advice}" if guess.codec != encoding or encoding == "utf-8" else "; correct or remove it"
 
 
 def _jsonl(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
@@ -282,7 +313,9 @@ def from_bytes(content, name: str, text_field: str, max_bytes: int) -> Iterator[
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        yield _not_utf8(name, content, error)
+        reject, guess = _not_utf8(name, content, error), detect(content)
+        seems = f"; it looks like {label(guess.codec)}" if guess.codec not in (None, "utf-8") else ""
+        yield reject._replace(message=reject.message + seems)
     else:
         yield from from_text(text, name, text_field)
 

@@ -1,18 +1,17 @@
-"""Labelled texts for fine-tuning: read from tsv, csv or jsonl, encode, and put into batches of fitting length."""
+"""Labelled texts for fine-tuning: read from files, encode, and put into batches of fitting length."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cli import UserError
+from data.encodings import codec
 from data.loader import ALL, Batch, Part, shuffled
+from data.tables import Table, is_number, looks_like_data, read_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,6 +38,13 @@ class Labelled(NamedTuple):
     """The second text of each pair; None where there is one text a row."""
     labels: list[str] | None
     """None where the file has no label column (texts to predict)."""
+    columns: tuple[str, ...] = ()
+    """Where the texts are from."""
+    label_column: str | None = None
+    columns_there: tuple[str, ...] = ()
+    """All of the file."""
+    notes: tuple[str, ...] = ()
+    """What people should know about the file, a sentence each."""
 
 
 class Encoded(NamedTuple):
@@ -48,28 +54,31 @@ class Encoded(NamedTuple):
     types: list[int]
 
 
-def read_labelled(path: str | os.PathLike, text: tuple[str, ...] = (), label: str | None = None) -> Labelled:
-    """Rows of a .tsv (tabs; quotes are ordinary characters), .csv (with quoting) or .jsonl file with named columns.
+def read_labelled(
+    path: str | os.PathLike, text: tuple[str, ...] = (), label: str | None = None, encoding: str = "utf-8"
+) -> Labelled:
+    """Rows of a .tsv (tabs; quotes are ordinary characters), .csv (with quoting), .jsonl or .json file (data.tables).
 
     text: one or two columns; label: the column of labels; unset = guessed from the names, else from what the columns
     hold. Raises UserError naming file and line where the content is not as expected.
     """
     path = str(path)
-    reader = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl}.get(os.path.splitext(path)[1])
-    if reader is None:
-        raise UserError(f"{path}: unknown kind of file; labelled text is read from .tsv, .csv, .jsonl")
-    if not os.path.isfile(path):
-        raise UserError(f"no file {path}; check the path (now in {os.getcwd()})")
-    columns, rows = reader(path)
-    if not rows:
-        raise UserError(f"{path} holds no rows; expected a line of column names and one line for each example")
+    table = read_table(path, codec(encoding))
+    columns, rows = table.columns, table.rows
     missing = [name for name in (*text, *([label] if label else [])) if name not in columns]
+    known = [name for name in columns if name in LABEL_COLUMNS or name in {name for names in TEXT_COLUMNS for name in names}]
+    if (missing or not known and not text and not label) and looks_like_data(table):
+        shown = ", ".join(repr(name if len(name) <= 40 else f"{name[:39]}…") for name in columns[:4])
+        raise UserError(
+            f"{path}: the first line looks like data, not like the names of columns: {shown}; put a line of names in "
+            f"front, for instance {(table.delimiter or '').join(_names(len(columns)))!r}"
+        )
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(map(repr, columns))}")
     if len(text) > 2:
         raise UserError(f"{len(text)} text columns were given ({', '.join(text)}); a model reads one or two")
     label = label or next((name for name in LABEL_COLUMNS if name in columns and name not in text), None)
-    text = text or _guess_text(path, columns, rows, label)
+    text = text or _guess_text(table, label)
 
     def column(name: str) -> list[str]:
         at = columns.index(name)
@@ -81,7 +90,11 @@ def read_labelled(path: str | os.PathLike, text: tuple[str, ...] = (), label: st
     return Labelled(
         texts_a=column(text[0]),
         texts_b=column(text[1]) if len(text) == 2 else None,
-        labels=column(label) if label else None,
+        labels=[value.strip() for value in column(label)] if label else None,
+        columns=tuple(text),
+        label_column=label,
+        columns_there=tuple(columns),
+        notes=table.notes,
     )
 
 
@@ -201,111 +214,25 @@ def _kept(a: int, b: int, room: int) -> int:
     return min(a, max(room - b, room - half))
 
 
-class _Row(NamedTuple):
-    number: int
-    """Line in the file."""
-    cells: list[str | None]
-    """By column; None where a JSON object has no string or number."""
-
-
-def _guess_text(path: str, columns: list[str], rows: list[_Row], label: str | None) -> tuple[str, ...]:
+def _guess_text(table: Table, label: str | None) -> tuple[str, ...]:
+    columns, rows = table.columns, table.rows
     for names in TEXT_COLUMNS:
         if all(name in columns and name != label for name in names):
             return names
     others = [
-        name for at, name in enumerate(columns) if name != label and not all(_is_number(row.cells[at]) for row in rows)
+        name
+        for at, name in enumerate(columns)
+        if name != label and not all(is_number(row.cells[at] or "0") for row in rows)
     ]
     if not 1 <= len(others) <= 2:
         raise UserError(
-            f"{path}: which columns hold the text? It has {', '.join(map(repr, columns))}; name one or two of them"
+            f"{table.path}: which columns hold the text? It has {', '.join(map(repr, columns))}; "
+            "name one or two of them with --data.text"
         )
     return tuple(others)
 
 
-def _is_number(value: str | None) -> bool:
-    try:
-        float(value or "0")
-    except ValueError:
-        return False
-    return True
-
-
-def _read_tsv(path: str) -> tuple[list[str], list[_Row]]:
-    rows = [_Row(number, list(line.split("\t"))) for number, line in _lines(path) if line.strip()]
-    return _with_header(path, rows)
-
-
-def _read_csv(path: str) -> tuple[list[str], list[_Row]]:
-    # A quoted field may hold line breaks, so the lines that were decoded one by one are joined again.
-    text = "\n".join(line for _, line in _lines(path))
-    csv.field_size_limit(2**31 - 1)  # by default a long text is an error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        rows = [_Row(reader.line_num, list(cells)) for cells in reader if cells]
-    except csv.Error as error:
-        raise UserError(f'{path}:{reader.line_num}: {error}; quote fields with ", and a " inside them as ""') from error
-    return _with_header(path, rows)
-
-
-def _read_jsonl(path: str) -> tuple[list[str], list[_Row]]:
-    records = []
-    for number, line in _lines(path):
-        if line.strip():
-            records.append((number, _parse_object(line, path, number)))
-    columns = list(records[0][1]) if records else []
-    return columns, [_Row(number, [_scalar(record.get(name)) for name in columns]) for number, record in records]
-
-
-def _scalar(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, int | float) else None
-
-
-def _with_header(path: str, rows: list[_Row]) -> tuple[list[str], list[_Row]]:
-    if not rows:
-        return [], []
-    columns = [cell or "" for cell in rows[0].cells]
-    for row in rows[1:]:
-        if len(row.cells) != len(columns):
-            raise UserError(
-                f"{path}:{row.number}: {len(row.cells)} columns, but the first line names {len(columns)}; "
-                "correct or remove the line"
-            )
-    return columns, rows[1:]
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of the file, without line ends and byte-order mark."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decode_line(line, path, number)
-            yield number, (text.removeprefix("\ufeff") if number == 1 else text).removesuffix("\n").removesuffix("\r")
-
-
-def _decode_line(line: bytes, path: str, number: int) -> str:
-    """The line as text; raises UserError with file:line where it is no UTF-8."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: byte {line[error.start]:#04x} is not valid UTF-8; convert the file, "
-            "for instance with `iconv -f latin1 -t utf-8`"
-        ) from error
-
-
-def _parse_object(line: str, path: str, number: int) -> dict:
-    """The JSON object on a line; raises UserError with file:line where there is none, or text that no UTF-8 holds."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not JSON ({error}); each line holds one object, {{…}}") from error
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise UserError(f"{path}:{number}: JSON of type {kind}; each line holds one object, {{…}}")
-    for name, value in record.items():
-        try:
-            f"{name}{value if isinstance(value, str) else ''}".encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{path}:{number}: half a surrogate pair (\\ud800 …) is no character; remove it") from error
-    return record
+def _names(count: int) -> list[str]:
+    """Names for so many columns, of which the last is taken for the label."""
+    texts = ["text"] if count < 3 else ["sentence1", "sentence2"]
+    return ([*texts, "label"] + [f"column{number}" for number in range(4, count + 1)])[:count]

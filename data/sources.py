@@ -19,6 +19,7 @@ from cli import UserError
 from data.builtin import BuiltinSource
 from data.config import MAX_DOCUMENT_BYTES, DataConfig
 from data.documents import Document, Item, Reject, documents
+from data.encodings import codec
 from data.formats import kind_of, read
 from data.storage import digest, expand, is_remote, plain_name, size
 
@@ -82,7 +83,7 @@ def open_source(patterns: tuple[str, ...], config: DataConfig, cache: Path | Non
     """Files and globs, or one data set: hf:…, tfds:…, builtin:…"""
     named = [match for pattern in patterns if (match := SPEC.fullmatch(pattern))]
     if not named:
-        return FileSource(patterns, config.text_field, config.max_document_bytes, cache)
+        return FileSource(patterns, config.text_field, config.max_document_bytes, cache, codec(config.encoding))
     if len(patterns) > 1:
         raise UserError(f"{named[0][0]} beside other text; give each a name: --data.sources 'a={named[0][0]}' 'b=…'")
     library, spec = named[0].groups()
@@ -141,13 +142,15 @@ class FileSource:
         text_field: str = "text",
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
         cache: Path | None = None,
+        encoding: str = "utf-8",
     ):
         self.paths = expand(patterns, lambda path: kind_of(path) is not None)
         self.text_field, self._max_bytes, self._cache = text_field, max_document_bytes, cache
+        self._encoding = encoding
 
     def __iter__(self) -> Iterator[Item]:
         for path in self.paths:
-            yield from read(path, self.text_field, self._max_bytes)
+            yield from read(path, self.text_field, self._max_bytes, self._encoding)
 
     def fingerprint(self) -> str:
         """Over contents and order of the files, not their names: moving a folder changes nothing."""
@@ -155,7 +158,8 @@ class FileSource:
             digests = pool.map(lambda path: digest(path, self._cache), self.paths)
             parts = [f"{_suffix(path)} {found}" for path, found in zip(self.paths, digests, strict=True)]
         limit = "" if self._max_bytes == MAX_DOCUMENT_BYTES else f" {self._max_bytes}"
-        return _sha256("\n".join([f"files 1 {self.text_field}{limit}", *parts]))
+        encoding = "" if self._encoding == "utf-8" else f" in {self._encoding}"
+        return _sha256("\n".join([f"files 1 {self.text_field}{limit}{encoding}", *parts]))
 
     def part(self, rank: int, ranks: int) -> FileSource:
         """The files of one of several workers: consecutive ones, so that the parts in order are the whole."""

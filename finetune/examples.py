@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cli import UserError
 from data.labelled import Encoded, Labelled, encode_pairs, read_labelled
+from finetune.labels import class_names, described, in_order, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,6 +38,8 @@ class Examples(NamedTuple):
     """The labels, by their number: those of the training file, sorted (numbers by value)."""
     fingerprints: dict[str, str]
     """SHA-256 of both files."""
+    facts: tuple[str, ...]
+    """What was read and what is taken for labels, a line each."""
 
 
 def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Examples:
@@ -47,20 +49,19 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
     for name in ("train", "validation"):
         path = getattr(data, name)
         if path is None:
-            raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv or .jsonl file of labelled texts")
+            raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv, .jsonl or .json file of labelled texts")
         path = os.path.expanduser(path)
         files[name] = _read(path, data)
         fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    names = _sorted(set(files["train"].labels))
-    if len(names) < 2:
-        raise UserError(f"{data.train}: every example has the label {names[0]!r}; a classifier needs two or more")
-    unseen = _sorted(set(files["validation"].labels) - set(names))
+    train, validation = files["train"], files["validation"]
+    names = class_names(train.labels, f"{data.train}, column {train.label_column!r}", data.label_kind)
+    unseen = in_order(set(validation.labels) - set(names))
     if unseen:
         raise UserError(
-            f"{data.validation} has labels that {data.train} has no example of: {_listed(unseen)}; known are "
-            f"{_listed(names)}; correct the labels, or add training examples"
+            f"{data.validation} has labels that {data.train} has no example of: {listed(unseen)}; known are "
+            f"{listed(names)}; correct the labels, or add training examples"
         )
-    if (files["train"].texts_b is None) != (files["validation"].texts_b is None):
+    if (train.texts_b is None) != (validation.texts_b is None):
         raise UserError(
             f"one of {data.train} and {data.validation} has pairs of texts and the other single texts; "
             "name the columns with --data.text"
@@ -70,7 +71,13 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
         return Part(texts, encoded, [names.index(label) for label in texts.labels or ()])
 
-    return Examples(part(files["train"]), part(files["validation"]), names, fingerprints)
+    facts = (
+        *dict.fromkeys((*train.notes, *validation.notes)),
+        f"texts: {len(train.texts_a):,} from {data.train} to learn from, {len(validation.texts_a):,} from "
+        f"{data.validation} to measure on; column {' and '.join(map(repr, train.columns))}",
+        described(train.labels, names, train.label_column),
+    )
+    return Examples(part(train), part(validation), names, fingerprints, facts)
 
 
 def max_length(data: FinetuneData, model: ModelConfig) -> int:
@@ -84,24 +91,12 @@ def max_length(data: FinetuneData, model: ModelConfig) -> int:
 
 
 def _read(path: str, data: FinetuneData) -> Labelled:
-    file = read_labelled(path, data.text, data.label)
+    file = read_labelled(path, data.text, data.label, data.encoding)
     if file.labels is None:
-        raise UserError(f"{path} has no column of labels that is known by its name; name it with --data.label")
+        raise UserError(
+            f"{path} has no column of labels that is known by its name; name it with --data.label: there are "
+            f"{', '.join(map(repr, file.columns_there))}"
+        )
     if "" in file.labels:
         raise UserError(f"{path}: {file.labels.count('')} examples have an empty label; label or remove them")
     return file
-
-
-def _sorted(labels: set[str]) -> list[str]:
-    try:
-        values = {label: float(label) for label in labels}
-    except ValueError:
-        return sorted(labels)
-    if not all(map(math.isfinite, values.values())):
-        return sorted(labels)
-    return sorted(labels, key=lambda label: (values[label], label))
-
-
-def _listed(labels: list[str], most: int = 8) -> str:
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(map(repr, labels[:most])) + more

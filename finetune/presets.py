@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cli import UserError
+from data.encodings import codec
 from models.config import Execution
 from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """Labelled texts: .tsv, .csv or .jsonl files with named columns."""
+    """Labelled texts: .tsv, .csv, .jsonl or .json files with named columns."""
 
     train: str | None = None
     """File to learn from."""
@@ -22,10 +23,15 @@ class FinetuneData:
     """One column of text, or two for pairs; unset = guessed from the names, as in GLUE's files."""
     label: str | None = None
     """Column of labels; unset = guessed (label, Quality, gold_label, target, class)."""
+    label_kind: Literal["auto", "classes"] = "auto"
+    """auto refuses labels that look like a regression target or an identifier; classes takes each value for a class."""
+    encoding: str = "utf-8"
+    """Encoding of both files, by the names of Python: gb18030, big5, cp932, euc-jp, euc-kr, utf-16, cp1252 …"""
     max_length: int | None = None
     """Tokens of an example, the rest is cut off; unset = as many as the model has positions, at most 512."""
 
     def __post_init__(self):
+        codec(self.encoding)
         if self.max_length is not None and self.max_length < 8:
             raise UserError(f"data.max_length={self.max_length} is too short; at least 8")
 

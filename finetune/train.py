@@ -53,15 +53,18 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     task = open_task(config, model, tokenizer, mesh)
     handed_on = published_beside(None if config.scratch else origin.config)
     published = Published.beside(handed_on)
-    exporting = export_to(config.export, run.path, origin)
+    config = resolved(config, task.examples, model.hidden_size)
+    assert config.steps is not None
+    exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
         check_export(exporting, task.model, config.task, tokenizer, published)
-    config = resolved(config, task.examples, model.hidden_size)
     fingerprints = {"tokenizer": fingerprint(tokenizer)} | task.fingerprints
     config_dict, defaults = settings(
         config, task.model, fingerprints=fingerprints, command=call.command, **task.settings, **handed_on
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done)
+    if jax.process_index() == 0:
+        print("\n".join(task.facts), flush=True)
 
     tokens_per_step = config.batch_size * task.tokens_per_row
     fresh = config.scratch and not origin.resumed

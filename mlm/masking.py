@@ -44,6 +44,14 @@ def rate_at(config: MaskingConfig, step, steps: int):
     return config.rate + (config.final_rate - config.rate) * progress
 
 
+def mask_rates(settings: dict, steps):
+    """The mask rate at each of these steps of a run with these settings (a training.identity.Schedule)."""
+    from mlm.presets import MaskingConfig
+
+    chosen = {name: settings["masking"][name] for name in ("rate", "final_rate")}
+    return jnp.broadcast_to(rate_at(MaskingConfig(**chosen), steps, settings["steps"]), steps.shape)
+
+
 def mask_batch(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabulary) -> dict:
     """Hide k tokens of every row.
 

@@ -27,7 +27,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from data.token_tables import token_texts, word_table
     from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
     from mlm.loss import masked_lm_objective
-    from mlm.masking import Vocabulary, rate_at
+    from mlm.masking import Vocabulary, mask_rates, rate_at
     from mlm.samples import masked_samples, unigram_entropy
     from models.counts import count_params, flops_per_token
     from models.hub import Pretrained, check_export, save_pretrained
@@ -60,13 +60,13 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
     handed_on = published_beside(origin.config if origin else None)
     published = Published.beside(handed_on)
-    exporting = export_to(config.export, run.path, origin)
+    exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
         check_export(exporting, model, "masked_lm", tokenizer, published)
     config_dict, defaults = settings(
         config, model, task="masked_lm", fingerprints=prepared.fingerprints, command=call.command, **handed_on
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done if origin else 0, [mask_rates])
 
     assert specials.mask is not None
     ids_V = np.arange(model.vocab_size)

@@ -26,15 +26,17 @@ def read_config(folder: Path) -> tuple[Any, ModelConfig]:
     if not path.is_file():
         raise UserError(f"{folder} has no config.json; expected a folder in Hugging Face format")
     values = read_json(path)
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
-            raise UserError(f"{folder / name} asks for code from the repository (auto_map), which is never run")
     model_type = str(values.get("model_type"))
-    family_of(model_type)
+    family = family_of(model_type)
+    for name in ("config.json", "tokenizer_config.json"):
+        passed_over = name == "config.json" and family.passes_auto_map
+        if not passed_over and (folder / name).is_file() and "auto_map" in read_json(folder / name):
+            raise UserError(f"{folder / name} asks for code from the repository (auto_map), which is never run")
     if values.get("quantization_config"):
         raise UserError(f"{path}: the weights are quantised; take the model in float32, bfloat16 or float16")
+    made = _config_class(model_type)
     try:
-        hf = _config_class(model_type).from_dict(values)
+        hf = made.from_dict(values)
         return hf, to_ours(hf)
     except UserError:
         raise
@@ -66,6 +68,7 @@ def to_hf(
     where the model is not of the class that would load it: the way back must give the same architecture.
     """
     family = family_of(config.model_type)
+    made = _config_class(config.model_type)
     if head not in family.classes:
         raise UserError(
             f"transformers has no {config.model_type} with the head {head}; there are {', '.join(family.classes)}"
@@ -75,6 +78,10 @@ def to_hf(
     if source is None:
         values = _special_tokens(config, tokenizer) | values
         _check_padding(config, tokenizer, values)
+        must = {"nomic_bert": "pad_token_id", "eurobert": "mask_token_id"}.get(config.model_type)
+        if must and values.get(must) is None:
+            # None is no value there: without a tokenizer the class's own stays.
+            values.pop(must, None)
     else:
         assert published is not None
         before = _theirs(to_ours(source))
@@ -90,7 +97,7 @@ def to_hf(
         values["id2label"] = dict(enumerate(config.labels))
         values["label2id"] = {label: number for number, label in enumerate(config.labels)}
         values["problem_type"] = config.problem_type
-    hf = _config_class(config.model_type).from_dict(values | {"architectures": [family.classes[head]], "dtype": dtype})
+    hf = made.from_dict(values | {"architectures": [family.classes[head]], "dtype": dtype})
     there, here = _essence(to_ours(hf), head), _essence(config, head)
     differences = [f"{name}={here[name]!r} (it has {there[name]!r})" for name in here if here[name] != there[name]]
     if differences:
@@ -132,9 +139,15 @@ def published_config(published: Published | None, config: ModelConfig) -> Any | 
 
 
 def _config_class(model_type: str) -> Any:
-    from transformers import CONFIG_MAPPING
+    """UserError where the installed transformers is older than the family."""
+    import transformers
 
-    return CONFIG_MAPPING[model_type]
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {transformers.__version__} has no {model_type}, which came with version "
+            f"{family_of(model_type).since}; try pip install --upgrade transformers"
+        )
+    return transformers.CONFIG_MAPPING[model_type]
 
 
 def _theirs(config: ModelConfig) -> dict[str, Any]:
@@ -145,8 +158,8 @@ def _theirs(config: ModelConfig) -> dict[str, Any]:
 
 def _special_tokens(config: ModelConfig, tokenizer: Any) -> dict[str, int | None]:
     """Those that the tokenizer names, and none that it does not."""
-    names = (*TOKENS, "cls_token_id", "sep_token_id") if tokenizer and config.model_type == "modernbert" else TOKENS
-    return {name: getattr(tokenizer, name, None) for name in names}
+    more = {"modernbert": ("cls_token_id", "sep_token_id"), "eurobert": ("mask_token_id",)} if tokenizer else {}
+    return {name: getattr(tokenizer, name, None) for name in TOKENS + more.get(config.model_type, ())}
 
 
 def _check_padding(config: ModelConfig, tokenizer: Any, values: dict[str, Any]) -> None:
@@ -188,13 +201,16 @@ def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
     if head != "masked_lm" and not (config.classifier_pooler == "transform" and head in CLASSIFIERS):
         irrelevant += ["head_transform_bias"]
     if head not in LANGUAGE_MODELS:
-        irrelevant += ["head_bias", "head_transform", "tie_word_embeddings"]
+        irrelevant += ["head_bias", "head_transform", "tie_word_embeddings", "final_logit_softcapping"]
+    if not config.qk_norm:
+        irrelevant += ["qk_norm_over"]
     if "local" not in config.layers:
         irrelevant += ["sliding_window", "local_rope_theta"]
     elif config.local_rope_theta is None and config.rope_scaling_factor is None:
         c["local_rope_theta"] = config.rope_theta
     if config.position_embedding == "learned":
-        irrelevant += ["rope_theta", "local_rope_theta", "rope_scaling_factor", "rope_attention_factor"]
+        irrelevant += ["rope_theta", "local_rope_theta", "rope_scaling_factor", "partial_rotary_factor"]
+        irrelevant += ["rope_attention_factor"]
     if config.rope_scaling_factor is None:
         irrelevant += ["rope_type"]
     c["rope_attention_factor"] = config.rotary_length

@@ -24,7 +24,7 @@ from data.store import appearing
 from models import tensor_files
 from models.config import ModelConfig
 from models.families import family_of
-from models.heads import has_pooler
+from models.heads import bare_head, has_pooler
 from models.hf_config import (
     CLASSIFIERS,
     config_values,
@@ -127,7 +127,7 @@ class Pretrained:
     Also what a run may start from (training.start.Origin).
     """
 
-    resumed = finished = False
+    resumed, done = False, 0
 
     def __init__(self, path_or_id: str | os.PathLike, revision: str | None = None):
         self.name = str(path_or_id)
@@ -156,6 +156,7 @@ class Pretrained:
     def published(self) -> Published:
         """What an export of this model, or of one that was trained from it, is to say as well."""
         generation, tokenizer = self.folder / GENERATION, self.tokenizer()
+        values = read_json(self.folder / "config.json")
         # In the tensors, for config.json often names the type in which they were trained.
         kinds = {
             view.dtype.name
@@ -163,7 +164,7 @@ class Pretrained:
             if view.dtype in tensor_files.DTYPES.values() and not re.search(self._family.ignored, name)
         }
         return Published(
-            config=read_json(self.folder / "config.json"),
+            config={name: value for name, value in values.items() if name != "auto_map"},
             generation_config=read_json(generation) if generation.is_file() else None,
             dtype=kinds.pop() if len(kinds) == 1 else "float32",
             vocabulary=None if tokenizer is None else vocabulary_fingerprint(tokenizer),
@@ -197,7 +198,7 @@ class Pretrained:
 
         UserError lists every tensor that is missing, not expected, or of another shape or type.
         """
-        if head not in ("embedding", "causal_lm") and not self._holds(head):
+        if head not in ("embedding", "causal_lm", bare_head(self._config)) and not self._holds(head):
             advice = (
                 f"but {self.head}; leave the head out to take that one" if head != self.head else "as its config says"
             )
@@ -253,7 +254,7 @@ class Pretrained:
             if architecture in named:
                 return named[architecture]
         heads = (head for head in self._family.classes if self._family.heads.get(head) and self._holds(head))
-        return next(heads, "causal_lm" if self._config.causal and self._config.tie_word_embeddings else "embedding")
+        return next(heads, bare_head(self._config) or "embedding")
 
     def _holds(self, head: str) -> bool:
         """Whether the file has a tensor of this head that the stack has not."""
@@ -263,11 +264,11 @@ class Pretrained:
 
 
 def head_of(config: ModelConfig, params: dict) -> str:
-    """The head in a parameter tree; a tied language model of a decoder has no parameters of its own."""
+    """The head in a parameter tree; a tied language model without transform and bias has no parameters of its own."""
     heads = sorted(params.get("head", {}))
     assert len(heads) <= 1, f"several heads: {heads}"
     if not heads:
-        return "causal_lm" if config.causal and config.tie_word_embeddings else "embedding"
+        return bare_head(config) or "embedding"
     return "embedding" if heads == ["pooler"] else heads[0]
 
 

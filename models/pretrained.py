@@ -24,7 +24,7 @@ class Saved(Protocol):
     @property
     def config(self) -> dict: ...
     @property
-    def finished(self) -> bool: ...
+    def done(self) -> int: ...
     def restore_params(self, abstract: Any) -> Any: ...
 
 
@@ -43,8 +43,8 @@ def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = fr
     return model
 
 
-def export_to(path: str | None, run_dir: Path, origin: Saved | None) -> Path | None:
-    """Where a run exports to at its end; None if nowhere, or if it has done so and is called once more.
+def export_to(path: str | None, run_dir: Path, origin: Saved | None, steps: int) -> Path | None:
+    """Where a run of so many steps exports to at its end; None if nowhere, or if it has ended and done so.
 
     UserError for the run's own folder.
     """
@@ -53,7 +53,7 @@ def export_to(path: str | None, run_dir: Path, origin: Saved | None) -> Path | N
     target = Path(path).expanduser().absolute()
     if target == run_dir or run_dir.is_relative_to(target):
         raise UserError(f"--export {path} is where the run is; name another folder")
-    if origin is not None and origin.finished and (target / "config.json").is_file():
+    if origin is not None and origin.done >= steps and (target / "config.json").is_file():
         print(f"exported already to {path}", flush=True)
         return None
     return target

@@ -102,10 +102,28 @@ ROWS: dict[str, dict[str, Any]] = {
             sliding_attention=dict(rope_type="default", rope_theta=10_000.0),
         ),
     ),
+    # Caps that the scores of so small a model reach.
+    "gemma2": dict(
+        model_type="gemma2",
+        **DECODER | dict(num_hidden_layers=4),
+        sliding_window=6,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+    ),
+    "phi3": dict(
+        model_type="phi3",
+        **DECODER,
+        sliding_window=6,
+        rope_parameters=dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.7),
+    ),
+    "olmo2": dict(model_type="olmo2", **DECODER),
+    "smollm3": dict(model_type="smollm3", **DECODER | dict(num_hidden_layers=3), no_rope_layer_interval=2),
+    "eurobert": dict(model_type="eurobert", **DECODER),
+    "nomic_bert": dict(model_type="nomic_bert", **ENCODER),
 }
-DECODERS = [
-    name for name, row in ROWS.items() if row["model_type"] in "gpt2 llama mistral qwen2 qwen3 gemma3_text".split()
-]
+ROWS = {name: row for name, row in ROWS.items() if row["model_type"] in hf.CONFIG_MAPPING}
+DECODERS = [name for name, row in ROWS.items() if family_of(row["model_type"]).base.causal]
 LANGUAGE_MODELS = [(name, "causal_lm" if name in DECODERS else "masked_lm") for name in ROWS]
 # What a row adds to the one before it is in this head alone.
 ONE_HEAD = {name: "masked_lm" for name in ROWS if name.endswith("-untied")}
@@ -115,6 +133,15 @@ HEADS = [
     for head in family_of(row["model_type"]).classes
     if head == ONE_HEAD.get(name, head)
 ]
+# Heads and layers of these are those of rows above but for what their language model shows; classifiers are seen by
+# their files, and by late pooling, which only EuroBERT has.
+AKIN = ("gemma2", "phi3", "olmo2", "smollm3", "eurobert", "nomic_bert")
+OWN_HEADS = [
+    (name, head)
+    for name, head in HEADS
+    if name not in AKIN or head.endswith("_lm") or (name, head) == ("eurobert", "sequence_classification")
+]
+OWN_LAYERS = [(name, head) for name, head in LANGUAGE_MODELS if name not in ("smollm3", "eurobert", "nomic_bert")]
 
 
 @functools.cache
@@ -126,7 +153,7 @@ def model(name: str, head: str):
     config._attn_implementation = "eager"
     made = getattr(hf, family_of(config.model_type).classes[head])(config)
     generator = torch.Generator().manual_seed(1)
-    plus_one = config.model_type == "gemma3_text"
+    plus_one = config.model_type.startswith("gemma")
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import signal
 
 import jax
@@ -14,7 +15,7 @@ from toy import quick_compilation  # noqa: F401
 import training.loop
 from cli import UserError
 from sharding.mesh import MeshConfig
-from training.checkpoint import complete_steps, restore_params
+from training.checkpoint import complete_steps, read_config, restore_params
 from training.config import CheckpointConfig, OptimizerConfig
 from training.loop import NonFiniteLoss
 from training.run import RunDirectory
@@ -70,6 +71,55 @@ def test_two_and_two_steps_equal_four(tmp_path, mesh, name, accumulation):
     assert (parts.step, parts.finished, parts.loss, parts.eval) == (4, True, whole.loss, whole.eval)
     assert parts.tokens == whole.tokens == 4 * toy.ROWS * toy.LENGTH
     assert without_timing(toy.metrics_of(tmp_path / "parts")) == without_timing(toy.metrics_of(tmp_path / "whole"))
+
+
+CONSTANT = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup=2)
+WSD = OptimizerConfig(learning_rate=0.01, schedule="wsd", warmup=2, decay_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (dict(steps=4, optimizer=CONSTANT), dict(steps=8, optimizer=CONSTANT)),  # finished
+        (dict(steps=8, optimizer=WSD, stop_at=4), dict(steps=12, optimizer=WSD)),  # before its decay
+        (dict(steps=4, optimizer=CONSTANT), dict(steps=8, optimizer=WSD)),  # the decay is added
+    ],
+)  # fmt: skip
+def test_a_run_that_is_extended_equals_one_that_was_longer_from_the_start(tmp_path, capsys, first, then):
+    noisy = dict(objective=toy.objective(noise=0.1))
+    begun = toy.run(toy.config(tmp_path / "parts", **first), **noisy)
+    assert begun.step == 4
+    parts = toy.run(toy.config(tmp_path / "parts", **then), **noisy)
+    said = capsys.readouterr().out
+    assert "up to step 4 the schedule is the same" in said and "resumed at step 4" in said
+    whole = toy.run(toy.config(tmp_path / "whole", **then), **noisy)
+    assert_equal(parts.state, whole.state)
+    assert (parts.step, parts.finished, parts.loss, parts.eval) == (then["steps"], True, whole.loss, whole.eval)
+    losses, expected = (
+        [record for record in without_timing(toy.metrics_of(tmp_path / name)) if "loss" in record]
+        for name in ("parts", "whole")
+    )
+    assert losses == expected and len(losses) == then["steps"]
+    assert json.loads((tmp_path / "parts" / "config.json").read_text())["steps"] == then["steps"]
+    assert read_config(tmp_path / "parts")["steps"] == then["steps"]
+
+
+def test_the_way_that_a_refused_extension_names_is_a_way(tmp_path):
+    toy.run(toy.config(tmp_path / "run"))
+    with pytest.raises(UserError) as error:
+        toy.run(toy.config(tmp_path / "run", steps=6))
+    assert toy.metrics_of(tmp_path / "run")[-1]["step"] == 4
+    flags = str(error.value).rpartition(" add ")[2].split()
+    named = dict(zip(flags, flags[1:], strict=False))
+    fork = toy.config(
+        named["--run-dir"],
+        init_from=named["--init-from"],
+        init_optimizer="--init-optimizer" in flags,
+        seed=int(named["--seed"]),
+        steps=int(named["--steps"]),
+    )
+    result = toy.run(fork)
+    assert (result.step, int(result.state.opt_state.count)) == (2, 6)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

@@ -1,7 +1,8 @@
 """Settings shared by every kind of training run, as frozen dataclasses.
 
-A run's *identity* (model, data, objective, optimizer, seed, global batch, steps) must be the same for it to
-resume; its *execution* (fields named in `EXECUTION_FIELDS`) may change at any time. Imports no JAX.
+A run's *identity* (model, data, objective, optimizer, seed, global batch) must be the same for it to resume; its
+*schedule* (steps, warm-up, decay) may change where it was the same so far (training/identity.py); its *execution*
+(fields named in `EXECUTION_FIELDS`) at any time. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ EXECUTION_FIELDS = frozenset(
 )
 """Field names, at any depth, that a resumed run may change."""
 FINGERPRINTED_FIELDS = frozenset(
-    f"data.{name}" for name in "files sources validation_files builtin_exclude tokenizer train validation".split()
+    f"data.{name}"
+    for name in "files sources validation_files builtin_exclude tokenizer train validation label_kind".split()
 )
-"""Paths that may be spelled anew (the folder was moved): the fingerprints know what was read."""
+"""What may be spelled anew (the folder was moved): the fingerprints, or the classes, know what was read."""
 HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers", "max_rejected", "json", "debug"))
 """Field names, at any depth, that may differ between the processes of one run."""
 

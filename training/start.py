@@ -48,8 +48,8 @@ class Origin(Protocol):
         ...
 
     @property
-    def finished(self) -> bool:
-        """Whether it is the run itself, at its end."""
+    def done(self) -> int:
+        """Steps of the run itself; 0 where it is another."""
         ...
 
     def restore_params(self, abstract: Any) -> Any:
@@ -75,8 +75,8 @@ class RunOrigin(NamedTuple):
         return RunDirectory(self.run_dir).tokenizer
 
     @property
-    def finished(self) -> bool:
-        return self.resumed and self.step >= self.config["steps"]
+    def done(self) -> int:
+        return self.step if self.resumed else 0
 
     def restore_params(self, abstract: Any) -> Any:
         return restore_params(self.run_dir, abstract, self.step, ignore="" if "head" in abstract else "head/")

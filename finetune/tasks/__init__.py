@@ -29,6 +29,8 @@ class Task(Protocol):
     """JSON values that make the run what it is besides its flags (the labels)."""
     fingerprints: dict[str, str]
     """SHA-256 of the files."""
+    facts: Sequence[str]
+    """What was read and what it was taken for, a line each, for people."""
     objective: Objective
     examples: int
     """Training examples; an epoch."""

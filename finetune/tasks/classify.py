@@ -42,6 +42,7 @@ class Classification:
         self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=None)
         self.settings = {"labels": self._names}
         self.fingerprints = self._examples.fingerprints
+        self.facts = self._examples.facts
         self._batches, held_out = (
             LabelledBatches(
                 part.encoded,

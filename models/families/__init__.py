@@ -29,10 +29,50 @@ MODULES = {
     "mistral": "mistral",
     "qwen2": "qwen",
     "qwen3": "qwen",
+    "gemma2": "gemma",
     "gemma3_text": "gemma",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "smollm3": "smollm3",
+    "eurobert": "eurobert",
+    "nomic_bert": "nomic_bert",
 }
 """`model_type` in a config.json → module in this package, which has it in its FAMILIES."""
 
+RELATIVE = "its attention adds terms for relative positions, which this stack does not have"
+SHARED = "its layers share one set of weights, and here each layer has its own"
+EXPERTS = "its MLPs are mixtures of experts, which this stack does not have"
+PARALLEL = "attention and MLP read the same input and are added up, and here the MLP follows attention"
+TWO_STACKS = "it has an encoder and a decoder, and here a model is a single stack"
+UNSUPPORTED = {
+    "mpnet": (RELATIVE, "roberta, modernbert"),
+    "deberta": (RELATIVE, "modernbert, roberta"),
+    "deberta-v2": (RELATIVE, "modernbert, roberta"),
+    "xlnet": (RELATIVE, "modernbert, roberta"),
+    "t5": (TWO_STACKS, "modernbert, llama"),
+    "mt5": (TWO_STACKS, "xlm-roberta, llama"),
+    "bart": (TWO_STACKS, "roberta, gpt2"),
+    "albert": (SHARED, "bert, electra"),
+    "longformer": ("its global tokens attend with projections of their own", "modernbert"),
+    "big_bird": ("its attention sees random blocks", "modernbert"),
+    "bloom": ("its attention adds biases by distance (ALiBi)", "gpt2, llama"),
+    "mpt": ("its attention adds biases by distance (ALiBi)", "llama"),
+    "gpt_neox": (PARALLEL, "llama, gpt2"),
+    "gptj": (PARALLEL, "llama, gpt2"),
+    "phi": (PARALLEL, "phi3"),
+    "falcon": (PARALLEL, "llama"),
+    "cohere": (PARALLEL, "llama"),
+    "opt": ("its positions and its norms stand otherwise than in GPT-2, and nobody has mapped its files", "gpt2"),
+    "gemma": ("nobody has mapped its files", "gemma2"),
+    "gemma3": ("it also reads images", "gemma3_text"),
+    "mixtral": (EXPERTS, "mistral"),
+    "qwen2_moe": (EXPERTS, "qwen2"),
+    "qwen3_moe": (EXPERTS, "qwen3"),
+    "phimoe": (EXPERTS, "phi3"),
+    "olmoe": (EXPERTS, "olmo2"),
+    "mamba": ("it is recurrent and has no attention", "llama"),
+}
+"""Well-known types that are not supported: why, and which are near."""
 UNSUPPORTED_ROPE = {
     "dynamic": "its frequencies change with the length of the text",
     "longrope": "its frequencies are one of two lists, by the length of the text",
@@ -78,10 +118,17 @@ class Family:
     """Further settings of ModelConfig, from transformers' config."""
     write: Callable[[ModelConfig], dict[str, Any]] = _nothing
     """Further settings of transformers' config, from ours."""
+    since: str = "5.0"
+    """The first version of transformers that has it."""
+    passes_auto_map: bool = False
+    """Published config.json name code in their repository although transformers has the same model: it is passed over."""
 
 
 def family_of(model_type: str) -> Family:
     """The family of a `model_type`; UserError lists the known ones."""
+    if model_type in UNSUPPORTED:
+        why, near = UNSUPPORTED[model_type]
+        raise UserError(f"model_type {model_type!r} is not supported: {why}; near: {near}")
     if model_type not in MODULES:
         raise UserError(
             f"model_type {model_type!r} is not known; known are {', '.join(MODULES)} (docs/adding-a-family.md)"
@@ -120,11 +167,16 @@ def layer_types(config: ModelConfig) -> list[str]:
     return ["sliding_attention" if kind == "local" else "full_attention" for kind in config.layers]
 
 
-def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and scaling from transformers' rope parameters; UserError for a kind that is not supported."""
+def read_rope(rope: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
+    """rope_theta and scaling from transformers' rope parameters; UserError for a kind that is not supported.
+
+    partial: whether the family's class in transformers can turn a part of each head.
+    """
     kind = rope.get("rope_type", "default")
     settings: dict[str, Any] = {"rope_theta": float(rope["rope_theta"]), "rope_scaling_factor": None}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if partial:
+        settings["partial_rotary_factor"] = float(rope.get("partial_rotary_factor", 1.0))
+    elif rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; whole heads turn")
     if kind == "default":
         return settings

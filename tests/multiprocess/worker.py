@@ -15,6 +15,7 @@ import sys
 import time
 
 import cli
+import library_log
 from sharding.distributed import collected, joined
 from sharding.places import DistributedConfig
 
@@ -100,6 +101,7 @@ def main(config: Jobs) -> dict:
 
 
 if __name__ == "__main__":
+    library_log.begin()
     jobs = Jobs([json.loads(argument) for argument in sys.argv[1:]])
     with cli._one_line_errors(debug=False):
         cli._call(main, jobs)
