@@ -31,6 +31,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from models.hub import Pretrained, check_export, save_pretrained
     from models.layout import open_mesh
     from models.pretrained import architecture_of, export_to, load_weights
+    from models.published import Published, published_beside
     from models.transformer import init_params, matrix_axes
     from sharding.mesh import host_rows
     from training.card import model_card
@@ -55,11 +56,13 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     specials = special_ids(tokenizer, need=("bos", "eos"))
     # Published models have spare rows in their vocabulary.
     model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
+    handed_on = published_beside(origin.config if origin else None)
+    published = Published.beside(handed_on)
     exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
-        check_export(exporting, model, "causal_lm", tokenizer)
+        check_export(exporting, model, "causal_lm", tokenizer, published)
     config_dict, defaults = settings(
-        config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command
+        config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command, **handed_on
     )
     run.check(config_dict, defaults, origin.done if origin else 0)
 
@@ -113,7 +116,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         write_json(run.path / "samples.json", {"texts": texts})
         write_report(run.path)
         if exporting and result.finished:
-            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path))
+            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
             print(f"exported to {config.export}", flush=True)
     return summary
 

@@ -29,6 +29,7 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from models.hub import Pretrained, check_export, save_pretrained
     from models.layout import open_mesh
     from models.pretrained import export_to, load_weights
+    from models.published import Published, published_beside
     from models.transformer import matrix_axes
     from training.card import model_card
     from training.loop import train
@@ -50,14 +51,16 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
     mesh = open_mesh(config, model, config.task, max_length(config.data, model), split=False)
     task = open_task(config, model, tokenizer, mesh)
+    handed_on = published_beside(None if config.scratch else origin.config)
+    published = Published.beside(handed_on)
     config = resolved(config, task.examples, model.hidden_size)
     assert config.steps is not None
     exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
-        check_export(exporting, task.model, config.task, tokenizer)
+        check_export(exporting, task.model, config.task, tokenizer, published)
     fingerprints = {"tokenizer": fingerprint(tokenizer)} | task.fingerprints
     config_dict, defaults = settings(
-        config, task.model, fingerprints=fingerprints, command=call.command, **task.settings
+        config, task.model, fingerprints=fingerprints, command=call.command, **task.settings, **handed_on
     )
     run.check(config_dict, defaults, origin.done)
     if jax.process_index() == 0:
@@ -92,7 +95,10 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         write_report(run.path)
         if exporting and params is not None:
             as_trained = framed_tokenizer(tokenizer, model.causal)
-            save_pretrained(exporting, task.model, params, as_trained, card=model_card(run.path))
+            if published and model.causal:
+                published = published.padded_by(as_trained)
+            card = model_card(run.path)
+            save_pretrained(exporting, task.model, params, as_trained, card=card, published=published)
             print(f"exported to {config.export}", flush=True)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
         print(f"{figures}  on {config.data.validation}; more in {run.report}", flush=True)

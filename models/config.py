@@ -17,6 +17,7 @@ from cli import UserError
 LayerKind = Literal["global", "local", "nope"]
 """nope: a global layer without rotary positions (Yang et al. 2025, SmolLM 3)."""
 HiddenAct = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 VOCAB_MULTIPLE = 128
 
 
@@ -124,6 +125,8 @@ class ModelConfig:
     token's class scores (EuroBERT)."""
     labels: tuple[str, ...] = ()
     """Names of the classes, where there is a head that classifies."""
+    problem_type: ProblemType | None = None
+    """What the scores of a classifier of sequences are; unset = one label a text."""
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
@@ -139,6 +142,10 @@ class ModelConfig:
                 raise UserError(f"{name}={value} must be at least 1")
         if self.hidden_act not in typing.get_args(HiddenAct):
             raise UserError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(typing.get_args(HiddenAct))}")
+        if self.problem_type not in (None, *typing.get_args(ProblemType)):
+            raise UserError(
+                f"problem_type={self.problem_type!r} is not one of {', '.join(typing.get_args(ProblemType))}"
+            )
         if not self.layer_period:
             raise UserError("layer_period is empty; give the kinds of layer that repeat, for instance global")
         for name in ("hidden_dropout", "attention_dropout"):

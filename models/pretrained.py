@@ -13,6 +13,8 @@ from cli import UserError
 from models.config import ModelConfig
 from models.heads import LANGUAGE_MODELS
 
+SINGLE_LABEL = "single_label_classification"
+
 
 class Saved(Protocol):
     """Weights and what stands beside them (training.start.Origin)."""
@@ -64,16 +66,22 @@ def load_weights(
 
     A classifier keeps its head only if the labels of `model` are the same.
     """
-    labels = tuple(origin.config["model"].get("labels", ()))
+    there = origin.config["model"]
+    labels, problem = tuple(there.get("labels", ())), there.get("problem_type") or SINGLE_LABEL
+    same_classes = labels == model.labels and problem == (model.problem_type or SINGLE_LABEL)
 
     def load(abstract: dict) -> dict:
-        if origin.config.get("task") == head and labels == model.labels:
+        if origin.config.get("task") == head and same_classes:
             return origin.restore_params(abstract)
         params = origin.restore_params({name: part for name, part in abstract.items() if name != "head"})
         if "head" not in abstract:
             return params
-        if head in LANGUAGE_MODELS and jax.process_index() == 0:
-            print(f"{origin.name} has no head {head}: a new one begins at random", flush=True)
+        said = f"{origin.name} has no head {head}" if head in LANGUAGE_MODELS else ""
+        if origin.config.get("task") == head and head not in LANGUAGE_MODELS:
+            kind = "" if problem == SINGLE_LABEL else f" ({problem})"
+            said = f"the head of {origin.name} is for the labels {', '.join(labels[:8])}{kind}"
+        if said and jax.process_index() == 0:
+            print(f"{said}: a new one begins at random", flush=True)
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["head"])
         return params | {"head": jax.jit(lambda key: init(key)["head"], out_shardings=layout)(jax.random.key(seed))}
 

@@ -291,9 +291,9 @@ BAD = {
     "unknown type": (config_with(model_type="squirrel"), "'squirrel' is not known; known are bert, roberta, .*gemma3_text"),
     "a decoder": (config_with(is_decoder=True), "is_decoder=True is not supported; it must be False"),
     "quantised": (config_with(quantization_config={"bits": 4}), "quantised"),
-    "several labels a text": (
-        config_with(architectures=["BertForSequenceClassification"], problem_type="multi_label_classification"),
-        "multi_label_classification.*not supported",
+    "an unknown kind of labels": (
+        config_with(architectures=["BertForSequenceClassification"], problem_type="ranking"),
+        "problem_type.*ranking",
     ),
     "a number as text": (config_with(hidden_size="wide"), "is no configuration of bert"),
     "no sizes": (config_with(num_attention_heads=None), "is no configuration of bert"),

@@ -232,7 +232,7 @@ def test_greedy_texts_are_those_of_generate(name, monkeypatch):
     theirs = model(name, "causal_lm")
     monkeypatch.setattr(theirs.generation_config, "eos_token_id", None)
     expected = theirs.generate(ids, attention_mask=mask, generation_config=settings)[:, 21:]
-    got = generate(config, params, prompts, SamplingConfig(max_new_tokens=64, temperature=0.0), end_id=None)
+    got = generate(config, params, prompts, SamplingConfig(max_new_tokens=64, temperature=0.0), end_ids=())
     assert got == expected.tolist()
     assert len({tuple(row) for row in got}) == 3
 

@@ -19,7 +19,7 @@ EXECUTION_FIELDS = frozenset(
     (
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
-        "distributed",
+        *("distributed", "published"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""

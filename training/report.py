@@ -170,7 +170,8 @@ def settings_sections(run: RunFiles) -> list[Section]:
     sections = []
     if run.summary.get("data"):
         sections.append(Section("Text", page.settings(run.summary["data"])))
-    sections.append(Section("Settings", page.settings(run.config)))
+    asked = {name: value for name, value in run.config.items() if name != "published"}
+    sections.append(Section("Settings", page.settings(asked)))
     if run.summary.get("environment"):
         sections.append(Section("Environment", page.settings(run.summary["environment"])))
     return sections

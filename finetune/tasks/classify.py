@@ -39,7 +39,7 @@ class Classification:
         self._rows = host_rows(config.batch_size, mesh)
         self._examples = read_examples(config.data, tokenizer, model)
         self._names = self._examples.names
-        self.model = dataclasses.replace(model, labels=tuple(self._names))
+        self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=None)
         self.settings = {"labels": self._names}
         self.fingerprints = self._examples.fingerprints
         self.facts = self._examples.facts
