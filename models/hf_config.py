@@ -86,7 +86,9 @@ def to_hf(config: ModelConfig, head: str, tokenizer: Any = None, dtype: str = "f
         values.pop(must, None)
     hf = made(**values, architectures=[family.classes[head]], dtype=dtype)
     there, here = _essence(to_ours(hf), head), _essence(config, head)
-    differences = [f"{name}={here[name]!r} (it has {there[name]!r})" for name in here if here[name] != there[name]]
+    # What decides nothing in one of the two follows from another difference.
+    both = [name for name in here if name in there]
+    differences = [f"{name}={here[name]!r} (it has {there[name]!r})" for name in both if here[name] != there[name]]
     if differences:
         raise UserError(
             f"no class of transformers has this architecture: {family.classes[head]} cannot have "
@@ -144,7 +146,7 @@ def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
     if head not in LANGUAGE_MODELS:
         irrelevant += ["head_bias", "head_transform", "tie_word_embeddings", "final_logit_softcapping"]
     if not config.qk_norm:
-        irrelevant += ["qk_norm_over"]
+        c["qk_norm_over"] = "head"
     if "local" not in config.layers:
         irrelevant += ["sliding_window", "local_rope_theta"]
     elif config.local_rope_theta is None and config.rope_scaling_factor is None:
