@@ -176,10 +176,10 @@ class ModelConfig:
         if not 0 < self.partial_rotary_factor <= 1:
             raise UserError(f"partial_rotary_factor={self.partial_rotary_factor} must lie above 0 and up to 1")
         if self.position_embedding == "rotary" and (self.rotary_size < 2 or self.rotary_size % 2):
-            part = f" × partial_rotary_factor={self.partial_rotary_factor}" if self.partial_rotary_factor != 1 else ""
+            part = f" × partial_rotary_factor={self.partial_rotary_factor} = {self.rotary_size}"
             raise UserError(
-                f"head_dim={self.head_size}{part} = {self.rotary_size} is no even number of dimensions; rotary "
-                "positions turn pairs: give an even one"
+                f"head_dim={self.head_size}{part if self.partial_rotary_factor != 1 else ''} is no even number of "
+                "dimensions; rotary positions turn pairs: give an even one"
             )
         if "nope" in self.layers and self.position_embedding != "rotary":
             raise UserError(
@@ -205,8 +205,8 @@ class ModelConfig:
             )
         if not self.first_attention_norm and self.norm_position == "output":
             raise UserError(
-                "first_attention_norm=False leaves out a norm before attention, and norm_position=output has none there; "
-                "try first_attention_norm=True"
+                "first_attention_norm=False leaves out a norm before attention, and norm_position=output has none "
+                "there; try first_attention_norm=True"
             )
 
     @property

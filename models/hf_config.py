@@ -99,7 +99,9 @@ def to_hf(
         values["problem_type"] = config.problem_type
     hf = made.from_dict(values | {"architectures": [family.classes[head]], "dtype": dtype})
     there, here = _essence(to_ours(hf), head), _essence(config, head)
-    differences = [f"{name}={here[name]!r} (it has {there[name]!r})" for name in here if here[name] != there[name]]
+    # What decides nothing in one of the two follows from another difference.
+    both = [name for name in here if name in there]
+    differences = [f"{name}={here[name]!r} (it has {there[name]!r})" for name in both if here[name] != there[name]]
     if differences:
         raise UserError(
             f"no class of transformers has this architecture: {family.classes[head]} cannot have "
@@ -203,7 +205,7 @@ def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
     if head not in LANGUAGE_MODELS:
         irrelevant += ["head_bias", "head_transform", "tie_word_embeddings", "final_logit_softcapping"]
     if not config.qk_norm:
-        irrelevant += ["qk_norm_over"]
+        c["qk_norm_over"] = "head"
     if "local" not in config.layers:
         irrelevant += ["sliding_window", "local_rope_theta"]
     elif config.local_rope_theta is None and config.rope_scaling_factor is None:

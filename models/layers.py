@@ -319,8 +319,10 @@ def rotary_by_kind(config: ModelConfig, positions_BT: jax.Array) -> dict[str, tu
 
 
 def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn queries or keys by their positions (Su et al. 2021, eq. 34): of the first R = rotary_size dimensions, i pairs
-    with i + R/2; the others stay."""
+    """Turn queries or keys by their positions (Su et al. 2021, eq. 34).
+
+    Of the first rotary_size dimensions, i pairs with i + rotary_size / 2; the rest stays as it is.
+    """
     cos, sin = tables
     half = cos.shape[-1]
     x = x_BTNH.astype(jnp.float32)

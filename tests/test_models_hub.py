@@ -288,7 +288,7 @@ BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
     "remote code": (config_with(auto_map={"AutoModel": "evil.Model"}), "auto_map.*never run"),
-    "unknown type": (config_with(model_type="squirrel"), "'squirrel' is not known; known are bert, roberta, .*gemma3_text"),
+    "unknown type": (config_with(model_type="owl"), "'owl' is not known; known are bert, roberta, .*gemma3_text"),
     "a decoder": (config_with(is_decoder=True), "is_decoder=True is not supported; it must be False"),
     "quantised": (config_with(quantization_config={"bits": 4}), "quantised"),
     "an unknown kind of labels": (

@@ -142,7 +142,7 @@ def as_in_files(theirs, path):
             copied.copy_(torch.full_like(p, torch.nan) if p.grad is None else p.grad)
     gradients.save_pretrained(path)
     with safe_open(path / "model.safetensors", "np") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
+        return {key: file.get_tensor(key) for key in list(file.keys())}
 
 
 @pytest.mark.parametrize(("name", "head"), OWN_HEADS)

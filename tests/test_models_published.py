@@ -13,13 +13,18 @@ from models.counts import count_params
 from models.families.bert import BERT_BASE, BERT_LARGE
 from models.families.distilbert import DISTILBERT_BASE
 from models.families.electra import ELECTRA_SMALL
-from models.families.gemma import GEMMA3_1B
+from models.families.eurobert import EUROBERT_210M
+from models.families.gemma import GEMMA2_2B, GEMMA3_1B
 from models.families.gpt2 import GPT2, GPT2_MEDIUM
 from models.families.llama import LLAMA_1B, LLAMA_8B
 from models.families.mistral import MISTRAL_7B
 from models.families.modernbert import MODERNBERT_BASE
+from models.families.nomic_bert import NOMIC_BERT
+from models.families.olmo2 import OLMO2_1B, OLMO2_7B
+from models.families.phi3 import PHI3_MINI
 from models.families.qwen import QWEN2_500M, QWEN3_600M
 from models.families.roberta import ROBERTA_BASE
+from models.families.smollm3 import SMOLLM3_3B
 from models.hf_config import to_hf, to_ours
 from models.layers import rotary_frequencies
 
@@ -38,7 +43,16 @@ PUBLISHED = [
     ("qwen2-0.5b", QWEN2_500M, "causal_lm", 494_032_768),
     ("qwen3-0.6b", QWEN3_600M, "causal_lm", 596_049_920),
     ("gemma-3-1b", GEMMA3_1B, "causal_lm", 999_885_952),
+    ("gemma-2-2b", GEMMA2_2B, "causal_lm", 2_614_341_888),
+    ("phi-3-mini-4k", PHI3_MINI, "causal_lm", 3_821_079_552),
+    ("olmo-2-1b", OLMO2_1B, "causal_lm", 1_484_916_736),
+    ("olmo-2-7b", OLMO2_7B, "causal_lm", 7_298_617_344),
+    ("smollm3-3b", SMOLLM3_3B, "causal_lm", 3_075_098_624),
+    # Published as 210 and 137 million; the exact numbers are PyTorch's for the published shapes.
+    ("eurobert-210m", EUROBERT_210M, "embedding", 211_766_016),
+    ("nomic-bert", NOMIC_BERT, "masked_lm", 137_354_304),
 ]
+PUBLISHED = [row for row in PUBLISHED if row[1].model_type in hf.CONFIG_MAPPING]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ MODULES = {
 }
 """`model_type` in a config.json → module in this package, which has it in its FAMILIES."""
 
+UNMAPPED = "its files have no map here yet (docs/adding-a-family.md)"
 RELATIVE = "its attention adds terms for relative positions, which this stack does not have"
 SHARED = "its layers share one set of weights, and here each layer has its own"
 EXPERTS = "its MLPs are mixtures of experts, which this stack does not have"
@@ -62,8 +63,8 @@ UNSUPPORTED = {
     "phi": (PARALLEL, "phi3"),
     "falcon": (PARALLEL, "llama"),
     "cohere": (PARALLEL, "llama"),
-    "opt": ("its positions and its norms stand otherwise than in GPT-2, and nobody has mapped its files", "gpt2"),
-    "gemma": ("nobody has mapped its files", "gemma2"),
+    "opt": (UNMAPPED, "gpt2"),
+    "gemma": (UNMAPPED, "gemma2"),
     "gemma3": ("it also reads images", "gemma3_text"),
     "mixtral": (EXPERTS, "mistral"),
     "qwen2_moe": (EXPERTS, "qwen2"),
@@ -121,7 +122,7 @@ class Family:
     since: str = "5.0"
     """The first version of transformers that has it."""
     passes_auto_map: bool = False
-    """Published config.json name code in their repository although transformers has the same model: it is passed over."""
+    """Whether published files name code of their repository although transformers has the model: it is passed over."""
 
 
 def family_of(model_type: str) -> Family:

@@ -1,7 +1,7 @@
 """Gemma 2 (Gemma Team 2024) and 3, text only (Gemma Team 2025): Llama with norms on both sides and local layers.
 
-Gemma 2 squashes its scores by tanh and has every second layer local; Gemma 3 normalises queries and keys instead and has
-five local layers to a global one, with a rotary base of their own.
+Gemma 2 squashes its scores by tanh, and every second layer is local; Gemma 3 normalises queries and keys instead, and
+has five local layers to a global one, with a rotary base of their own.
 """
 
 from dataclasses import replace
@@ -141,5 +141,5 @@ FAMILIES = {
         },
         read=_read,
         write=_write,
-    )
+    ),
 }

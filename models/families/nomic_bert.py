@@ -26,7 +26,8 @@ NOMIC_BERT = replace(
 
 
 def _read(hf: Any) -> dict[str, Any]:
-    return {"head_dim": hf.head_dim, **read_rope(hf.rope_parameters)}
+    usual = hf.hidden_size // hf.num_attention_heads
+    return {"head_dim": None if hf.head_dim == usual else hf.head_dim, **read_rope(hf.rope_parameters)}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

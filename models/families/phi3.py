@@ -29,6 +29,14 @@ HEADS_THERE = ("causal_lm", "sequence_classification", "token_classification", "
 
 
 def _read(hf: Any) -> dict[str, Any]:
+    rope = hf.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        # transformers looks for the longest text of a batch and turns all of it by one set of frequencies or the other.
+        raise UserError(
+            f"rope_type 'longrope' is not supported: beyond {rope['original_max_position_embeddings']} tokens all "
+            "frequencies change, for every text of a batch that holds such a long one, so that scores would depend on "
+            "what a text is packed with; near: the 4k variants, Phi-4, or smollm3 for long texts"
+        )
     return read(hf, partial=True) | {"layer_period": ("local",) if hf.sliding_window else ("global",)}
 
 

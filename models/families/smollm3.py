@@ -27,7 +27,9 @@ SMOLLM3_3B = replace(
 
 def _read(hf: Any) -> dict[str, Any]:
     if "sliding_attention" in hf.layer_types:
-        raise UserError("smollm3 with sliding layers is not supported; every entry of layer_types must be full_attention")
+        raise UserError(
+            "smollm3 with sliding layers is not supported; every entry of layer_types must be full_attention"
+        )
     kinds: list[LayerKind] = ["global" if rope else "nope" for rope in hf.no_rope_layers[: hf.num_hidden_layers]]
     return read(hf) | stacked(kinds)
 
