@@ -27,6 +27,8 @@ def summarise(prepared: Prepared, config: DataConfig, causal: bool) -> dict:
         entries = {name: _describe(side, name, store, config, causal) for name, store in stores.items()}
         # A single source needs no name.
         summary[side] = next(iter(entries.values())) if len(entries) == 1 else entries
+    if prepared.words:
+        summary["words"] = prepared.words
     if weights := config.weights():
         print("mixture:   ", ", ".join(f"{name} {weight:.1%}" for name, weight in weights.items()))
         summary["mixture"] = weights

@@ -53,7 +53,14 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     mine = host_rows(config.batch_size, mesh)
 
     of_weights = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
-    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=True, of_weights=of_weights)
+    prepared = prepare(
+        config.data,
+        config.model.vocab_size,
+        for_masked_lm=True,
+        of_weights=of_weights,
+        whole_words=config.masking.whole_words,
+        words=origin.config.get("words", {}) if origin and origin.resumed else None,
+    )
     tokenizer = prepared.tokenizer
     specials = special_ids(tokenizer, need=("cls", "sep", "mask"))
     # Published models have spare rows in their vocabulary.
@@ -64,7 +71,13 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     if exporting:
         check_export(exporting, model, "masked_lm", tokenizer, published)
     config_dict, defaults = settings(
-        config, model, task="masked_lm", fingerprints=prepared.fingerprints, command=call.command, **handed_on
+        config,
+        model,
+        task="masked_lm",
+        fingerprints=prepared.fingerprints,
+        command=call.command,
+        **handed_on,
+        **({"words": prepared.words} if prepared.words else {}),
     )
     run.check(config_dict, defaults, origin.done if origin else 0, [mask_rates])
 
@@ -72,9 +85,12 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     ids_V = np.arange(model.vocab_size)
     ordinary_V = ~np.isin(ids_V, specials.all) & (ids_V < vocabulary_size(tokenizer))
     vocabulary = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
+    by_words = config.masking.whole_words and bool(prepared.words)
     rows, held_out = (
         {
-            name: Rows(store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm")
+            name: Rows(
+                store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm", word_starts=by_words
+            )
             for name, store in stores.items()
         }
         for stores in (prepared.train, prepared.validation)
