@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import progress
 from cli import UserError
+from data.description import listed
 from data.labelled import Encoded, Labelled, encode_pairs, read_labelled
 
 if TYPE_CHECKING:
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 LONGEST = 512
 """Tokens of an example at most, unless --data.max-length asks for more: attention costs their square."""
+
+
+LABELS = 8
+"""How many are listed in words."""
 
 
 class Part(NamedTuple):
@@ -49,8 +56,9 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         if path is None:
             raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv or .jsonl file of labelled texts")
         path = os.path.expanduser(path)
-        files[name] = _read(path, data)
-        fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with progress.waiting(f"reading {path}"):
+            files[name] = _read(path, data)
+            fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     names = _sorted(set(files["train"].labels))
     if len(names) < 2:
         raise UserError(f"{data.train}: every example has the label {names[0]!r}; a classifier needs two or more")
@@ -67,10 +75,24 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         )
 
     def part(texts: Labelled) -> Part:
-        encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
+        with progress.waiting(f"tokenizing {len(texts.texts_a):,} examples"):
+            encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
         return Part(texts, encoded, [names.index(label) for label in texts.labels or ()])
 
     return Examples(part(files["train"]), part(files["validation"]), names, fingerprints)
+
+
+def describe_examples(data: FinetuneData, examples: Examples) -> dict[str, str]:
+    """Rows on both files and on the labels, with how often the training file has each, the most frequent first."""
+    counts = Counter(examples.train.labels)
+    most = sorted(counts, key=lambda label: (-counts[label], label))
+    total = len(examples.train.labels)
+    labels = [f"{examples.names[label]} {counts[label]:,} ({counts[label] / total:.1%})" for label in most]
+    return {
+        "training": f"{data.train}: {total:,} examples",
+        "validation": f"{data.validation}: {len(examples.validation.labels):,} examples",
+        "labels": f"{len(labels)}: {listed(labels, LABELS)}".replace("%", " %"),
+    }
 
 
 def max_length(data: FinetuneData, model: ModelConfig) -> int:

@@ -128,14 +128,14 @@ def base64_of(page):
 
 def test_a_classifier_shows_its_confusions_and_surest_mistakes(run):
     config = CONFIG | {"task": "sequence_classification", "labels": CONFUSION["labels"], "init_from": "runs/demo"}
-    metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79}
+    metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79, "majority": 0.6}
     write(run, config=config, summary=SUMMARY | {"metrics": metrics}, confusion=CONFUSION, samples={})
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in PREDICTIONS)
     (run / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     page = Page(write_report(run))
     assert "The surest of 2 mistakes among 3" in page.words
     assert "Classifier with 2 labels, from the weights of runs/demo." in page.words
-    assert "accuracy 90.0 % F1 of maybe 87.5 % Matthews 0.790" in page.words
+    assert "accuracy 90.0 % majority class 60.0 % F1 of maybe 87.5 % Matthews 0.790" in page.words
     assert "10 held-out examples" in page.words and "75 %" in page.words and "100 %" in page.words
     assert page.words.index("yes & no, taken for maybe 95 %") < page.words.index("maybe, taken for yes & no 80 %")
     assert "odd <script> / second" in page.words and "fine" not in page.words

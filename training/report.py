@@ -200,6 +200,7 @@ def _figures(run: RunFiles) -> list[tuple[str, str]]:
     labels = run.config.get("labels", [])
     candidates: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("accuracy", final.get("accuracy"), page.percent),
+        ("majority class", final.get("majority"), page.percent),
         (f"F1 of {labels[1]}" if len(labels) == 2 else "F1", final.get("f1"), page.percent),
         ("Matthews", final.get("matthews"), lambda x: f"{x:.3f}"),
         ("held-out loss", held_out.get("loss"), lambda x: f"{x:.3f}"),
