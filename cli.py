@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import library_log
+import progress
 
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
 """What the machine may answer to a sound program: no permission, no space left, a file where a folder should be."""
@@ -59,6 +60,11 @@ class Call:
     """The command line."""
     given: frozenset[str] = frozenset()
     """Fields that flags have set, nested ones as `outer.inner`."""
+
+    def greet(self) -> None:
+        """The first line of a command, before it imports what takes seconds."""
+        if self.command:
+            progress.say(f"{' '.join(shlex.split(self.command)[1:3])}: loading JAX …")
 
     def settings_of(self, name: str) -> frozenset[str]:
         """The fields that were set within the nested configuration `name`."""

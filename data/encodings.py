@@ -125,7 +125,9 @@ class Guess(NamedTuple):
     def advice(self) -> str:
         """How to have such a file read, as the rest of a line."""
         if self.codec is None:
-            return "its encoding is not recognised; convert it with `iconv -f NAME -t UTF-8`, or give --data.encoding NAME"
+            return (
+                "its encoding is not recognised; convert it with `iconv -f NAME -t UTF-8`, or give --data.encoding NAME"
+            )
         if self.codec == "utf-8":
             return "most of it is UTF-8, and damaged there; correct or remove the line"
         if self.codec in {codecs.lookup(name).name for name in SINGLE_BYTE}:

@@ -66,7 +66,9 @@ def read_labelled(
     table = read_table(path, codec(encoding))
     columns, rows = table.columns, table.rows
     missing = [name for name in (*text, *([label] if label else [])) if name not in columns]
-    known = [name for name in columns if name in LABEL_COLUMNS or name in {name for names in TEXT_COLUMNS for name in names}]
+    known = [
+        name for name in columns if name in LABEL_COLUMNS or name in {name for names in TEXT_COLUMNS for name in names}
+    ]
     if (missing or not known and not text and not label) and looks_like_data(table):
         shown = ", ".join(repr(name if len(name) <= 40 else f"{name[:39]}…") for name in columns[:4])
         raise UserError(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cli
+import progress
 from cli import UserError
 from data.config import DataConfig
 
@@ -322,7 +323,7 @@ class _Watched:
             leave=False,
             disable=None,
         )
-        with bar:
+        with bar, progress.waiting(self._label, bar=True):
             for item in self._source:
                 yield item
                 if isinstance(item, Document):

@@ -9,6 +9,7 @@ import math
 from functools import partial
 
 import cli
+import progress
 from mlm.presets import PRESETS, PretrainConfig
 from sharding.distributed import collected, joined
 
@@ -19,8 +20,10 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
 
     With config.init_from, the architecture is that of the weights, but for the model settings given in `call`.
     """
+    call.greet()
     import numpy as np
 
+    from data.description import describe_epochs, describe_text
     from data.loader import Batches, Rows, prefetch
     from data.packing import pack_best_fit
     from data.prepare import prepare
@@ -30,6 +33,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from mlm.masking import Vocabulary, mask_rates, rate_at
     from mlm.samples import masked_samples, unigram_entropy
     from models.counts import count_params, flops_per_token
+    from models.description import describe
     from models.hub import Pretrained, check_export, save_pretrained
     from models.layout import open_mesh
     from models.pretrained import architecture_of, export_to, load_weights
@@ -37,6 +41,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from models.transformer import init_params, matrix_axes
     from sharding.mesh import host_rows
     from training.card import model_card
+    from training.introduction import About, conclude
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise, write_json
@@ -109,6 +114,12 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     def init(key):
         return init_params(model, key, heads=("masked_lm",))
 
+    about = About(
+        model=describe(model, "masked_lm", config.execution, length, mesh),
+        data=describe_text(config.data, prepared, rows, held_out, config.eval_rows),
+        row=f"{length} tokens",
+        epochs=describe_epochs(batches, config.steps),
+    )
     result = train(
         config,
         init_params=init,
@@ -128,6 +139,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         mesh=mesh,
         tokens_per_step=config.batch_size * length,
         flops_per_step=config.batch_size * length * flops_per_token(model, length, mean_rate),
+        about=about,
     )
 
     summary = summarise(run, result, parameters=count_params(model, "masked_lm"), data=batches.epochs(result.step))
@@ -135,19 +147,25 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     if params is not None:
         texts = token_texts(tokenizer)
         texts += ["?"] * (model.vocab_size - len(texts))
-        samples = masked_samples(
-            model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
-        )
+        with progress.waiting("filling in masked words"):
+            samples = masked_samples(
+                model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
+            )
         train_V, held_out_V = (
             np.sum([store.counts(model.vocab_size) for store in stores.values()], axis=0)
             for stores in (prepared.train, prepared.validation)
         )
         entropy = unigram_entropy(train_V, held_out_V, vocabulary)
         write_json(run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
-        write_report(run.path)
+        with progress.waiting("drawing the report"):
+            write_report(run.path)
         if exporting and result.finished:
-            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
-            print(f"exported to {config.export}", flush=True)
+            with progress.waiting(f"exporting to {config.export}"):
+                save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
+            progress.say(f"exported to {config.export}")
+    examples = ["--data.train", "TRAIN.tsv", "--data.validation", "VALIDATION.tsv"]
+    following = ["./launch.sh", "finetune", "classify", "--init-from", config.run_dir, *examples]
+    conclude(summary, run, config, call.command, following)
     return summary
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,8 +26,11 @@ from data.prepare import prepare
 from data.sources import FileSource
 from data.store import Encoded, TokenStore, exists
 from data.store_writer import write_store
+from data.summary import draw_lengths
 from data.tokenizer import WORDPIECE_SPECIALS, fingerprint, plain_backend, save_tokenizer, wrap
 from data.train_tokenizer import train_tokenizer
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -468,9 +472,19 @@ def test_the_lengths_as_a_picture(config, run_cli):
     )
     summary = json.loads(result.stdout.splitlines()[-1])
     picture = pathlib.Path(summary["picture"])
-    assert picture == run(config).train["text"].folder / "lengths.png"
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and picture.stat().st_size > 5000
+    assert picture == run(config).train["text"].folder / "lengths.svg"
+    texts = ["".join(element.itertext()).strip() for element in ElementTree.parse(picture).iter(f"{SVG}text")]
+    assert "row of 128 tokens" in texts and "tokens in a document" in texts
     assert f"lengths:    {picture}" in result.stdout
+
+
+def test_the_names_of_sources_stand_in_the_picture_in_any_script(config, tmp_path, recwarn):
+    stores = run(config).train
+    path = draw_lengths({"故事": stores["text"], "网页": stores["text"]}, 128, tmp_path / "lengths.svg")
+    texts = ["".join(element.itertext()).strip() for element in ElementTree.parse(path).iter(f"{SVG}text")]
+    documents = len(stores["text"].offsets) - 1
+    assert {f"故事: {documents} documents", f"网页: {documents} documents"} <= set(texts)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
@@ -533,7 +547,7 @@ def test_a_killed_preparation_goes_on_with_the_same_bytes(shared_data, tmp_path,
         {
             str(path.relative_to(tmp_path / cache)): path.read_bytes()
             for path in (tmp_path / cache).glob("tokens-*/*")
-            if path.name != "lengths.png"
+            if path.name != "lengths.svg"
         }
         for cache in ("whole", "killed")
     )

@@ -241,7 +241,7 @@ def test_identity_at_any_depth():
 def test_a_session_without_a_step_keeps_the_figures(tmp_path):
     def result(**changes):
         values: dict[str, Any] = dict(step=4, loss=2.0, eval={"loss": 3.0}, tokens=8, tokens_per_second=5.0)
-        values |= dict(first_step_seconds=1.0, mfu=None, data_wait=None, finished=True, stopped_by=None)
+        values |= dict(first_step_seconds=1.0, mfu=None, data_wait=None, seconds=2.0, finished=True, stopped_by=None)
         return types.SimpleNamespace(**values | changes)
 
     run = RunDirectory(tmp_path)
@@ -290,7 +290,7 @@ def test_the_progress_line_and_the_clock(tmp_path, clock, capsys):
     with tracker.paused():
         clock.now += 50
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "step 1/1000  loss 4.321"
+    assert out[0] == "step 1/1000  loss 4.321  first step 10.0 s"
     assert out[-1] == "step 120/1000  loss 4.321  1.0k tok/s  7:20 left  MFU 50 %"
     assert len(out) == 13
     assert tracker.first_step_seconds == pytest.approx(10)
@@ -298,7 +298,7 @@ def test_the_progress_line_and_the_clock(tmp_path, clock, capsys):
     assert tracker.mfu == pytest.approx(0.5)
     assert lines(tmp_path)[-1] == {
         "step": 120,
-        "loss": 4.3211,
+        "loss": pytest.approx(4.3211),
         "learning_rate": 1e-3,
         "tokens_per_second": pytest.approx(1000),
         "mfu": pytest.approx(0.5),
@@ -314,7 +314,7 @@ def test_metrics_are_cut_where_the_run_goes_on(tmp_path, capsys):
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    second = tracked(tmp_path, start_step=2)
+    second = tracked(tmp_path, start_step=2, last_step=3)
     second.log(3, {"loss": 3.0})
     second.close()
     assert [(r["step"], r.get("loss", r.get("eval/loss"))) for r in lines(tmp_path)] == [

@@ -12,16 +12,19 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import library_log
+import progress
 from cli import UserError
 from sharding.distributed import LONG_WAIT, from_first, gather
 from training.config import FINGERPRINTED_FIELDS, HOST_FIELDS
 from training.identity import Schedule, check_same_run, completed, differences, without
+from training.state import TrainState
 
 
 class RunDirectory:
@@ -109,7 +112,7 @@ class RunDirectory:
         begun = self.metrics.exists() and self.metrics.stat().st_size or any(self.checkpoints.glob("*"))
         change = check_same_run(self.path, there, config, done, schedules) if begun else None
         if change and jax.process_index() == 0:
-            print(change, flush=True)
+            progress.say(change)
 
 
 def _check_same_everywhere(config: dict) -> None:
@@ -138,14 +141,41 @@ def _appears(path: Path, seconds: float = 30) -> bool:
         time.sleep(0.5)
 
 
-def summarise(run: RunDirectory, result: Any, **more: Any) -> dict:
-    """The `--json` object of a training session (training.loop.Result); summary.json holds it and the environment.
+@dataclass(frozen=True)
+class Result:
+    """How a session ended."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    """Whether the schedule was completed, rather than paused or stopped."""
+    loss: float | None
+    """Training loss of the last step; None if there was nothing left to do."""
+    eval: dict[str, float]
+    """Metrics of the last evaluation."""
+    tokens: int
+    """Tokens trained on since step 0."""
+    tokens_per_second: float | None
+    """Without the first step and evaluations."""
+    seconds: float | None
+    """From the initialisation to the last checkpoint; None if there was nothing left to do."""
+    first_step_seconds: float | None
+    """Compilation included."""
+    mfu: float | None
+    data_wait: float | None
+    """The part of the time that the device waited for batches at most; first step and evaluations left out."""
+    stopped_by: int | None
+    """The number of the signal that ended it early."""
+
+
+def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
+    """The `--json` object of a training session; summary.json holds it and the environment.
 
     What a session without a step could not measure stays as the last one left it.
     more: what the door adds (metrics of a classifier).
     """
     names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "data_wait")
-    names += ("finished",)
+    names += ("seconds", "finished")
     summary = {name: getattr(result, name) for name in (*names, "stopped_by")} | more | {"run_dir": str(run.path)}
     if result.loss is None and run.summary.is_file():
         with contextlib.suppress(ValueError):

@@ -69,9 +69,9 @@ def perform(job: dict):
     first_state = loop.first_state
 
     def and_kept(*arguments):
-        state, whence = first_state(*arguments)
+        state = first_state(*arguments)
         started.append(collected(state) if state.step else None)
-        return state, whence
+        return state
 
     started: list = []
     loop.first_state = and_kept
