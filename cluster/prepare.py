@@ -117,7 +117,7 @@ def _digest(config: ClusterConfig, sources: Sources) -> str:
     tokenizer = (
         fingerprint(load_tokenizer(data.tokenizer))
         if data.tokenizer
-        else (data.tokenizer_kind, config.vocab_size, config.causal)
+        else (*data.training(), config.vocab_size, config.causal)
     )
     segmenters = [installed()] if data.words == "segmenter" else []
     parts = (keys, str(data.filters), tokenizer, config.tasks, *segmenters)

@@ -12,6 +12,8 @@ from data.encodings import codec
 from data.filters import FilterConfig
 
 MAX_DOCUMENT_BYTES = 2**25
+ALPHABET = 0.99999
+"""In Chinese, where most characters are a token, this leaves 0.001 % of the tokens unknown."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class DataConfig:
     tokenizer: str | None = None
     """Tokenizer folder or tokenizer.json; unset = train one of the model's vocab_size on the training text."""
     tokenizer_kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
-    """What to train: lower-cased WordPiece (BERT), byte-level BPE (GPT-2) or Unigram (T5, ALBERT)."""
+    """What to train: WordPiece (BERT), byte-level BPE (GPT-2) or Unigram (T5, ALBERT)."""
+    alphabet: float = ALPHABET
+    """The share of the text that is written in characters which WordPiece and Unigram know, from the most frequent one
+    on; the rest becomes [UNK]. The 1,000 most frequent are known anyway. Byte-level BPE knows all."""
+    lowercase: bool = False
+    """WordPiece and Unigram: lower-case, and strip the marks of Latin, Greek and Cyrillic letters (BERT's uncased)."""
     words: Literal["segmenter", "tokens"] | None = None
     """Where words begin in Chinese, Japanese, Thai, Lao, Khmer and Burmese text, for --masking.whole-words: a segmenter
     finds them, and they are stored with the tokens; or each token is a word. unset = with --masking.whole-words by the
@@ -69,12 +76,24 @@ class DataConfig:
             )
         if not 0 <= self.max_rejected <= 1:
             raise UserError(f"data.max_rejected={self.max_rejected} must lie between 0 and 1, for instance 0.05")
+        if not 0 < self.alphabet <= 1:
+            raise UserError(f"data.alphabet={self.alphabet} must be above 0 and at most 1, for instance 0.9995")
+        if self.lowercase and self.tokenizer:
+            raise UserError("data.lowercase is for a tokenizer that is trained here; leave it or data.tokenizer out")
+        if self.lowercase and self.tokenizer_kind == "bpe":
+            raise UserError(
+                "data.lowercase: byte-level BPE keeps every byte; leave it out, or give --data.tokenizer-kind wordpiece"
+            )
         if self.max_document_bytes < 1:
             raise UserError(f"data.max_document_bytes={self.max_document_bytes} must be at least 1")
         for spec in self.sources:
             if not re.fullmatch(r"[\w.-]+=.+", spec):
                 raise UserError(f"data.sources={spec!r} is not NAME=TEXT, for instance 'wiki=wiki/*.jsonl.gz'")
         self.weights()
+
+    def training(self) -> tuple[str | float, ...]:
+        """How a tokenizer is trained, for keys; those of byte-level BPE are as they were before `alphabet`."""
+        return (self.tokenizer_kind,) + (() if self.tokenizer_kind == "bpe" else (self.alphabet, self.lowercase))
 
     def weights(self) -> dict[str, float] | None:
         """Shares of the sources, summing to 1, in the order of `sources`; None where no mixture was given."""

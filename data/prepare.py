@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 SUMS = "sums.json"
 REJECTS_SHOWN = 3
+MOST_UNKNOWN = 0.001
+"""The share of [UNK] above which people are warned."""
+LOOKED_AT = 2**22
+"""Tokens of a store among which [UNK] is counted."""
 HOPELESS = 1000
 """After this many records, more than half of them bad, nobody needs to wait for the end."""
 
@@ -89,7 +93,25 @@ def prepare(
     }
     for store in chain.from_iterable(found.values() for found in stores.values()):
         _check_any_tokens(store, config)
+    for store in stores["train"].values():
+        _warn_of_unknown(store, made.tokenizer)
     return Prepared(made.tokenizer, **stores, fingerprints=made.fingerprints, words=made.words)
+
+
+def _warn_of_unknown(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> None:
+    """One line where more than MOST_UNKNOWN of the tokens at the store's beginning are [UNK]."""
+    import numpy as np
+
+    if tokenizer.unk_token_id is None:
+        return
+    ids = store.take(np.arange(min(store.manifest["tokens"], LOOKED_AT)))
+    share = float(np.mean(ids == tokenizer.unk_token_id))
+    if share > MOST_UNKNOWN:
+        progress.say(
+            f"warning: {share:.2%} of the tokens of {store.label} are {tokenizer.unk_token}, which a model cannot tell "
+            "apart; train a tokenizer with --data.alphabet 1 or a larger vocabulary, or --data.tokenizer-kind bpe, "
+            "which knows every character (`prepare` shows each script)"
+        )
 
 
 def _check_any_tokens(store: TokenStore, config: DataConfig) -> None:
@@ -142,7 +164,7 @@ def plan(
         )
     if tokenizer is None:
         train = list(sides["train"].values())
-        tokenizer = _trained(cache, train, joint["train"], config.tokenizer_kind, vocab_size, for_masked_lm)
+        tokenizer = _trained(config, train, joint["train"], vocab_size, for_masked_lm)
     return Plan(sides, keys, tokenizer, {"tokenizer": fingerprint(tokenizer)} | joint, words)
 
 
@@ -199,20 +221,29 @@ def write_decisions(path: Path, measures: Iterable[Measure], config: DataConfig)
     return decisions
 
 
-def _trained(cache: Path, sources: list[Source], key: str, kind: str, vocab_size: int, for_masked_lm: bool):
+def _trained(config: DataConfig, sources: list[Source], key: str, vocab_size: int, for_masked_lm: bool):
     from data.documents import documents
     from data.store import appearing
     from data.tokenizer import load_tokenizer, save_tokenizer
     from data.train_tokenizer import train_tokenizer
 
-    folder = cache / f"tokenizer-{_digest(key, kind, vocab_size, for_masked_lm)}"
+    kind, *rules = config.training()
+    folder = cache_folder(config) / f"tokenizer-{_digest(key, kind, vocab_size, for_masked_lm, *rules)}"
     found = _cached_tokenizer(folder)
     if found is None:
-        label = f"training a {kind} tokenizer"
+        label = f"training a {config.tokenizer_kind} tokenizer"
         texts = (item.text for item in chain.from_iterable(documents(_Watched(source, label)) for source in sources))
         shutil.rmtree(folder, ignore_errors=True)
         with appearing(folder) as unfinished:
-            save_tokenizer(train_tokenizer(texts, kind, vocab_size, for_masked_lm=for_masked_lm), unfinished)
+            trained = train_tokenizer(
+                texts,
+                config.tokenizer_kind,
+                vocab_size,
+                for_masked_lm=for_masked_lm,
+                alphabet=config.alphabet,
+                lowercase=config.lowercase,
+            )
+            save_tokenizer(trained, unfinished)
             (unfinished / SUMS).write_text(json.dumps(_sums(unfinished)))
         found = load_tokenizer(folder)
     return found
@@ -365,7 +396,16 @@ def main(config: PrepareConfig) -> dict:
                 "prepare the text again"
             )
         print(f"verified: {len(stores)} stores and their tokenizer are what was written")
-    return summarise(prepared, config.data, config.causal)
+    return summarise(prepared, config.data, config.causal, _training_texts(config.data))
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    """The documents of the training text, source after source."""
+    from data.documents import documents
+    from data.sources import open_sources
+
+    sides = open_sources(config, cache_folder(config), lambda source: filtered(source, config))
+    return (item.text for source in sides.train.values() for item in documents(source))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,19 +11,26 @@ import numpy as np
 from data.config import DataConfig
 from data.documents import KINDS
 from data.packing import fill, pack_best_fit, pack_split
+from data.scripts import samples
 from data.store import REJECTS, TokenStore
 from data.tokenizer import vocabulary_size
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from data.prepare import Prepared
 
 PICTURE = "lengths.svg"
 
 
-def summarise(prepared: Prepared, config: DataConfig, causal: bool) -> dict:
-    """Print it, draw the lengths beside the tokens of the training text, and return it as JSON values."""
+def summarise(prepared: Prepared, config: DataConfig, causal: bool, texts: Iterable[str]) -> dict:
+    """Print it, draw the lengths beside the tokens of the training text, and return it as JSON values.
+
+    texts: the documents of the training text, of which the beginning is read.
+    """
     print(f"tokenizer: {vocabulary_size(prepared.tokenizer):,} tokens")
     summary: dict = {"vocab_size": vocabulary_size(prepared.tokenizer), "fingerprints": prepared.fingerprints}
+    summary["scripts"] = _describe_scripts(texts, prepared.tokenizer)
     for side, stores in (("train", prepared.train), ("validation", prepared.validation)):
         entries = {name: _describe(side, name, store, config, causal) for name, store in stores.items()}
         # A single source needs no name.
@@ -36,6 +44,16 @@ def summarise(prepared: Prepared, config: DataConfig, causal: bool) -> dict:
     summary["picture"] = str(draw_lengths(prepared.train, config.sequence_length, first.folder / PICTURE))
     print(f"lengths:    {summary['picture']}")
     return summary
+
+
+def _describe_scripts(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
+    """Print how the tokenizer writes each script of the text."""
+    found = samples(texts, tokenizer)
+    lossless = tokenizer.unk_token_id is None
+    for sample in found:
+        share = "none unknown" if lossless else f"{sample.unknown:.2%} [UNK]"
+        print(f"{sample.script:10}  {share}; {' | '.join(sample.tokens)}")
+    return [sample._asdict() for sample in found]
 
 
 def _describe(side: str, name: str, store: TokenStore, config: DataConfig, causal: bool) -> dict:

@@ -1,22 +1,27 @@
 """Train a tokenizer on the text of a run: WordPiece, byte-level BPE or Unigram.
 
 WordPiece as in BERT (Devlin et al. 2019), byte-level BPE as in GPT-2 (Radford et al. 2019), Unigram as in T5 and
-ALBERT (Kudo 2018), all by `tokenizers`. Training gives the same tokenizer wherever it runs.
+ALBERT (Kudo 2018), all by `tokenizers`. Training gives the same tokenizer wherever it runs. WordPiece and Unigram know
+the characters of their alphabet, byte-level BPE knows every byte.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cli import UserError
+from data.config import ALPHABET
 from data.tokenizer import (
     BPE_MASKED_LM_SPECIALS,
     BPE_SPECIALS,
@@ -28,11 +33,13 @@ from data.tokenizer import (
 )
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
 
-ALPHABET = 1000
-"""WordPiece knows at most this many characters, the most frequent ones; the rest become [UNK]."""
+SURE_ALPHABET = 1000
+"""So many characters, the most frequent ones, are known whatever the share, where half of the vocabulary holds them."""
+LONGEST_WORD = 1000
+"""Characters; a longer word becomes [UNK]. The usual 100 are too few for Thai, with blanks only between phrases."""
 SAMPLE = 2**28
 """Characters a tokenizer is learnt from at most: more change its vocabulary little, and cost memory and minutes."""
 COUNTED = 2**24
@@ -40,15 +47,24 @@ COUNTED = 2**24
 HARD_EM_ROUNDS = 5
 MIN_VOCABULARY = 300
 """256 bytes and the special tokens must fit."""
+MARKS = r"(?<=[[\p{Latin}\p{Greek}\p{Cyrillic}]&&\p{L}])\p{Mn}+"
+"""The marks behind a letter of these scripts, of decomposed text."""
 
 
 def train_tokenizer(
-    texts: Iterable[str], kind: str, vocab_size: int, *, for_masked_lm: bool = True
+    texts: Iterable[str],
+    kind: str,
+    vocab_size: int,
+    *,
+    for_masked_lm: bool = True,
+    alphabet: float = ALPHABET,
+    lowercase: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer of at most vocab_size tokens for these texts. kind: "wordpiece", "bpe" or "unigram".
 
     Learnt from at most SAMPLE characters, drawn by hash. A bpe tokenizer has cls, sep and mask tokens of its own only
-    with for_masked_lm.
+    with for_masked_lm; alphabet and lowercase (data.config.DataConfig) are for the others. UserError where the alphabet
+    does not fit into the vocabulary.
     """
     if vocab_size < MIN_VOCABULARY:
         raise UserError(f"a vocabulary of {vocab_size} tokens is too small; give at least {MIN_VOCABULARY}")
@@ -56,9 +72,9 @@ def train_tokenizer(
         raise UserError(f"unknown kind of tokenizer {kind!r}; choose wordpiece, bpe or unigram")
     chosen = sample(texts, SAMPLE)
     if kind == "wordpiece":
-        return wrap(_train_wordpiece(chosen, vocab_size), WORDPIECE_SPECIALS)
+        return wrap(_train_wordpiece(chosen, vocab_size, alphabet, lowercase), WORDPIECE_SPECIALS)
     if kind == "unigram":
-        return wrap(_train_unigram(chosen, vocab_size), SENTENCEPIECE_SPECIALS)
+        return wrap(_train_unigram(chosen, vocab_size, alphabet, lowercase), SENTENCEPIECE_SPECIALS)
     specials = BPE_MASKED_LM_SPECIALS if for_masked_lm else BPE_SPECIALS
     return wrap(_train_bpe(chosen, vocab_size, specials), specials)
 
@@ -101,8 +117,22 @@ def _train_bpe(texts: list[str], vocab_size: int, specials: dict[str, str]) -> T
     return backend
 
 
-def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
+def _lowercased() -> list[normalizers.Normalizer]:
+    """Lower case, and no marks on letters of Latin, Greek and Cyrillic; those of all other scripts are kept.
+
+    Marks can only be told apart where text is decomposed, and that of other scripts is composed again: か with its
+    voicing mark is が.
+    """
+    from tokenizers import Regex, normalizers
+
+    return [normalizers.Lowercase(), normalizers.NFD(), normalizers.Replace(Regex(MARKS), ""), normalizers.NFC()]
+
+
+def _train_wordpiece(texts: list[str], vocab_size: int, alphabet: float, lowercase: bool) -> Tokenizer:
     """WordPiece whose vocabulary depends on the texts alone.
+
+    As in BERT, control characters are dropped and every Han character is a word. Other than there, text is composed
+    (NFC), for the same word may be written in two ways.
 
     The trainer of `tokenizers` numbers the inner characters ("##e") in the order of a hash table that is seeded anew in
     every process, and breaks ties between merges by these numbers. Handing it all of them as special tokens fixes
@@ -111,21 +141,23 @@ def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    cleaned = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    backend.normalizer = normalizers.Sequence([cleaned, *(_lowercased() if lowercase else [normalizers.NFC()])])
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     specials = list(WORDPIECE_SPECIALS.values())
-    room = vocab_size - len(specials)
-    characters, inner = _alphabet(texts, backend, min(ALPHABET, room // 2))
+    counts, inside = _characters(texts, backend)
+    characters = _alphabet(counts, inside, alphabet, vocab_size, len(specials))
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*specials, *(f"##{character}" for character in inner)],
+        special_tokens=[*specials, *(f"##{character}" for character in characters if character in inside)],
         initial_alphabet=characters,
         limit_alphabet=len(characters),
         min_frequency=2,
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    trained = Tokenizer(models.WordPiece(backend.get_vocab(with_added_tokens=True), unk_token="[UNK]"))
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    trained = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     trained.decoder = decoders.WordPiece(prefix="##")
     trained.add_special_tokens(specials)
@@ -133,18 +165,22 @@ def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
     return trained
 
 
-def _alphabet(texts: list[str], backend: Tokenizer, limit: int) -> tuple[list[str], list[str]]:
-    """The `limit` most frequent characters after normalisation, and those of them that occur inside words.
+def _characters(texts: list[str], backend: Tokenizer) -> tuple[Counter[str], set[str]]:
+    """How often each character occurs after normalisation, and those that occur inside words.
 
-    Normalisation looks at one character at a time, so it runs on the distinct ones only.
+    Normalisation mostly looks at one character at a time, so it runs on the distinct ones only; on the whole of a text
+    that holds marks or parts of Korean syllables, which join others.
     """
     count_C = np.zeros(sys.maxunicode + 1, np.int64)
     joins_C = np.zeros(sys.maxunicode + 1, bool)
     inner_C = np.zeros(sys.maxunicode + 1, bool)
     normal: dict[int, str] = {}
     for text in texts:
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        codes = _codes(text)
         present = np.bincount(codes)
+        if any(map(_combines, np.flatnonzero(present).tolist())):
+            codes = _codes(backend.normalizer.normalize_str(text))
+            present = np.bincount(codes)
         count_C[: len(present)] += present
         for code in np.flatnonzero(present).tolist():
             if code not in normal:
@@ -154,13 +190,46 @@ def _alphabet(texts: list[str], backend: Tokenizer, limit: int) -> tuple[list[st
     counts: Counter[str] = Counter()
     inner: set[str] = set()
     for code, characters in normal.items():
+        characters = characters.strip()  # of the blanks around a Han character, which is never inside a word
         counts.update({character: int(count_C[code]) for character in characters if not character.isspace()})
         inner.update(characters[0 if inner_C[code] else 1 :])
-    kept = sorted(counts, key=lambda character: (-counts[character], character))[:limit]
-    return sorted(kept), sorted(inner.intersection(kept))
+    return counts, inner
 
 
-def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+@functools.cache
+def _combines(code: int) -> bool:
+    """Whether the character may join the one before it: a mark, or a part of a Korean syllable."""
+    return unicodedata.category(chr(code))[0] == "M" or 0x1100 <= code < 0x1200
+
+
+def _alphabet(counts: Counter[str], inside: set[str], share: float, vocab_size: int, others: int) -> list[str]:
+    """The characters that a vocabulary of this size knows beside that many other tokens, sorted.
+
+    The most frequent ones that make up this share of the text, or SURE_ALPHABET. One that occurs inside words takes two
+    tokens. UserError where they are too many.
+    """
+    room = vocab_size - others
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    known = list(accumulate((counts[character] for character in ranked), initial=0))
+    tokens = list(accumulate((1 + (character in inside) for character in ranked), initial=0))
+    wanted = int(np.searchsorted(known, math.ceil(share * known[-1])))
+    sure = min(SURE_ALPHABET, room // 2, len(ranked))
+    if wanted > sure and tokens[wanted] > room:
+        fits = known[int(np.searchsorted(tokens, room, side="right")) - 1] / known[-1]
+        raise UserError(
+            f"the text has {wanted:,} characters to know (data.alphabet={share:g} of it), which is too much for "
+            f"{vocab_size:,} tokens: give --model.vocab-size {tokens[wanted] + others} or more (prepare: --vocab-size), "
+            f"--data.tokenizer-kind bpe, or --data.alphabet {math.floor(fits * 1e4) / 1e4 or 1e-4:g}, which leaves the "
+            "rest unknown ([UNK])"
+        )
+    return sorted(ranked[: max(wanted, sure)])
+
+
+def _train_unigram(texts: list[str], vocab_size: int, alphabet: float, lowercase: bool) -> Tokenizer:
     """Unigram (Kudo 2018) with SentencePiece's mark for blanks; text is normalised to NFKC, as T5 and ALBERT do.
 
     The trainer of `tokenizers` adds up floats in an order that changes from process to process: it finds the same
@@ -171,27 +240,17 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
 
     backend = Tokenizer(models.Unigram())
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), spaces, normalizers.Strip()])
+    lowercased = _lowercased() if lowercase else []
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), *lowercased, spaces, normalizers.Strip()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     specials = list(SENTENCEPIECE_SPECIALS.values())
     trainer = trainers.UnigramTrainer(
         vocab_size=vocab_size, special_tokens=specials, unk_token="<unk>", show_progress=False
     )
-    try:
-        backend.train_from_iterator(texts, trainer)
-        fits = backend.get_vocab_size() <= vocab_size
-    except Exception:  # the library's own
-        fits = False
-        if vocab_size >= len(_characters(texts, backend)) + len(specials) + 1:
-            raise
-    if not fits:
-        count = len(_characters(texts, backend))
-        raise UserError(
-            f"a vocabulary of {vocab_size:,} tokens is too small for a unigram tokenizer, which keeps each of the "
-            f"{count:,} characters of the text; give at least {count + len(specials) + 1:,} (--model.vocab-size, for "
-            "`prepare` --vocab-size), or try --data.tokenizer-kind bpe"
-        )
+    counts, _ = _characters(texts, backend)
+    characters = _alphabet(counts, set(), alphabet, vocab_size, len(specials) + 1)
+    backend.train_from_iterator(_without(texts, counts.keys() - set(characters), backend), trainer)
     tokens = sorted(token for token in backend.get_vocab(with_added_tokens=False) if token not in specials)
     scores = dict.fromkeys(tokens, -math.log(max(len(tokens), 1)))
     some = list(islice(texts, max(len(texts) * COUNTED // max(sum(map(len, texts)), 1), 1)))
@@ -212,6 +271,9 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
     return backend
 
 
-def _characters(texts: list[str], backend: Tokenizer) -> set[str]:
-    """The characters of the words that a Unigram tokenizer sees, its mark for blanks among them."""
-    return {"▁"}.union(*(backend.normalizer.normalize_str(text).replace(" ", "▁") for text in texts))
+def _without(texts: list[str], characters: set[str], backend: Tokenizer) -> Iterable[str]:
+    """The texts with blanks for these characters, because its trainer makes a token of every one it meets."""
+    if not characters:
+        return texts
+    gone = re.compile(f"[{re.escape(''.join(sorted(characters)))}]")
+    return (gone.sub(" ", backend.normalizer.normalize_str(text)) for text in texts)

@@ -25,7 +25,9 @@ EXECUTION_FIELDS = frozenset(
 """Field names, at any depth, that a resumed run may change."""
 FINGERPRINTED_FIELDS = frozenset(
     f"data.{name}"
-    for name in "files sources validation_files builtin_exclude tokenizer train validation label_kind".split()
+    for name in (
+        "files sources validation_files builtin_exclude tokenizer alphabet lowercase train validation label_kind"
+    ).split()
 )
 """What may be spelled anew (the folder was moved): the fingerprints, or the classes, know what was read."""
 HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers", "max_rejected", "json", "debug"))
