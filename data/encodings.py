@@ -52,6 +52,7 @@ LABELS = {
     "gb18030": "GB18030 (or GBK)",
     "cp932": "Shift-JIS",
     "cp949": "EUC-KR",
+    "big5": "Big5",
     "cp950": "Big5",
     "big5hkscs": "Big5",
     "euc_jis_2004": "EUC-JP",
@@ -176,7 +177,7 @@ def other_unicode(sample: bytes) -> str | None:
     for name in WIDE:
         # A NUL in every second byte, or in three of four, makes a text; one by accident does not.
         text = _decoded(sample, name)
-        common = _common(text, name) if len(text) >= 4 else 0.0
+        common = _common(text, name) if len(text) >= (4 if zeros else 16) else 0.0
         if common > fit:
             best, fit = name, common
     return best
@@ -198,9 +199,12 @@ def truth(block: bytes, name: str) -> str | None:
         return None
     if not _is_utf8(block):
         return name
-    # Of two-byte characters, one in eight is valid UTF-8 by accident; of words in an encoding of one byte, none is.
-    characters = sum(character > "\x7f" for character in block.decode("utf-8", "ignore"))
-    return "utf-8" if characters >= 4 or name not in MANY_BYTES else name
+    characters = [character for character in _decoded(block, "utf-8") if character > "\x7f"]
+    if len(characters) >= 12 or name not in MANY_BYTES:
+        return "utf-8"
+    # Of two-byte characters, one in eight is valid UTF-8 by accident.
+    usual = all(character in _everywhere() for character in characters)
+    return "utf-8" if usual and _common(_decoded(block, name), name) < 1 else name
 
 
 def _is_utf8(sample: bytes) -> bool:

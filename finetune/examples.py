@@ -74,7 +74,7 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
     facts = (
         *dict.fromkeys((*train.notes, *validation.notes)),
         f"texts: {len(train.texts_a):,} from {data.train} to learn from, {len(validation.texts_a):,} from "
-        f"{data.validation} to measure on; column {' and '.join(map(repr, train.columns))}",
+        f"{data.validation} to measure on; column {' and '.join(map(repr, train.text_columns))}",
         described(train.labels, names, train.label_column),
     )
     return Examples(part(train), part(validation), names, fingerprints, facts)
@@ -95,7 +95,7 @@ def _read(path: str, data: FinetuneData) -> Labelled:
     if file.labels is None:
         raise UserError(
             f"{path} has no column of labels that is known by its name; name it with --data.label: there are "
-            f"{', '.join(map(repr, file.columns_there))}"
+            f"{', '.join(map(repr, file.columns))}"
         )
     if "" in file.labels:
         raise UserError(f"{path}: {file.labels.count('')} examples have an empty label; label or remove them")
