@@ -268,7 +268,7 @@ def _preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, descriptio
 
 @contextlib.contextmanager
 def _one_line_errors(debug: bool) -> Iterator[None]:
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         # A terminal that is no UTF-8 gets \u4e2d for a character that it does not have, not a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
