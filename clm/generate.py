@@ -59,7 +59,9 @@ class GenerateConfig:
             raise UserError('--prompt needs a text, for instance --prompt "Once upon a time"; leave it out for none')
         for text in self.prompt:
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError(f"--prompt {ascii(text)} holds bytes that are no text; write it in UTF-8, with LANG=C.UTF-8")
+                raise UserError(
+                    f"--prompt {ascii(text)} holds bytes that are no text; write it in UTF-8, with LANG=C.UTF-8"
+                )
 
 
 def next_token(logits_BV, key, sampling: SamplingConfig):

@@ -126,7 +126,9 @@ class Guess(NamedTuple):
     def advice(self) -> str:
         """How to have such a file read, as the rest of a line."""
         if self.codec is None:
-            return "its encoding is not recognised; convert it with `iconv -f NAME -t UTF-8`, or give --data.encoding NAME"
+            return (
+                "its encoding is not recognised; convert it with `iconv -f NAME -t UTF-8`, or give --data.encoding NAME"
+            )
         if self.codec == "utf-8":
             return "most of it is UTF-8, and damaged there; correct or remove the line"
         if self.codec in {codecs.lookup(name).name for name in SINGLE_BYTE}:
@@ -168,7 +170,7 @@ def other_unicode(sample: bytes) -> str | None:
     if mark in WIDE:
         return mark
     for pattern, name in ESCAPED:
-        if re.search(pattern, sample) and sample.isascii():
+        if sample.isascii() and re.search(pattern, sample) and "\ufffd" not in _decoded(sample, name):
             return name
     zeros = sample.count(0)
     if zeros == 0 and _is_utf8(sample):
@@ -281,7 +283,7 @@ def _level_1(name: str) -> frozenset[str]:
 @functools.cache
 def _everywhere() -> frozenset[str]:
     """Characters of running text in any language."""
-    alphabets = (*range(0x20, 0x7F), *range(0xA0, 0x250), *range(0x370, 0x530), *range(0x590, 0xE80))
+    alphabets = (*range(0x20, 0x7F), *range(0xA0, 0x250), *range(0x370, 0x1400), *range(0x1780, 0x18B0))
     alphabets = (*alphabets, *range(0x1E00, 0x2000), *range(0x2010, 0x2040), 0x20AC, 0xFEFF, 0x9, 0xA, 0xD)
     asian = _level_1("cp949") | _level_1("cp932") | _level_1("big5") | _level_1("gb18030")
     return asian | {chr(code) for code in alphabets}

@@ -1,7 +1,7 @@
 """Text out of files: .txt and .md (one document a file), .jsonl (one a line), .csv and .parquet (one a row).
 
-Each also packed, as .gz or .zst, and all but .parquet in any encoding. A bad record becomes a reject that says where it is, and reading goes on behind it;
-memory does not depend on the size of a file.
+Each also packed, as .gz or .zst, and all but .parquet in any encoding. A bad record becomes a reject that says where
+it is, and reading goes on behind it; memory does not depend on the size of a file.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def _text(path: str, encoding: str) -> tuple[str, list[str]]:
         if content.startswith(beginning):
             raise UserError(f"{path} is {what}")
     if encoding == "utf-8":
-        if other := other_unicode(content[:2**16]):
+        if other := other_unicode(content[: 2**16]):
             raise UserError(f"{path} is not UTF-8: {Guess(other).advice}")
         held = encoding
     else:
@@ -142,7 +142,8 @@ def _read_delimited(path: str, text: str, kind: str) -> Table:
     expected = "\t" if kind == ".tsv" else ","
     first = text.lstrip().split("\n")[0]
     if first.startswith(("{", "[{")) and _is_json(first if first.startswith("{") else text):
-        raise UserError(f"{path} holds JSON, and is named {kind}; rename it to {'.jsonl' if first[0] == '{' else '.json'}")
+        better = ".jsonl" if first[0] == "{" else ".json"
+        raise UserError(f"{path} holds JSON, and is named {kind}; rename it to {better}")
     error: UserError | None = None
     table = None
     try:

@@ -74,7 +74,8 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
     facts = (
         *dict.fromkeys((*train.notes, *validation.notes)),
         f"texts: {len(train.texts_a):,} from {data.train} to learn from, {len(validation.texts_a):,} from "
-        f"{data.validation} to measure on; column {' and '.join(map(repr, train.text_columns))}",
+        f"{data.validation} to measure on; column{'s' * (len(train.text_columns) - 1)} "
+        f"{' and '.join(map(repr, train.text_columns))}",
         described(train.labels, names, train.label_column),
     )
     return Examples(part(train), part(validation), names, fingerprints, facts)

