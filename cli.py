@@ -26,6 +26,9 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import library_log
+import progress
+
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
 """What the machine may answer to a sound program: no permission, no space left, a file where a folder should be."""
 
@@ -58,6 +61,11 @@ class Call:
     given: frozenset[str] = frozenset()
     """Fields that flags have set, nested ones as `outer.inner`."""
 
+    def greet(self) -> None:
+        """The first line of a command, before it imports what takes seconds."""
+        if self.command:
+            progress.say(f"{' '.join(shlex.split(self.command)[1:3])}: loading JAX …")
+
     def settings_of(self, name: str) -> frozenset[str]:
         """The fields that were set within the nested configuration `name`."""
         return frozenset(field.removeprefix(f"{name}.") for field in self.given if field.startswith(f"{name}."))
@@ -79,9 +87,11 @@ def run(
 ) -> None:
     """`prog PRESET [flags]`: call `main` with the preset's configuration as the flags changed it, and the call.
 
-    A configuration whose `run_dir` is unset gets `runs/<prog>-<preset>`. Leaves by SystemExit where it fails:
+    A configuration whose `run_dir` is unset gets `runs/<prog>-<preset>`. Where this is the program, and not a part of
+    another, what libraries say goes to a log (library_log.py). Leaves by SystemExit where it fails:
     2 for what the user gave, 1 for what the machine refused, 128 + n where a signal n (Ctrl-C: 2) ended it early.
     """
+    _take_the_terminal()
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _one_line_errors("--debug" in arguments):
         if arguments[:1] in (["-h"], ["--help"]):
@@ -112,6 +122,7 @@ def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: S
 
     The values of fields without default may stand first, in their order and without the flag: `prog RUN [flags]`.
     """
+    _take_the_terminal()
     arguments = list(sys.argv[1:] if argv is None else argv)
     required = [
         field.name
@@ -124,6 +135,12 @@ def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: S
     arguments[:values] = [part for name, value in named for part in (f"--{name.replace('_', '-')}", value)]
     with _one_line_errors("--debug" in arguments):
         _call(main, _parse(config_type, prog, inspect.getdoc(config_type), arguments))
+
+
+def _take_the_terminal() -> None:
+    """Send what libraries say to a log, where `run` or `run_config` was called by the program that was started."""
+    if sys._getframe(2).f_globals.get("__name__") == "__main__":
+        library_log.begin()
 
 
 def _call(main: Callable[[Any], Any], config: Any) -> None:

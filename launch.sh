@@ -251,12 +251,30 @@ keep_memory() {
   export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-8589934592} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-67108864}
 }
 
+# Where compiled programs are kept: in a folder by processor, for they hold its instructions and a home may be shared
+# among many kinds, and by version.
+compiled_programs() {
+  local line name versions="" file
+  name=$({
+    uname -m
+    # The first processor stands for all.
+    while IFS= read -r line && [[ -n $line ]]; do
+      [[ ! $line =~ ^(vendor_id|cpu family|model|flags|CPU|Features|isa|cpu[[:space:]]*:) ]] || printf '%s\n' "$line"
+    done </proc/cpuinfo || sysctl machdep.cpu || true
+  } 2>/dev/null | cksum)
+  for file in "$prefix"/{,local/}lib*/python3*/*-packages/jax{,lib}-[0-9]*.dist-info; do
+    [[ ! -e $file ]] || file=${file##*/} file=${file%.dist-info}
+    [[ $file == */* || $versions == *"$file-"* ]] || versions+=$file-
+  done
+  printf '%s/compiled/%scpu-%s\n' "${ESPALIER_CACHE:-$HOME/.cache/espalier}" "$versions" "${name/ /-}"
+}
+
 run_python() {
   setup run
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   [[ -z ${training:-} || $hardware != cpu ]] || keep_memory
   # Compiled programs are kept, so that a resumed or repeated run starts at once.
-  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-${ESPALIER_CACHE:-$HOME/.cache/espalier}/compiled}
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$(compiled_programs)}
   exec "$python" "$@"
 }
 

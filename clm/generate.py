@@ -6,7 +6,7 @@ same place, so that all rows take their next token at the same cache slot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import cli
@@ -18,26 +18,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn."""
+    """How the next token is drawn. What is unset is as the published model that the run began with says in its
+    generation_config.json, else the default that stands beside it."""
 
     max_new_tokens: int = 100
     """Tokens to add to each prompt; a row ends early at the end-of-text token."""
-    temperature: float = 0.8
-    """Below 1 = safer, above 1 = wilder, 0 = always the most probable token."""
-    top_k: int = 0
-    """Draw among the k most probable tokens (Fan et al. 2018); 0 = all."""
-    top_p: float = 1.0
-    """Draw among the most probable tokens that together reach this probability (Holtzman et al. 2020); 1 = all."""
+    temperature: float | None = None
+    """Below 1 = safer, above 1 = wilder, 0 = always the most probable token; default 0.8."""
+    top_k: int | None = None
+    """Draw among the k most probable tokens (Fan et al. 2018); 0 = all, the default."""
+    top_p: float | None = None
+    """Draw among the most probable tokens that together reach this probability (Holtzman et al. 2020); 1 = all, the
+    default."""
     seed: int = 0
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
             raise UserError(f"sampling.seed={self.seed} must lie between 0 and {2**32 - 1}")
-        if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        temperature, top_k, top_p = self.drawn
+        if self.max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise UserError(
-                f"max_new_tokens={self.max_new_tokens} (at least 1), temperature={self.temperature} (0 or more), "
-                f"top_k={self.top_k} (0 or more), top_p={self.top_p} (above 0, up to 1): correct what is out of range"
+                f"max_new_tokens={self.max_new_tokens} (at least 1), temperature={temperature} (0 or more), "
+                f"top_k={top_k} (0 or more), top_p={top_p} (above 0, up to 1): correct what is out of range"
             )
+
+    @property
+    def drawn(self) -> tuple[float, int, float]:
+        """(temperature, top_k, top_p)."""
+        return (
+            0.8 if self.temperature is None else self.temperature,
+            self.top_k or 0,
+            1.0 if self.top_p is None else self.top_p,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,26 +81,27 @@ def next_token(logits_BV, key, sampling: SamplingConfig):
     import jax
     import jax.numpy as jnp
 
-    if sampling.temperature == 0:
+    temperature, top_k, top_p = sampling.drawn
+    if temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+    logits_BV = logits_BV / temperature
+    if 0 < top_k < logits_BV.shape[-1]:
+        smallest_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
+    if top_p < 1:
         sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
         probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
         # A token is kept while the more probable ones have not reached top_p; the first is always kept.
-        kept_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV < sampling.top_p
+        kept_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV < top_p
         smallest_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
 def generate(
-    config: ModelConfig, params, prompts: list[list[int]], sampling: SamplingConfig, *, end_id: int | None
+    config: ModelConfig, params, prompts: list[list[int]], sampling: SamplingConfig, *, end_ids: tuple[int, ...]
 ) -> list[list[int]]:
-    """Continue token-id prompts (each at least one token); returns the new ids of each row, without `end_id`.
+    """Continue token-id prompts (each at least one token); returns the new ids of each row up to one of `end_ids`.
 
     One compiled program: the prompts fill the cache, then a while loop adds a token a turn until every row has
     ended or max_new_tokens are there.
@@ -121,13 +134,14 @@ def generate(
         def step_logits(batch, cache):
             x_BTD, cache = transformer.apply(config, params, batch, cache=cache)
             features, table, bias = heads.causal_lm_head(config, params, x_BTD[:, -1:], transformer.Execution())
-            return logits(features, table, bias, config.vocab_size)[:, 0].astype(jnp.float32), cache
+            scores_BTV = logits(features, table, bias, config.vocab_size, config.final_logit_softcapping)
+            return scores_BTV[:, 0].astype(jnp.float32), cache
 
         def turn(carry):
             count, logits_BV, cache, done_B, new_BT = carry
             token_B = next_token(logits_BV, jax.random.fold_in(key, count), sampling)
             new_BT = new_BT.at[:, count].set(jnp.where(done_B, -1, token_B))
-            done_B = done_B if end_id is None else done_B | (token_B == end_id)
+            done_B = done_B | jnp.isin(token_B, jnp.asarray(end_ids, jnp.int32))
             batch = {
                 "input_ids": token_B[:, None],
                 "segment_ids": jnp.ones_like(token_B)[:, None],
@@ -144,20 +158,30 @@ def generate(
 
     prompt = {"input_ids": input_BT, "segment_ids": segment_BT, "positions": position_BT}
     new_BT = np.asarray(run(params, prompt, jax.random.key(sampling.seed)))
-    return [[int(token) for token in row if token >= 0 and token != end_id] for row in new_BT]
+    return [[int(token) for token in row if token >= 0 and token not in end_ids] for row in new_BT]
 
 
 def continue_texts(
-    model: ModelConfig, params, tokenizer, texts, sampling: SamplingConfig = SamplingConfig()
+    model: ModelConfig,
+    params,
+    tokenizer,
+    texts,
+    sampling: SamplingConfig = SamplingConfig(),
+    end_ids: tuple[int, ...] = (),
 ) -> list[str]:
-    """A completion for each text, of whole characters; an empty text starts from the beginning-of-text token alone."""
+    """A completion for each text, of whole characters; an empty text starts from the beginning-of-text token alone.
+
+    end_ids: tokens at which a text ends, besides the tokenizer's end-of-text token.
+    """
     from data.tokenizer import plain_backend, special_ids
 
     specials = special_ids(tokenizer, need=("bos", "eos"))
     # As training read its text: a special token that is spelled out in a prompt is text.
     backend = plain_backend(tokenizer)
     prompts = [[specials.bos, *backend.encode(text, add_special_tokens=False).ids] for text in texts]
-    new = generate(model, params, prompts, sampling, end_id=specials.eos)
+    assert specials.eos is not None
+    ends = tuple(sorted({specials.eos, *end_ids}))
+    new = generate(model, params, prompts, sampling, end_ids=ends)
     return [whole_characters(tokenizer.decode(ids)) for ids in new]
 
 
@@ -170,10 +194,43 @@ def whole_characters(text: str) -> str:
     return text.replace("\ufffd", "")
 
 
+SAMPLED = ("temperature", "top_k", "top_p")
+"""Settings of generation_config.json that are followed."""
+BESIDE = ("do_sample", "max_length", "max_new_tokens", "use_cache", "cache_implementation", "transformers_version")
+"""Those that do not change which token comes next."""
+IDENTITY = ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p", "num_beams")
+"""Those that change nothing where they are 1."""
+
+
+def sampling_of(values: dict, sampling: SamplingConfig) -> tuple[SamplingConfig, list[str]]:
+    """(sampling, its unset fields filled in from a model's generation_config.json; what of that is not followed).
+
+    As in transformers, do_sample means temperature 1 and top_k 50 where the file names none, and its opposite always
+    the most probable token. Without do_sample what is named counts.
+    """
+    stated = {name: values[name] for name in SAMPLED if values.get(name) is not None}
+    if values.get("do_sample"):
+        stated = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | stated
+    elif values.get("do_sample") is False:
+        stated = {"temperature": 0.0}
+    ignored = [
+        f"{name} {value}"
+        for name, value in values.items()
+        if name not in SAMPLED + BESIDE
+        and not name.startswith("_")
+        and not name.endswith("_token_id")
+        and value not in (None, False, 0, [], {})
+        and not (name in IDENTITY and value == 1)
+    ]
+    unset = {name: value for name, value in stated.items() if getattr(sampling, name) is None}
+    return replace(sampling, **unset), ignored
+
+
 def main(config: GenerateConfig) -> dict:
     """Load the newest checkpoint of the run and print a completion for every prompt."""
     from data.tokenizer import tokenizer_of
     from models.config import ModelConfig
+    from models.published import Published
     from training.checkpoint import read_config, restore_params
     from training.run import RunDirectory
 
@@ -185,7 +242,16 @@ def main(config: GenerateConfig) -> dict:
         )
     model = ModelConfig.from_dict(saved["model"])
     tokenizer = tokenizer_of(RunDirectory(config.run_dir).tokenizer, saved)
-    completions = continue_texts(model, restore_params(config.run_dir), tokenizer, config.prompt, config.sampling)
+    published, sampling, end_ids = Published.beside(saved), config.sampling, ()
+    if published:
+        end_ids = published.end_ids
+        sampling, ignored = sampling_of(published.generation_config or {}, sampling)
+        if sampling != config.sampling or ignored:
+            how = ", ".join(f"{name} {value:g}" for name, value in zip(SAMPLED, sampling.drawn, strict=True))
+            but = f"; what it says of {', '.join(ignored)} is not followed" if ignored else ""
+            print(f"by the model's generation_config.json: {how}{but}", flush=True)
+    params = restore_params(config.run_dir)
+    completions = continue_texts(model, params, tokenizer, config.prompt, sampling, end_ids)
     for text, completion in zip(config.prompt, completions, strict=True):
         print(f"{'─' * 60}\n{text}{completion}")
     return {"prompts": list(config.prompt), "completions": completions, "run_dir": config.run_dir}

@@ -29,7 +29,12 @@ def causal_lm_objective(model: ModelConfig, *, execution: Execution) -> Objectiv
         x_BTD = apply(model, params, batch, execution=execution, key=key)
         features_BTD, table_VD, bias_V = causal_lm_head(model, params, x_BTD, execution)
         logprob_BT, correct_BT = token_logprobs(
-            features_BTD, table_VD, bias_V, batch["labels"], vocab_size=model.vocab_size
+            features_BTD,
+            table_VD,
+            bias_V,
+            batch["labels"],
+            vocab_size=model.vocab_size,
+            softcap=model.final_logit_softcapping,
         )
         weights_BT = batch["loss_weights"]
         loss_sum, weight = -jnp.sum(weights_BT * logprob_BT), jnp.sum(weights_BT)

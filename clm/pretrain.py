@@ -9,6 +9,7 @@ import math
 from functools import partial
 
 import cli
+import progress
 from clm.presets import PRESETS, PretrainConfig
 from sharding.distributed import collected, joined
 
@@ -19,21 +20,26 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
 
     With config.init_from, the architecture is that of the weights, but for the model settings given in `call`.
     """
+    call.greet()
 
     from clm.generate import SamplingConfig, continue_texts
     from clm.loss import causal_lm_objective
+    from data.description import describe_epochs, describe_text
     from data.loader import Batches, Rows, prefetch
     from data.packing import pack_split
     from data.prepare import prepare
     from data.token_tables import token_bytes
     from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
     from models.counts import count_params, flops_per_token
+    from models.description import describe
     from models.hub import Pretrained, check_export, save_pretrained
     from models.layout import open_mesh
     from models.pretrained import architecture_of, export_to, load_weights
+    from models.published import Published, published_beside
     from models.transformer import init_params, matrix_axes
     from sharding.mesh import host_rows
     from training.card import model_card
+    from training.introduction import About, conclude
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise, write_json
@@ -55,13 +61,15 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     specials = special_ids(tokenizer, need=("bos", "eos"))
     # Published models have spare rows in their vocabulary.
     model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
-    exporting = export_to(config.export, run.path, origin)
+    handed_on = published_beside(origin.config if origin else None)
+    published = Published.beside(handed_on)
+    exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
-        check_export(exporting, model, "causal_lm", tokenizer)
+        check_export(exporting, model, "causal_lm", tokenizer, published)
     config_dict, defaults = settings(
-        config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command
+        config, model, task="causal_lm", fingerprints=prepared.fingerprints, command=call.command, **handed_on
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done if origin else 0)
 
     bytes_V = token_bytes(tokenizer)
     rows, held_out = (
@@ -83,6 +91,12 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     def init(key):
         return init_params(model, key, heads=("causal_lm",))
 
+    about = About(
+        model=describe(model, "causal_lm", config.execution, length, mesh),
+        data=describe_text(config.data, prepared, rows, held_out, config.eval_rows),
+        row=f"{length} tokens",
+        epochs=describe_epochs(batches, config.steps),
+    )
     result = train(
         config,
         init_params=init,
@@ -102,6 +116,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         mesh=mesh,
         tokens_per_step=config.batch_size * length,
         flops_per_step=config.batch_size * length * flops_per_token(model, length, 1.0),
+        about=about,
     )
 
     summary = summarise(run, result, parameters=count_params(model, "causal_lm"), data=batches.epochs(result.step))
@@ -109,12 +124,17 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     if params is not None:
         longest = model.max_length or length
         sampling = SamplingConfig(max_new_tokens=min(100, longest - 1))
-        texts = continue_texts(model, params, tokenizer, [""] * 3, sampling)
+        with progress.waiting("writing samples of text"):
+            texts = continue_texts(model, params, tokenizer, [""] * 3, sampling)
         write_json(run.path / "samples.json", {"texts": texts})
-        write_report(run.path)
+        with progress.waiting("drawing the report"):
+            write_report(run.path)
         if exporting and result.finished:
-            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path))
-            print(f"exported to {config.export}", flush=True)
+            with progress.waiting(f"exporting to {config.export}"):
+                save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
+            progress.say(f"exported to {config.export}")
+    following = ["./launch.sh", "generate", "--run-dir", config.run_dir, "--prompt", "Once upon a time"]
+    conclude(summary, run, config, call.command, following)
     return summary
 
 

@@ -110,6 +110,7 @@ def main(config: ClusterConfig) -> dict:
 def _digest(config: ClusterConfig, sources: Sources) -> str:
     """Of everything that decides what a task makes; computed without looking into the text."""
     from data.tokenizer import fingerprint, load_tokenizer
+    from data.words import installed
 
     data = config.data
     keys = [(side, name, source.fingerprint()) for side, of in sources._asdict().items() for name, source in of.items()]
@@ -118,7 +119,8 @@ def _digest(config: ClusterConfig, sources: Sources) -> str:
         if data.tokenizer
         else (data.tokenizer_kind, config.vocab_size, config.causal)
     )
-    parts = (keys, str(data.filters), tokenizer, config.tasks)
+    segmenters = [installed()] if data.words == "segmenter" else []
+    parts = (keys, str(data.filters), tokenizer, config.tasks, *segmenters)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -141,7 +143,9 @@ def _run(config: ClusterConfig, stages: Sequence[tuple[_Step, int]], logs: Path)
     if config.executor == "slurm":
         _hand_over(executors, logs.parent)
         return
-    for executor in executors:
+    for number, (executor, (step, tasks)) in enumerate(zip(executors, stages, strict=True), 1):
+        shares = f" in {tasks} tasks" if tasks > 1 else ""
+        print(f"{number}/{len(stages)}  {step.title}{shares}; their logs: {logs}", flush=True)
         try:
             executor.run()
         except ImportError as error:
@@ -204,6 +208,9 @@ def _note(work: Path) -> Path:
 class _Step:
     """A stage: a callable that datatrove runs with the number of its task."""
 
+    title: str
+    """What it does, for a line on the terminal."""
+
     def __init__(self, config: ClusterConfig, work: Path):
         self.config, self.work = config, work
 
@@ -213,6 +220,8 @@ class _Step:
 
 class MeasureFiles(_Step):
     """What the filters must know of the documents in this task's files, into a folder of the cache."""
+
+    title = "measuring the documents"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         import pickle
@@ -233,6 +242,8 @@ class MeasureFiles(_Step):
 class Decide(_Step):
     """Which documents go, from all measures; and the tokenizer, so that no task trains one."""
 
+    title = "deciding which documents stay, training the tokenizer"
+
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         from data.filters import Decisions
         from data.prepare import decisions_path, write_decisions
@@ -251,6 +262,8 @@ class Decide(_Step):
 
 class Tokenize(_Step):
     """Tokens of this task's files, into stores of their own."""
+
+    title = "tokenizing"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         from data.prepare import tokens_folder, write_tokens
@@ -286,6 +299,8 @@ class Tokenize(_Step):
 class Join(_Step):
     """One store of all parts: their shards move, nothing is copied but the borders of documents."""
 
+    title = "joining the parts"
+
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         from data.prepare import check_share, tokens_folder
         from data.store import REJECTS, TokenStore, exists
@@ -298,6 +313,11 @@ class Join(_Step):
                 if exists(folder):
                     continue
                 folders = [_part_folder(self, made, side, name, number) for number in range(self.config.tasks)]
+                if missing := [part for part in folders if not exists(part)]:
+                    raise UserError(
+                        f"{missing[0]} is not there; where --data.words segmenter is given, all machines must have the "
+                        f"same segmenters (here: {made.words or 'none'})"
+                    )
                 parts = [TokenStore(part) for part in folders]
                 counts = {key: sum(part.manifest[key] for part in parts) for key in ("documents", "tokens", "bytes")}
                 counts |= {key: sum(part.manifest[key] for part in parts) for key in ("items", "records")}
@@ -310,7 +330,8 @@ class Join(_Step):
                     for part in folders:
                         file.write((part / REJECTS).read_bytes())
                 check_share(counts, True, self.config.data.max_rejected, f"{side} text of {name}", rejects)
-                about = {key: parts[0].manifest[key] for key in ("source", "tokenizer", "dtype")}
+                first = parts[0].manifest
+                about = {key: first[key] for key in ("source", "tokenizer", "dtype", "words") if key in first}
                 about["filtered"] = getattr(source, "dropped", {})
                 _join(rejects, folder, parts, about | counts)
         note = _note(self.work)
@@ -323,7 +344,7 @@ class Join(_Step):
 def _join(unfinished: Path, folder: Path, parts: list[TokenStore], manifest: dict) -> None:
     import numpy as np
 
-    from data.store import OFFSETS, write_manifest
+    from data.store import OFFSETS, starts_beside, write_manifest
 
     shards: list[tuple[Path, int]] = []
     with (unfinished / OFFSETS).open("wb") as file:
@@ -336,8 +357,10 @@ def _join(unfinished: Path, folder: Path, parts: list[TokenStore], manifest: dic
         for shard in part.manifest["shards"]:
             path = unfinished / f"tokens-{len(shards):05}.bin"
             # A hard link, so that a join that is interrupted finds every part whole.
-            path.unlink(missing_ok=True)
-            os.link(part.folder / shard["file"], path)
+            names = {shard["file"]: path} | ({shard["starts"]: starts_beside(path)} if "starts" in shard else {})
+            for file, linked in names.items():
+                linked.unlink(missing_ok=True)
+                os.link(part.folder / file, linked)
             shards.append((path, shard["tokens"]))
     write_manifest(unfinished, manifest, shards)
     shutil.rmtree(folder, ignore_errors=True)

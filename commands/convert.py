@@ -41,8 +41,8 @@ class ExportConfig:
     """The new folder, which `AutoModel` and `pipeline` load."""
     step: int | None = None
     """Which checkpoint; unset = the newest."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the weights are written in."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the weights are written in; unset = as the model was when it was imported, else float32."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
@@ -59,6 +59,7 @@ def import_model(config: ImportConfig) -> dict:
     from data.tokenizer import fingerprint, save_tokenizer, tokenizer_of
     from models.counts import count_params
     from models.hub import PREFIX, Pretrained, check_new, load_pretrained
+    from models.published import published_beside
     from training.checkpoint import save_params
     from training.run import RunDirectory, write_json
 
@@ -75,6 +76,7 @@ def import_model(config: ImportConfig) -> dict:
         "model": asdict(model),
         "labels": list(model.labels),
         "fingerprints": {"tokenizer": fingerprint(tokenizer)},
+        **published_beside(source.config),
         "imported_from": named + (f" at {config.revision}" if config.revision else ""),
     }
     with appearing(target) as folder:
@@ -93,6 +95,7 @@ def export_model(config: ExportConfig) -> dict:
     from data.tokenizer import framed_tokenizer, tokenizer_of
     from models.config import ModelConfig
     from models.hub import check_export, save_pretrained
+    from models.published import Published
     from training.card import model_card
     from training.checkpoint import read_config, restore_params
     from training.run import RunDirectory
@@ -103,13 +106,18 @@ def export_model(config: ExportConfig) -> dict:
         raise UserError(f"{run.path} holds no run of mlm, clm or finetune; there is nothing to export")
     model, head = ModelConfig.from_dict(saved["model"]), saved["task"]
     tokenizer = tokenizer_of(run.tokenizer, saved)
+    published = Published.beside(saved)
     if head == "sequence_classification" and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, model.causal)
-    check_export(config.destination, model, head, tokenizer)
+        if published and model.causal:
+            published = published.padded_by(tokenizer)
+    check_export(config.destination, model, head, tokenizer, published)
     params = restore_params(run.path, step=config.step)
-    save_pretrained(config.destination, model, params, tokenizer, card=model_card(run.path), dtype=config.dtype)
-    print(f"exported to {config.destination}: {head} of type {model.model_type}, {config.dtype}", flush=True)
-    return {"path": config.destination, "head": head, "model_type": model.model_type}
+    dtype = config.dtype or (published.dtype if published else "float32")
+    card = model_card(run.path)
+    save_pretrained(config.destination, model, params, tokenizer, card=card, dtype=dtype, published=published)
+    print(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}", flush=True)
+    return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype}
 
 
 if __name__ == "__main__":

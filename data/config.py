@@ -50,6 +50,10 @@ class DataConfig:
     """Tokenizer folder or tokenizer.json; unset = train one of the model's vocab_size on the training text."""
     tokenizer_kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
     """What to train: lower-cased WordPiece (BERT), byte-level BPE (GPT-2) or Unigram (T5, ALBERT)."""
+    words: Literal["segmenter", "tokens"] | None = None
+    """Where words begin in Chinese, Japanese, Thai, Lao, Khmer and Burmese text, for --masking.whole-words: a segmenter
+    finds them, and they are stored with the tokens; or each token is a word. unset = with --masking.whole-words by the
+    segmenters that are installed, and a run that goes on does as it began."""
     sequence_length: int = 128
     """Tokens in a row; rows are packed with several documents that never see each other."""
     cache: str | None = None

@@ -38,6 +38,10 @@ class Store(Protocol):
         """int32 tokens at these places of the stream."""
         ...
 
+    def word_starts(self, index: np.ndarray) -> np.ndarray:
+        """bool: whether these tokens begin a word; asked only of a store that knows."""
+        ...
+
 
 def permute(index: np.ndarray | int, n: int, seed: np.ndarray | int) -> np.ndarray:
     """Where a pseudo-random permutation of 0 … n-1 takes `index`: O(1) memory, any n; seed broadcasts against index.
@@ -73,12 +77,17 @@ class Rows:
         specials: SpecialIds,
         kind: Literal["masked_lm", "causal_lm"],
         token_bytes: np.ndarray | None = None,
+        word_starts: bool = False,
     ):
-        """token_bytes: int32 [V] (data.token_tables.token_bytes), for the `label_bytes` of kind "causal_lm"."""
+        """token_bytes: int32 [V] (data.token_tables.token_bytes), for the `label_bytes` of kind "causal_lm".
+
+        word_starts: masked LM has `word_starts` too, of a store that knows them.
+        """
         if not plan.rows:
             label = getattr(store, "label", "the text")
             raise UserError(f"{label} makes no row of tokens: it is empty or too short to hold a part out; add text")
         self._take, self._last = store.take, int(store.offsets[-1]) - 1
+        self._word_starts = store.word_starts if word_starts else None
         self._plan, self._length, self._specials = plan, sequence_length, specials
         self._causal, self._token_bytes = kind == "causal_lm", token_bytes
 
@@ -93,7 +102,8 @@ class Rows:
     def rows(self, indices: np.ndarray) -> Batch:
         """Arrays [B,T] of the rows `indices`; row -1 is empty (padding only).
 
-        Both kinds: `input_ids`, `segment_ids` (1, 2, … by document, 0 = padding), `positions`, all int32. Causal LM
+        Both kinds: `input_ids`, `segment_ids` (1, 2, … by document, 0 = padding), `positions`, all int32. Masked LM may
+        have `word_starts` (bool): whether a token begins a word; special tokens and padding do. Causal LM
         adds `labels`, `loss_weights` (float32) and `label_bytes`; every place but padding has a label.
         """
         plan, T = self._plan, self._length
@@ -140,6 +150,11 @@ class Rows:
         else:
             input_S = self._gather(source_S)
             input_S[opening], input_S[closing] = self._specials.cls, self._specials.sep
+            if self._word_starts:
+                starts_S = self._word_starts(np.clip(source_S, 0, self._last))
+                starts_S[opening] = starts_S[closing] = True
+                batch["word_starts"] = np.ones(shape, bool)
+                batch["word_starts"].reshape(-1)[place_S] = starts_S
         batch["input_ids"].reshape(-1)[place_S] = input_S
         return batch
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cli
+import progress
 from cli import UserError
 from data.config import DataConfig
 
@@ -45,6 +46,8 @@ class Prepared(NamedTuple):
     """By the name of the source it was held out of; "validation" where it was given."""
     fingerprints: dict[str, str]
     """SHA-256 of `tokenizer`, `train` and `validation`: the same values, the same tokens."""
+    words: dict[str, str]
+    """The segmenter of each script by which word starts are stored (data.words); {} where they are not."""
 
 
 class Plan(NamedTuple):
@@ -57,6 +60,8 @@ class Plan(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     fingerprints: dict[str, str]
     """As in Prepared."""
+    words: dict[str, str]
+    """As in Prepared."""
 
 
 def prepare(
@@ -65,20 +70,26 @@ def prepare(
     *,
     for_masked_lm: bool,
     of_weights: PreTrainedTokenizerFast | None = None,
+    whole_words: bool = False,
+    words: dict[str, str] | None = None,
 ) -> Prepared:
     """Tokens of the training and the held-out text, from the cache where they are there already.
 
     The tokenizer is `of_weights`, that of the weights that are taken, because weights and tokens belong together; else
     config.tokenizer, else one of at most vocab_size tokens, trained on the training text alone. A config.tokenizer
     that is not that of the weights is an error, and so is a source of which nothing is left.
+    whole_words: words are masked whole, so that an unset config.words means the segmenters that are there.
+    words: those of a run that goes on, {} where it began without; with others than are here, an error.
     """
-    made = plan(config, vocab_size, for_masked_lm=for_masked_lm, of_weights=of_weights)
+    made = plan(
+        config, vocab_size, for_masked_lm=for_masked_lm, of_weights=of_weights, whole_words=whole_words, words=words
+    )
     stores = {
         side: {name: write_tokens(config, made, side, name) for name in sources} for side, sources in made.sides.items()
     }
     for store in chain.from_iterable(found.values() for found in stores.values()):
         _check_any_tokens(store, config)
-    return Prepared(made.tokenizer, **stores, fingerprints=made.fingerprints)
+    return Prepared(made.tokenizer, **stores, fingerprints=made.fingerprints, words=made.words)
 
 
 def _check_any_tokens(store: TokenStore, config: DataConfig) -> None:
@@ -103,13 +114,24 @@ def plan(
     *,
     for_masked_lm: bool,
     of_weights: PreTrainedTokenizerFast | None = None,
+    whole_words: bool = False,
+    words: dict[str, str] | None = None,
 ) -> Plan:
     """What is to be tokenized with which tokenizer: `prepare` without its last part."""
+    if config.words and not for_masked_lm:
+        raise UserError("data.words is for masked LM, which can hide whole words; leave out --data.words")
     from data.sources import open_sources
     from data.tokenizer import fingerprint, load_tokenizer
+    from data.words import check_segmenters
 
     cache = cache_folder(config)
     sides = open_sources(config, cache, lambda source: filtered(source, config))._asdict()
+    if words is None:
+        words = _segmenters(sides["train"].values(), config, whole_words)
+    else:
+        check_segmenters(words)
+    if words:
+        print(f"whole words: {'; '.join(f'{script} by {found}' for script, found in words.items())}", flush=True)
     keys = {side: {name: source.fingerprint() for name, source in sources.items()} for side, sources in sides.items()}
     joint = {side: _joint(names) for side, names in keys.items()}
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else of_weights
@@ -121,7 +143,17 @@ def plan(
     if tokenizer is None:
         train = list(sides["train"].values())
         tokenizer = _trained(cache, train, joint["train"], config.tokenizer_kind, vocab_size, for_masked_lm)
-    return Plan(sides, keys, tokenizer, {"tokenizer": fingerprint(tokenizer)} | joint)
+    return Plan(sides, keys, tokenizer, {"tokenizer": fingerprint(tokenizer)} | joint, words)
+
+
+def _segmenters(sources: Iterable[Source], config: DataConfig, whole_words: bool) -> dict[str, str]:
+    """The segmenters that the settings and a sample of each source ask for."""
+    from data.sources import sample
+    from data.words import find_segmenters
+
+    if config.words == "tokens" or not (config.words or whole_words):
+        return {}
+    return find_segmenters([sample(source) for source in sources], required=config.words == "segmenter")
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -209,7 +241,9 @@ def _sums(folder: Path) -> dict[str, str]:
 def tokens_folder(config: DataConfig, made: Plan, side: str, name: str) -> Path:
     """Where the tokens of a source lie, whoever writes them."""
     limit = config.filters.max_tokens_per_character
-    key = _digest(made.keys[side][name], made.fingerprints["tokenizer"], *([limit] if limit else []))
+    # What is not asked for is left out, so that the tokens of older versions are found.
+    asked = [part for part in (limit, made.words) if part]
+    key = _digest(made.keys[side][name], made.fingerprints["tokenizer"], *asked)
     return cache_folder(config) / f"tokens-{key}"
 
 
@@ -218,7 +252,7 @@ def write_tokens(
 ) -> TokenStore:
     """The tokens of one source of the plan, or of a part of it in a folder of its own."""
     from data.encode import encode
-    from data.store import write_store
+    from data.store_writer import write_store
     from data.tokenizer import vocabulary_size
 
     source = part or made.sides[side][name]
@@ -227,12 +261,12 @@ def write_tokens(
     limit = config.filters.max_tokens_per_character
     dtype = "uint16" if vocabulary_size(made.tokenizer) <= 2**16 else "uint32"
     about = {"source": made.keys[side][name], "tokenizer": made.fingerprints["tokenizer"]}
-    about |= {"filtered": getattr(source, "dropped", {})}
+    about |= {"filtered": getattr(source, "dropped", {})} | ({"words": made.words} if made.words else {})
 
     def items_from(done: int):
         if done:
             print(f"tokenizing {label}: going on behind {done:,} documents", flush=True)
-        return encode(islice(_Watched(source, f"tokenizing {label}"), done, None), made.tokenizer)
+        return encode(islice(_Watched(source, f"tokenizing {label}"), done, None), made.tokenizer, made.words)
 
     def keep(encoded: Encoded) -> str | None:
         return "tokens per character" if limit and len(encoded.ids) > limit * encoded.characters else None
@@ -289,7 +323,7 @@ class _Watched:
             leave=False,
             disable=None,
         )
-        with bar:
+        with bar, progress.waiting(self._label, bar=True):
             for item in self._source:
                 yield item
                 if isinstance(item, Document):

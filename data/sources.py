@@ -230,6 +230,23 @@ class Part:
         return whole and round(whole * self._share)
 
 
+def sample(source: Source, places: int = 8, characters: int = 200_000) -> list[str]:
+    """The first documents at some places of a source: of files, evenly spaced over them; else at its beginning."""
+    while inner := getattr(source, "source", None):
+        source = inner
+    count = min(places, len(source.paths)) if isinstance(source, FileSource) else 1
+    parts = [source.part(number, count) for number in range(count)] if isinstance(source, FileSource) else [source]
+    texts: list[str] = []
+    for part in parts:
+        left = characters // count
+        for document in documents(part):
+            texts.append(document.text[:left])
+            left -= len(texts[-1])
+            if left <= 0:
+                break
+    return texts
+
+
 def split_validation(source: Source, fraction: float) -> tuple[Source, Source]:
     """Training and validation part, about `fraction` of the text; the same content always falls on the same side.
 

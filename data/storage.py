@@ -36,14 +36,18 @@ SUMS_KEPT_AFTER = 2.0
 
 
 def expand(patterns: tuple[str, ...], known: Callable[[str], bool]) -> list[str]:
-    """Sorted paths and URLs of the files that the globs match, each once. known: whether a name's suffix is read."""
-    paths: set[str] = set()
+    """Paths and URLs of the files that the globs match, each once and in the order of their full names.
+
+    So it makes no difference who expands a glob, and from which folder. known: whether a name's suffix is read.
+    """
+    found: dict[str, str] = {}
     for pattern in patterns:
-        paths.update(_remote_paths(pattern) if is_remote(pattern) else _local_paths(pattern))
-    for path in paths:
+        for path in _remote_paths(pattern) if is_remote(pattern) else _local_paths(pattern):
+            found.setdefault(path if is_remote(path) else os.path.abspath(path), path)
+    for path in found.values():
         if not known(path):
             raise UserError(f"{path}: unknown kind of file; text is read from {SUFFIXES}, each also as .gz and .zst")
-    return sorted(paths)
+    return [found[name] for name in sorted(found)]
 
 
 SUFFIXES = ".txt, .md, .jsonl, .parquet, .csv"
@@ -279,7 +283,10 @@ class _Whole(io.RawIOBase):
 def _local_paths(pattern: str) -> list[str]:
     name = os.path.expanduser(pattern)
     if os.path.isdir(name):
-        raise UserError(f"{pattern} is a folder; name its files, for instance '{pattern.rstrip('/')}/**/*.txt'")
+        raise UserError(
+            f"{pattern} is a folder; name its files, for instance '{pattern.rstrip('/')}/**/*.txt' (a glob in quotes "
+            "leaves folders out)"
+        )
     # A link that leads nowhere is a file that cannot be read, not one that is not there.
     found = [name] if os.path.lexists(name) else [p for p in glob.glob(name, recursive=True) if not os.path.isdir(p)]
     if not found:

@@ -16,7 +16,7 @@ from data.tokenizer import vocabulary_size
 if TYPE_CHECKING:
     from data.prepare import Prepared
 
-PICTURE = "lengths.png"
+PICTURE = "lengths.svg"
 
 
 def summarise(prepared: Prepared, config: DataConfig, causal: bool) -> dict:
@@ -27,6 +27,8 @@ def summarise(prepared: Prepared, config: DataConfig, causal: bool) -> dict:
         entries = {name: _describe(side, name, store, config, causal) for name, store in stores.items()}
         # A single source needs no name.
         summary[side] = next(iter(entries.values())) if len(entries) == 1 else entries
+    if prepared.words:
+        summary["words"] = prepared.words
     if weights := config.weights():
         print("mixture:   ", ", ".join(f"{name} {weight:.1%}" for name, weight in weights.items()))
         summary["mixture"] = weights
@@ -70,9 +72,9 @@ def _quantiles(lengths: np.ndarray) -> dict[str, int]:
 
 def draw_lengths(stores: dict[str, TokenStore], sequence_length: int, path: Path) -> Path:
     """A histogram of the tokens in the documents of each source, on a logarithmic scale, beside the row length."""
-    import matplotlib
+    import warnings
 
-    matplotlib.use("Agg")
+    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -87,5 +89,8 @@ def draw_lengths(stores: dict[str, TokenStore], sequence_length: int, path: Path
     axes.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    # Text as text, for whoever shows the picture has fonts for the names of sources, and matplotlib may have none.
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path)
     return path

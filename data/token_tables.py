@@ -91,6 +91,13 @@ def word_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return table_V
 
 
+def blank_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """bool [V]: tokens that stand for blanks and nothing else."""
+    return np.array(
+        [piece is not None and not piece.content.decode(errors="replace").strip() for piece in _pieces(tokenizer)]
+    )
+
+
 def _marked_bits(piece: Piece) -> int:
     """WordPiece says itself what is inside a word."""
     text = piece.content.decode()

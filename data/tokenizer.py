@@ -134,6 +134,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
         tokenizer.save_pretrained(unfinished)
         path = pathlib.Path(unfinished, "tokenizer_config.json")
         settings = json.loads(path.read_text())
+        # What a class of its own says, and the one named below would not.
+        for name in ("padding_side", "truncation_side"):
+            if getattr(tokenizer, name) != "right":
+                settings[name] = getattr(tokenizer, name)
         # Version 5 writes the class name TokenizersBackend, which version 4 does not know; both know this one.
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | more
         for name in ("is_local", "local_files_only", "name_or_path"):  # of the machine that wrote it

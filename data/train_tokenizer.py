@@ -178,7 +178,20 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.UnigramTrainer(
         vocab_size=vocab_size, special_tokens=specials, unk_token="<unk>", show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    try:
+        backend.train_from_iterator(texts, trainer)
+        fits = backend.get_vocab_size() <= vocab_size
+    except Exception:  # the library's own
+        fits = False
+        if vocab_size >= len(_characters(texts, backend)) + len(specials) + 1:
+            raise
+    if not fits:
+        count = len(_characters(texts, backend))
+        raise UserError(
+            f"a vocabulary of {vocab_size:,} tokens is too small for a unigram tokenizer, which keeps each of the "
+            f"{count:,} characters of the text; give at least {count + len(specials) + 1:,} (--model.vocab-size, for "
+            "`prepare` --vocab-size), or try --data.tokenizer-kind bpe"
+        )
     tokens = sorted(token for token in backend.get_vocab(with_added_tokens=False) if token not in specials)
     scores = dict.fromkeys(tokens, -math.log(max(len(tokens), 1)))
     some = list(islice(texts, max(len(texts) * COUNTED // max(sum(map(len, texts)), 1), 1)))
@@ -197,3 +210,8 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
     backend.add_special_tokens(specials)
     backend.post_processor = template(backend, "<s>", "</s>")
     return backend
+
+
+def _characters(texts: list[str], backend: Tokenizer) -> set[str]:
+    """The characters of the words that a Unigram tokenizer sees, its mark for blanks among them."""
+    return {"▁"}.union(*(backend.normalizer.normalize_str(text).replace(" ", "▁") for text in texts))

@@ -35,6 +35,22 @@ def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> di
     }
 
 
+def majority_accuracy(train_labels: Sequence[int] | np.ndarray, labels_N: np.ndarray) -> float:
+    """Accuracy of giving every example the most frequent training label (of equals, the one that is named first)."""
+    return float(np.mean(labels_N == np.bincount(train_labels).argmax()))
+
+
+def one_class(labels_N: np.ndarray, predictions_N: np.ndarray, names: Sequence[str]) -> str | None:
+    """A warning, in one line, where all examples were given one label though they have several; else None."""
+    if len(np.unique(predictions_N)) > 1 or len(np.unique(labels_N)) < 2:
+        return None
+    return (
+        f"warning: every validation example is taken for {names[predictions_N[0]]!r}, so nothing was learnt that tells "
+        "them apart; try more --epochs, another --optimizer.learning-rate (a third, or three times as much), or more "
+        "pretraining"
+    )
+
+
 def confusion(labels_N: np.ndarray, predictions_N: np.ndarray, names: Sequence[str]) -> dict:
     """confusion.json: counts, rows are true labels and columns predicted ones."""
     from sklearn.metrics import confusion_matrix

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import progress
 from cli import UserError
+from data.description import listed
 from data.labelled import Encoded, Labelled, encode_pairs, read_labelled
-from finetune.labels import class_names, described, in_order, listed
+from finetune.labels import class_names, in_order
+from finetune.labels import listed as quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
 
 LONGEST = 512
 """Tokens of an example at most, unless --data.max-length asks for more: attention costs their square."""
+
+
+LABELS = 8
+"""How many are listed in words."""
 
 
 class Part(NamedTuple):
@@ -39,7 +47,7 @@ class Examples(NamedTuple):
     fingerprints: dict[str, str]
     """SHA-256 of both files."""
     facts: tuple[str, ...]
-    """What was read and what is taken for labels, a line each."""
+    """How files were read that are not what their endings say, a line each."""
 
 
 def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Examples:
@@ -51,15 +59,16 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         if path is None:
             raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv, .jsonl or .json file of labelled texts")
         path = os.path.expanduser(path)
-        files[name] = _read(path, data)
-        fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with progress.waiting(f"reading {path}"):
+            files[name] = _read(path, data)
+            fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     train, validation = files["train"], files["validation"]
     names = class_names(train.labels, f"{data.train}, column {train.label_column!r}", data.label_kind)
     unseen = in_order(set(validation.labels) - set(names))
     if unseen:
         raise UserError(
-            f"{data.validation} has labels that {data.train} has no example of: {listed(unseen)}; known are "
-            f"{listed(names)}; correct the labels, or add training examples"
+            f"{data.validation} has labels that {data.train} has no example of: {quoted(unseen)}; known are "
+            f"{quoted(names)}; correct the labels, or add training examples"
         )
     if (train.texts_b is None) != (validation.texts_b is None):
         raise UserError(
@@ -68,17 +77,27 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         )
 
     def part(texts: Labelled) -> Part:
-        encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
+        with progress.waiting(f"tokenizing {len(texts.texts_a):,} examples"):
+            encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
         return Part(texts, encoded, [names.index(label) for label in texts.labels or ()])
 
-    facts = (
-        *dict.fromkeys((*train.notes, *validation.notes)),
-        f"texts: {len(train.texts_a):,} from {data.train} to learn from, {len(validation.texts_a):,} from "
-        f"{data.validation} to measure on; column{'s' * (len(train.text_columns) - 1)} "
-        f"{' and '.join(map(repr, train.text_columns))}",
-        described(train.labels, names, train.label_column),
-    )
+    facts = tuple(dict.fromkeys((*train.notes, *validation.notes)))
     return Examples(part(train), part(validation), names, fingerprints, facts)
+
+
+def describe_examples(data: FinetuneData, examples: Examples) -> dict[str, str]:
+    """Rows on both files and on the labels, with how often the training file has each, the most frequent first."""
+    counts = Counter(examples.train.labels)
+    most = sorted(counts, key=lambda label: (-counts[label], label))
+    total = len(examples.train.labels)
+    texts = examples.train.texts
+    columns = f"column{'s' * (len(texts.text_columns) > 1)} {' and '.join(map(repr, texts.text_columns))}"
+    labels = [f"{examples.names[label]} {counts[label]:,} ({counts[label] / total:.1%})" for label in most]
+    return {
+        "training": f"{data.train}: {total:,} examples, {columns}",
+        "validation": f"{data.validation}: {len(examples.validation.labels):,} examples",
+        "labels": f"{len(labels)} classes in {texts.label_column!r}: {listed(labels, LABELS)}".replace("%", " %"),
+    }
 
 
 def max_length(data: FinetuneData, model: ModelConfig) -> int:

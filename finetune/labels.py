@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Sequence
 
 from cli import UserError
@@ -48,14 +47,6 @@ def class_names(labels: Sequence[str], place: str, kind: str) -> list[str]:
             f"identifier or a text has; name the column of labels with --data.label, or {FORCE}"
         )
     return names
-
-
-def described(labels: Sequence[str], names: Sequence[str], column: str | None) -> str:
-    """One line: how many classes, and how many examples each has."""
-    counts = Counter(labels)
-    shown = ", ".join(f"{name} ({counts[name]:,})" for name in names[:8])
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"labels: {len(names)} classes from column {column!r}: {shown}{more}"
 
 
 def in_order(labels: Collection[str]) -> list[str]:

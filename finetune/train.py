@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import cli
+import progress
 from cli import UserError
 from finetune.presets import PRESETS, FinetuneConfig
 from sharding.distributed import collected, joined
@@ -18,19 +19,24 @@ from sharding.distributed import collected, joined
 @joined
 def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     """Run, or resume, the fine-tuning that `config` describes; returns the `--json` object."""
+    call.greet()
     import jax
 
+    from data.description import epochs_words
     from data.loader import prefetch
     from data.tokenizer import fingerprint, framed_tokenizer, save_tokenizer, tokenizer_of
     from finetune.examples import max_length
     from finetune.tasks import open_task
     from models.config import ModelConfig
     from models.counts import flops_per_token
+    from models.description import describe
     from models.hub import Pretrained, check_export, save_pretrained
     from models.layout import open_mesh
     from models.pretrained import export_to, load_weights
+    from models.published import Published, published_beside
     from models.transformer import matrix_axes
     from training.card import model_card
+    from training.introduction import About, conclude
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise
@@ -50,21 +56,32 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
     mesh = open_mesh(config, model, config.task, max_length(config.data, model), split=False)
     task = open_task(config, model, tokenizer, mesh)
-    exporting = export_to(config.export, run.path, origin)
-    if exporting:
-        check_export(exporting, task.model, config.task, tokenizer)
+    handed_on = published_beside(None if config.scratch else origin.config)
+    published = Published.beside(handed_on)
     config = resolved(config, task.examples, model.hidden_size)
+    assert config.steps is not None
+    exporting = export_to(config.export, run.path, origin, config.steps)
+    if exporting:
+        check_export(exporting, task.model, config.task, tokenizer, published)
     fingerprints = {"tokenizer": fingerprint(tokenizer)} | task.fingerprints
     config_dict, defaults = settings(
-        config, task.model, fingerprints=fingerprints, command=call.command, **task.settings
+        config, task.model, fingerprints=fingerprints, command=call.command, **task.settings, **handed_on
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done)
     if jax.process_index() == 0:
-        print("\n".join(task.facts), flush=True)
+        for fact in task.facts:
+            progress.say(fact)
 
     tokens_per_step = config.batch_size * task.tokens_per_row
     fresh = config.scratch and not origin.resumed
     load = load_weights(origin, task.model, config.task, task.init_params, config.seed)
+    longest = max_length(config.data, model)
+    about = About(
+        model=describe(task.model, config.task, config.execution, longest, mesh),
+        data=task.about,
+        row=f"up to {longest} tokens, {task.tokens_per_row:.0f} on average",
+        epochs=epochs_words(config.steps * config.batch_size / task.examples),
+    )
     result = train(
         config,
         init_params=task.init_params,
@@ -81,20 +98,26 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         flops_per_step=tokens_per_step * flops_per_token(model, round(task.tokens_per_row), 0.0),
         origin=None if fresh else origin,
         load_params=None if fresh else load,
+        about=about,
     )
 
-    if result.stopped_by:
-        return summarise(run, result, metrics={})
-    summary = summarise(run, result, metrics=task.finish(run, result.state.params, mesh))
+    measured = {} if result.stopped_by else task.finish(run, result.state.params, mesh)
+    summary = summarise(run, result, metrics=measured)
     params = collected(result.state.params) if exporting and result.finished else None
-    if jax.process_index() == 0:
-        write_report(run.path)
+    if jax.process_index() == 0 and not result.stopped_by:
+        with progress.waiting("drawing the report"):
+            write_report(run.path)
         if exporting and params is not None:
             as_trained = framed_tokenizer(tokenizer, model.causal)
-            save_pretrained(exporting, task.model, params, as_trained, card=model_card(run.path))
-            print(f"exported to {config.export}", flush=True)
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
-        print(f"{figures}  on {config.data.validation}; more in {run.report}", flush=True)
+            if published and model.causal:
+                published = published.padded_by(as_trained)
+            with progress.waiting(f"exporting to {config.export}"):
+                card = model_card(run.path)
+                save_pretrained(exporting, task.model, params, as_trained, card=card, published=published)
+            progress.say(f"exported to {config.export}")
+    name = run.path.name
+    following = None if config.export else ["./launch.sh", "export", config.run_dir, f"exported/{name}"]
+    conclude(summary, run, config, call.command, following)
     return summary
 
 

@@ -42,7 +42,12 @@ def masked_lm_objective(
         hidden_BMD = jnp.take_along_axis(x_BTD, batch["masked_positions"][:, :, None], axis=1)
         features_BMD, table_VD, bias_V = masked_lm_head(model, params, hidden_BMD, execution)
         logprob_BM, correct_BM = token_logprobs(
-            features_BMD, table_VD, bias_V, batch["masked_labels"], vocab_size=model.vocab_size
+            features_BMD,
+            table_VD,
+            bias_V,
+            batch["masked_labels"],
+            vocab_size=model.vocab_size,
+            softcap=model.final_logit_softcapping,
         )
         weights_BM = batch["masked_weights"]
         loss_sum, weight = -jnp.sum(weights_BM * logprob_BM), jnp.sum(weights_BM)

@@ -3,7 +3,8 @@
 Everything is drawn for the *global* batch from one key, so hosts, meshes and micro-batches change nothing. Shapes are
 static: M slots a row, of which the first k are used. k = round(rate × ordinary tokens of the row), exactly, and at
 least 1. Whole words are drawn in random order until k tokens are reached; the word that would overflow k is cut: only
-its first tokens are hidden. (Skipping it instead would favour short words and leave k open.)
+its first tokens are hidden. (Skipping it instead would favour short words and leave k open.) Where words begin was
+stored with the tokens (data.words), or follows from the tokens themselves (data.token_tables.word_table).
 """
 
 from __future__ import annotations
@@ -44,11 +45,20 @@ def rate_at(config: MaskingConfig, step, steps: int):
     return config.rate + (config.final_rate - config.rate) * progress
 
 
+def mask_rates(settings: dict, steps):
+    """The mask rate at each of these steps of a run with these settings (a training.identity.Schedule)."""
+    from mlm.presets import MaskingConfig
+
+    chosen = {name: settings["masking"][name] for name in ("rate", "final_rate")}
+    return jnp.broadcast_to(rate_at(MaskingConfig(**chosen), steps, settings["steps"]), steps.shape)
+
+
 def mask_batch(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabulary) -> dict:
     """Hide k tokens of every row.
 
-    batch: `input_ids`, `segment_ids` [B,T]. Returns it with hidden tokens in `input_ids`, and `masked_positions`,
-    `masked_labels` (int32) and `masked_weights` (float32; 1 for the k used slots, 0 for the rest), all [B,M].
+    batch: `input_ids`, `segment_ids` [B,T], and `word_starts` (bool) where that was stored. Returns it with hidden
+    tokens in `input_ids`, and `masked_positions`, `masked_labels` (int32) and `masked_weights` (float32; 1 for the k
+    used slots, 0 for the rest), all [B,M].
     """
     choose_key, action_key, random_key = jax.random.split(key, 3)
     input_BT = batch["input_ids"]
@@ -76,9 +86,12 @@ def _choose(key, batch, rate, slot_count, whole_words, vocabulary):
     ordinary_BT = jnp.asarray(vocabulary.ordinary_V)[input_BT] & (segment_BT > 0)
     draw_BT = jax.random.uniform(key, input_BT.shape)
     if whole_words:
-        table_BT = jnp.asarray(vocabulary.words_V)[input_BT]
-        same_segment = segment_BT[:, 1:] == segment_BT[:, :-1]
-        continues = (table_BT[:, 1:] & 1 > 0) & (table_BT[:, :-1] & 2 > 0) & same_segment
+        if "word_starts" in batch:
+            continues = ~batch["word_starts"][:, 1:]
+        else:
+            table_BT = jnp.asarray(vocabulary.words_V)[input_BT]
+            continues = (table_BT[:, 1:] & 1 > 0) & (table_BT[:, :-1] & 2 > 0)
+        continues &= segment_BT[:, 1:] == segment_BT[:, :-1]
         starts_BT = jnp.pad(~continues, ((0, 0), (1, 0)), constant_values=True)
         word_BT = jnp.cumsum(starts_BT, axis=1) - 1
         draw_BT = jnp.take_along_axis(draw_BT, word_BT, axis=1)

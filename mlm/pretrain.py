@@ -9,6 +9,7 @@ import math
 from functools import partial
 
 import cli
+import progress
 from mlm.presets import PRESETS, PretrainConfig
 from sharding.distributed import collected, joined
 
@@ -19,23 +20,28 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
 
     With config.init_from, the architecture is that of the weights, but for the model settings given in `call`.
     """
+    call.greet()
     import numpy as np
 
+    from data.description import describe_epochs, describe_text
     from data.loader import Batches, Rows, prefetch
     from data.packing import pack_best_fit
     from data.prepare import prepare
     from data.token_tables import token_texts, word_table
     from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
     from mlm.loss import masked_lm_objective
-    from mlm.masking import Vocabulary, rate_at
+    from mlm.masking import Vocabulary, mask_rates, rate_at
     from mlm.samples import masked_samples, unigram_entropy
     from models.counts import count_params, flops_per_token
+    from models.description import describe
     from models.hub import Pretrained, check_export, save_pretrained
     from models.layout import open_mesh
     from models.pretrained import architecture_of, export_to, load_weights
+    from models.published import Published, published_beside
     from models.transformer import init_params, matrix_axes
     from sharding.mesh import host_rows
     from training.card import model_card
+    from training.introduction import About, conclude
     from training.loop import train
     from training.report import write_report
     from training.run import RunDirectory, settings, summarise, write_json
@@ -52,26 +58,44 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     mine = host_rows(config.batch_size, mesh)
 
     of_weights = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
-    prepared = prepare(config.data, config.model.vocab_size, for_masked_lm=True, of_weights=of_weights)
+    prepared = prepare(
+        config.data,
+        config.model.vocab_size,
+        for_masked_lm=True,
+        of_weights=of_weights,
+        whole_words=config.masking.whole_words,
+        words=origin.config.get("words", {}) if origin and origin.resumed else None,
+    )
     tokenizer = prepared.tokenizer
     specials = special_ids(tokenizer, need=("cls", "sep", "mask"))
     # Published models have spare rows in their vocabulary.
     model = architecture.fitted(architecture.vocab_size if config.init_from else vocabulary_size(tokenizer), length)
-    exporting = export_to(config.export, run.path, origin)
+    handed_on = published_beside(origin.config if origin else None)
+    published = Published.beside(handed_on)
+    exporting = export_to(config.export, run.path, origin, config.steps)
     if exporting:
-        check_export(exporting, model, "masked_lm", tokenizer)
+        check_export(exporting, model, "masked_lm", tokenizer, published)
     config_dict, defaults = settings(
-        config, model, task="masked_lm", fingerprints=prepared.fingerprints, command=call.command
+        config,
+        model,
+        task="masked_lm",
+        fingerprints=prepared.fingerprints,
+        command=call.command,
+        **handed_on,
+        **({"words": prepared.words} if prepared.words else {}),
     )
-    run.check(config_dict, defaults)
+    run.check(config_dict, defaults, origin.done if origin else 0, [mask_rates])
 
     assert specials.mask is not None
     ids_V = np.arange(model.vocab_size)
     ordinary_V = ~np.isin(ids_V, specials.all) & (ids_V < vocabulary_size(tokenizer))
     vocabulary = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
+    by_words = config.masking.whole_words and bool(prepared.words)
     rows, held_out = (
         {
-            name: Rows(store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm")
+            name: Rows(
+                store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm", word_starts=by_words
+            )
             for name, store in stores.items()
         }
         for stores in (prepared.train, prepared.validation)
@@ -90,6 +114,12 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     def init(key):
         return init_params(model, key, heads=("masked_lm",))
 
+    about = About(
+        model=describe(model, "masked_lm", config.execution, length, mesh),
+        data=describe_text(config.data, prepared, rows, held_out, config.eval_rows),
+        row=f"{length} tokens",
+        epochs=describe_epochs(batches, config.steps),
+    )
     result = train(
         config,
         init_params=init,
@@ -109,6 +139,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
         mesh=mesh,
         tokens_per_step=config.batch_size * length,
         flops_per_step=config.batch_size * length * flops_per_token(model, length, mean_rate),
+        about=about,
     )
 
     summary = summarise(run, result, parameters=count_params(model, "masked_lm"), data=batches.epochs(result.step))
@@ -116,19 +147,25 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     if params is not None:
         texts = token_texts(tokenizer)
         texts += ["?"] * (model.vocab_size - len(texts))
-        samples = masked_samples(
-            model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
-        )
+        with progress.waiting("filling in masked words"):
+            samples = masked_samples(
+                model, params, eval_batches[0], texts, vocabulary, config.masking, config.execution, seed=config.seed
+            )
         train_V, held_out_V = (
             np.sum([store.counts(model.vocab_size) for store in stores.values()], axis=0)
             for stores in (prepared.train, prepared.validation)
         )
         entropy = unigram_entropy(train_V, held_out_V, vocabulary)
         write_json(run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
-        write_report(run.path)
+        with progress.waiting("drawing the report"):
+            write_report(run.path)
         if exporting and result.finished:
-            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path))
-            print(f"exported to {config.export}", flush=True)
+            with progress.waiting(f"exporting to {config.export}"):
+                save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
+            progress.say(f"exported to {config.export}")
+    examples = ["--data.train", "TRAIN.tsv", "--data.validation", "VALIDATION.tsv"]
+    following = ["./launch.sh", "finetune", "classify", "--init-from", config.run_dir, *examples]
+    conclude(summary, run, config, call.command, following)
     return summary
 
 

@@ -58,7 +58,7 @@ def masked_samples(
         hidden = mask_batch(batch, key, shown.rate, shown, vocabulary)
         x_BTD = apply(model, params, hidden, execution=execution)
         x_BMD = jnp.take_along_axis(x_BTD, hidden["masked_positions"][:, :, None], axis=1)
-        score = functools.partial(logits, vocab_size=model.vocab_size)
+        score = functools.partial(logits, vocab_size=model.vocab_size, softcap=model.final_logit_softcapping)
         probability_BMV = jax.nn.softmax(score(*masked_lm_head(model, params, x_BMD, execution)), axis=-1)
         return hidden, *jax.lax.top_k(probability_BMV, guesses)
 

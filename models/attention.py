@@ -43,7 +43,7 @@ def spec_for(config: ModelConfig, kind: LayerKind) -> AttentionSpec:
         left = config.sliding_window - 1 if config.causal else config.sliding_window // 2
         right = None if config.causal else config.sliding_window // 2
     scale = config.attention_divisor**-0.5
-    return AttentionSpec(config.causal, left, right, scale)
+    return AttentionSpec(config.causal, left, right, scale, config.attn_logit_softcapping)
 
 
 def visible(spec: AttentionSpec, q_segments_BT, k_segments_BS, q_index_BT, k_index_BS) -> jax.Array:

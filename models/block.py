@@ -1,7 +1,7 @@
 """One transformer layer: attention and MLP with their residuals and norms, as the config asks.
 
 Pre-norm: x + f(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + f(x)) (Vaswani et al. 2017, BERT). Both:
-x + norm(f(norm(x))) (Gemma Team 2024, section 2).
+x + norm(f(norm(x))) (Gemma Team 2024, section 2). Output: x + norm(f(x)) (OLMo Team 2025, section 3.2).
 
 Under tensor parallelism the stream between attention and MLP lies split by tokens, and each of the two takes whole rows
 and gives back its part (Korthikanti et al. 2022): norms and dropout are worked out once, what is kept is a part, and
@@ -35,7 +35,7 @@ class Context(NamedTuple):
     q_index_BT: jax.Array
     k_index_BS: jax.Array
     rotary: dict[str, tuple[jax.Array, jax.Array]]
-    """Rotary tables by kind of layer; empty with learned positions."""
+    """Rotary tables by kind of layer; kinds that do not turn queries and keys are not in it."""
     end: jax.Array | None
     """Where in the cache this pass writes; None without a cache."""
 
@@ -62,9 +62,10 @@ class Attention(nn.Module):
         kv_BTCKH = constrain(kv_BTCKH, "batch", "sequence", None, "tensor", None)
         k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
         if c.qk_norm:
-            q_BTNH = Norm("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, name="q_norm")(q_BTNH)
-            k_BTKH = Norm("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, name="k_norm")(k_BTKH)
-        if context.rotary:
+            settings = ("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, 2 if c.qk_norm_over == "all" else 1)
+            q_BTNH = Norm(*settings, name="q_norm")(q_BTNH)
+            k_BTKH = Norm(*settings, name="k_norm")(k_BTKH)
+        if self.kind in context.rotary:
             q_BTNH = rotate(q_BTNH, context.rotary[self.kind])
             k_BTKH = rotate(k_BTKH, context.rotary[self.kind])
         q_BTNH = constrain(q_BTNH, "batch", "sequence", "tensor", None)
@@ -147,7 +148,9 @@ class Block(nn.Module):
 
         if c.norm_position != "post":
             attention_post_norm, mlp_post_norm = _identity, _identity
-            if c.norm_position == "both":
+            if c.norm_position == "output":
+                attention_norm, mlp_norm = _identity, _identity
+            if c.norm_position != "pre":
                 attention_post_norm = make_norm(c, self.dtype, "attention_post_norm")
                 mlp_post_norm = make_norm(c, self.dtype, "mlp_post_norm")
             y_BTD, cache = attention(attention_norm(x_BTD), context, cache, key[0])
@@ -164,7 +167,7 @@ class Block(nn.Module):
 
 def output_stddev(config: ModelConfig) -> float:
     """Initial scale of what writes to the residual stream: pre-norm stacks divide by √(2L) (GPT-2, section 2.3)."""
-    if config.norm_position == "post":
+    if config.norm_position in ("post", "output"):
         return config.initializer_range
     return config.initializer_range * (2 * config.num_hidden_layers) ** -0.5
 

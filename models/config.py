@@ -7,14 +7,17 @@ configs wherever one exists. Imports no JAX, so that `--help` stays fast.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cli import UserError
 
-LayerKind = Literal["global", "local"]
+LayerKind = Literal["global", "local", "nope"]
+"""nope: a global layer without rotary positions (Yang et al. 2025, SmolLM 3)."""
 HiddenAct = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 VOCAB_MULTIPLE = 128
 
 
@@ -43,8 +46,9 @@ class ModelConfig:
     gated_mlp: bool = False
     """Gated MLP: act(gate(x)) * up(x) (Shazeer 2020)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_position: Literal["pre", "post", "both"] = "post"
-    """Around attention and MLP: before them, after their residual, or before and after them (Gemma)."""
+    norm_position: Literal["pre", "post", "both", "output"] = "post"
+    """Around attention and MLP: before them, after their residual, before and after them (Gemma), or only after them,
+    before the residual is added (OLMo 2)."""
     norm_bias: bool = True
     norm_plus_one: bool = False
     """Norms multiply by 1 + scale (Gemma)."""
@@ -61,26 +65,42 @@ class ModelConfig:
     """A bias in the attention's output projection; unset = attention_bias."""
     query_pre_attn_scalar: float | None = None
     """Scores are divided by the square root of this; unset = head_dim."""
+    attn_logit_softcapping: float | None = None
+    """Attention scores are squashed to ± this by tanh (Gemma 2); unset = not."""
+    final_logit_softcapping: float | None = None
+    """Scores over the vocabulary are squashed to ± this by tanh (Gemma 2); unset = not."""
     mlp_bias: bool = True
     qk_norm: bool = False
-    """RMS-normalise queries and keys per head."""
+    """RMS-normalise queries and keys."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """With qk_norm: each head by itself (Qwen 3), or all heads of a token together (OLMo 2)."""
     position_embedding: Literal["learned", "rotary"] = "learned"
     max_position_embeddings: int = 512
     """Positions; with learned ones, rows of their table, of which the first position_offset stay unused."""
     position_offset: int = 0
     """Row of the table that the first position has (RoBERTa: 2)."""
     rope_theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0
+    """Part of each head that rotary positions turn: its first dimensions (Phi-4-mini: 0.75)."""
     local_rope_theta: float | None = None
     """Rotary base of local layers, which are not scaled then; unset = all layers are alike."""
-    rope_type: Literal["llama3", "linear"] = "llama3"
-    """Kind of frequency scaling, where there is a rope_scaling_factor: by wavelength (Llama 3), or all alike."""
+    rope_type: Literal["llama3", "linear", "yarn"] = "llama3"
+    """Kind of frequency scaling, where there is a rope_scaling_factor: by wavelength (Llama 3, YaRN), or all alike."""
     rope_scaling_factor: float | None = None
     """Factor by which long wavelengths are stretched; unset = none."""
     rope_original_max_position_embeddings: int = 8192
-    """llama3: the context before it was extended; wavelengths beyond it are stretched by the whole factor."""
+    """llama3, yarn: the context before it was extended; wavelengths beyond it are stretched by the whole factor."""
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     """llama3: wavelengths up to the original context divided by this stay as they are."""
+    rope_beta_fast: float = 32.0
+    """yarn: pairs of dimensions that turn more often than this in the original context stay as they are."""
+    rope_beta_slow: float = 1.0
+    """yarn: pairs of dimensions that turn less often than this in the original context are stretched by the factor."""
+    rope_attention_factor: float | None = None
+    """yarn: what cosines and sines are multiplied by; unset = 1 + 0.1 ln(rope_scaling_factor)."""
+    rope_truncate: bool = True
+    """yarn: between beta_fast and beta_slow, begin and end at whole pairs of dimensions."""
     type_vocab_size: int = 0
     """Token types (BERT: 2); 0 = none."""
     causal: bool = False
@@ -100,10 +120,13 @@ class ModelConfig:
     classifier_pooler: Literal["tanh", "relu", "gelu", "transform"] = "tanh"
     """Encoder classification: dense + tanh (BERT), relu (DistilBERT) or gelu (ELECTRA), or dense + activation + norm
     (ModernBERT, for tokens and spans too)."""
-    classifier_pooling: Literal["cls", "mean"] = "cls"
-    """What an encoder classifies by: its first token, or the mean of all (better with few labels)."""
+    classifier_pooling: Literal["cls", "mean", "late"] = "cls"
+    """What an encoder classifies by: its first token, the mean of all (better with few labels), or the mean of every
+    token's class scores (EuroBERT)."""
     labels: tuple[str, ...] = ()
     """Names of the classes, where there is a head that classifies."""
+    problem_type: ProblemType | None = None
+    """What the scores of a classifier of sequences are; unset = one label a text."""
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
@@ -112,12 +135,17 @@ class ModelConfig:
         for name in (
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
             *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "embedding_size"),
+            "rope_original_max_position_embeddings",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         if self.hidden_act not in typing.get_args(HiddenAct):
             raise UserError(f"hidden_act={self.hidden_act!r} is not one of {', '.join(typing.get_args(HiddenAct))}")
+        if self.problem_type not in (None, *typing.get_args(ProblemType)):
+            raise UserError(
+                f"problem_type={self.problem_type!r} is not one of {', '.join(typing.get_args(ProblemType))}"
+            )
         if not self.layer_period:
             raise UserError("layer_period is empty; give the kinds of layer that repeat, for instance global")
         for name in ("hidden_dropout", "attention_dropout"):
@@ -141,8 +169,28 @@ class ModelConfig:
                 f"position_offset={self.position_offset} must lie between 0 and "
                 f"max_position_embeddings={self.max_position_embeddings}; RoBERTa's is 2"
             )
-        if self.position_embedding == "rotary" and self.head_size % 2:
-            raise UserError(f"head_dim={self.head_size} is odd; rotary positions turn pairs: give an even one")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name}={value} must be above 0, for instance 30; leave it unset for none")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(f"partial_rotary_factor={self.partial_rotary_factor} must lie above 0 and up to 1")
+        if self.position_embedding == "rotary" and (self.rotary_size < 2 or self.rotary_size % 2):
+            part = f" × partial_rotary_factor={self.partial_rotary_factor} = {self.rotary_size}"
+            raise UserError(
+                f"head_dim={self.head_size}{part if self.partial_rotary_factor != 1 else ''} is no even number of "
+                "dimensions; rotary positions turn pairs: give an even one"
+            )
+        if "nope" in self.layers and self.position_embedding != "rotary":
+            raise UserError(
+                f"nope layers go without rotary positions, and position_embedding={self.position_embedding} has none; "
+                "try global, or --model.position-embedding rotary"
+            )
+        if not 0 < self.rope_beta_slow <= self.rope_beta_fast:
+            raise UserError(
+                f"rope_beta_slow={self.rope_beta_slow} must be above 0 and at most rope_beta_fast="
+                f"{self.rope_beta_fast}; YaRN's are 1 and 32"
+            )
         if self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -155,6 +203,11 @@ class ModelConfig:
                 "first_attention_norm=False needs the first layer in prefix_layers, because repeated layers are all "
                 f'alike; try prefix_layers=("{self.layers[0]}",), or first_attention_norm=True'
             )
+        if not self.first_attention_norm and self.norm_position == "output":
+            raise UserError(
+                "first_attention_norm=False leaves out a norm before attention, and norm_position=output has none "
+                "there; try first_attention_norm=True"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -165,9 +218,23 @@ class ModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_size(self) -> int:
+        """Dimensions of a head that rotary positions turn."""
+        return int(self.head_size * self.partial_rotary_factor)
+
+    @property
     def attention_divisor(self) -> float:
         """Attention scores are divided by its square root."""
         return self.query_pre_attn_scalar or self.head_size
+
+    @property
+    def rotary_length(self) -> float:
+        """What the cosines and sines of rotary positions are multiplied by: 1, but for YaRN."""
+        if self.rope_scaling_factor is None or self.rope_type != "yarn":
+            return 1.0
+        if self.rope_attention_factor is not None:
+            return self.rope_attention_factor
+        return 1.0 + 0.1 * math.log(max(1.0, self.rope_scaling_factor))
 
     @property
     def embedding_width(self) -> int:

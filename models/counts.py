@@ -21,7 +21,7 @@ def count_params(config: ModelConfig, head: str | None = None) -> int:
         names = tuple(entry.key for entry in path)
         padded = names in {
             ("embeddings", "token", "embedding"),
-            ("head", "causal_lm", "kernel"),
+            ("head", head, "kernel"),
             ("head", head, "bias"),
         }
         count += math.prod(leaf.shape) - (padding * math.prod(leaf.shape[1:]) if padded else 0)

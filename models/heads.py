@@ -35,17 +35,18 @@ def init_heads(config: ModelConfig, key: jax.Array, heads: tuple[str, ...]) -> d
     x_BTD = jnp.zeros((1, 1, c.hidden_size), jnp.float32)
     segments_BT = jnp.ones((1, 1), jnp.int32)
     params: dict = {name: {} for name in heads}
+    init = nn.initializers.truncated_normal(c.initializer_range)
     for name in set(heads) & set(LANGUAGE_MODELS):
         if c.head_bias:
             params[name]["bias"] = jnp.zeros((V,), jnp.float32)
     if "masked_lm" in heads:
-        if not c.tie_word_embeddings:
-            raise UserError("masked-LM heads share the token embedding; set tie_word_embeddings=True")
         if c.head_transform:
             transform = MaskedLMTransform(c, x_BTD.dtype)
             params["masked_lm"] |= transform.init(named_key(key, "masked_lm"), x_BTD)["params"]
+        if not c.tie_word_embeddings:
+            key_of_kernel = named_key(key, "masked_lm/kernel")
+            params["masked_lm"]["kernel"] = init(key_of_kernel, (V, c.embedding_width), jnp.float32)
     if "causal_lm" in heads and not c.tie_word_embeddings:
-        init = nn.initializers.truncated_normal(c.initializer_range)
         params["causal_lm"]["kernel"] = init(named_key(key, "causal_lm"), (V, c.hidden_size), jnp.float32)
     modules: dict[str, tuple[Any, tuple]] = {
         "sequence_classification": (SequenceClassifier(c), (x_BTD, segments_BT)),
@@ -64,6 +65,13 @@ def init_heads(config: ModelConfig, key: jax.Array, heads: tuple[str, ...]) -> d
     return {name: head for name, head in params.items() if head}
 
 
+def bare_head(config: ModelConfig) -> str | None:
+    """The language-model head that has no parameters of its own; None where it has some."""
+    if not config.tie_word_embeddings or config.head_bias or (config.head_transform and not config.causal):
+        return None
+    return "causal_lm" if config.causal else "masked_lm"
+
+
 def has_pooler(config: ModelConfig) -> bool:
     """Whether models of this kind pool their first token by a layer of its own (BERT, RoBERTa)."""
     return not config.causal and config.classifier_pooler == "tanh"
@@ -76,7 +84,8 @@ def masked_lm_head(config: ModelConfig, params: dict, hidden_BMD: jax.Array, exe
         weights = {name: head[name] for name in ("transform", "norm")}
         transform: Any = MaskedLMTransform(config, compute_dtype(execution))
         hidden_BMD = transform.apply({"params": weights}, hidden_BMD)
-    return hidden_BMD, params["embeddings"]["token"]["embedding"], head.get("bias")
+    table_VE = params["embeddings"]["token"]["embedding"] if config.tie_word_embeddings else head["kernel"]
+    return hidden_BMD, table_VE, head.get("bias")
 
 
 def causal_lm_head(config: ModelConfig, params: dict, hidden_BTD: jax.Array, execution: Execution):
@@ -182,7 +191,7 @@ class Pooler(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """Encoders: first token, or the mean of all → dense, activation (and norm) → out.
+    """Encoders: first token, or the mean of all → dense, activation (and norm) → out; or the mean after `out` (late).
 
     Causal models: last token → out without bias.
     """
@@ -192,14 +201,18 @@ class SequenceClassifier(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
         c = self.config
-        if c.causal or c.classifier_pooling == "cls":
+        late = not c.causal and c.classifier_pooling == "late"
+        if late:
+            x_BMD = x_BTD
+        elif c.causal or c.classifier_pooling == "cls":
             x_BMD = token_of_row(x_BTD, segment_ids_BT, last=c.causal)
         else:
             x_BMD = mean_of_row(x_BTD, segment_ids_BT)
         if not c.causal:
             x_BMD = _transformed(c, x_BMD)
             x_BMD = dropout(x_BMD, c.hidden_dropout, key)
-        return _scores(c, len(c.labels), x_BMD, bias=not c.causal)[:, 0]
+        scores_BMC = _scores(c, len(c.labels), x_BMD, bias=not c.causal)
+        return (mean_of_row(scores_BMC, segment_ids_BT) if late else scores_BMC)[:, 0]
 
 
 class TokenClassifier(nn.Module):

@@ -10,6 +10,8 @@ checked from headers before a weight is read, and a folder appears whole or not 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
 import re
 from pathlib import Path
@@ -22,9 +24,18 @@ from data.store import appearing
 from models import tensor_files
 from models.config import ModelConfig
 from models.families import family_of
-from models.heads import has_pooler
-from models.hf_config import CLASSIFIERS, generation_config, read_config, to_hf
+from models.heads import bare_head, has_pooler
+from models.hf_config import (
+    CLASSIFIERS,
+    config_values,
+    published_config,
+    read_config,
+    read_json,
+    to_hf,
+    to_ours,
+)
 from models.placement import place
+from models.published import Published, generation_values, vocabulary_fingerprint
 from models.tensor_files import TensorFiles, write_tensors
 from models.weight_map import (
     export,
@@ -43,6 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PREFIX = "hf:"
+GENERATION = "generation_config.json"
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 UNWANTED = ("*/*", "consolidated*")
 """Files of a repository on the Hub that are fetched, and those of them that are copies; never its pickles."""
@@ -79,27 +91,31 @@ def save_pretrained(
     *,
     head: str | None = None,
     card: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
+    published: Published | None = None,
     shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModel*.from_pretrained` and `pipeline` load without remote code.
 
     params: as trained or loaded. head: which class is to load them (models.heads.HEADS); default: by the parameters,
     and for those of a decoder without any of its own, a language model. card: the text of README.md. dtype: float32,
-    bfloat16 or float16, in which the weights are written, in files of about shard_bytes. The folder must be new or
-    empty; it appears whole. UserError where the architecture is not that of a class in transformers.
+    bfloat16 or float16, in which the weights are written, in files of about shard_bytes. published: the files that the
+    model comes from (Pretrained.published); what nothing has changed is written as it stood there, and dtype is theirs
+    unless it is given; else float32. The folder must be new or empty; it appears whole. UserError where the
+    architecture is not that of a class in transformers.
     """
     head = head or head_of(config, params)
-    hf = to_hf(config, head, tokenizer, dtype)
+    dtype = dtype or (published.dtype if published else "float32")
+    hf = to_hf(config, head, tokenizer, dtype, published)
     tensors = tensors_of(family_of(config.model_type), config, head, params)
     path = Path(path).expanduser()
     check_new(path)
     with appearing(path) as folder:
-        hf.save_pretrained(folder)
-        if config.causal and head == "causal_lm":
-            generation_config(hf).save_pretrained(folder)
+        _write_values(folder / "config.json", config_values(hf, config, published))
+        if head == "causal_lm" and (generation := generation_values(published, tokenizer)) is not None:
+            _write_values(folder / GENERATION, generation)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, folder, config)
+            _save_tokenizer(tokenizer, folder, config, published)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
         write_tensors(folder, export(tensors, params), dtype, shard_bytes)
@@ -111,7 +127,7 @@ class Pretrained:
     Also what a run may start from (training.start.Origin).
     """
 
-    resumed = finished = False
+    resumed, done = False, 0
 
     def __init__(self, path_or_id: str | os.PathLike, revision: str | None = None):
         self.name = str(path_or_id)
@@ -130,7 +146,29 @@ class Pretrained:
     @property
     def config(self) -> dict:
         """JSON values, as they stand beside the weights of a run."""
-        return {"task": self.head, "model": dataclasses.asdict(self.config_for(self.head))}
+        return {
+            "task": self.head,
+            "model": dataclasses.asdict(self.config_for(self.head)),
+            "published": dataclasses.asdict(self.published),
+        }
+
+    @functools.cached_property
+    def published(self) -> Published:
+        """What an export of this model, or of one that was trained from it, is to say as well."""
+        generation, tokenizer = self.folder / GENERATION, self.tokenizer()
+        values = read_json(self.folder / "config.json")
+        # In the tensors, for config.json often names the type in which they were trained.
+        kinds = {
+            view.dtype.name
+            for name, view in self._files.items()
+            if view.dtype in tensor_files.DTYPES.values() and not re.search(self._family.ignored, name)
+        }
+        return Published(
+            config={name: value for name, value in values.items() if name != "auto_map"},
+            generation_config=read_json(generation) if generation.is_file() else None,
+            dtype=kinds.pop() if len(kinds) == 1 else "float32",
+            vocabulary=None if tokenizer is None else vocabulary_fingerprint(tokenizer),
+        )
 
     def restore_params(self, abstract: dict) -> dict:
         """The parameters, laid out as `abstract` says; it may leave out the head."""
@@ -143,11 +181,9 @@ class Pretrained:
                 f"a model of type {self._config.model_type} has no head {head!r}; it may have "
                 f"{', '.join(self._family.classes)}"
             )
-        if head == "sequence_classification" and self._hf.problem_type not in (None, "single_label_classification"):
-            raise UserError(f"problem_type={self._hf.problem_type!r} is not supported; one label a text is")
         if head in CLASSIFIERS:
             labels = tuple(str(self._hf.id2label[number]) for number in sorted(self._hf.id2label))
-            return dataclasses.replace(self._config, labels=labels)
+            return dataclasses.replace(self._config, labels=labels, problem_type=self._hf.problem_type)
         return self._config
 
     def shapes(self, head: str) -> dict:
@@ -162,7 +198,7 @@ class Pretrained:
 
         UserError lists every tensor that is missing, not expected, or of another shape or type.
         """
-        if head not in ("embedding", "causal_lm") and not self._holds(head):
+        if head not in ("embedding", "causal_lm", bare_head(self._config)) and not self._holds(head):
             advice = (
                 f"but {self.head}; leave the head out to take that one" if head != self.head else "as its config says"
             )
@@ -171,7 +207,7 @@ class Pretrained:
         tensors = tensors_of(self._family, self.config_for(head), head, abstract)
         views, faults = {}, []
         for tensor in tensors:
-            names = [plain_name(self._family, name) for name in (tensor.name, *tensor.also)]
+            names = [plain_name(self._family, name) for name in (tensor.name, *tensor.also, *tensor.copies)]
             view = next((self._views[name] for name in names if name in self._views), None)
             if view is None:
                 faults.append(f"{tensor.name} is missing")
@@ -218,7 +254,7 @@ class Pretrained:
             if architecture in named:
                 return named[architecture]
         heads = (head for head in self._family.classes if self._family.heads.get(head) and self._holds(head))
-        return next(heads, "causal_lm" if self._config.causal and self._config.tie_word_embeddings else "embedding")
+        return next(heads, bare_head(self._config) or "embedding")
 
     def _holds(self, head: str) -> bool:
         """Whether the file has a tensor of this head that the stack has not."""
@@ -228,11 +264,11 @@ class Pretrained:
 
 
 def head_of(config: ModelConfig, params: dict) -> str:
-    """The head in a parameter tree; a tied language model of a decoder has no parameters of its own."""
+    """The head in a parameter tree; a tied language model without transform and bias has no parameters of its own."""
     heads = sorted(params.get("head", {}))
     assert len(heads) <= 1, f"several heads: {heads}"
     if not heads:
-        return "causal_lm" if config.causal and config.tie_word_embeddings else "embedding"
+        return bare_head(config) or "embedding"
     return "embedding" if heads == ["pooler"] else heads[0]
 
 
@@ -242,10 +278,12 @@ def check_new(path: Path) -> None:
         raise UserError(f"{path} exists already; give the name of a new folder")
 
 
-def check_export(path: str | os.PathLike, config: ModelConfig, head: str, tokenizer: Any) -> None:
+def check_export(
+    path: str | os.PathLike, config: ModelConfig, head: str, tokenizer: Any, published: Published | None = None
+) -> None:
     """UserError where `save_pretrained` would refuse: before the work, rather than after it."""
     check_new(Path(path).expanduser())
-    to_hf(config, head, tokenizer)
+    to_hf(config, head, tokenizer, published=published)
 
 
 def _local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
@@ -283,9 +321,22 @@ def _local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
         ) from None
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, config: ModelConfig) -> None:
+def _save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, config: ModelConfig, published: Published | None
+) -> None:
     from data.tokenizer import save_tokenizer
 
     names = ["input_ids"] + ["token_type_ids"] * (config.type_vocab_size > 1) + ["attention_mask"]
     length = config.max_length or config.max_position_embeddings
-    save_tokenizer(tokenizer, folder, model_input_names=names, model_max_length=length)
+    more: dict[str, Any] = {"model_input_names": names, "model_max_length": length}
+    source = published_config(published, config)
+    if source is not None and to_ours(source).max_position_embeddings == config.max_position_embeddings:
+        # What the tokenizer says of itself holds still.
+        del more["model_max_length"]
+        if "model_input_names" in tokenizer.init_kwargs:
+            del more["model_input_names"]
+    save_tokenizer(tokenizer, folder, **more)
+
+
+def _write_values(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from models.block import Block, Context
 from models.config import ModelConfig
 from models.heads import LANGUAGE_MODELS
-from models.layers import rotary_frequencies, rotary_tables
+from models.layers import rotary_by_kind
 from models.splash import LANES
 from models.transformer import init_params, matrix_axes, rematerialised
 from sharding.rules import param_spec, path_of
@@ -142,9 +142,7 @@ def _row_bytes(
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
     def residuals(ids_BT, key):
-        rotary = {}
-        if local.position_embedding == "rotary":
-            rotary = {kind: rotary_tables(ids_BT, rotary_frequencies(local, kind)) for kind in set(local.layers)}
+        rotary = rotary_by_kind(local, ids_BT)
         context = Context(ids_BT, ids_BT, ids_BT, ids_BT, rotary, None)
         x_BTD = jnp.zeros((1, tokens, local.hidden_size), dtype)
         params = block.init(jax.random.key(0), x_BTD, context)["params"]

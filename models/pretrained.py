@@ -13,6 +13,8 @@ from cli import UserError
 from models.config import ModelConfig
 from models.heads import LANGUAGE_MODELS
 
+SINGLE_LABEL = "single_label_classification"
+
 
 class Saved(Protocol):
     """Weights and what stands beside them (training.start.Origin)."""
@@ -22,7 +24,7 @@ class Saved(Protocol):
     @property
     def config(self) -> dict: ...
     @property
-    def finished(self) -> bool: ...
+    def done(self) -> int: ...
     def restore_params(self, abstract: Any) -> Any: ...
 
 
@@ -41,8 +43,8 @@ def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = fr
     return model
 
 
-def export_to(path: str | None, run_dir: Path, origin: Saved | None) -> Path | None:
-    """Where a run exports to at its end; None if nowhere, or if it has done so and is called once more.
+def export_to(path: str | None, run_dir: Path, origin: Saved | None, steps: int) -> Path | None:
+    """Where a run of so many steps exports to at its end; None if nowhere, or if it has ended and done so.
 
     UserError for the run's own folder.
     """
@@ -51,7 +53,7 @@ def export_to(path: str | None, run_dir: Path, origin: Saved | None) -> Path | N
     target = Path(path).expanduser().absolute()
     if target == run_dir or run_dir.is_relative_to(target):
         raise UserError(f"--export {path} is where the run is; name another folder")
-    if origin is not None and origin.finished and (target / "config.json").is_file():
+    if origin is not None and origin.done >= steps and (target / "config.json").is_file():
         print(f"exported already to {path}", flush=True)
         return None
     return target
@@ -64,16 +66,22 @@ def load_weights(
 
     A classifier keeps its head only if the labels of `model` are the same.
     """
-    labels = tuple(origin.config["model"].get("labels", ()))
+    there = origin.config["model"]
+    labels, problem = tuple(there.get("labels", ())), there.get("problem_type") or SINGLE_LABEL
+    same_classes = labels == model.labels and problem == (model.problem_type or SINGLE_LABEL)
 
     def load(abstract: dict) -> dict:
-        if origin.config.get("task") == head and labels == model.labels:
+        if origin.config.get("task") == head and same_classes:
             return origin.restore_params(abstract)
         params = origin.restore_params({name: part for name, part in abstract.items() if name != "head"})
         if "head" not in abstract:
             return params
-        if head in LANGUAGE_MODELS and jax.process_index() == 0:
-            print(f"{origin.name} has no head {head}: a new one begins at random", flush=True)
+        said = f"{origin.name} has no head {head}" if head in LANGUAGE_MODELS else ""
+        if origin.config.get("task") == head and head not in LANGUAGE_MODELS:
+            kind = "" if problem == SINGLE_LABEL else f" ({problem})"
+            said = f"the head of {origin.name} is for the labels {', '.join(labels[:8])}{kind}"
+        if said and jax.process_index() == 0:
+            print(f"{said}: a new one begins at random", flush=True)
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["head"])
         return params | {"head": jax.jit(lambda key: init(key)["head"], out_shardings=layout)(jax.random.key(seed))}
 

@@ -16,7 +16,7 @@ from models.attention import choose_backend
 from models.block import DROPOUTS, Block, Context
 from models.config import Execution, ModelConfig
 from models.heads import init_heads
-from models.layers import Embeddings, compute_dtype, make_norm, named_key, rotary_frequencies, rotary_tables
+from models.layers import Embeddings, compute_dtype, make_norm, named_key, rotary_by_kind
 from sharding.mesh import constrain, mesh_platform
 
 DEFAULT_EXECUTION = Execution()
@@ -183,10 +183,7 @@ def _context(config: ModelConfig, batch: dict[str, jax.Array], cache: dict | Non
     segments_BT, positions_BT = batch["segment_ids"], batch["positions"]
     index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
     index_1T = index_T[None, :]
-    rotary = {}
-    if config.position_embedding == "rotary":
-        for kind in sorted(set(config.layers)):
-            rotary[kind] = rotary_tables(positions_BT, rotary_frequencies(config, kind))
+    rotary = rotary_by_kind(config, positions_BT)
     if cache is None:
         return Context(segments_BT, segments_BT, index_1T, index_1T, rotary, None)
     end = cache["end"]

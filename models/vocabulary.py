@@ -20,11 +20,13 @@ def token_logprobs(
     labels_BT: jax.Array,
     *,
     vocab_size: int,
+    softcap: float | None = None,
     chunk_elements: int = 2**24,
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(label), 1.0 where the label has the highest score), both float32 [B, T].
 
-    features_BTD decides the compute dtype; table rows from vocab_size on are padding and have probability 0.
+    features_BTD decides the compute dtype; table rows from vocab_size on are padding and have probability 0. softcap:
+    scores are squashed to ± this by tanh (Gemma 2).
     chunk_elements: how many scores one device may hold at a time (64 MiB by default). The second result has no
     gradient; a label that ties with another for the highest score counts as right.
     """
@@ -38,32 +40,42 @@ def token_logprobs(
     chunk = -(-length // (chunks * split)) * split
     padding = chunks * chunk - length
     if chunks == 1 and not padding:
-        return _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size)
+        return _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size, softcap)
 
     def by_chunk(x):
         # Interleaved, so that of a row whose tokens are split over devices every chunk has some on each.
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, chunk, chunks, *x.shape[2:]), 2, 0)
 
-    one = jax.checkpoint(lambda x, labels: _chunk_logprobs(x, table_VD, bias_V, labels, vocab_size), prevent_cse=False)
+    def chunk_logprobs(x, labels):
+        return _chunk_logprobs(x, table_VD, bias_V, labels, vocab_size, softcap)
+
+    one = jax.checkpoint(chunk_logprobs, prevent_cse=False)
     results = jax.lax.map(lambda inputs: one(*inputs), (by_chunk(features_BTD), by_chunk(labels_BT)))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 2).reshape(batch, chunks * chunk)[:, :length], results)
 
 
-def logits(features_BTD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, vocab_size: int) -> jax.Array:
+def logits(
+    features_BTD: jax.Array,
+    table_VD: jax.Array,
+    bias_V: jax.Array | None,
+    vocab_size: int,
+    softcap: float | None = None,
+) -> jax.Array:
     """Scores of the real vocabulary, float32 [B, T, vocab_size]: for a few tokens, as in generation."""
-    return _scores(features_BTD, table_VD, bias_V)[..., :vocab_size]
+    return _scores(features_BTD, table_VD, bias_V, softcap)[..., :vocab_size]
 
 
-def _scores(features_BTD, table_VD, bias_V):
+def _scores(features_BTD, table_VD, bias_V, softcap):
     # The table stays float32 up to here, so that the chunks' gradients of it are added in float32.
     scores_BTV = float32_einsum("BTD,VD->BTV", features_BTD, table_VD, features_BTD.dtype)
     scores_BTV = constrain(scores_BTV, "batch", "sequence", "tensor")
-    return scores_BTV if bias_V is None else scores_BTV + bias_V[None, None]
+    scores_BTV = scores_BTV if bias_V is None else scores_BTV + bias_V[None, None]
+    return scores_BTV if softcap is None else softcap * jnp.tanh(scores_BTV / softcap)
 
 
-def _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size):
-    scores_BTV = _scores(features_BTD, table_VD, bias_V)
+def _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size, softcap):
+    scores_BTV = _scores(features_BTD, table_VD, bias_V, softcap)
     entry_V = jnp.arange(table_VD.shape[0], dtype=jnp.int32)[None, None]
     if vocab_size < table_VD.shape[0]:
         scores_BTV = jnp.where(entry_V < vocab_size, scores_BTV, jnp.float32(-1e30))

@@ -2,11 +2,12 @@
 
     "encoder.layer.{}.attention.self.key.weight": "attention/kv/kernel[0]: (K H) D -> D K H"
     "h.{}.attn.c_attn.weight": "attention/q/kernel attention/kv/kernel[0] attention/kv/kernel[1]: D (3 N H) -> 3 D N H"
+    "qkv.{}.weight": "attention/q/kernel: (N H) D -> D N H + attention/kv/kernel[0]: (K H) D -> D K H"
 
 Left the tensor's name, `{}` the layer. Right the parameter, with its place on a leading axis; then the tensor's axes
 and how they are split and turned (letters: DESIGN, "Letters"; E embedding, P positions, Y token types, C classes, O a
-second D). With several parameters the first axis after the arrow goes over them. All of it are views: nothing is copied
-before a slice of a parameter is read.
+second D). With several parameters the first axis after the arrow goes over them. Pieces with a plus between them follow
+one another on the tensor's first axis. All of it are views: nothing is copied before a slice of a parameter is read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -38,20 +39,52 @@ class Tensor:
     also: tuple[str, ...]
     """Other names that it has in some files."""
     shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """What follows one another on its first axis; most tensors are a single one."""
+    copies: tuple[str, ...] = ()
+    """Further names under which it is written, and read where its own is missing."""
+
+    @property
+    def targets(self) -> tuple[tuple[ParamPath, tuple[int, ...]], ...]:
+        """ParamPath of the parameter and index on its leading axes, piece by piece."""
+        return tuple(target for piece in self.pieces for target in piece.targets)
+
+    def parts(self, tensor: Any) -> list[Any]:
+        """Views of the tensor, one for each target."""
+        found, start = [], 0
+        for piece in self.pieces:
+            rows = piece.shape[0]
+            whole = rows == self.shape[0]
+            found += piece.parts(tensor if whole else tensor[start : start + rows])
+            start += rows
+        return found
+
+    def join(self, parts: list[np.ndarray]) -> np.ndarray:
+        """The tensor that has these `parts`, without the rows that pad a vocabulary."""
+        joined, start = [], 0
+        for piece in self.pieces:
+            joined.append(piece.join(parts[start : start + len(piece.targets)]))
+            start += len(piece.targets)
+        return joined[0] if len(joined) == 1 else np.concatenate(joined)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a tensor's first axis, split and turned in one way."""
+
+    shape: tuple[int, ...]
     split: tuple[int, ...]
     """The shape with groups of axes taken apart."""
     order: tuple[int, ...]
     """Axes of `split` in the parameters' order."""
     targets: tuple[tuple[ParamPath, tuple[int, ...]], ...]
-    """ParamPath of the parameter and index on its leading axes."""
+    """As Tensor.targets."""
 
     def parts(self, tensor: Any) -> list[Any]:
-        """Views of the tensor, one for each target."""
         view = tensor.reshape(self.split).transpose(self.order)
         return list(view) if len(self.targets) > 1 else [view]
 
     def join(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The tensor that has these `parts`, without the rows that pad a vocabulary."""
         view = np.stack(parts) if len(parts) > 1 else parts[0]
         view = view[tuple(slice(self.split[axis]) for axis in self.order)]
         return np.ascontiguousarray(view.transpose(np.argsort(self.order)).reshape(self.shape))
@@ -69,6 +102,7 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
     """
     leaves = dict(leaves_of(shapes))
     aliases = family.aliases if config.tie_word_embeddings else {}
+    untied = {} if config.tie_word_embeddings else family.untied
     prefix = "" if head == "embedding" else family.prefixes.get(head, family.prefix)
     sizes = _sizes(config)
     tensors = []
@@ -76,15 +110,18 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
     maps.append(("", ("head", "pooler" if head == "embedding" else head), family.heads.get(head, {})))
     for before, root, weights in maps:
         for name, where in weights.items():
-            names, layout = where.split(": ")
             for layer in range(config.num_hidden_layers) if "{}" in name else (None,):
                 place, index = ((), ()) if layer is None else _place(config, layer)
-                targets = tuple(_target(root + place, index, target) for target in names.split())
-                if not any(path in leaves for path, _ in targets):
+                pieces = tuple(_piece(root + place, index, piece, sizes) for piece in where.split(" + "))
+                rows = sum(piece.shape[0] for piece in pieces)
+                shape = (rows, *pieces[0].shape[1:])
+                tensor = Tensor(before + name.format(layer), aliases.get(name, ()), shape, pieces)
+                if not any(path in leaves for path, _ in tensor.targets):
                     continue  # A bias or a norm that this model goes without.
-                assert all(path in leaves for path, _ in targets), f"{name}: only some of {names} are in the model"
-                shape, split, order = _layout(layout, sizes)
-                tensors.append(Tensor(before + name.format(layer), aliases.get(name, ()), shape, split, order, targets))
+                assert all(path in leaves for path, _ in tensor.targets), f"{name}: only some of {where} are there"
+                if name in untied:
+                    tensor = replace(tensor, name=untied[name], copies=(tensor.name,))
+                tensors.append(tensor)
     _check_whole(tensors, leaves, config, head)
     return tensors
 
@@ -101,7 +138,7 @@ def plain_name(family: Family, name: str) -> str:
 def known_names(family: Family, layers: int) -> set[str]:
     """All plain names that a file of this family may hold, whatever its heads."""
     names = set(family.trunk) | {name for head in family.heads.values() for name in head}
-    names |= {alias for aliases in family.aliases.values() for alias in aliases}
+    names |= {alias for aliases in family.aliases.values() for alias in aliases} | set(family.untied.values())
     return {
         plain_name(family, name.format(layer)) for name in names for layer in (range(layers) if "{}" in name else (0,))
     }
@@ -121,7 +158,9 @@ def export(tensors: list[Tensor], params: Mapping[str, Any]) -> Iterator[tuple[s
     leaves = dict(leaves_of(params))
     for tensor in tensors:
         parts = [np.asarray(leaves[path][index] if index else leaves[path]) for path, index in tensor.targets]
-        yield tensor.name, tensor.join(parts)
+        joined = tensor.join(parts)
+        for name in (tensor.name, *tensor.copies):
+            yield name, joined
 
 
 def leaves_of(tree: Any) -> Iterator[tuple[ParamPath, Any]]:
@@ -156,6 +195,11 @@ def _place(config: ModelConfig, layer: int) -> tuple[ParamPath, tuple[int, ...]]
     if repeat < config.repeats:
         return ("layers", "period", str(slot)), (repeat,)
     return ("layers", "suffix", str(layer - prefix - config.repeats * period)), ()
+
+
+def _piece(root: ParamPath, index: tuple[int, ...], where: str, sizes: Mapping[str, int]) -> Piece:
+    names, layout = where.split(": ")
+    return Piece(*_layout(layout, sizes), tuple(_target(root, index, target) for target in names.split()))
 
 
 def _target(root: ParamPath, index: tuple[int, ...], target: str) -> tuple[ParamPath, tuple[int, ...]]:

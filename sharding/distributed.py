@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import library_log
 from cli import MachineError, UserError
 from sharding.places import Place, find_place
 from sharding.watch import rendezvous
@@ -145,9 +146,9 @@ def _value(key: str, end: float, missing: str) -> str:
 @contextlib.contextmanager
 def _membership(place: Place, timeout: float) -> Iterator[None]:
     if place.process_id:
-        # Also what libraries write from C++.
+        # The descriptor: where Python calls, libraries write to it from C++.
         sys.stdout.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), library_log.terminal(1))
     watch = rendezvous(place, timeout)
     import jax
 
@@ -211,10 +212,14 @@ def _leave_soon(code: int) -> None:
     def end():
         sys.stdout.flush()
         sys.stderr.flush()
+        leave()
+
+    def leave():
+        library_log.ended()
         os._exit(code)
 
     atexit.register(end)
     # Threads that wait for others would keep it from coming so far.
-    timer = threading.Timer(20.0, os._exit, (code,))
+    timer = threading.Timer(20.0, leave)
     timer.daemon = True
     timer.start()

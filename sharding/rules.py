@@ -36,7 +36,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/down/bias", (None,)),
     (r"head/masked_lm/transform/kernel", ("fsdp", None)),
     (r"head/masked_lm/transform/bias", (None,)),
-    (r"head/causal_lm/kernel", ("tensor", "fsdp")),
+    (r"head/(masked_lm|causal_lm)/kernel", ("tensor", "fsdp")),
     (r"head/(masked_lm|causal_lm)/bias", ("tensor",)),
     (
         r"head/(pooler|\w+_classification|question_answering|replaced_token_detection)/(dense|out)/kernel",

@@ -17,6 +17,7 @@ import threading
 import time
 from typing import NamedTuple
 
+import library_log
 from cli import UserError
 from sharding.places import Place
 
@@ -113,7 +114,9 @@ class Watch:
         # Without process 0, JAX is about to abort this one.
         orphaned = failure.message is None and failure.process_id == 0
         if not self._leaving.wait(0 if orphaned else GRACE):
-            os.write(2, f"error: {self._words(failure)}\n".encode())
+            os.write(library_log.terminal(2), f"error: {self._words(failure)}\n".encode())
+            # JAX may still abort before the end; why this process ends is told.
+            library_log.ended()
             self._linger()
             os._exit(failure.code)
 

@@ -52,7 +52,7 @@ def test_greedy_generation_equals_a_loop_without_cache(name):
     model = MODELS[name]
     params = init_params(model, jax.random.key(1), heads=("causal_lm",))
     prompts = [[7, 3, 9, 11, 2], [5], [8, 8, 1]]
-    new = generate(model, params, prompts, SamplingConfig(max_new_tokens=8, temperature=0.0), end_id=None)
+    new = generate(model, params, prompts, SamplingConfig(max_new_tokens=8, temperature=0.0), end_ids=())
 
     @jax.jit
     def scores_at(ids_1T, length):
@@ -75,18 +75,22 @@ def test_a_row_ends_at_the_end_token_and_others_go_on():
     model = MODELS["llama"]
     params = init_params(model, jax.random.key(1), heads=("causal_lm",))
     greedy = SamplingConfig(max_new_tokens=6, temperature=0.0)
-    free = generate(model, params, [[7, 3], [5]], greedy, end_id=None)
+    free = generate(model, params, [[7, 3], [5]], greedy, end_ids=())
     end = free[0][2]
-    stopped = generate(model, params, [[7, 3], [5]], greedy, end_id=end)
+    stopped = generate(model, params, [[7, 3], [5]], greedy, end_ids=(end,))
     assert stopped[0] == free[0][: free[0].index(end)]
     assert stopped[1] == (free[1][: free[1].index(end)] if end in free[1] else free[1])
+    several = generate(model, params, [[7, 3], [5]], greedy, end_ids=(49, free[0][3], free[1][1]))
+    for row, whole in zip(several, free, strict=True):
+        ends = [at for at, token in enumerate(whole) if token in (49, free[0][3], free[1][1])]
+        assert row == whole[: min(ends, default=len(whole))]
 
 
 def test_same_seed_same_text():
     model = MODELS["gpt2"]
     params = init_params(model, jax.random.key(1), heads=("causal_lm",))
     one, same, other = (
-        generate(model, params, [[1, 2]], SamplingConfig(max_new_tokens=16, temperature=1.0, seed=s), end_id=None)
+        generate(model, params, [[1, 2]], SamplingConfig(max_new_tokens=16, temperature=1.0, seed=s), end_ids=())
         for s in (0, 0, 1)
     )
     assert one == same != other
@@ -94,9 +98,9 @@ def test_same_seed_same_text():
 
 def test_generation_beyond_the_learned_positions_is_refused():
     with pytest.raises(UserError, match="exceeds the model's 32 positions; try --sampling.max-new-tokens 30"):
-        generate(MODELS["gpt2"], {}, [[1, 2]], SamplingConfig(max_new_tokens=100), end_id=None)
+        generate(MODELS["gpt2"], {}, [[1, 2]], SamplingConfig(max_new_tokens=100), end_ids=())
     with pytest.raises(UserError, match="give a shorter prompt"):
-        generate(MODELS["gpt2"], {}, [[1] * 40], SamplingConfig(), end_id=None)
+        generate(MODELS["gpt2"], {}, [[1] * 40], SamplingConfig(), end_ids=())
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])

@@ -43,10 +43,14 @@ def test_the_local_executor_gives_the_tokens_of_prepare(tmp_path, shared_data, r
 
     flags = [f"--data.filters.{name.replace('_', '-')}" for name in filters]
     values = [[flag] if value is True else [flag, value] for flag, value in zip(flags, filters.values(), strict=True)]
-    run_cli(
+    told = run_cli(
         *("cluster.prepare", "--data.files", pattern, "--data.tokenizer-kind", "bpe", "--vocab-size", 400, "--causal"),
         *("--data.cache", tmp_path / "cluster", "--tasks", 3, *(part for pair in values for part in pair)),
     )
+    stages = [line.split("  ")[0] for line in told.stdout.splitlines()]
+    assert stages == [f"{n}/{len(stages)}" for n in range(1, len(stages) + 1)] and len(stages) == 3 + bool(filters)
+    # Not a word of datatrove's.
+    assert told.stderr == ""
     alone = prepare(config("alone"), 400, for_masked_lm=False)
     names = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cluster").glob("tokens-*/manifest.json")}
     together = prepare(config("cluster"), 400, for_masked_lm=False)

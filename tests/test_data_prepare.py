@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -23,9 +24,13 @@ from data.filters import FilterConfig
 from data.packing import fill, pack_best_fit, pack_split
 from data.prepare import prepare
 from data.sources import FileSource
-from data.store import Encoded, TokenStore, exists, write_store
+from data.store import Encoded, TokenStore, exists
+from data.store_writer import write_store
+from data.summary import draw_lengths
 from data.tokenizer import WORDPIECE_SPECIALS, fingerprint, plain_backend, save_tokenizer, wrap
 from data.train_tokenizer import train_tokenizer
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -126,14 +131,14 @@ def test_an_interruption_loses_only_the_last_moments(config, monkeypatch, tmp_pa
     whole = run(replace(config, cache=str(tmp_path / "undisturbed")))
     encode, seen = data.encode.encode, []
 
-    def interrupted(items, tokenizer):
-        for number, batch in enumerate(encode(items, tokenizer)):
+    def interrupted(items, tokenizer, words):
+        for number, batch in enumerate(encode(items, tokenizer, words)):
             if number == 2:
                 raise KeyboardInterrupt
             yield batch
 
-    def watched(items, tokenizer):
-        for batch in encode(items, tokenizer):
+    def watched(items, tokenizer, words):
+        for batch in encode(items, tokenizer, words):
             seen.append(len(batch))
             yield batch
 
@@ -154,8 +159,8 @@ def test_a_torn_journal_and_a_torn_shard(config, monkeypatch, tmp_path):
     monkeypatch.setattr("data.encode.BATCH_CHARACTERS", 5_000)
     encode = data.encode.encode
 
-    def interrupted(items, tokenizer):
-        for number, batch in enumerate(encode(items, tokenizer)):
+    def interrupted(items, tokenizer, words):
+        for number, batch in enumerate(encode(items, tokenizer, words)):
             if number == 3:
                 raise KeyboardInterrupt
             yield batch
@@ -176,7 +181,11 @@ def test_a_torn_journal_and_a_torn_shard(config, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("damage", ["gone", "short", "torn"])
 @pytest.mark.parametrize(
-    "name", ["tokens-00000.bin", "tokens-00002.bin", "offsets.bin", "rejects.jsonl", "journal.jsonl"]
+    "name",
+    [
+        *("tokens-00000.bin", "tokens-00002.bin", "offsets.bin", "rejects.jsonl", "journal.jsonl"),
+        *("starts-00000.bin", "starts-00002.bin"),
+    ],
 )
 def test_an_interrupted_store_that_lost_something(tmp_path, name, damage):
     """An earlier shard, the current one, borders, rejects, the journal itself: the end is the same, byte for byte."""
@@ -194,16 +203,17 @@ def test_an_interrupted_store_that_lost_something(tmp_path, name, damage):
         yield from lists(done, 8)
         raise KeyboardInterrupt
 
-    whole = write_store(tmp_path / "whole", lists, "uint16", {}, shard_tokens=41)
+    about = {"words": {"Chinese": "a segmenter"}} if name.startswith("starts") else {}
+    whole = write_store(tmp_path / "whole", lists, "uint16", about, shard_tokens=41)
     with pytest.raises(KeyboardInterrupt):
-        write_store(tmp_path / "store", interrupted, "uint16", {}, shard_tokens=41)
+        write_store(tmp_path / "store", interrupted, "uint16", about, shard_tokens=41)
     path = tmp_path / ".store.unfinished" / name
     content = path.read_bytes()
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(content[: len(content) // 3] if damage == "short" else content[:-1])
-    again = write_store(tmp_path / "store", lists, "uint16", {}, shard_tokens=41)
+    again = write_store(tmp_path / "store", lists, "uint16", about, shard_tokens=41)
     assert {path.name for path in again.folder.iterdir()} == {path.name for path in whole.folder.iterdir()}
     for path in whole.folder.iterdir():
         assert (again.folder / path.name).read_bytes() == path.read_bytes(), path.name
@@ -233,6 +243,20 @@ def test_only_the_shard_in_use_is_read(tmp_path):
     assert opened.take(np.array([0, 19, 35])).tolist() == [0, 19, 35]
     with pytest.raises(UserError, match="tokens-00002.bin is damaged"):
         opened.take(np.array([20]))
+
+
+def test_damaged_word_starts_are_found(tmp_path):
+    about = {"words": {"Chinese": "a segmenter"}}
+    store = write_store(tmp_path / "store", items(documents([40])), "uint16", about, shard_tokens=10)
+    path = store.folder / "starts-00002.bin"
+    flip(path, 1)
+    assert store.damaged() == [path]
+    opened = TokenStore(store.folder)
+    opened.word_starts(np.array([0, 35]))
+    with pytest.raises(UserError, match="starts-00002.bin is damaged"):
+        opened.word_starts(np.array([20]))
+    path.write_bytes(path.read_bytes()[:1])
+    assert not exists(store.folder)
 
 
 def test_verify_names_the_damaged_file(config, run_cli):
@@ -382,18 +406,24 @@ def documents(lengths):
 
 def items(documents):
     """What write_store asks for: the documents behind the first `done`, each in a list of its own."""
-    return lambda done: ([Encoded(tokens, size, size)] for tokens, size in documents[done:])
+    return lambda done: ([Encoded(tokens, size, size, begins_of(tokens))] for tokens, size in documents[done:])
+
+
+def begins_of(tokens: np.ndarray) -> np.ndarray:
+    return tokens * 7 % 5 < 2
 
 
 @pytest.mark.parametrize("lengths", [[5, 9, 0, 30, 1], [21], [7, 7], [1]])
 def test_shards_are_one_stream(tmp_path, lengths):
     expected = np.concatenate([tokens for tokens, _ in documents(lengths)])
-    store = write_store(tmp_path / "store", items(documents(lengths)), "uint32", {"about": 1}, shard_tokens=7)
+    about = {"words": {"Chinese": "a segmenter"}}
+    store = write_store(tmp_path / "store", items(documents(lengths)), "uint32", about, shard_tokens=7)
     assert len(list(store.folder.glob("tokens-*.bin"))) == -(-len(expected) // 7)
     index = np.random.default_rng(0).permutation(len(expected))
     for opened in (store, TokenStore(tmp_path / "store")):
         np.testing.assert_array_equal(opened.take(index), expected[index])
         assert opened.take(index).dtype == np.int32
+        np.testing.assert_array_equal(opened.word_starts(index), begins_of(expected)[index])
         np.testing.assert_array_equal(opened.counts(100), np.bincount(expected, minlength=100))
         assert np.diff(opened.offsets).tolist() == lengths
 
@@ -442,9 +472,19 @@ def test_the_lengths_as_a_picture(config, run_cli):
     )
     summary = json.loads(result.stdout.splitlines()[-1])
     picture = pathlib.Path(summary["picture"])
-    assert picture == run(config).train["text"].folder / "lengths.png"
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and picture.stat().st_size > 5000
+    assert picture == run(config).train["text"].folder / "lengths.svg"
+    texts = ["".join(element.itertext()).strip() for element in ElementTree.parse(picture).iter(f"{SVG}text")]
+    assert "row of 128 tokens" in texts and "tokens in a document" in texts
     assert f"lengths:    {picture}" in result.stdout
+
+
+def test_the_names_of_sources_stand_in_the_picture_in_any_script(config, tmp_path, recwarn):
+    stores = run(config).train
+    path = draw_lengths({"故事": stores["text"], "网页": stores["text"]}, 128, tmp_path / "lengths.svg")
+    texts = ["".join(element.itertext()).strip() for element in ElementTree.parse(path).iter(f"{SVG}text")]
+    documents = len(stores["text"].offsets) - 1
+    assert {f"故事: {documents} documents", f"网页: {documents} documents"} <= set(texts)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
@@ -507,7 +547,7 @@ def test_a_killed_preparation_goes_on_with_the_same_bytes(shared_data, tmp_path,
         {
             str(path.relative_to(tmp_path / cache)): path.read_bytes()
             for path in (tmp_path / cache).glob("tokens-*/*")
-            if path.name != "lengths.png"
+            if path.name != "lengths.svg"
         }
         for cache in ("whole", "killed")
     )

@@ -1,15 +1,19 @@
 """Reading text files, telling the user what is wrong with them, and splitting off the validation part."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
 
 import pytest
 
+import cli
 from cli import UserError
 from data.config import DataConfig
 from data.documents import Document, documents
 from data.sources import FileSource, open_sources, split_validation
+from mlm.presets import PRESETS
+from training.identity import identity
 
 
 class Texts:
@@ -79,6 +83,44 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     here = FileSource((write(tmp_path / "a.txt", "text"),)).fingerprint()
     assert here == FileSource((write(tmp_path / "x" / "b.txt", "text"),)).fingerprint()
     assert here != FileSource((write(tmp_path / "x" / "b.txt", "texT"),)).fingerprint()
+
+
+def test_whoever_expands_a_glob_the_setting_is_the_same(tmp_path, monkeypatch):
+    """As the shell hands them over, unquoted and in any locale's order, and as written in quotes; from anywhere."""
+    for name in ("text/a.txt", "text/B.txt", "text/é.txt", "text/a[1].txt", "more/c.txt", "here/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, f"the text of {name}")
+    shell = sorted((str(path.relative_to(tmp_path)) for path in (tmp_path / "text").iterdir()), key=str.lower)
+    parsed = []
+
+    def parse(*spelled, flag="--data.files"):
+        cli.run(lambda config, call: parsed.append(config), PRESETS, "mlm", "", ["debug", flag, *spelled])
+        config = parsed[-1]
+        sources = open_sources(config.data)
+        found = {side: {name: s.fingerprint() for name, s in part.items()} for side, part in sources._asdict().items()}
+        return identity(json.loads(json.dumps(dataclasses.asdict(config)))), found, len(texts(sources.train["text"]))
+
+    monkeypatch.chdir(tmp_path)
+    quoted = parse("text/*.txt")
+    assert quoted[2] == 4
+    for spelled in (
+        shell,
+        shell[::-1],
+        ["./text/*.txt"],
+        [f"{tmp_path}/text/*.txt"],
+        ["text/*.txt", "text/a.txt", "./text/a.txt", f"{tmp_path}/text/B.txt"],
+        ["text//../text/[!z]*.txt"],
+        ["text/é.txt", "./text/a*.txt", f"{tmp_path}/text/B.txt"],
+    ):
+        assert parse(*spelled) == quoted, spelled
+    # Two folders, of which one is named from outside: still in the order of their full names.
+    monkeypatch.chdir(tmp_path / "here")
+    several = parse("../more/c.txt", "d.txt", "../text/B.txt")
+    monkeypatch.chdir(tmp_path)
+    assert parse("text/B.txt", "more/c.txt", "here/d.txt") == several
+    assert parse("text=text/*.txt", flag="--data.sources") == quoted
+    assert parse("text=text/a.txt", *(f"text={name}" for name in shell), flag="--data.sources") == quoted
+    assert parse("text/a.txt")[1] != quoted[1]
 
 
 def test_many_documents_are_split_whole_and_by_content():

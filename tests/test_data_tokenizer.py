@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -89,6 +90,18 @@ def test_unigram_against_the_librarys_own_scores(trained, shakespeare):
     )
     reference.train_from_iterator(list(pieces(shakespeare)), trainer)
     assert len(encode(tokenizer, text)) < 1.01 * len(reference.encode(text, add_special_tokens=False).ids)
+
+
+def test_a_vocabulary_too_small_for_unigram_names_the_one_that_is_not():
+    """It keeps every character; near the bound the library would also give more tokens than were asked for."""
+    texts = ["".join(chr(0x4E00 + (at * step) % 400) for at in range(200)) for step in range(1, 50)]
+    least = 0
+    for size in (300, 401, 406):
+        with pytest.raises(UserError, match="keeps each of the 401 characters of the text; give at least") as error:
+            train_tokenizer(texts, "unigram", size)
+        (least,) = map(int, re.findall(r"at least (\d+)", str(error.value)))
+        assert least > size
+    assert vocabulary_size(train_tokenizer(texts, "unigram", least)) == least
 
 
 def test_sizes_and_special_tokens(trained):

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors import safe_open
 from tiny_models import FAMILIES, random_params
 
 import cli
+import clm.generate
 import clm.presets
 import clm.pretrain
 import finetune.presets
@@ -168,6 +170,31 @@ def published_bert(tmp_path_factory):
     return folder
 
 
+GENERATION = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1, "eos_token_id": [0, 5, 7]}
+
+
+@pytest.fixture(scope="module")
+def published_llama(tmp_path_factory):
+    """In bfloat16, with several end tokens, no padding, and ways of sampling."""
+    folder = tmp_path_factory.mktemp("published") / "small-llama"
+    made = copy.deepcopy(tokenizer("bpe"))
+    made.pad_token = None
+    config = hf.LlamaConfig(
+        vocab_size=len(made),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        bos_token_id=0,
+        eos_token_id=[0, 5, 7],
+    )
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    made.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
@@ -255,19 +282,35 @@ def test_import_then_every_door(published_bert, corpus, tmp_path):
         mlm.pretrain.main(dataclasses.replace(config, run_dir=str(tmp_path / "fork"), init_optimizer=True, seed=1))
 
 
-def test_a_classifier_of_a_decoder_scores_alike_outside(corpus, tmp_path):
-    """Its texts begin and end with special tokens, which the exported tokenizer puts there."""
-    config = pretraining(clm.presets, corpus, tmp_path)
+def test_a_decoder_and_its_classifier_go_on_from_published_weights_and_back(published_llama, corpus, tmp_path, capsys):
+    """What the files say beside the weights is handed on from run to run; the classifier's scores are alike outside,
+    for the exported tokenizer puts special tokens around its texts."""
+    init_from = f"hf:{published_llama}"
+    config = pretraining(clm.presets, corpus, tmp_path, init_from=init_from, export=str(tmp_path / "decoder"))
+    clm.pretrain.main(dataclasses.replace(config, stop_at=2))
     clm.pretrain.main(config)
+    there, back = (json.loads((path / "config.json").read_text()) for path in (published_llama, tmp_path / "decoder"))
+    assert {key for key in there | back if there.get(key) != back.get(key)} <= {"transformers_version"}
+    assert json.loads((tmp_path / "decoder" / "generation_config.json").read_text()) == GENERATION
+    with safe_open(tmp_path / "decoder" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    capsys.readouterr()
+    clm.generate.main(clm.generate.GenerateConfig(config.run_dir, sampling=clm.generate.SamplingConfig(2)))
+    assert (
+        "temperature 0.6, top_k 50, top_p 1; what it says of repetition_penalty 1.1 is not" in capsys.readouterr().out
+    )
+
     data = finetune.presets.FinetuneData(train=f"{corpus}/rows.jsonl", validation=f"{corpus}/rows.jsonl")
     tuning = dataclasses.replace(
         finetune.presets.classify_debug(),
         data=data,
         init_from=config.run_dir,
         run_dir=str(tmp_path / "tuned"),
-        export=str(tmp_path / "out"),
+        export=str(tmp_path / "half"),
     )
     finetune.train.main(tuning)
+    assert hf.AutoConfig.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    export_model(ExportConfig(str(tmp_path / "tuned"), str(tmp_path / "out"), dtype="float32"))
     classify = hf.pipeline("text-classification", str(tmp_path / "out"), batch_size=3)
     rows = [json.loads(line) for line in (tmp_path / "tuned" / "predictions.jsonl").read_text().splitlines()[:6]]
     for row, found in zip(rows, classify([row["text"] for row in rows]), strict=True):

@@ -15,7 +15,7 @@ from cli import UserError
 from data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
 from data.train_tokenizer import train_tokenizer
 from finetune import evaluate
-from finetune.examples import read_examples
+from finetune.examples import describe_examples, read_examples
 from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
 from finetune.tasks.classify import classification_objective
 from finetune.train import main, resolved
@@ -26,7 +26,8 @@ from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
 from training.checkpoint import Checkpoints, read_config, restore_params
 from training.config import CheckpointConfig, OptimizerConfig
-from training.run import RunDirectory, identity, write_json
+from training.identity import identity
+from training.run import RunDirectory, write_json
 from training.start import find_origin
 from training.state import new_state
 
@@ -109,9 +110,21 @@ def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_an_encoder_learns_and_a_resumed_run_ends_alike(there, tmp_path):
+def test_an_encoder_learns_and_a_resumed_run_ends_alike(there, tmp_path, capsys):
     summary = main(config_for(there, tmp_path / "whole"))
-    assert summary["metrics"] == dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), 1.0)
+    # 7 of the 20 are birds, the first of the labels that the training file has equally often.
+    perfect = dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), 1.0)
+    assert summary["metrics"] == perfect | {"majority": 7 / 20}
+    out = " ".join(capsys.readouterr().out.split())
+    for words in (
+        f"training {there.train}: 48 examples validation {there.validation}: 20 examples",
+        "labels 3: bird 16 (33.3 %), fruit 16 (33.3 %), tool 16 (33.3 %) batch 16 rows of up to 16 tokens",
+        "steps 30 = 3.36 k tokens, 10 epochs",
+        "result accuracy 100.0 % (majority class 35.0 %), F1 100.0 %",
+        f"report {tmp_path}/whole/report.html",
+    ):
+        assert words in out, words
+    assert "next" not in out and "warning" not in out
     whole = tmp_path / "whole"
     for name in (
         "config.json",
@@ -155,7 +168,7 @@ def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path, capsys):
     summary = main(config_for(there, tmp_path / "run", there.decoder, **changes))
     assert summary["metrics"]["accuracy"] == 1.0
     out = capsys.readouterr().out
-    assert "columns 'one' and 'two'\nlabels: 2 classes from column 'kind': bird (" in out
+    assert "columns 'one' and 'two'" in out and "2 classes in 'kind': " in out
     row = lines_of(tmp_path / "run" / "predictions.jsonl")[0]
     assert row.keys() == {"text", "text_b", "label", "prediction", "probability"}
 
@@ -264,6 +277,23 @@ def test_metrics_are_those_of_the_textbooks():
     confusion = evaluate.confusion(np.array([0, 1, 2]), np.array([0, 0, 1]), ["a", "b", "c"])
     assert confusion["matrix"] == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
     assert evaluate.metrics(np.array([1, 1]), np.array([1, 1]), 3)["matthews"] == 0.0
+
+
+def test_the_majority_is_that_of_the_training_labels():
+    """Label 2 is the most frequent where it is learnt from, and 1 of 5 where it is measured."""
+    assert evaluate.majority_accuracy([2, 0, 2, 1], np.array([0, 1, 2, 0, 0])) == 0.2
+    # Of equals the first.
+    assert evaluate.majority_accuracy([1, 0, 1, 0], np.array([0, 1, 1, 1])) == 0.25
+
+
+def test_one_class_for_all_is_warned_of():
+    warning = evaluate.one_class(np.array([0, 1, 1]), np.array([1, 1, 1]), ["negativ", "好评"])
+    assert (
+        warning and warning.startswith("warning: every validation example is taken for '好评'") and "\n" not in warning
+    )
+    assert evaluate.one_class(np.array([0, 1]), np.array([1, 0]), ["a", "b"]) is None
+    # Where all are of one class, to say so of all is right.
+    assert evaluate.one_class(np.array([1, 1]), np.array([1, 1]), ["a", "b"]) is None
 
 
 def test_defaults_follow_data_and_model():
@@ -376,22 +406,21 @@ def test_classes_are_classes(there, tmp_path, labels):
 
 
 def test_what_was_read_is_said(there, tmp_path):
-    facts = examples_of(there, tmp_path, [1] * 1200 + [0] * 34).facts
-    path = tmp_path / "rows.jsonl"
-    assert facts == (
-        f"texts: 1,234 from {path} to learn from, 1,234 from {path} to measure on; column 'sentence'",
-        "labels: 2 classes from column 'score': 0 (34), 1 (1,200)",
-    )
-    many = examples_of(there, tmp_path, list(range(20)) * 2).facts[-1]
-    assert many.endswith("6 (2), 7 (2) and 12 more")
-
+    found = examples_of(there, tmp_path, [1] * 1200 + [0] * 34)
+    path = str(tmp_path / "rows.jsonl")
+    assert found.facts == ()
+    assert describe_examples(FinetuneData(train=path, validation=path), found) == {
+        "training": f"{path}: 1,234 examples, column 'sentence'",
+        "validation": f"{path}: 1,234 examples",
+        "labels": "2 classes in 'score': 1 1,200 (97.2 %), 0 34 (2.8 %)",
+    }
     rows = "text;label\nein Spatz;Vogel\neine Säge;Gerät\n"
     (tmp_path / "rows.csv").write_bytes(rows.encode("cp1252"))
     files = dict.fromkeys(("train", "validation"), str(tmp_path / "rows.csv"))
     data = FinetuneData(**files, encoding="latin-1")
-    said = read_examples(data, load_tokenizer(there.encoder / "tokenizer"), ENCODER).facts
-    assert said[0] == f"{tmp_path}/rows.csv: its columns are separated by semicolons; read as that"
-    assert said[2] == "labels: 2 classes from column 'label': Gerät (1), Vogel (1)"
+    found = read_examples(data, load_tokenizer(there.encoder / "tokenizer"), ENCODER)
+    assert found.facts == (f"{tmp_path}/rows.csv: its columns are separated by semicolons; read as that",)
+    assert describe_examples(data, found)["labels"] == "2 classes in 'label': Gerät 1 (50.0 %), Vogel 1 (50.0 %)"
 
 
 def test_how_labels_were_allowed_is_not_what_a_run_is():
@@ -432,4 +461,4 @@ def test_the_command_line_says_it_in_one_line(run_cli, tmp_path):
     arguments = ("classify", "--init-from", "nowhere", "--data.train", "F", "--data.validation", "F")
     done = run_cli("finetune.train", *arguments, code=2)
     assert done.stderr.startswith("error: no checkpoint in ") and done.stderr.count("\n") == 1
-    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+    assert done.stdout == "finetune classify: loading JAX …\n" and list(tmp_path.iterdir()) == []

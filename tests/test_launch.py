@@ -47,6 +47,7 @@ case "$1 ${{2:-}} ${{3:-}}" in
 esac
 echo "$0 PYTHONPATH=$PYTHONPATH cwd=$PWD: $*" >>"$FAKE_LOG"
 echo "${{MALLOC_ARENA_MAX:-default}}" >"$FAKE_LOG.arenas"
+echo "$JAX_COMPILATION_CACHE_DIR" >"$FAKE_LOG.compiled"
 [[ $1 != -P ]] || echo "ran ${{*:3}}"
 """
 
@@ -62,7 +63,7 @@ class Place:
             shutil.copy(ROOT / name, self.root / name)
         self.tool("python3", PYTHON)
         # Only what launch.sh may expect everywhere: nvidia-smi of this machine stays out of sight.
-        for tool in "bash cat cp dirname env flock grep head mkdir mv rm seq sleep touch".split():
+        for tool in "bash cat cksum cp dirname env flock grep head mkdir mv rm seq sleep touch uname".split():
             (self.bin / tool).symlink_to(shutil.which(tool) or pytest.fail(f"{tool} is not installed"))
 
     def tool(self, name: str, text: str) -> None:
@@ -162,6 +163,30 @@ def test_training_on_cpus_keeps_its_memory(place, command, hardware, given, aren
         place.gpu("580.1, 9.0")
     place.launch(command, **given)
     assert place.log.with_name("log.arenas").read_text() == f"{arenas}\n"
+
+
+def test_compiled_programs_are_kept_by_processor_and_version(place, tmp_path):
+    """A home that many kinds of processors share: none meets what was compiled for another."""
+
+    def folder(*, flags: str = "fpu avx2 avx512f", mhz: str = "2000", command: str = "mlm", **env: str) -> str:
+        cpuinfo.write_text(
+            f"processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t: {mhz}\nflags\t: {flags}\n\nprocessor\t: 1\n"
+        )
+        place.launch(command, **env)
+        return place.log.with_name("log.compiled").read_text().strip()
+
+    cpuinfo, script = tmp_path / "cpuinfo", place.root / "launch.sh"
+    text = script.read_text()
+    assert text.count("/proc/cpuinfo") == 1
+    script.write_text(text.replace("/proc/cpuinfo", str(cpuinfo)))
+    here = folder()
+    assert pathlib.Path(here).parent == place.root / ".cache/espalier/compiled"
+    assert folder(mhz="3100") == here == folder(command="python")
+    assert folder(flags="fpu avx2") != here
+    (place.root / ".venv/lib/python3.11/site-packages/jaxlib-0.10.1.dist-info").mkdir(parents=True)
+    assert "/jaxlib-0.10.1-cpu-" in folder() and folder() != here
+    assert folder(ESPALIER_CACHE="/cache").startswith("/cache/compiled/jaxlib-0.10.1-cpu-")
+    assert folder(JAX_COMPILATION_CACHE_DIR="/mine") == "/mine"
 
 
 def test_an_environment_whose_interpreter_has_gone_is_made_again(place):

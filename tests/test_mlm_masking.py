@@ -95,9 +95,11 @@ def test_whole_words_are_hidden_whole_but_for_the_last_one(seed):
         assert cut <= 1
 
 
-@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("whole_words", [False, True, "stored"])
 def test_masks_are_equal_on_one_and_eight_devices(whole_words):
-    config, source, key = MaskingConfig(rate=0.3, whole_words=whole_words), batch(), jax.random.key(3)
+    config, source, key = MaskingConfig(rate=0.3, whole_words=bool(whole_words)), batch(), jax.random.key(3)
+    if whole_words == "stored":
+        source["word_starts"] = np.random.default_rng(1).random((8, T)) < 0.5
     alone = mask_batch(source, key, 0.3, config, vocabulary(WORDS_V))
     mesh = build_mesh(MeshConfig(data=4, fsdp=2))
     with jax.set_mesh(mesh):
@@ -126,6 +128,19 @@ def test_in_a_script_without_blanks_single_tokens_are_hidden():
     assert pairs.any(axis=0).all(), "each token is hidden without the next one in some row"
     whole = hidden[:, latin]
     assert (whole.all(1) | ~whole.any(1)).mean() > 0.5 and whole.all(1).any()
+
+
+def test_stored_word_starts_are_as_good_as_the_table():
+    """The same words, told in two ways, are the same masks; a word never reaches into the next document."""
+    config, source, key = MaskingConfig(rate=0.3, whole_words=True), batch(), jax.random.key(3)
+    table_BT = WORDS_V[source["input_ids"]]
+    starts_BT = np.ones((8, T), bool)
+    starts_BT[:, 1:] = (table_BT[:, 1:] & CONTINUES == 0) | (table_BT[:, :-1] & CONTINUABLE == 0)
+    starts_BT[:, 30] = False
+    by_table = mask_batch(source, key, 0.3, config, vocabulary(WORDS_V))
+    by_starts = mask_batch(source | {"word_starts": starts_BT}, key, 0.3, config, vocabulary())
+    for name in by_table:
+        np.testing.assert_array_equal(np.asarray(by_table[name]), np.asarray(by_starts[name]), err_msg=name)
 
 
 def test_other_keys_give_other_masks():

@@ -119,4 +119,6 @@ def test_padding_of_the_vocabulary_is_not_counted():
     assert sum(leaf.size for leaf in leaves) - count_params(LLAMA, "causal_lm") == 56 * 32
     untied = dataclasses.replace(LLAMA, tie_word_embeddings=False)
     assert count_params(untied, "causal_lm") - count_params(LLAMA, "causal_lm") == 200 * 32
+    untied = dataclasses.replace(BERT, tie_word_embeddings=False)
+    assert count_params(untied, "masked_lm") - count_params(BERT, "masked_lm") == 200 * 32
     assert count_params(BERT, "masked_lm") - count_params(BERT) == 32 * 32 + 3 * 32 + 200

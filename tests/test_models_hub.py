@@ -288,12 +288,12 @@ BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
     "remote code": (config_with(auto_map={"AutoModel": "evil.Model"}), "auto_map.*never run"),
-    "unknown type": (config_with(model_type="mamba"), "'mamba' is not known; known are bert, roberta, .*gemma3_text"),
+    "unknown type": (config_with(model_type="owl"), "'owl' is not known; known are bert, roberta, .*gemma3_text"),
     "a decoder": (config_with(is_decoder=True), "is_decoder=True is not supported; it must be False"),
     "quantised": (config_with(quantization_config={"bits": 4}), "quantised"),
-    "several labels a text": (
-        config_with(architectures=["BertForSequenceClassification"], problem_type="multi_label_classification"),
-        "multi_label_classification.*not supported",
+    "an unknown kind of labels": (
+        config_with(architectures=["BertForSequenceClassification"], problem_type="ranking"),
+        "problem_type.*ranking",
     ),
     "a number as text": (config_with(hidden_size="wide"), "is no configuration of bert"),
     "no sizes": (config_with(num_attention_heads=None), "is no configuration of bert"),

@@ -13,13 +13,18 @@ from models.counts import count_params
 from models.families.bert import BERT_BASE, BERT_LARGE
 from models.families.distilbert import DISTILBERT_BASE
 from models.families.electra import ELECTRA_SMALL
-from models.families.gemma import GEMMA3_1B
+from models.families.eurobert import EUROBERT_210M
+from models.families.gemma import GEMMA2_2B, GEMMA3_1B
 from models.families.gpt2 import GPT2, GPT2_MEDIUM
 from models.families.llama import LLAMA_1B, LLAMA_8B
 from models.families.mistral import MISTRAL_7B
 from models.families.modernbert import MODERNBERT_BASE
+from models.families.nomic_bert import NOMIC_BERT
+from models.families.olmo2 import OLMO2_1B, OLMO2_7B
+from models.families.phi3 import PHI3_MINI
 from models.families.qwen import QWEN2_500M, QWEN3_600M
 from models.families.roberta import ROBERTA_BASE
+from models.families.smollm3 import SMOLLM3_3B
 from models.hf_config import to_hf, to_ours
 from models.layers import rotary_frequencies
 
@@ -38,7 +43,16 @@ PUBLISHED = [
     ("qwen2-0.5b", QWEN2_500M, "causal_lm", 494_032_768),
     ("qwen3-0.6b", QWEN3_600M, "causal_lm", 596_049_920),
     ("gemma-3-1b", GEMMA3_1B, "causal_lm", 999_885_952),
+    ("gemma-2-2b", GEMMA2_2B, "causal_lm", 2_614_341_888),
+    ("phi-3-mini-4k", PHI3_MINI, "causal_lm", 3_821_079_552),
+    ("olmo-2-1b", OLMO2_1B, "causal_lm", 1_484_916_736),
+    ("olmo-2-7b", OLMO2_7B, "causal_lm", 7_298_617_344),
+    ("smollm3-3b", SMOLLM3_3B, "causal_lm", 3_075_098_624),
+    # Published as 210 and 137 million; the exact numbers are PyTorch's for the published shapes.
+    ("eurobert-210m", EUROBERT_210M, "embedding", 211_766_016),
+    ("nomic-bert", NOMIC_BERT, "masked_lm", 137_354_304),
 ]
+PUBLISHED = [row for row in PUBLISHED if row[1].model_type in hf.CONFIG_MAPPING]
 
 
 @pytest.mark.parametrize(
@@ -78,3 +92,30 @@ def test_llama_3_frequencies(config):
     expected, attention_scale = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](to_hf(config, "causal_lm"), "cpu")
     np.testing.assert_allclose(rotary_frequencies(config), expected.numpy(), rtol=1e-6)
     assert attention_scale == 1.0
+
+
+YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32_768)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"factor": 1.0},
+        {"truncate": False},
+        {"beta_fast": 48.0, "beta_slow": 2.5},
+        {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+        {"original_max_position_embeddings": 8, "rope_theta": 50.0},
+        {"attention_factor": 0.75},
+        {"mscale": 1.0, "mscale_all_dim": 0.5, "factor": 40.0},
+    ],
+    ids=str,
+)
+def test_yarn_frequencies(more):
+    """The last bit apart, which transformers' own differ by from one processor to another."""
+    config = hf.LlamaConfig(rope_parameters=YARN | more, max_position_embeddings=131_072, head_dim=128)
+    expected, length = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    ours = to_ours(config)
+    np.testing.assert_allclose(rotary_frequencies(ours), expected.numpy(), rtol=1.5e-7)
+    assert ours.rotary_length == pytest.approx(length, rel=1e-12)
+    assert to_ours(to_hf(ours, "causal_lm")) == ours

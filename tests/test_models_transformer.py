@@ -14,6 +14,7 @@ from tiny_models import (  # noqa: F401
     GPT,
     LLAMA,
     MODERN,
+    OUTPUT_NORMS,
     as_jax,
     batch_of,
     close,
@@ -21,7 +22,6 @@ from tiny_models import (  # noqa: F401
     strict_and_quick,
 )
 
-from cli import UserError
 from models.config import Execution
 from models.heads import causal_lm_head, masked_lm_head
 from models.transformer import _dropout_keys, apply, init_cache, init_params, matrix_axes
@@ -107,7 +107,8 @@ def loss(config, params, batch, execution):
     chunk = 4 * batch["input_ids"].shape[0] * config.padded_vocab_size // max(1, jax.sharding.get_abstract_mesh().size)
     labels = jnp.flip(jnp.asarray(batch["input_ids"]), axis=1)
     scores = head(config, params, x_BTD, execution)
-    logprob_BT, _ = token_logprobs(*scores, labels, vocab_size=config.vocab_size, chunk_elements=chunk)
+    sizes = dict(vocab_size=config.vocab_size, softcap=config.final_logit_softcapping, chunk_elements=chunk)
+    logprob_BT, _ = token_logprobs(*scores, labels, **sizes)
     return -jnp.where(batch["segment_ids"] != 0, logprob_BT, 0.0).sum(), x_BTD
 
 
@@ -214,8 +215,9 @@ def test_bfloat16_computes_in_bfloat16_and_differentiates_in_float32(monkeypatch
             ),
             True,
         ),
+        (OUTPUT_NORMS, True),
     ],
-    ids=["gpt2", "llama with windows, scanned"],
+    ids=["gpt2", "llama with windows, scanned", "norms of outputs, scanned"],
 )
 def test_decoding_with_the_cache_equals_the_whole_sequence(config, scan):
     """Prompts of 5, 8 and 1 tokens, padded on the left; then four tokens, one at a time."""
@@ -339,6 +341,18 @@ def test_matrix_axes_multiply_what_the_layers_multiply(config):
             assert axes is None, names
 
 
-def test_an_untied_masked_lm_is_refused():
-    with pytest.raises(UserError, match="share the token embedding"):
-        random_params(dataclasses.replace(BERT, tie_word_embeddings=False), ("masked_lm",))
+def test_an_untied_masked_lm_scores_with_a_table_of_its_own():
+    config = dataclasses.replace(BERT, tie_word_embeddings=False)
+    params = random_params(config, ("masked_lm",))
+    _, table, _ = masked_lm_head(config, params, jnp.zeros((1, 2, 32), jnp.float32), Execution())
+    assert table is params["head"]["masked_lm"]["kernel"] and table.shape == (config.padded_vocab_size, 32)
+
+
+def test_output_norms_leave_the_scale_of_what_they_normalise_alone():
+    params = jax.jit(functools.partial(init_params, OUTPUT_NORMS))(jax.random.key(0))
+    layer = params["layers"]["period"]["0"]
+    assert layer.keys() == {"attention", "attention_post_norm", "mlp", "mlp_post_norm"}
+    assert layer["attention"]["q_norm"]["scale"].shape == (2, 4, 8)
+    assert layer["attention"]["k_norm"]["scale"].shape == (2, 2, 8)
+    for matrix in (layer["attention"]["out"], layer["mlp"]["down"]):
+        assert 0.8 < matrix["kernel"].std() / (0.02 * 0.8796) < 1.2

@@ -66,6 +66,20 @@ def test_chunks_equal_a_plain_log_softmax_in_value_and_gradient(chunk, bias, dty
     assert (np.asarray(gradients[1])[V:] == 0).all()
 
 
+@pytest.mark.parametrize("chunk", [10, 4])
+def test_softcapped_scores_equal_their_definition_in_value_and_gradient(chunk):
+    def capped(features, table, bias, labels):
+        scores = 5.0 * jnp.tanh((features @ table[:V].T + bias[None, None, :V]) / 5.0)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), labels[..., None], axis=-1)[..., 0]
+        return chosen, (scores.argmax(-1) == labels).astype(jnp.float32)
+
+    sizes = dict(vocab_size=V, softcap=5.0, chunk_elements=chunk * B * PADDED)
+    got = values_and_gradients(functools.partial(token_logprobs, **sizes), True, jnp.float32)
+    want = values_and_gradients(capped, True, jnp.float32)
+    close(got[0][0], want[0][0])
+    close(got[1], want[1])
+
+
 def test_scores_of_all_tokens_are_never_formed():
     arrays, labels, weights = inputs(True)
     formed = {}

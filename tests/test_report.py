@@ -11,6 +11,8 @@ import pytest
 import cli
 from cli import UserError
 from commands.report import ReportConfig, main
+from training.figures import PALETTES, Bar, Curve, draw, legend
+from training.page import STYLE, confusion_table, entries, masked_words, settings, texts
 from training.report import write_report
 
 CONFIG = {"task": "masked_lm", "steps": 40, "init_from": None, "optimizer": {"learning_rate": 0.0003, "name": "adamw"}}
@@ -58,6 +60,7 @@ class Page(html.parser.HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
         assert not self.open, f"never closed: {self.open}"
         self.words = re.sub(r"\s+", " ", " ".join(self.text)).replace("\u202f", " ")
+        self.words = self.words.replace("\u2068", "").replace("\u2069", "")
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -113,7 +116,7 @@ def test_the_page_needs_nothing_but_itself(run):
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", png[16:24])
         assert width > 500 and height > 300
-    dark = [attrs for tag, attrs in page.elements if tag == "source"]
+    dark = [attrs for tag, attrs in page.elements if tag == "source" and "34rem" not in attrs["media"]]
     assert len(dark) == len(page.pictures()) and all("dark" in attrs["media"] for attrs in dark)
     assert "http" not in (run / "report.html").read_text().replace(base64_of(page), "")
     assert not list(run.glob(".report*"))
@@ -125,14 +128,14 @@ def base64_of(page):
 
 def test_a_classifier_shows_its_confusions_and_surest_mistakes(run):
     config = CONFIG | {"task": "sequence_classification", "labels": CONFUSION["labels"], "init_from": "runs/demo"}
-    metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79}
+    metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79, "majority": 0.6}
     write(run, config=config, summary=SUMMARY | {"metrics": metrics}, confusion=CONFUSION, samples={})
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in PREDICTIONS)
     (run / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     page = Page(write_report(run))
     assert "The surest of 2 mistakes among 3" in page.words
     assert "Classifier with 2 labels, from the weights of runs/demo." in page.words
-    assert "accuracy 90.0 % F1 of maybe 87.5 % Matthews 0.790" in page.words
+    assert "accuracy 90.0 % majority class 60.0 % F1 of maybe 87.5 % Matthews 0.790" in page.words
     assert "10 held-out examples" in page.words and "75 %" in page.words and "100 %" in page.words
     assert page.words.index("yes & no, taken for maybe 95 %") < page.words.index("maybe, taken for yes & no 80 %")
     assert "odd <script> / second" in page.words and "fine" not in page.words
@@ -170,6 +173,94 @@ def test_whatever_is_there_is_enough(tmp_path):
     page = Page(write_report(tmp_path))
     assert "Paused at step 2 of 9." in page.words and "Once <upon>" in page.words and "(nothing)" in page.words
     assert page.pictures() == ["nats a token over the steps; last: training 4.5"]
+
+
+def many_words(count):
+    """A sample with so many hidden words."""
+    masked = [{"index": at, "truth": f" word{at}", "guesses": [[" guess", 0.5]]} for at in range(count)]
+    return {"tokens": [" [MASK]"] * count, "masked": masked}
+
+
+@pytest.mark.parametrize(("words", "folded"), [(4, 0), (5, 0), (6, 2), (9, 5)])
+def test_long_lists_of_hidden_words_are_folded(words, folded):
+    """All are on the page, the first ones at sight; what opens the others needs no script and one click or key."""
+    text = masked_words([many_words(words)] + SAMPLES["samples"] * 7)
+    card, _, _ = text.partition("</article>")
+    shown, _, hidden = card.partition("<details>")
+    assert [shown.count("<tr>"), hidden.count("<tr>")] == [words - folded, folded]
+    assert (f"<summary>{folded} more hidden words</summary>" in hidden) == bool(folded)
+    before, _, others = text.partition("<details><summary>4 more texts</summary>")
+    assert [before.count("<article"), others.count("<article")] == [4, 4] and "<script" not in text
+
+
+def test_what_lines_are_is_said_beside_the_picture_where_it_covers_none(run):
+    page = Page(write_report(run))
+    assert "training held-out word frequencies alone: 6.12" in page.words
+    named = [attrs.get("class") for tag, attrs in page.elements if tag == "i"]
+    assert named[:3] == ["c0", "c1", "bar"]
+    style = (run / "report.html").read_text()
+    assert all(f".c{n}{{color:{p['colours'][n]}}}" in style for p in PALETTES for n in range(4))
+    curves = [Curve("训练", [1, 2, 3], [3.0, 2.0, 1.0]), Curve("x" * 300, [1, 3], [2.0, 2.0])]
+    renamed = [curve._replace(name="other") for curve in curves]
+    assert draw(curves, "loss", bar=Bar("a", 1.5)) == draw(renamed, "loss", bar=Bar("b" * 99, 1.5))
+    assert draw(curves, "loss", bar=Bar("a", 1.5)) != draw(curves, "loss", bar=Bar("a", 1.7)) != draw(curves, "loss")
+    assert legend(curves[:1]) == [] and legend(curves, Bar("a", 1)) == [("训练", 0), ("x" * 300, 1), ("a", None)]
+
+
+def test_a_phone_gets_a_picture_that_it_can_read(run):
+    """The wide one would be shrunk to a half: there is another for narrow screens, before it, for light and dark."""
+    page = Page(write_report(run))
+    sources = [attrs for tag, attrs in page.elements if tag == "source"][:3]
+    assert [attrs["media"] for attrs in sources] == [
+        "(max-width:34rem) and (prefers-color-scheme:dark)",
+        "(max-width:34rem)",
+        "(prefers-color-scheme:dark)",
+    ]
+    widths = [struct.unpack(">I", base64.b64decode(attrs["srcset"].partition(",")[2])[16:20])[0] for attrs in sources]
+    assert widths[0] == widths[1] == 800 and widths[2] == 1480
+
+
+def test_nothing_on_the_page_is_wider_than_a_phone():
+    """By its rules: columns have no least width beyond 390 px but within the page's, text breaks anywhere."""
+    narrow = STYLE.partition("@media(max-width:34rem)")[2]
+    for least in re.findall(r"minmax\((?!min\(|0)([^,]+),", STYLE):
+        assert least == "8rem" and ".bars li{grid-template-columns:minmax(0,1fr) 4.2rem}" in narrow, least
+    assert "overflow-wrap:anywhere" in STYLE.partition("body{")[2].partition("}")[0]
+    assert ".guesses{width:100%;table-layout:fixed}" in STYLE and ".scroll{overflow-x:auto" in STYLE
+    fixed = [float(size) * 16 for size in re.findall(r"[{;](?:min-)?width:([\d.]+)rem", STYLE)]
+    assert fixed and max(fixed) < 390 - 2 * 16
+    assert "nowrap" not in STYLE.replace("font-size:.75rem;white-space:nowrap", "")  # within what scrolls
+
+
+@pytest.mark.parametrize(
+    ("tokens", "language"),
+    [
+        ([" 系统", "调用", "の"] + ["文件"] * 9, "zh"),
+        (["これは", "日本語", "です"], "ja"),
+        ([" 한국어", " 文"], "ko"),
+        ([" English", " 文"], '""'),
+        ([" مرحبا"], '""'),
+    ],
+)
+def test_text_is_marked_with_what_its_script_tells(tokens, language):
+    text, expected = "".join(tokens), f"lang={language} dir=auto>"
+    hidden = [{"index": 0, "truth": tokens[0], "guesses": []}]
+    assert masked_words([{"tokens": [" [MASK]", *tokens[1:]], "masked": hidden}]).count(f"<article {expected}") == 1
+    assert texts([text]).startswith(f"<blockquote {expected}")
+    assert entries([("title", "", text)]).count(f"<p {expected}") == 1
+    assert confusion_table(["yes", text], [[1, 2], [3, 4]]).count(f"<th {expected}{text}</th>") == 1
+
+
+def test_long_settings_are_folded():
+    files = [f"text/{number:04}.txt" for number in range(300)]
+    assert f"<summary>300 values</summary>{', '.join(files)}</details>" in settings({"data": {"files": files}})
+    assert "<details" not in settings({"files": files[:3]})
+
+
+def test_a_run_that_was_extended_is_not_finished(run):
+    write(run, config=CONFIG | {"steps": 60})
+    (run / "metrics.jsonl").unlink()
+    assert "Paused at step 40 of 60." in Page(write_report(run)).words
 
 
 def test_a_folder_without_a_run_and_a_damaged_file_are_refused(run, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
+import progress
 from cli import UserError
 from sharding.mesh import MeshConfig, build_mesh
 from training import checkpoint
@@ -233,30 +234,17 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
     assert_equal(jax.device_get(restore_state(tmp_path, abstract)), expected)
 
 
-def test_a_progress_bar_stands_for_the_save_that_is_waited_for(tmp_path, monkeypatch):
-    bars = []
-
-    class Bar:
-        def __init__(self, desc, total, **options):
-            self.n = 0
-            bars.append((desc, total, self))
-
-        def update(self, n):
-            self.n += n
-
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *error: None  # noqa: E731
-
-    monkeypatch.setattr(checkpoint, "tqdm", Bar)
+def test_a_save_that_is_waited_for_is_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.25)
     monkeypatch.setattr(checkpoint, "_write_manifest", slow(checkpoint._write_manifest))
     _, fill = layout()
     state = fill(5)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(state, CONFIG, {})
     checkpoints.close()
-    ((desc, total, bar),) = bars
-    assert (desc, total) == ("saving step 5", sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-    assert 0.5 * total < bar.n <= total
+    size = progress.amount(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    waited = re.match(rf"saving step 5 … ([\d.]+ k)B of {size}B\nsaved step 5 \(", capsys.readouterr().out)
+    assert waited and float(waited[1].split()[0]) > 0.5 * float(size.split()[0])
 
 
 def slow(function):

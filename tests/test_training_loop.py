@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import json
+import re
 import signal
 
 import jax
@@ -14,14 +16,16 @@ from toy import quick_compilation  # noqa: F401
 import training.loop
 from cli import UserError
 from sharding.mesh import MeshConfig
-from training.checkpoint import complete_steps, restore_params
+from training.checkpoint import complete_steps, read_config, restore_params
 from training.config import CheckpointConfig, OptimizerConfig
+from training.introduction import About
 from training.loop import NonFiniteLoss
 from training.run import RunDirectory
 from training.start import check_fork, find_origin
 from training.step import Objective
 
 pytestmark = pytest.mark.corner
+ONE = MeshConfig(1, 1, 1)
 
 
 def assert_equal(a, b):
@@ -72,6 +76,148 @@ def test_two_and_two_steps_equal_four(tmp_path, mesh, name, accumulation):
     assert without_timing(toy.metrics_of(tmp_path / "parts")) == without_timing(toy.metrics_of(tmp_path / "whole"))
 
 
+CONSTANT = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup=2)
+WSD = OptimizerConfig(learning_rate=0.01, schedule="wsd", warmup=2, decay_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (dict(steps=4, optimizer=CONSTANT), dict(steps=8, optimizer=CONSTANT)),  # finished
+        (dict(steps=8, optimizer=WSD, stop_at=4), dict(steps=12, optimizer=WSD)),  # before its decay
+        (dict(steps=4, optimizer=CONSTANT), dict(steps=8, optimizer=WSD)),  # the decay is added
+    ],
+)  # fmt: skip
+def test_a_run_that_is_extended_equals_one_that_was_longer_from_the_start(tmp_path, capsys, first, then):
+    noisy = dict(objective=toy.objective(noise=0.1))
+    begun = toy.run(toy.config(tmp_path / "parts", **first), **noisy)
+    assert begun.step == 4
+    parts = toy.run(toy.config(tmp_path / "parts", **then), **noisy)
+    said = capsys.readouterr().out
+    assert "up to step 4 the schedule is the same" in said and "resumed at step 4" in said
+    whole = toy.run(toy.config(tmp_path / "whole", **then), **noisy)
+    assert_equal(parts.state, whole.state)
+    assert (parts.step, parts.finished, parts.loss, parts.eval) == (then["steps"], True, whole.loss, whole.eval)
+    losses, expected = (
+        [record for record in without_timing(toy.metrics_of(tmp_path / name)) if "loss" in record]
+        for name in ("parts", "whole")
+    )
+    assert losses == expected and len(losses) == then["steps"]
+    assert json.loads((tmp_path / "parts" / "config.json").read_text())["steps"] == then["steps"]
+    assert read_config(tmp_path / "parts")["steps"] == then["steps"]
+
+
+def test_the_way_that_a_refused_extension_names_is_a_way(tmp_path):
+    toy.run(toy.config(tmp_path / "run"))
+    with pytest.raises(UserError) as error:
+        toy.run(toy.config(tmp_path / "run", steps=6))
+    assert toy.metrics_of(tmp_path / "run")[-1]["step"] == 4
+    flags = str(error.value).rpartition(" add ")[2].split()
+    named = dict(zip(flags, flags[1:], strict=False))
+    fork = toy.config(
+        named["--run-dir"],
+        init_from=named["--init-from"],
+        init_optimizer="--init-optimizer" in flags,
+        seed=int(named["--seed"]),
+        steps=int(named["--steps"]),
+    )
+    result = toy.run(fork)
+    assert (result.step, int(result.state.opt_state.count)) == (2, 6)
+
+
+def losses_seen(monkeypatch) -> dict[int, dict[str, float]]:
+    """Step → metrics, as the loop reads them one step after the other."""
+    seen, log = {}, training.loop.Tracker.log
+
+    def spy(self, step, metrics):
+        seen[step] = metrics
+        log(self, step, metrics)
+
+    monkeypatch.setattr(training.loop.Tracker, "log", spy)
+    return seen
+
+
+def test_what_is_logged_is_the_mean_since_the_last_line_on_the_grid(tmp_path, monkeypatch):
+    seen = losses_seen(monkeypatch)
+    result = toy.run(toy.config(tmp_path, steps=8, log_every=3, mesh=ONE))
+    records = {record["step"]: record for record in toy.metrics_of(tmp_path) if "loss" in record}
+    assert len(seen) == 8 and len({metrics["loss"] for metrics in seen.values()}) == 8
+    assert list(records) == [1, 3, 6, 8]
+    for step, interval in ((1, [1]), (3, [1, 2, 3]), (6, [4, 5, 6]), (8, [7, 8])):
+        for name in ("loss", "accuracy", "gradient_norm"):
+            assert records[step][name] == np.mean([seen[one][name] for one in interval]), (step, name)
+        assert records[step]["learning_rate"] == seen[step]["learning_rate"]
+    assert result.loss == seen[8]["loss"]
+
+
+def test_an_interrupted_log_is_that_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    """Pauses cut intervals, also twice, at a first step, and where a checkpoint is older than what was logged."""
+    common = dict(steps=10, log_every=4, mesh=ONE)
+
+    def trained(folder):
+        return without_timing(record for record in toy.metrics_of(folder) if "loss" in record)
+
+    toy.run(toy.config(tmp_path / "whole", **common))
+    whole = trained(tmp_path / "whole")
+    assert [record["step"] for record in whole] == [1, 4, 8, 10]
+    for stops in ([1, 2, 6], [8]):
+        folder = tmp_path / "-".join(map(str, stops))
+        for stop in stops:
+            toy.run(toy.config(folder, stop_at=stop, **common))
+        toy.run(toy.config(folder, **common))
+        assert trained(folder) == whole, stops
+
+    def killed(step):
+        for number, batch in enumerate(toy.batches_from(step), step):
+            if number == 9:
+                raise RuntimeError("killed")
+            yield batch
+
+    often = dict(common, checkpoint=CheckpointConfig(every=3))
+    with pytest.raises(RuntimeError, match="killed"):
+        toy.run(toy.config(tmp_path / "killed", **often), batches_from=killed)
+    toy.run(toy.config(tmp_path / "killed", **often))
+    assert trained(tmp_path / "killed") == whole
+
+
+def test_the_interval_of_a_log_may_change_at_a_pause(tmp_path, monkeypatch):
+    seen = losses_seen(monkeypatch)
+    toy.run(toy.config(tmp_path, steps=9, log_every=4, stop_at=6, mesh=ONE))
+    toy.run(toy.config(tmp_path, steps=9, log_every=3, mesh=ONE))
+    records = {record["step"]: record["loss"] for record in toy.metrics_of(tmp_path) if "loss" in record}
+    loss = lambda *steps: np.mean([seen[step]["loss"] for step in steps])  # noqa: E731
+    assert records == {1: loss(1), 4: loss(1, 2, 3, 4), 6: loss(5, 6), 9: loss(7, 8, 9)}
+
+
+def test_a_checkpoint_without_an_interval_begins_one(tmp_path, monkeypatch):
+    """As versions before this one wrote them."""
+    seen = losses_seen(monkeypatch)
+    toy.run(toy.config(tmp_path, steps=6, log_every=4, stop_at=2, mesh=ONE))
+    monkeypatch.setattr("training.start.read_data", lambda run_dir, step: {"step": step})
+    toy.run(toy.config(tmp_path, steps=6, log_every=4, mesh=ONE))
+    records = {record["step"]: record["loss"] for record in toy.metrics_of(tmp_path) if "loss" in record}
+    assert list(records) == [1, 2, 4, 6] and records[4] == np.mean([seen[3]["loss"], seen[4]["loss"]])
+
+
+def test_a_run_introduces_itself_before_its_first_step(tmp_path, capsys):
+    about = About({"model": "a toy"}, {"text": "文本/*.txt"}, row="8 tokens", epochs="2 epochs")
+    toy.run(toy.config(tmp_path, steps=4, stop_at=2, accumulation=2, mesh=MeshConfig(1, 4, 2)), about=about)
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"^  (\S+(?: \S+)*)  +(.+)$", out.partition("step 1/4")[0], re.M))
+    assert rows.pop("run") == str(tmp_path)
+    assert rows == {
+        "start": "from scratch",
+        "model": "a toy",
+        "devices": "8 × cpu, mesh fsdp=4 × tensor=2",
+        "text": "文本/*.txt",
+        "batch": "16 rows of 8 tokens, in 2 micro-batches",
+        "steps": "4 = 512 tokens, 2 epochs; 2 to come, pausing at 2",
+    }
+    toy.run(toy.config(tmp_path), about=about)
+    out = capsys.readouterr().out
+    assert "resumed at step 2\n" in out and "4 = 512 tokens, 2 epochs; 2 to come\n" in out
+
+
 def test_a_run_goes_on_on_another_mesh(tmp_path):
     toy.run(toy.config(tmp_path, stop_at=2, mesh=MeshConfig(1, 4, 2)))
     moved = toy.run(toy.config(tmp_path, mesh=MeshConfig(2, 1, 1), accumulation=2))
@@ -82,17 +228,17 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 def test_the_start_is_resume_then_init_from_then_scratch(tmp_path, capsys):
     base = toy.run(toy.config(tmp_path / "base"))
-    assert "started from scratch" in capsys.readouterr().out
+    assert "start from scratch" in " ".join(capsys.readouterr().out.split())
     forked = toy.config(tmp_path / "fork", init_from=str(tmp_path / "base"), stop_at=1, seed=5)
     still = OptimizerConfig(learning_rate=0.0)
 
     weights = toy.run(dataclasses.replace(forked, optimizer=still))
-    assert f"started from the weights of {tmp_path}/base" in capsys.readouterr().out
+    assert f"start from the weights of {tmp_path}/base at step 4" in " ".join(capsys.readouterr().out.split())
     assert_equal(weights.state.params, base.state.params)
     assert weights.step == 1 and weights.state.opt_state.count == 1
 
     resumed = toy.run(dataclasses.replace(forked, optimizer=still, stop_at=2))
-    assert "resumed at step 1" in capsys.readouterr().out
+    assert "resumed at step 1\n" in capsys.readouterr().out
     assert resumed.step == 2
 
     both = dataclasses.replace(forked, run_dir=str(tmp_path / "both"), init_optimizer=True)
@@ -221,9 +367,9 @@ def test_the_state_is_donated(tmp_path, monkeypatch):
     start = training.loop.first_state
 
     def spy(*arguments):
-        state, origin = start(*arguments)
+        state = start(*arguments)
         first.append(state)
-        return state, origin
+        return state
 
     monkeypatch.setattr(training.loop, "first_state", spy)
     toy.run(toy.config(tmp_path, stop_at=1))

@@ -20,14 +20,19 @@ BERT = dataclasses.replace(BERT_BASE, **SIZES, num_hidden_layers=2, max_position
 GPT = dataclasses.replace(GPT2, **SIZES, num_hidden_layers=2, max_position_embeddings=64)
 LLAMA = dataclasses.replace(LLAMA_1B, **SIZES, num_hidden_layers=2, num_key_value_heads=2)
 MODERN = dataclasses.replace(MODERNBERT_BASE, **SIZES, num_hidden_layers=4, sliding_window=6)
-# Every part a stack can have: prefix, two periods, suffix, grouped heads, norms of queries and keys, a gate.
+# Every part a stack can have: prefix, two periods, suffix, grouped heads, norms of queries and keys, a gate, caps on
+# scores, heads that turn in part, a layer that does not.
 EVERYTHING = dataclasses.replace(
     MODERN,
     num_hidden_layers=4,
     layer_period=("local",),
-    suffix_layers=("global",),
+    suffix_layers=("nope",),
     num_key_value_heads=2,
     qk_norm=True,
+    qk_norm_over="all",
+    partial_rotary_factor=0.5,
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
     attention_bias=True,
     mlp_bias=True,
     norm_bias=True,
@@ -35,6 +40,20 @@ EVERYTHING = dataclasses.replace(
     type_vocab_size=2,
     hidden_dropout=0.1,
     attention_dropout=0.1,
+)
+
+# What only decoders of these kinds have: norms of what attention and MLP give, and no others.
+OUTPUT_NORMS = dataclasses.replace(
+    LLAMA,
+    num_hidden_layers=5,
+    norm_position="output",
+    prefix_layers=("global",),
+    layer_period=("local", "nope"),
+    sliding_window=5,
+    qk_norm=True,
+    qk_norm_over="all",
+    partial_rotary_factor=0.5,
+    attn_logit_softcapping=2.0,
 )
 
 FAMILIES = {"bert": BERT, "gpt2": GPT, "llama": LLAMA, "modernbert": MODERN}

@@ -1,5 +1,6 @@
 """A model small enough to train in milliseconds, with the parameter names of a real one."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -115,9 +116,10 @@ def run(config: TrainConfig, **changes) -> Result:
     assert config.run_dir is not None
     directory = RunDirectory(config.run_dir)
     settings = {"steps": config.steps, "seed": config.seed, "batch_size": config.batch_size}
+    settings |= {"optimizer": dataclasses.asdict(config.optimizer), "task": "causal_lm", "command": "toy"}
     settings["fingerprints"] = {"train": str(directory.path)}
     origin = find_origin(config, directory)
-    directory.check(settings, settings)
+    directory.check(settings, settings, origin.done if origin else 0)
     arguments: dict[str, Any] = dict(
         init_params=init_params,
         matrix_axes=matrix_axes,

@@ -95,6 +95,7 @@ def _results(task: str, summary: dict) -> dict[str, str]:
     unit = {"masked_lm": "a masked token", "causal_lm": "a token"}.get(task, "an example")
     names: dict[str, str] = {
         "loss": f"loss (nats {unit})",
+        "majority": "accuracy of the most frequent label",
         "f1": "F1",
         "macro_f1": "macro F1",
         "matthews": "Matthews correlation",

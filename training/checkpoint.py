@@ -35,8 +35,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from tqdm import tqdm
 
+import progress
 from cli import MachineError, UserError
 from sharding.distributed import LONG_WAIT, from_first, gather
 from sharding.rules import path_of
@@ -117,20 +117,13 @@ class Checkpoints:
         self._writer.start()
 
     def wait(self) -> None:
-        """Until the save under way is complete, with a progress bar; raises OSError if it failed."""
+        """Until the save under way is complete, told of if that is long; raises OSError if it failed."""
         if self._writer is not None:
-            with tqdm(
-                desc=self._writer.name,
-                total=self._size,
-                unit="B",
-                unit_scale=True,
-                delay=0.5,
-                leave=False,
-                disable=True if jax.process_index() else None,
-            ) as bar:
+            with progress.waiting(self._writer.name) as far:
                 while self._writer.is_alive():
                     self._writer.join(0.2)
-                    bar.update(min(_written(self.folder, self._saving), self._size) - bar.n)
+                    written = min(_written(self.folder, self._saving), self._size)
+                    far(f"{progress.amount(written)}B of {progress.amount(self._size)}B")
             self._writer = None
         self.check()
 
@@ -203,6 +196,11 @@ def restore_optimizer(run_dir: str | Path, abstract: TrainState, step: int | Non
 def read_config(run_dir: str | Path, step: int | None = None) -> dict:
     """The configuration in a run's checkpoint (default: the newest); reads no arrays."""
     return _json(_step_folder(RunDirectory(run_dir).checkpoints, step), "config")
+
+
+def read_data(run_dir: str | Path, step: int) -> dict:
+    """What stands beside a run's state: where the data goes on, and the interval of the log."""
+    return _json(_step_folder(RunDirectory(run_dir).checkpoints, step), "data")
 
 
 def newest_step(run_dir: str | Path) -> int:

@@ -1,7 +1,8 @@
 """Settings shared by every kind of training run, as frozen dataclasses.
 
-A run's *identity* (model, data, objective, optimizer, seed, global batch, steps) must be the same for it to
-resume; its *execution* (fields named in `EXECUTION_FIELDS`) may change at any time. Imports no JAX.
+A run's *identity* (model, data, objective, optimizer, seed, global batch) must be the same for it to resume; its
+*schedule* (steps, warm-up, decay) may change where it was the same so far (training/identity.py); its *execution*
+(fields named in `EXECUTION_FIELDS`) at any time. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ EXECUTION_FIELDS = frozenset(
     (
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
-        "distributed",
+        *("distributed", "published"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import progress
 from sharding.mesh import place_batch
 from training.step import Objective, make_eval_step
 
@@ -36,11 +37,14 @@ def make_evaluate(
     def evaluate(params: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
         pending: dict = {}
-        for index, batch in enumerate(batches):
-            sums = sums_of(params, place_batch(batch, mesh), np.uint32(index))
+        every = f" of {len(batches):,}" if isinstance(batches, Sized) else ""
+        with progress.waiting("evaluating on held-out data") as far:
+            for index, batch in enumerate(batches):
+                far(f"batch {index + 1:,}{every}")
+                sums = sums_of(params, place_batch(batch, mesh), np.uint32(index))
+                _add(totals, pending)
+                pending = sums
             _add(totals, pending)
-            pending = sums
-        _add(totals, pending)
         return finalize({name: float(total / (weight or 1.0)) for name, (total, weight) in totals.items()})
 
     return evaluate

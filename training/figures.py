@@ -1,4 +1,8 @@
-"""Curves as PNG, drawn twice: for light and for dark pages."""
+"""Curves as PNG, drawn twice: for light and for dark pages.
+
+No name is written into them, for a name may be in any script and must not cover a curve: `legend` says for the page
+which colour each has.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,16 @@ class Bar(NamedTuple):
 
 
 def draw(curves: Sequence[Curve], ylabel: str, *, bar: Bar | None = None, wide: bool = True) -> tuple[str, str]:
-    """(light, dark) base64 PNGs of the curves over steps. wide: for the width of the page, else for half of it."""
+    """(light, dark) base64 PNGs of the curves over steps. wide: for the width of the page, else for a phone or half."""
     return tuple(base64.b64encode(_png(curves, ylabel, bar, wide, palette)).decode() for palette in PALETTES)  # type: ignore[return-value]
+
+
+def legend(curves: Sequence[Curve], bar: Bar | None = None) -> list[tuple[str, int | None]]:
+    """(name, number of its colour; None = the dashed line) of what `draw` draws, where there are several."""
+    colours = len(PALETTES[0]["colours"])
+    entries: list[tuple[str, int | None]] = [(curve.name, number % colours) for number, curve in enumerate(curves)]
+    entries += [(bar.name, None)] if bar else []
+    return entries if len(entries) > 1 else []
 
 
 def _png(curves: Sequence[Curve], ylabel: str, bar: Bar | None, wide: bool, palette: dict) -> bytes:
@@ -51,22 +63,9 @@ def _png(curves: Sequence[Curve], ylabel: str, bar: Bar | None, wide: bool, pale
         _plot(axes, curve, colour)
     if bar is not None:
         axes.axhline(bar.value, color=palette["soft"], linewidth=1.1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            bar.name,
-            (1, bar.value),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            color=palette["soft"],
-            fontsize=size - 1.5,
-        )
     _frame(axes, curves, bar, palette, size)
     axes.set_ylabel(ylabel, color=palette["soft"], fontsize=size)
     axes.set_xlabel("step", color=palette["soft"], fontsize=size)
-    if len(curves) > 1:
-        axes.legend(frameon=False, labelcolor=palette["ink"], fontsize=size - 0.5, loc="best")
     out = io.BytesIO()
     figure.savefig(out, format="png", transparent=True)
     return out.getvalue()
@@ -74,13 +73,13 @@ def _png(curves: Sequence[Curve], ylabel: str, bar: Bar | None, wide: bool, pale
 
 def _plot(axes, curve: Curve, colour: str) -> None:
     if curve.marked:
-        axes.plot(curve.steps, curve.values, color=colour, linewidth=1.6, marker="o", markersize=3.6, label=curve.name)
+        axes.plot(curve.steps, curve.values, color=colour, linewidth=1.6, marker="o", markersize=3.6)
     elif len(curve.values) > SMOOTHED_FROM:
         axes.plot(curve.steps, curve.values, color=colour, linewidth=0.7, alpha=0.3)
-        axes.plot(curve.steps, _moving_mean(curve.values), color=colour, linewidth=1.7, label=curve.name)
+        axes.plot(curve.steps, _moving_mean(curve.values), color=colour, linewidth=1.7)
     else:
         marker = "o" if len(curve.values) == 1 else None
-        axes.plot(curve.steps, curve.values, color=colour, linewidth=1.7, marker=marker, label=curve.name)
+        axes.plot(curve.steps, curve.values, color=colour, linewidth=1.7, marker=marker)
 
 
 def _frame(axes, curves: Sequence[Curve], bar: Bar | None, palette: dict, size: float) -> None:

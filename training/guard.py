@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+import library_log
 from sharding.distributed import gather
 
 
@@ -56,7 +57,7 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # os.write, because print may be what was interrupted; a lost terminal takes no message.
         with contextlib.suppress(OSError):
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: saving after this step; Ctrl-C again leaves at once\n".encode())
+            line = f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once\n"
+            os.write(library_log.terminal(2), line.encode())
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
 
+import progress
 from cli import MachineError
 from sharding.distributed import from_first
 from sharding.mesh import place_batch
@@ -21,9 +22,10 @@ from training.checkpoint import Checkpoints
 from training.config import TrainConfig
 from training.evaluation import make_evaluate
 from training.guard import StopSignal
+from training.introduction import UNKNOWN, About, introduce
 from training.optimizer import build_optimizer, schedule
-from training.run import RunDirectory
-from training.start import Origin, check_fork, first_state
+from training.run import Result, RunDirectory
+from training.start import Origin, beginning, check_fork, first_state
 from training.state import TrainState
 from training.step import Objective, jit_train_step
 from training.tracker import Tracker
@@ -38,31 +40,6 @@ class BatchStream(Protocol):
 
     def __next__(self) -> dict: ...
     def close(self) -> object: ...
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a session ended."""
-
-    state: TrainState
-    step: int
-    finished: bool
-    """Whether the schedule was completed, rather than paused or stopped."""
-    loss: float | None
-    """Training loss of the last step; None if there was nothing left to do."""
-    eval: dict[str, float]
-    """Metrics of the last evaluation."""
-    tokens: int
-    """Tokens trained on since step 0."""
-    tokens_per_second: float | None
-    """Without the first step and evaluations."""
-    first_step_seconds: float | None
-    """Compilation included."""
-    mfu: float | None
-    data_wait: float | None
-    """The part of the time that the device waited for batches at most; first step and evaluations left out."""
-    stopped_by: int | None
-    """The number of the signal that ended it early."""
 
 
 def train(
@@ -83,6 +60,7 @@ def train(
     finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
     origin: Origin | None = None,
     load_params: Callable[[Any], Any] | None = None,
+    about: About = UNKNOWN,
 ) -> Result:
     """Train from the origin until config.steps, stop_at or a signal. What can be refused is refused before any write.
 
@@ -90,23 +68,26 @@ def train(
     batches_from: step → the batches from that step on. eval_batches: gone through at each evaluation.
     config_dict: JSON values, saved with each checkpoint. save_tokenizer: writes it into the folder that it is given.
     load_params: parameter shapes with shardings → parameters to start from; default: those of the origin.
-    finalize_eval: adds what follows from the metrics of an evaluation (perplexity).
+    finalize_eval: adds what follows from the metrics of an evaluation (perplexity). about: for the introduction.
     """
+    began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         shapes = jax.eval_shape(init_params, jax.random.key(0))
         optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
         factor = schedule(config.optimizer, config.steps)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
-        state, whence = first_state(config, init_params, optimizer, mesh, origin, load_params)
-        start = int(state.step)
+        start, whence, interval = beginning(origin, load_params)
+        last = min(config.stop_at or config.steps, config.steps)
+        introduce(about, config, mesh, whence, start, last, tokens_per_step)
+        with progress.waiting("making the first state" if origin is None else "loading the first state"):
+            state = jax.block_until_ready(first_state(config, init_params, optimizer, mesh, origin, load_params))
         train_step = jit_train_step(objective, optimizer, factor, config.accumulation, state)
         evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval, config.accumulation)
 
         stack.enter_context(run.writing(config_dict))
         save_tokenizer(run.tokenizer)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
-        last = min(config.stop_at or config.steps, config.steps)
         peak = peak_flops(mesh.devices.flat[0])
         tracker = Tracker(
             run,
@@ -118,9 +99,9 @@ def train(
             peak_flops=peak and peak * mesh.size,
             log_every=config.log_every,
             quiet=jax.process_index() != 0,
+            interval=interval,
         )
         stack.callback(tracker.close)
-        tracker.say(whence)
         checkpoints.announce = tracker.say
         batches = stack.enter_context(contextlib.closing(batches_from(start)))
         stop = stack.enter_context(StopSignal())
@@ -145,7 +126,8 @@ def train(
         while step < last:
             with tracker.waiting():
                 batch = next(batches)
-            state, metrics = train_step(state, place_batch(batch, mesh))
+            with tracker.compiling(batch):
+                state, metrics = train_step(state, place_batch(batch, mesh))
             step += 1
             # The device works on this step while the host reads the one before.
             if pending is not None:
@@ -162,7 +144,7 @@ def train(
                 pending = None
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
-                checkpoints.save(state, config_dict, data={"step": step})
+                checkpoints.save(state, config_dict, data={"step": step, "interval": tracker.interval})
             if evaluating:
                 evaluation = evaluated(state, step)
             if ending:
@@ -181,6 +163,7 @@ def train(
             tokens=step * tokens_per_step,
             tokens_per_second=tracker.tokens_per_second,
             first_step_seconds=tracker.first_step_seconds,
+            seconds=time.perf_counter() - began if step > start else None,
             mfu=tracker.mfu,
             data_wait=tracker.data_wait,
             stopped_by=stop.number() if step < last else None,

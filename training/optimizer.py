@@ -82,7 +82,7 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
     linear g = 1−x and cosine g = (1+cos πx)/2 with x = (s−W)/(steps−W); wsd (Hu et al. 2024) g = 1−x with x growing
     from 0 to 1 over the last decay_fraction of the steps; constant g = 1.
     """
-    warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+    warmup = warmup_steps(config, steps)
     if warmup > steps:
         raise UserError(
             f"optimizer.warmup={config.warmup:g} steps is longer than the run of {steps} steps; "
@@ -103,6 +103,11 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
         return jnp.minimum(falling, (s + 1) / warmup) if warmup else falling
 
     return factor
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """How many steps the warm-up takes in a run of this length."""
+    return round(config.warmup * steps if config.warmup < 1 else config.warmup)
 
 
 def _matches(pattern: str, paths: list[str], setting: str) -> list[bool]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from cli import UserError
 from training import page
-from training.figures import Bar, Curve, draw
+from training.figures import Bar, Curve, draw, legend
 from training.page import Section
 from training.run import RunDirectory
 
@@ -170,7 +170,8 @@ def settings_sections(run: RunFiles) -> list[Section]:
     sections = []
     if run.summary.get("data"):
         sections.append(Section("Text", page.settings(run.summary["data"])))
-    sections.append(Section("Settings", page.settings(run.config)))
+    asked = {name: value for name, value in run.config.items() if name != "published"}
+    sections.append(Section("Settings", page.settings(asked)))
     if run.summary.get("environment"):
         sections.append(Section("Environment", page.settings(run.summary["environment"])))
     return sections
@@ -186,8 +187,10 @@ def _subtitle(run: RunFiles) -> str:
         task += " with random weights" if config.get("scratch") else ""
     if not summary:
         return f"{task}. Not finished."
-    state = "finished" if summary.get("finished", True) else "paused"
-    return f"{task}. {state.capitalize()} at step {summary['step']:,} of {config.get('steps', summary['step']):,}."
+    steps = config.get("steps", summary["step"])
+    # Less than the steps of a run that was extended since.
+    state = "Finished" if summary.get("finished", True) and summary["step"] >= steps else "Paused"
+    return f"{task}. {state} at step {summary['step']:,} of {steps:,}."
 
 
 def _figures(run: RunFiles) -> list[tuple[str, str]]:
@@ -198,6 +201,7 @@ def _figures(run: RunFiles) -> list[tuple[str, str]]:
     labels = run.config.get("labels", [])
     candidates: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("accuracy", final.get("accuracy"), page.percent),
+        ("majority class", final.get("majority"), page.percent),
         (f"F1 of {labels[1]}" if len(labels) == 2 else "F1", final.get("f1"), page.percent),
         ("Matthews", final.get("matthews"), lambda x: f"{x:.3f}"),
         ("held-out loss", held_out.get("loss"), lambda x: f"{x:.3f}"),
@@ -216,12 +220,15 @@ def _figures(run: RunFiles) -> list[tuple[str, str]]:
 def _picture(curves: Sequence[Curve | None], label: str, *, bar: Bar | None = None, wide: bool = True) -> str:
     present = [curve for curve in curves if curve]
     last = ", ".join(f"{curve.name} {curve.values[-1]:.4g}" for curve in present)
-    return page.picture(*draw(present, label, bar=bar, wide=wide), f"{label} over the steps; last: {last}")
+    drawn = [draw(present, label, bar=bar, wide=form) for form in ((True, False) if wide else (False,))]
+    said = f"{label} over the steps; last: {last}"
+    return page.picture(drawn[0], said, legend(present, bar), drawn[1] if wide else None)
 
 
 def _mistake(prediction: dict) -> tuple[str, str, str]:
     text = " / ".join(_short(prediction[name]) for name in ("text", "text_b") if prediction.get(name))
-    title = f"{prediction['label']}, taken for {prediction['prediction']}"
+    # Isolated, so that a label that is written from right to left does not turn the words around it.
+    title = "\u2068{label}\u2069, taken for \u2068{prediction}\u2069".format(**prediction)
     return title, page.percent(prediction["probability"], 0), text
 
 

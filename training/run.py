@@ -11,15 +11,20 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+import library_log
+import progress
 from cli import UserError
 from sharding.distributed import LONG_WAIT, from_first, gather
-from training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS, HOST_FIELDS
+from training.config import FINGERPRINTED_FIELDS, HOST_FIELDS
+from training.identity import Schedule, check_same_run, completed, differences, without
+from training.state import TrainState
 
 
 class RunDirectory:
@@ -60,23 +65,29 @@ class RunDirectory:
                 "run directory must be on a disk that all hosts share; give such a --run-dir"
             )
 
-    def check(self, config: dict, defaults: dict) -> None:
+    def check(self, config: dict, defaults: dict, done: int = 0, schedules: Sequence[Schedule] = ()) -> None:
         """UserError where the folder holds another run or other things, or processes other settings; writes nothing.
 
-        config: JSON values, with the fingerprints of tokenizer and data. Its identity must be that of the run there.
-        defaults: what fields mean that the run there was not asked for, because they are younger than it.
+        config: JSON values, with the fingerprints of tokenizer and data. Its identity must be that of the run there,
+        but for a schedule that is the same so far (training.identity). defaults: what fields mean that the run there
+        was not asked for, because they are younger than it. done: steps of the run there. schedules: what depends on
+        its length beside the learning rate.
         """
         _check_same_everywhere(json.loads(json.dumps(config)))
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; a run needs a folder: give another --run-dir")
         if self.config.exists():
-            self._check_same_run(json.loads(json.dumps(config)), json.loads(json.dumps(defaults)))
+            here, defaults = json.loads(json.dumps([config, defaults]))
+            self._check_same_run(here, defaults, done, schedules)
         elif self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise UserError(f"{self.path} holds other files and no run; give another --run-dir, or an empty folder")
 
     @contextlib.contextmanager
     def writing(self, config: dict) -> Iterator[None]:
-        """Write config.json and keep other processes from training here until the block or this process ends."""
+        """Write config.json and keep other processes from training here until the block or this process ends.
+
+        From here on, what libraries say goes to log.txt there; those of further processes to log-1.txt and so on.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as lock:
             if jax.process_index() == 0:
@@ -88,29 +99,28 @@ class RunDirectory:
                     ) from None
                 write_json(self.config, config)
             gather("the run directory is ours")
+            number = jax.process_index()
+            library_log.move_to(self.path / (f"log-{number}.txt" if number else "log.txt"))
             yield
 
-    def _check_same_run(self, config: dict, defaults: dict) -> None:
+    def _check_same_run(self, config: dict, defaults: dict, done: int, schedules: Sequence[Schedule]) -> None:
         try:
-            there = _completed(json.loads(self.config.read_text(encoding="utf-8")), defaults)
+            there = completed(json.loads(self.config.read_text(encoding="utf-8")), defaults)
         except ValueError as error:
             raise UserError(f"{self.config} is damaged ({error}); give another --run-dir") from None
         # A run that failed before its first step has nothing to lose: its settings may be corrected.
         begun = self.metrics.exists() and self.metrics.stat().st_size or any(self.checkpoints.glob("*"))
-        if begun and identity(there) != identity(config):
-            changes = _differences(_without(there, EXECUTION_FIELDS), _without(config, EXECUTION_FIELDS))
-            raise UserError(
-                f"{self.path} holds a run with other settings: {'; '.join(changes)}; "
-                "give another --run-dir, or the settings it was started with"
-            )
+        change = check_same_run(self.path, there, config, done, schedules) if begun else None
+        if change and jax.process_index() == 0:
+            progress.say(change)
 
 
 def _check_same_everywhere(config: dict) -> None:
     """UserError unless every process has the same settings and, by their fingerprints, the same text and tokenizer."""
-    config = _without(config, HOST_FIELDS, FINGERPRINTED_FIELDS)
+    config = without(config, HOST_FIELDS, FINGERPRINTED_FIELDS)
     # Where the hosts have caches of their own, one may have prepared its text long before another.
     first = from_first("settings", config, LONG_WAIT)
-    for number, changes in enumerate(gather("settings", list(_differences(first, config))[:4], LONG_WAIT)):
+    for number, changes in enumerate(gather("settings", list(differences(first, config))[:4], LONG_WAIT)):
         if changes:
             raise UserError(
                 f"process {number} has other settings than process 0: {'; '.join(changes)}; start all with the same "
@@ -131,14 +141,41 @@ def _appears(path: Path, seconds: float = 30) -> bool:
         time.sleep(0.5)
 
 
-def summarise(run: RunDirectory, result: Any, **more: Any) -> dict:
-    """The `--json` object of a training session (training.loop.Result); summary.json holds it and the environment.
+@dataclass(frozen=True)
+class Result:
+    """How a session ended."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    """Whether the schedule was completed, rather than paused or stopped."""
+    loss: float | None
+    """Training loss of the last step; None if there was nothing left to do."""
+    eval: dict[str, float]
+    """Metrics of the last evaluation."""
+    tokens: int
+    """Tokens trained on since step 0."""
+    tokens_per_second: float | None
+    """Without the first step and evaluations."""
+    seconds: float | None
+    """From the initialisation to the last checkpoint; None if there was nothing left to do."""
+    first_step_seconds: float | None
+    """Compilation included."""
+    mfu: float | None
+    data_wait: float | None
+    """The part of the time that the device waited for batches at most; first step and evaluations left out."""
+    stopped_by: int | None
+    """The number of the signal that ended it early."""
+
+
+def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
+    """The `--json` object of a training session; summary.json holds it and the environment.
 
     What a session without a step could not measure stays as the last one left it.
     more: what the door adds (metrics of a classifier).
     """
     names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "data_wait")
-    names += ("finished",)
+    names += ("seconds", "finished")
     summary = {name: getattr(result, name) for name in (*names, "stopped_by")} | more | {"run_dir": str(run.path)}
     if result.loss is None and run.summary.is_file():
         with contextlib.suppress(ValueError):
@@ -170,36 +207,6 @@ def settings(config: Any, model: Any, **more: Any) -> tuple[dict, dict]:
     return values, dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}
 
 
-def identity(config: dict) -> dict:
-    """The part of a configuration that makes a run what it is.
-
-    Without EXECUTION_FIELDS, and without the paths of what its fingerprints know by content.
-    """
-    return _without(config, EXECUTION_FIELDS, FINGERPRINTED_FIELDS)
-
-
-def _without(config: Any, names: frozenset[str], paths: frozenset[str] = frozenset(), prefix: str = "") -> Any:
-    """The configuration without these names at any depth and these dotted paths."""
-    if isinstance(config, dict):
-        return {
-            key: _without(value, names, paths, f"{prefix}{key}.")
-            for key, value in config.items()
-            if key not in names and prefix + key not in paths
-        }
-    return config
-
-
-def _completed(there: dict, defaults: dict) -> dict:
-    """`there` with the defaults of fields that it lacks, at any depth."""
-    added = {key: value for key, value in defaults.items() if key not in there}
-    nested = {
-        key: _completed(value, defaults[key])
-        for key, value in there.items()
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
-    }
-    return there | added | nested
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, whole, even after the machine has died."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -208,14 +215,3 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """`key: value there, now value here` for every leaf that differs."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
-            nested = f"{name}.{key}" if name else key
-            yield from _differences(there.get(key, "unset"), here.get(key, "unset"), nested)
-    elif there != here:
-        shown = (value[:12] if name.startswith("fingerprints.") else value for value in (there, here))
-        yield "{} was {}, now {}".format(name, *shown)

@@ -16,6 +16,7 @@ from training.checkpoint import (
     complete_steps,
     newest_step,
     read_config,
+    read_data,
     restore_optimizer,
     restore_params,
     restore_state,
@@ -24,6 +25,7 @@ from training.config import TrainConfig
 from training.optimizer import Optimizer
 from training.run import RunDirectory
 from training.state import TrainState, new_state, shard_state
+from training.tracker import Interval
 
 
 class Origin(Protocol):
@@ -48,8 +50,8 @@ class Origin(Protocol):
         ...
 
     @property
-    def finished(self) -> bool:
-        """Whether it is the run itself, at its end."""
+    def done(self) -> int:
+        """Steps of the run itself; 0 where it is another."""
         ...
 
     def restore_params(self, abstract: Any) -> Any:
@@ -75,8 +77,8 @@ class RunOrigin(NamedTuple):
         return RunDirectory(self.run_dir).tokenizer
 
     @property
-    def finished(self) -> bool:
-        return self.resumed and self.step >= self.config["steps"]
+    def done(self) -> int:
+        return self.step if self.resumed else 0
 
     def restore_params(self, abstract: Any) -> Any:
         return restore_params(self.run_dir, abstract, self.step, ignore="" if "head" in abstract else "head/")
@@ -105,6 +107,26 @@ def find_origin(
     return RunOrigin(folder, step, read_config(folder, step), resumed)
 
 
+class Beginning(NamedTuple):
+    """Where a session starts, before anything of it is read."""
+
+    step: int
+    words: str
+    interval: Interval | None
+    """Of the log that goes on."""
+
+
+def beginning(origin: Origin | None, load_params: Callable[[Any], Any] | None = None) -> Beginning:
+    """Where `first_state` will start from."""
+    if isinstance(origin, RunOrigin) and origin.resumed:
+        # Checkpoints of earlier versions have none.
+        interval = read_data(origin.run_dir, origin.step).get("interval")
+        return Beginning(origin.step, f"resumed at step {origin.step}", interval)
+    if origin is None and load_params is None:
+        return Beginning(0, "from scratch", None)
+    return Beginning(0, f"from the weights of {origin.name if origin else 'another model'}", None)
+
+
 def first_state(
     config: TrainConfig,
     init_params: Callable[[jax.Array], Any],
@@ -112,8 +134,8 @@ def first_state(
     mesh: Mesh,
     origin: Origin | None,
     load_params: Callable[[Any], Any] | None = None,
-) -> tuple[TrainState, str]:
-    """The state to go on from, laid out on the mesh, and in words where it came from. Writes nothing.
+) -> TrainState:
+    """The state to go on from, laid out on the mesh. Writes nothing.
 
     load_params: parameter shapes with shardings → parameters; default: those of the origin.
     """
@@ -123,8 +145,7 @@ def first_state(
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     if isinstance(origin, RunOrigin) and origin.resumed:
-        state = restore_state(origin.run_dir, abstract, origin.step)
-        return state, f"resumed at step {origin.step} from {origin.run_dir}"
+        return restore_state(origin.run_dir, abstract, origin.step)
     if load_params is not None:
         params = load_params(abstract.params)
     elif origin is not None:
@@ -132,12 +153,11 @@ def first_state(
     else:
         # It runs once: on CPUs, optimising it would take several times as long as running it.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return jax.jit(scratch, out_shardings=layout, compiler_options=quick)(), "started from scratch"
+        return jax.jit(scratch, out_shardings=layout, compiler_options=quick)()
     state = jax.jit(around, out_shardings=layout, donate_argnums=0)(params)
     if config.init_optimizer and isinstance(origin, RunOrigin):
         state = dataclasses.replace(state, opt_state=restore_optimizer(origin.run_dir, abstract, origin.step))
-    whose = origin.name if origin else "another model"
-    return state, f"started from the weights of {whose}"
+    return state
 
 
 def abstract_state(

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -131,8 +130,7 @@ def devices_of(wanted: Slice) -> list[Any]:
     if math.prod(wanted.shape) < 4:
         options["chips_per_host_bounds"] = (*wanted.shape, 1)[:3]
     try:
-        with _quiet():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=wanted.name, **options)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=wanted.name, **options)
     except Exception as error:
         examples = ", ".join(f"{wanted.chip.name}:{shape}" for shape in EXAMPLES[wanted.chip.torus_dimensions])
         said = " ".join(str(error).split())[:200]
@@ -147,7 +145,7 @@ def compile_step(config: Any, mesh: jax.sharding.Mesh, chip: Chip) -> Compiled:
     step = lower_step(config, mesh)
     began = time.perf_counter()
     try:
-        with _quiet(), _uncached():
+        with _uncached():
             program = step.lowered.compile()
     except Exception as error:
         if not re.search(r"Used \S+ of \S+ hbm", str(error)):
@@ -290,20 +288,6 @@ def _find_libtpu() -> None:
             "--topology compiles with libtpu, which is not installed; `./launch.sh plan` installs it, or name its file "
             "in TPU_LIBRARY_PATH"
         ) from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep libtpu's complaints about a machine without TPUs from the terminal; they go beside Python's own stderr."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 @contextlib.contextmanager

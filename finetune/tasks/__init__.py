@@ -37,6 +37,8 @@ class Task(Protocol):
     tokens_per_row: float
     """Of an average training example."""
     eval_batches: Sequence[dict]
+    about: dict[str, str]
+    """Rows on the files and what is to be learnt, for the introduction."""
 
     def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         """Read the files of config.data; UserError where they will not do."""

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import progress
 from data.labelled import LabelledBatches
 from data.tokenizer import special_ids
-from finetune.evaluate import confusion, metrics, write_predictions
-from finetune.examples import max_length, read_examples
+from finetune.evaluate import confusion, majority_accuracy, metrics, one_class, write_predictions
+from finetune.examples import describe_examples, max_length, read_examples
 from models.config import Execution, ModelConfig
 from models.heads import sequence_logits
 from models.transformer import apply, init_params
@@ -39,7 +40,7 @@ class Classification:
         self._rows = host_rows(config.batch_size, mesh)
         self._examples = read_examples(config.data, tokenizer, model)
         self._names = self._examples.names
-        self.model = dataclasses.replace(model, labels=tuple(self._names))
+        self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=None)
         self.settings = {"labels": self._names}
         self.fingerprints = self._examples.fingerprints
         self.facts = self._examples.facts
@@ -57,6 +58,7 @@ class Classification:
         self.eval_batches = held_out.fixed(self._rows)
         self.examples = len(self._batches)
         self.tokens_per_row = sum(len(example.ids) for example in self._examples.train.encoded) / self.examples
+        self.about = describe_examples(config.data, self._examples)
         self.objective = classification_objective(self.model, execution=config.execution)
 
     def init_params(self, key: jax.Array) -> dict:
@@ -66,15 +68,19 @@ class Classification:
         return self._batches.batch(step, self._rows)
 
     def finish(self, run: RunDirectory, params: Any, mesh: Mesh) -> dict[str, float]:
-        """accuracy, f1, macro_f1, matthews; writes predictions.jsonl and confusion.json."""
+        """accuracy, majority, f1, macro_f1, matthews; writes predictions.jsonl and confusion.json."""
         labels_N = np.array(self._examples.validation.labels)
-        probability_NC = class_probabilities(self.model, params, self.eval_batches, mesh, self._execution)
+        with progress.waiting("predicting the labels of the validation file"):
+            probability_NC = class_probabilities(self.model, params, self.eval_batches, mesh, self._execution)
         predictions_N = probability_NC.argmax(1)
         if jax.process_index() == 0:
             path = run.path / "predictions.jsonl"
             write_predictions(path, self._examples.validation.texts, labels_N, probability_NC, self._names)
             write_json(run.path / "confusion.json", confusion(labels_N, predictions_N, self._names))
-        return metrics(labels_N, predictions_N, len(self._names))
+            if warning := one_class(labels_N, predictions_N, self._names):
+                progress.say(warning)
+        found = metrics(labels_N, predictions_N, len(self._names))
+        return found | {"majority": majority_accuracy(self._examples.train.labels, labels_N)}
 
 
 def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, key: jax.Array | None = None):

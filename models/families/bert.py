@@ -24,6 +24,7 @@ KEYS = {
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "initializer_range": "initializer_range",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
 
 EMBEDDINGS = {
@@ -91,6 +92,7 @@ FAMILIES = {
                 "cls.predictions.transform.LayerNorm.weight": "norm/scale: E",
                 "cls.predictions.transform.LayerNorm.bias": "norm/bias: E",
                 "cls.predictions.bias": "bias: V",
+                "cls.predictions.decoder.weight": "kernel: V E",
             },
             # The pooler is part of the stack in BERT, so its names have the prefix.
             "sequence_classification": {f"bert.{name}": where for name, where in POOLER.items()} | CLASSIFIER,
@@ -103,12 +105,12 @@ FAMILIES = {
             "embeddings.word_embeddings.weight": ("cls.predictions.decoder.weight",),
             "cls.predictions.bias": ("cls.predictions.decoder.bias",),
         },
+        untied={"cls.predictions.bias": "cls.predictions.decoder.bias"},
         ignored=r"\bposition_ids$|^cls\.seq_relationship\.",
         only={
             "is_decoder": (False,),
             "add_cross_attention": (False,),
             "position_embedding_type": ("absolute", None),
-            "tie_word_embeddings": (True,),
         },
         write=write,
     )

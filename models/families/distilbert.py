@@ -30,6 +30,7 @@ FAMILIES = {
             "hidden_dropout": "dropout",
             "attention_dropout": "attention_dropout",
             "initializer_range": "initializer_range",
+            "tie_word_embeddings": "tie_word_embeddings",
         },
         trunk={
             "embeddings.word_embeddings.weight": "embeddings/token/embedding: V E",
@@ -60,6 +61,7 @@ FAMILIES = {
                 "vocab_layer_norm.weight": "norm/scale: E",
                 "vocab_layer_norm.bias": "norm/bias: E",
                 "vocab_projector.bias": "bias: V",
+                "vocab_projector.weight": "kernel: V E",
             },
             "sequence_classification": {
                 "pre_classifier.weight": "dense/kernel: O D -> D O",
@@ -71,6 +73,5 @@ FAMILIES = {
         },
         prefix="distilbert.",
         aliases={"embeddings.word_embeddings.weight": ("vocab_projector.weight",)},
-        only={"tie_word_embeddings": (True,)},
     )
 }

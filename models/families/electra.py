@@ -47,6 +47,7 @@ FAMILIES = {
                 "generator_predictions.LayerNorm.weight": "norm/scale: E",
                 "generator_predictions.LayerNorm.bias": "norm/bias: E",
                 "generator_lm_head.bias": "bias: V",
+                "generator_lm_head.weight": "kernel: V E",
             },
             "sequence_classification": {
                 "classifier.dense.weight": "dense/kernel: O D -> D O",
@@ -66,7 +67,6 @@ FAMILIES = {
             "add_cross_attention": (False,),
             "position_embedding_type": ("absolute", None),
             "hidden_act": ("gelu",),
-            "tie_word_embeddings": (True,),
         },
         read=lambda hf: {"embedding_size": hf.embedding_size},
         write=lambda config: write(config) | {"embedding_size": config.embedding_width},

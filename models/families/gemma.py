@@ -1,11 +1,15 @@
-"""Gemma 3, text only (Gemma Team 2025): Llama with norms on both sides, and five local layers to a global one."""
+"""Gemma 2 (Gemma Team 2024) and 3, text only (Gemma Team 2025): Llama with norms on both sides and local layers.
+
+Gemma 2 squashes its scores by tanh, and every second layer is local; Gemma 3 normalises queries and keys instead, and
+has five local layers to a global one, with a rotary base of their own.
+"""
 
 from dataclasses import replace
 from typing import Any
 
 from models.config import ModelConfig
 from models.families import Family, kinds_of, layer_types, local_theta, read_rope, stacked, write_rope
-from models.families.llama import ALIASES, EMBEDDINGS, HEADS, KEYS, LLAMA_1B, PROJECTIONS
+from models.families.llama import ALIASES, EMBEDDINGS, HEADS, KEYS, LLAMA_1B, PROJECTIONS, classes, read, write
 
 GEMMA3_1B = replace(
     LLAMA_1B,
@@ -33,6 +37,34 @@ GEMMA3_1B = replace(
     sliding_window=512,
 )
 """Gemma 3 1B."""
+GEMMA2_2B = replace(
+    GEMMA3_1B,
+    model_type="gemma2",
+    vocab_size=256_000,
+    hidden_size=2304,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    intermediate_size=9216,
+    qk_norm=False,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    max_position_embeddings=8192,
+    rope_theta=10_000.0,
+    local_rope_theta=None,
+    layer_period=("local", "global"),
+    suffix_layers=(),
+    sliding_window=4096,
+)
+"""Gemma 2 2B."""
+
+
+def _read2(hf: Any) -> dict[str, Any]:
+    return read(hf) | stacked(kinds_of(hf.layer_types))
+
+
+def _write2(config: ModelConfig) -> dict[str, Any]:
+    # An integer there.
+    return write(config) | {"layer_types": layer_types(config), "query_pre_attn_scalar": int(config.attention_divisor)}
 
 
 def _read(hf: Any) -> dict[str, Any]:
@@ -58,7 +90,38 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+GEMMA_KEYS = {name: key for name, key in KEYS.items() if name != "hidden_act"} | {
+    "hidden_act": "hidden_activation",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "sliding_window": "sliding_window",
+    "attention_bias": "attention_bias",
+}
+TRUNK = {
+    **EMBEDDINGS,
+    **PROJECTIONS,
+    "layers.{}.input_layernorm.weight": "attention_norm/scale: D",
+    "layers.{}.post_attention_layernorm.weight": "attention_post_norm/scale: D",
+    "layers.{}.pre_feedforward_layernorm.weight": "mlp_norm/scale: D",
+    "layers.{}.post_feedforward_layernorm.weight": "mlp_post_norm/scale: D",
+}
+
 FAMILIES = {
+    "gemma2": Family(
+        base=GEMMA2_2B,
+        classes={head: name for head, name in classes("Gemma2").items() if head != "question_answering"},
+        keys=GEMMA_KEYS
+        | {
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        trunk=TRUNK,
+        heads={name: where for name, where in HEADS.items() if name != "question_answering"},
+        prefix="model.",
+        aliases=ALIASES,
+        only={"use_bidirectional_attention": (False, None)},
+        read=_read2,
+        write=_write2,
+    ),
     "gemma3_text": Family(
         base=GEMMA3_1B,
         classes={
@@ -66,21 +129,8 @@ FAMILIES = {
             "sequence_classification": "Gemma3TextForSequenceClassification",
             "embedding": "Gemma3TextModel",
         },
-        keys={name: key for name, key in KEYS.items() if name != "hidden_act"}
-        | {
-            "hidden_act": "hidden_activation",
-            "query_pre_attn_scalar": "query_pre_attn_scalar",
-            "sliding_window": "sliding_window",
-            "attention_bias": "attention_bias",
-        },
-        trunk={
-            **EMBEDDINGS,
-            **PROJECTIONS,
-            "layers.{}.input_layernorm.weight": "attention_norm/scale: D",
-            "layers.{}.post_attention_layernorm.weight": "attention_post_norm/scale: D",
-            "layers.{}.pre_feedforward_layernorm.weight": "mlp_norm/scale: D",
-            "layers.{}.post_feedforward_layernorm.weight": "mlp_post_norm/scale: D",
-        },
+        keys=GEMMA_KEYS,
+        trunk=TRUNK,
         heads={name: HEADS[name] for name in ("causal_lm", "sequence_classification")},
         prefix="model.",
         aliases=ALIASES,
@@ -91,5 +141,5 @@ FAMILIES = {
         },
         read=_read,
         write=_write,
-    )
+    ),
 }

@@ -58,10 +58,10 @@ LLAMA_405B = replace(
 """Llama 3.1 405B."""
 
 
-def read(hf: Any) -> dict[str, Any]:
+def read(hf: Any, partial: bool = False) -> dict[str, Any]:
     """What the Llama-like families have in common: size and number of heads, rotary frequencies."""
     size = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    return {"head_dim": size, "num_key_value_heads": hf.num_key_value_heads, **read_rope(hf.rope_parameters)}
+    return {"head_dim": size, "num_key_value_heads": hf.num_key_value_heads, **read_rope(hf.rope_parameters, partial)}
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -94,6 +94,7 @@ FAMILIES = {
             "attention_dropout": "attention_dropout",
             "hidden_dropout": "mlp_dropout",
             "initializer_range": "initializer_range",
+            "tie_word_embeddings": "tie_word_embeddings",
         },
         trunk={
             "embeddings.tok_embeddings.weight": "embeddings/token/embedding: V E",
@@ -121,6 +122,7 @@ FAMILIES = {
                 "head.dense.bias": "transform/bias: E",
                 **NORM,
                 "decoder.bias": "bias: V",
+                "decoder.weight": "kernel: V E",
             },
             "sequence_classification": CLASSIFIER,
             "token_classification": CLASSIFIER,
@@ -130,7 +132,6 @@ FAMILIES = {
         },
         prefix="model.",
         aliases={"embeddings.tok_embeddings.weight": ("decoder.weight",)},
-        only={"tie_word_embeddings": (True,)},
         read=_read,
         write=_write,
     )

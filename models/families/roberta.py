@@ -48,6 +48,7 @@ def _family(model_type: str, name: str) -> Family:
                 "lm_head.layer_norm.weight": "norm/scale: E",
                 "lm_head.layer_norm.bias": "norm/bias: E",
                 "lm_head.bias": "bias: V",
+                "lm_head.decoder.weight": "kernel: V E",
             },
             "sequence_classification": {
                 "classifier.dense.weight": "dense/kernel: O D -> D O",
@@ -64,12 +65,12 @@ def _family(model_type: str, name: str) -> Family:
             "embeddings.word_embeddings.weight": ("lm_head.decoder.weight",),
             "lm_head.bias": ("lm_head.decoder.bias",),
         },
+        untied={"lm_head.bias": "lm_head.decoder.bias"},
         only={
             "is_decoder": (False,),
             "add_cross_attention": (False,),
             "position_embedding_type": ("absolute", None),
             "hidden_act": ("gelu",),
-            "tie_word_embeddings": (True,),
         },
         read=_read,
         write=_write,

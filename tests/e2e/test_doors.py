@@ -52,7 +52,7 @@ def test_a_paused_run_goes_on_bitwise(run_cli, tmp_path, door):
         run_cli, door, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer",
         "--seed", 1,
     )  # fmt: skip
-    assert "started from the weights" in fork.stdout
+    assert "from the weights of" in fork.stdout
     assert last_json(fork)["loss"] < 6.9
 
 

@@ -121,14 +121,14 @@ def test_killed_and_terminated_runs_go_on_bit_by_bit(start, tmp_path, whole):
     process.send_signal(signal.SIGTERM)
     out, err = finish(process, code=0)
     assert f"removed checkpoint {before + 10}: it was not written to its end" in out
-    assert f"resumed at step {before} " in out
+    assert f"resumed at step {before}\n" in out
     assert "SIGTERM: saving after this step" in err
     stopped = complete(run_dir)[-1]
     assert f"paused at step {stopped} of 40, saved; the same command goes on from here" in out
     (run_dir / "final.npz").unlink()
 
     out, _ = finish(start(run_dir, 0))
-    assert f"resumed at step {stopped} " in out
+    assert f"resumed at step {stopped}\n" in out
     for got, expected in zip(final(run_dir), final(whole), strict=True):
         np.testing.assert_array_equal(got, expected)
     assert losses(run_dir) == losses(whole)

@@ -104,7 +104,7 @@ def test_a_checkpoint_of_any_number_of_processes_goes_on_in_any_other(run, tmp_p
         folders = {source: goes_on(source, target) for source in sources}
         group = run(target, "worker.py", *(job(folder, meshes[target], steps=4) for folder in folders.values()))
         for source, folder in folders.items():
-            assert f"resumed at step 2 from {folder}" in group.out(0)
+            assert "resumed at step 2\n" in group.out(0)
             for got, expected in zip(state_in(folder / "start.npz"), saved[source], strict=True):
                 np.testing.assert_array_equal(got, expected)
             assert_same(folder, tmp_path / "whole", whole)
@@ -121,5 +121,5 @@ def restored_state(run_dir, mesh) -> list[np.ndarray]:
     origin = find_origin(config, RunDirectory(run_dir))
     shapes = jax.eval_shape(toy.init_params, jax.random.key(0))
     optimizer = build_optimizer(config.optimizer, shapes, toy.matrix_axes(shapes))
-    state, _ = first_state(config, toy.init_params, optimizer, build_mesh(config.mesh), origin)
+    state = first_state(config, toy.init_params, optimizer, build_mesh(config.mesh), origin)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

@@ -15,6 +15,7 @@ import sys
 import time
 
 import cli
+import library_log
 from sharding.distributed import collected, joined
 from sharding.places import DistributedConfig
 
@@ -68,9 +69,9 @@ def perform(job: dict):
     first_state = loop.first_state
 
     def and_kept(*arguments):
-        state, whence = first_state(*arguments)
+        state = first_state(*arguments)
         started.append(collected(state) if state.step else None)
-        return state, whence
+        return state
 
     started: list = []
     loop.first_state = and_kept
@@ -100,6 +101,7 @@ def main(config: Jobs) -> dict:
 
 
 if __name__ == "__main__":
+    library_log.begin()
     jobs = Jobs([json.loads(argument) for argument in sys.argv[1:]])
     with cli._one_line_errors(debug=False):
         cli._call(main, jobs)

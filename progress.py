@@ -1,0 +1,152 @@
+"""What a person sees while a command runs: lines, a line that changes in its place, and what is being waited for.
+
+Everything goes to standard output through Python, safe from threads. Where that is no terminal, nothing changes in its
+place: a wait is one line, said again more and more seldom. A leaf: every module may import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+
+PATIENCE = 1.5
+"""Seconds that pass before a wait is told of."""
+AGAIN = 60.0
+"""Seconds until a wait is told of again where lines cannot change; then twice as long, and so on."""
+WIDEST = 100
+
+_lock = threading.RLock()
+_changing = False
+_waits: list[threading.Event] = []
+
+
+def say(line: str = "") -> None:
+    """Print a line."""
+    _write(line, keep=True)
+
+
+def show(line: str) -> None:
+    """Print a line that the next one replaces; where standard output is no terminal, an ordinary line."""
+    _write(line, keep=not _terminal())
+
+
+def end() -> None:
+    """Leave a line that would be replaced where it is."""
+    with _lock:
+        if _changing:
+            _write("", keep=True, over=False)
+
+
+@contextlib.contextmanager
+def waiting(what: str, *, bar: bool = False) -> Iterator[Callable[[str], None]]:
+    """Tell what the block does ("tokenizing train.tsv") once it takes longer than PATIENCE.
+
+    Yields a function that takes how far it is ("12 of 128 batches"). bar: the block draws a bar on standard error,
+    which is enough where that is a terminal.
+    """
+    far, told, began, ended = "", 0, time.monotonic(), threading.Event()
+    if bar and sys.stderr.isatty():
+        yield lambda words: None
+        return
+
+    def set_far(words: str) -> None:
+        nonlocal far
+        far = words
+
+    def tell() -> None:
+        nonlocal told
+        pause = PATIENCE
+        while not ended.wait(pause):
+            # Of waits within each other, the innermost is what happens.
+            if not _waits or _waits[-1] is not ended:
+                pause = PATIENCE
+                continue
+            seconds = f"{time.monotonic() - began:.0f} s"
+            words = [word for word in (far, seconds if told or _terminal() else "") if word]
+            show(f"{what} … {', '.join(words)}".rstrip())
+            pause = 0.5 if _terminal() else AGAIN * 2**told
+            told += 1
+
+    teller = threading.Thread(target=tell, name=what, daemon=True)
+    _waits.append(ended)
+    teller.start()
+    try:
+        yield set_far
+    finally:
+        ended.set()
+        teller.join()
+        _waits.remove(ended)
+        with _lock:
+            if told and _changing:
+                _write("", keep=False)
+
+
+def block(rows: Mapping[str, str]) -> None:
+    """Print names and values in two columns, the values wrapped at blanks to the width of the terminal."""
+    room = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+    left = 4 + max(map(len, rows))
+    lines = []
+    for name, value in rows.items():
+        for number, part in enumerate(wrapped(value, room - left)):
+            lines.append(f"  {'' if number else name}".ljust(left) + part)
+    say("\n".join(lines))
+
+
+def wrapped(text: str, room: int) -> list[str]:
+    """The text in lines of at most so many columns, broken at blanks; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        if lines and columns(lines[-1]) + 1 + columns(word) <= room:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows the text: Chinese characters and their like take two columns, marks none."""
+    return sum(
+        0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text
+    )
+
+
+def amount(number: float) -> str:
+    """A count in three digits: 823, 9.87 k, 110 M, 1.24 B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size * 0.9995:
+            return f"{number / size:#.3g}".rstrip(".") + f" {letter}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:07, 12:00, 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _write(line: str, keep: bool, over: bool = True) -> None:
+    global _changing
+    with _lock:
+        begin = "\r\033[K" if over and _changing and _terminal() else ""
+        if not keep:
+            line = _fitting(line)
+        _changing = not keep and bool(line)
+        print(begin + line, end="\n" if keep else "", flush=True)
+
+
+def _fitting(line: str) -> str:
+    """As much of the line as one line of the terminal holds: one that breaks cannot be replaced."""
+    room = shutil.get_terminal_size((WIDEST, 24)).columns - 1
+    while columns(line) > room:
+        line = line[:-1]
+    return line
