@@ -146,11 +146,23 @@ def _take_the_terminal() -> None:
 def _call(main: Callable[[Any], Any], config: Any) -> None:
     result = main(config)
     if getattr(config, "json", False) and result is not None:
-        print(json.dumps(_plain(result), allow_nan=False))
+        print(_json_line(_plain(result)))
     sys.stdout.flush()
     if isinstance(result, dict) and result.get("stopped_by"):
         # As shells have it, so that what should follow a finished run does not follow an interrupted one.
         raise SystemExit(128 + result["stopped_by"])
+
+
+def _json_line(value: Any) -> str:
+    """As people read it, or escaped where the encoding of standard output cannot show every character."""
+    line = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    # Where Python ends lines, and JSON does not.
+    line = re.sub("[\x85\u2028\u2029]", lambda end: f"\\u{ord(end[0]):04x}", line)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return line
 
 
 def _parse(config_type: type, prog: str, description: str | None, arguments: list[str], default: Any = None) -> Any:
@@ -273,6 +285,9 @@ def _preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, descriptio
 
 @contextlib.contextmanager
 def _one_line_errors(debug: bool) -> Iterator[None]:
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        # A terminal that is no UTF-8 gets \u4e2d for a character that it does not have, not a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (UserError, MachineError, KeyboardInterrupt, OSError, RuntimeError) as error:

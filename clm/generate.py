@@ -69,6 +69,11 @@ class GenerateConfig:
     def __post_init__(self):
         if not self.prompt:
             raise UserError('--prompt needs a text, for instance --prompt "Once upon a time"; leave it out for none')
+        for text in self.prompt:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(
+                    f"--prompt {ascii(text)} holds bytes that are no text; write it in UTF-8, with LANG=C.UTF-8"
+                )
 
 
 def next_token(logits_BV, key, sampling: SamplingConfig):
@@ -164,7 +169,7 @@ def continue_texts(
     sampling: SamplingConfig = SamplingConfig(),
     end_ids: tuple[int, ...] = (),
 ) -> list[str]:
-    """A completion for each text; an empty text starts from the beginning-of-text token alone.
+    """A completion for each text, of whole characters; an empty text starts from the beginning-of-text token alone.
 
     end_ids: tokens at which a text ends, besides the tokenizer's end-of-text token.
     """
@@ -176,7 +181,17 @@ def continue_texts(
     prompts = [[specials.bos, *backend.encode(text, add_special_tokens=False).ids] for text in texts]
     assert specials.eos is not None
     ends = tuple(sorted({specials.eos, *end_ids}))
-    return [tokenizer.decode(ids) for ids in generate(model, params, prompts, sampling, end_ids=ends)]
+    new = generate(model, params, prompts, sampling, end_ids=ends)
+    return [whole_characters(tokenizer.decode(ids)) for ids in new]
+
+
+def whole_characters(text: str) -> str:
+    """Decoded tokens without what is no character.
+
+    A token of a byte-level vocabulary may be a part of a character. Its other part is missing where the text ends
+    at max_new_tokens, and anywhere in what a model writes that has learnt little; decoders put U+FFFD in its place.
+    """
+    return text.replace("\ufffd", "")
 
 
 SAMPLED = ("temperature", "top_k", "top_p")

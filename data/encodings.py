@@ -52,6 +52,7 @@ LABELS = {
     "gb18030": "GB18030 (or GBK)",
     "cp932": "Shift-JIS",
     "cp949": "EUC-KR",
+    "big5": "Big5",
     "cp950": "Big5",
     "big5hkscs": "Big5",
     "euc_jis_2004": "EUC-JP",
@@ -169,7 +170,7 @@ def other_unicode(sample: bytes) -> str | None:
     if mark in WIDE:
         return mark
     for pattern, name in ESCAPED:
-        if re.search(pattern, sample) and sample.isascii():
+        if sample.isascii() and re.search(pattern, sample) and "\ufffd" not in _decoded(sample, name):
             return name
     zeros = sample.count(0)
     if zeros == 0 and _is_utf8(sample):
@@ -178,7 +179,7 @@ def other_unicode(sample: bytes) -> str | None:
     for name in WIDE:
         # A NUL in every second byte, or in three of four, makes a text; one by accident does not.
         text = _decoded(sample, name)
-        common = _common(text, name) if len(text) >= 4 else 0.0
+        common = _common(text, name) if len(text) >= (4 if zeros else 16) else 0.0
         if common > fit:
             best, fit = name, common
     return best
@@ -200,9 +201,12 @@ def truth(block: bytes, name: str) -> str | None:
         return None
     if not _is_utf8(block):
         return name
-    # Of two-byte characters, one in eight is valid UTF-8 by accident; of words in an encoding of one byte, none is.
-    characters = sum(character > "\x7f" for character in block.decode("utf-8", "ignore"))
-    return "utf-8" if characters >= 4 or name not in MANY_BYTES else name
+    characters = [character for character in _decoded(block, "utf-8") if character > "\x7f"]
+    if len(characters) >= 12 or name not in MANY_BYTES:
+        return "utf-8"
+    # Of two-byte characters, one in eight is valid UTF-8 by accident.
+    usual = all(character in _everywhere() for character in characters)
+    return "utf-8" if usual and _common(_decoded(block, name), name) < 1 else name
 
 
 def _is_utf8(sample: bytes) -> bool:
@@ -279,7 +283,7 @@ def _level_1(name: str) -> frozenset[str]:
 @functools.cache
 def _everywhere() -> frozenset[str]:
     """Characters of running text in any language."""
-    alphabets = (*range(0x20, 0x7F), *range(0xA0, 0x250), *range(0x370, 0x530), *range(0x590, 0xE80))
+    alphabets = (*range(0x20, 0x7F), *range(0xA0, 0x250), *range(0x370, 0x1400), *range(0x1780, 0x18B0))
     alphabets = (*alphabets, *range(0x1E00, 0x2000), *range(0x2010, 0x2040), 0x20AC, 0xFEFF, 0x9, 0xA, 0xD)
     asian = _level_1("cp949") | _level_1("cp932") | _level_1("big5") | _level_1("gb18030")
     return asian | {chr(code) for code in alphabets}

@@ -122,7 +122,8 @@ def _advice(path: str, encoding: str) -> str:
             guess = detect(fault(file, encoding))
     except (OSError, *damaged_errors()):
         return ""
-    return f"; {guess.advice}" if guess.codec != encoding or encoding == "utf-8" else "; correct or remove it"
+    given = encoding != "utf-8" and guess.codec in (None, encoding)
+    return "; correct or remove it" if given else f"; {guess.advice}"
 
 
 def _jsonl(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:

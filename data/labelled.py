@@ -38,10 +38,9 @@ class Labelled(NamedTuple):
     """The second text of each pair; None where there is one text a row."""
     labels: list[str] | None
     """None where the file has no label column (texts to predict)."""
-    columns: tuple[str, ...] = ()
-    """Where the texts are from."""
+    text_columns: tuple[str, ...] = ()
     label_column: str | None = None
-    columns_there: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     """All of the file."""
     notes: tuple[str, ...] = ()
     """What people should know about the file, a sentence each."""
@@ -66,10 +65,8 @@ def read_labelled(
     table = read_table(path, codec(encoding))
     columns, rows = table.columns, table.rows
     missing = [name for name in (*text, *([label] if label else [])) if name not in columns]
-    known = [
-        name for name in columns if name in LABEL_COLUMNS or name in {name for names in TEXT_COLUMNS for name in names}
-    ]
-    if (missing or not known and not text and not label) and looks_like_data(table):
+    known = {*LABEL_COLUMNS, *(name for names in TEXT_COLUMNS for name in names)}.intersection(columns)
+    if (missing or not (known or text or label)) and looks_like_data(table):
         shown = ", ".join(repr(name if len(name) <= 40 else f"{name[:39]}…") for name in columns[:4])
         raise UserError(
             f"{path}: the first line looks like data, not like the names of columns: {shown}; put a line of names in "
@@ -93,9 +90,9 @@ def read_labelled(
         texts_a=column(text[0]),
         texts_b=column(text[1]) if len(text) == 2 else None,
         labels=[value.strip() for value in column(label)] if label else None,
-        columns=tuple(text),
+        text_columns=tuple(text),
         label_column=label,
-        columns_there=tuple(columns),
+        columns=tuple(columns),
         notes=table.notes,
     )
 

@@ -66,6 +66,8 @@ def open_sources(
 ) -> Sources:
     """Training and validation text of a run. filtered: what is done to each source before it is split."""
     train = _open_train(config, cache)
+    if codec(config.encoding) != "utf-8" and not any(isinstance(source, FileSource) for source in train.values()):
+        raise UserError(f"data.encoding={config.encoding} is of files, and no files were given; leave it out")
     for source in train.values():
         if notice := getattr(source, "approximate", None):
             print(notice, flush=True)

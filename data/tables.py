@@ -124,7 +124,7 @@ def _text(path: str, encoding: str) -> tuple[str, list[str]]:
         else:
             wrong = f"bytes that are not valid {label(held)}"
             guess = detect(fault(cast(IO[bytes], io.BytesIO(utf8)), held))
-            advice = "correct or remove the line" if guess.codec == held else guess.advice
+            advice = "correct or remove the line" if guess.codec in (None, held) else guess.advice
         raise UserError(f"{path}:{line}: {wrong}; {advice}") from error
     text = text.removeprefix("\ufeff")
     if "\r" in text and "\n" not in text:
@@ -142,9 +142,8 @@ def _read_delimited(path: str, text: str, kind: str) -> Table:
     expected = "\t" if kind == ".tsv" else ","
     first = text.lstrip().split("\n")[0]
     if first.startswith(("{", "[{")) and _is_json(first if first.startswith("{") else text):
-        raise UserError(
-            f"{path} holds JSON, and is named {kind}; rename it to {'.jsonl' if first[0] == '{' else '.json'}"
-        )
+        better = ".jsonl" if first[0] == "{" else ".json"
+        raise UserError(f"{path} holds JSON, and is named {kind}; rename it to {better}")
     error: UserError | None = None
     table = None
     try:
@@ -157,6 +156,10 @@ def _read_delimited(path: str, text: str, kind: str) -> Table:
         if best and best.delimiter and best.delimiter != expected:
             words = DELIMITERS[best.delimiter]
             return best._replace(notes=(f"{path}: its columns are separated by {words}; read as that",))
+        seen = next((sign for sign in DELIMITERS if sign != expected and table and sign in table.columns[0]), None)
+        if seen:
+            # One column with such a name is no table that anyone meant: say why it is none of several.
+            _with_header(path, _cells(path, text, seen, kind), seen)
     if error:
         raise error
     assert table

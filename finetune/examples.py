@@ -91,7 +91,7 @@ def describe_examples(data: FinetuneData, examples: Examples) -> dict[str, str]:
     most = sorted(counts, key=lambda label: (-counts[label], label))
     total = len(examples.train.labels)
     texts = examples.train.texts
-    columns = f"column{'s' * (len(texts.columns) > 1)} {' and '.join(map(repr, texts.columns))}"
+    columns = f"column{'s' * (len(texts.text_columns) > 1)} {' and '.join(map(repr, texts.text_columns))}"
     labels = [f"{examples.names[label]} {counts[label]:,} ({counts[label] / total:.1%})" for label in most]
     return {
         "training": f"{data.train}: {total:,} examples, {columns}",
@@ -115,7 +115,7 @@ def _read(path: str, data: FinetuneData) -> Labelled:
     if file.labels is None:
         raise UserError(
             f"{path} has no column of labels that is known by its name; name it with --data.label: there are "
-            f"{', '.join(map(repr, file.columns_there))}"
+            f"{', '.join(map(repr, file.columns))}"
         )
     if "" in file.labels:
         raise UserError(f"{path}: {file.labels.count('')} examples have an empty label; label or remove them")

@@ -51,7 +51,7 @@ def class_names(labels: Sequence[str], place: str, kind: str) -> list[str]:
 
 def in_order(labels: Collection[str]) -> list[str]:
     """By value where all are finite numbers, equal ones by their text; else by their text."""
-    values = {label: _value(label) for label in labels}
+    values = {label: None if "," in label else _value(label) for label in labels}
     if any(value is None for value in values.values()):
         return sorted(labels)
     return sorted(labels, key=lambda label: (values[label] or 0.0, label))

@@ -14,9 +14,12 @@ ROFF = re.compile(r"\\f(\(..|\[.*?\]|.)|\\s[+-]?\d+|\\\(([a-z]{2}|\*\*)|\\[&/|,^
 
 
 def man_texts(language: str, pages: int = 400) -> list[str]:
-    """The first `pages` pages (in order of their names) of manpages-zh or manpages-ja, a text each, without markup."""
-    folder = _package(f"manpages-{language}")
-    country = {"zh": "zh_CN", "ja": "ja"}[language]
+    """The first `pages` pages (in order of their names) of manpages-zh or manpages-ja, a text each, without markup.
+
+    language: zh, zh_TW (traditional characters) or ja.
+    """
+    folder = _package(f"manpages-{language[:2]}")
+    country = {"zh": "zh_CN"}.get(language, language)
     texts = [_plain(gzip.decompress(path.read_bytes()).decode()) for path in _pages(folder, country)[:pages]]
     return [text for text in texts if len(text) > 200]
 

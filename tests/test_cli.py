@@ -8,6 +8,8 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -275,6 +277,41 @@ def test_json_is_the_last_line_and_valid(capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     parsed = json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert parsed == {"loss": 0.5, "ppl": None, "steps": 3, "dir": "runs/x", "a": [1, None]}
+
+
+def test_json_is_not_escaped(capsys):
+    texts = ["机器学习", "é😀", "one\u2028line\x85of\nJSON"]
+    cli.run_config(lambda config: {"texts": texts}, Options, "options", ["--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"texts": texts} and '"机器学习", "é😀", "one' in line
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, "\\u4e2d\\u6587 \\U0001f600"),
+        ({"PYTHONIOENCODING": "gb18030"}, "中文 😀"),
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "\\u4e2d\\u6587 \\U0001f600"),
+        ({"LC_ALL": "C"}, "中文 😀"),
+    ],
+)
+def test_a_terminal_without_the_characters_is_no_error(tmp_path, environment, shown):
+    """Text is escaped there; JSON stays JSON, also with characters beyond U+FFFF."""
+    (tmp_path / "script.py").write_text(
+        "import dataclasses, cli\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class C:\n    json: bool = True\n"
+        "def main(config):\n    print('中文 😀')\n    return {'text': '中文 😀'}\n"
+        "cli.run_config(main, C, 'script')\n",
+        encoding="utf-8",
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    path = {"PYTHONPATH": str(pathlib.Path(cli.__file__).parent)}
+    command = [sys.executable, tmp_path / "script.py"]
+    done = subprocess.run(command, env=clean | path | environment, capture_output=True, check=True)
+    assert done.stderr == b""
+    text, line = done.stdout.decode(environment.get("PYTHONIOENCODING", "utf-8")).splitlines()
+    assert text == shown and json.loads(line) == {"text": "中文 😀"}
 
 
 def test_without_json_nothing_is_printed(capsys):

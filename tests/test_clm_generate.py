@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import clm.generate
 import clm.presets
 from cli import UserError
-from clm.generate import SamplingConfig, generate, next_token
+from clm.generate import GenerateConfig, SamplingConfig, continue_texts, generate, next_token
+from data.tokenizer import vocabulary_size
+from data.train_tokenizer import train_tokenizer
 from models.heads import causal_lm_head
 from models.transformer import Execution, apply, init_params
 from models.vocabulary import logits
@@ -104,3 +107,46 @@ def test_generation_beyond_the_learned_positions_is_refused():
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(UserError, match="out of range"):
         SamplingConfig(**bad)
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A vocabulary in which most Chinese characters are two or three tokens."""
+    return train_tokenizer(["机器学习是人工智能的一个分支。"] * 9, "bpe", 300, for_masked_lm=False)
+
+
+def test_generated_text_is_whole_characters(byte_level, monkeypatch):
+    """An untrained model writes bytes at random: what is shown are the characters among them."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    model = dataclasses.replace(MODELS["llama"], vocab_size=vocabulary_size(byte_level), max_position_embeddings=512)
+    params = init_params(model, jax.random.key(1), heads=("causal_lm",))
+    sampling = SamplingConfig(max_new_tokens=300, temperature=1.5)
+    seen = []
+    monkeypatch.setattr(clm.generate, "generate", lambda *given, **by: seen.extend(generate(*given, **by)) or seen)
+    ((text,), (ids,)) = continue_texts(model, params, byte_level, [""], sampling), seen
+    stands_for = {character: byte for byte, character in bytes_to_unicode().items()}
+    names = byte_level.convert_ids_to_tokens([token for token in ids if token not in byte_level.all_special_ids])
+    content = bytes(stands_for[character] for name in names for character in name)
+    with pytest.raises(UnicodeDecodeError):
+        content.decode()
+    assert "\ufffd" not in text and text.encode().decode() == text
+    assert _without_specials(byte_level, text) == content.decode(errors="ignore")
+
+
+def _without_specials(tokenizer, text: str) -> str:
+    for name in tokenizer.all_special_tokens:
+        text = text.replace(name, "")
+    return text
+
+
+def test_a_character_that_the_end_cuts_is_left_out(byte_level, monkeypatch):
+    whole = byte_level.encode("学习机🤖", add_special_tokens=False)
+    monkeypatch.setattr(clm.generate, "generate", lambda *_, **__: [whole[:-1], whole, [*whole[:-2], *whole]])
+    found = continue_texts(MODELS["llama"], {}, byte_level, ["a", "b", "c"])
+    assert found == ["学习机", "学习机🤖", "学习机学习机🤖"]
+
+
+def test_a_prompt_that_is_no_text_is_refused():
+    with pytest.raises(UserError, match="holds bytes that are no text"):
+        GenerateConfig("run", prompt=("caf\udce9",))

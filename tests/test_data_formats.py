@@ -218,6 +218,9 @@ def test_no_bytes_break_a_reader(tmp_path_factory, content):
     for kind in (".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.zst"):
         for item in of_file(folder, f"a{kind}", content, 50):
             assert isinstance(item, Document) and "\0" not in item.text or item.kind in KINDS
+        path = str(folder / f"a{kind}")
+        for encoding in ("gb18030", "utf-16", "cp932", "iso2022_jp", "utf-8"):
+            assert all(isinstance(item, Document) or item.kind in KINDS for item in read(path, "text", 50, encoding))
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " ", ""])

@@ -87,6 +87,83 @@ def test_errors_name_file_and_line(tmp_path, name, content, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+READABLE = {
+    "semicolons": ("a.csv", "text;label\nfine, really;1\n\"bad; so\";0\n", "separated by semicolons"),
+    "tabs in .csv": ("a.csv", 'text\tlabel\nfine, really\t1\n"bad; so"\t0\n', "separated by tabs"),
+    "bars": ("a.csv", "text|label\nfine, really|1\nbad; so|0\n", "separated by vertical bars"),
+    "commas in .tsv": ("a.tsv", 'text,label\n"fine, really",1\nbad; so,0\n', "separated by commas"),
+    "carriage returns": ("a.tsv", "text\tlabel\rfine, really\t1\rbad; so\t0\r", "carriage return"),
+    "array": (
+        "a.json", '[{"text": "fine, really", "label": 1},\n {"text": "bad; so", "label": 0}]', "array of 2 objects"
+    ),
+    "array in .jsonl": (
+        "a.jsonl", '[{"text": "fine, really", "label": 1}, {"text": "bad; so", "label": 0}]', "array of 2 objects"
+    ),
+    "lines in .json": ("a.json", '{"text": "fine, really", "label": 1}\n{"text": "bad; so", "label": 0}\n', None),
+    "Windows": ("a.csv", '\ufefftext, label\r\n"fine, really", 1\r\nbad; so, 0\r\n', None),
+}  # fmt: skip
+"""What leaves no doubt: name, content, what is said of it."""
+
+
+@pytest.mark.parametrize("case", READABLE)
+def test_what_leaves_no_doubt_is_read_and_said(tmp_path, case):
+    name, content, words = READABLE[case]
+    found = read_labelled(write(tmp_path / name, content))
+    assert found[:3] == (["fine, really", "bad; so"], None, ["1", "0"]) and found.label_column == "label"
+    assert len(found.notes) == (words is not None)
+    assert words is None or words in found.notes[0] and found.notes[0].startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "what a lovely film,1\nI left early,0\n", "looks like data, not like the names of columns: 'what a"),
+        ("a.tsv", "fine\tpos\nok\tpos\nbad\tneg\nso so\tneg\nwell\tpos\n", "put a line of names in front, for instance "
+         "'text.*tlabel'"),
+        ("a.csv", "很好看的一部电影。;好\n不好;坏\n", "looks like data.*'text;label'"),
+        ("a.csv", "text,label,label\nx,1,2\n", "the column 'label' is there twice"),
+        ("a.jsonl", '{"text": "x", "label": 1, "label": 2}\n', "a.jsonl:1: the field 'label' is there twice"),
+        ("a.csv", "text;label\nfine;1\nbad;0;1\n", "a.csv:3: 3 columns, but the first line names 2"),
+        ("a.csv", '{"text": "x", "label": 1}\n', "holds JSON, and is named .csv; rename it to .jsonl"),
+        ("a.csv", '[{"text": "x", "label": 1},\n{"text": "y", "label": 0}]\n', "rename it to .json"),
+        ("a.json", '{"data": [{"text": "x", "label": 1}],\n "version": 1}', "one JSON object, with the fields 'data'"),
+        ("a.json", '[{"text": "x",\n "label": 1}, {"text"', "begins like a JSON array and is none"),
+        ("a.xlsx", b"PK\x03\x04", "is a spreadsheet; open it and save it as CSV in UTF-8"),
+        ("a.csv", b"PK\x03\x04\x14", "is an Excel file or another archive"),
+        ("a.csv", b"PAR1\x15\x04", "is a Parquet file"),
+        ("a.csv", b"\x1f\x8b\x08", "is packed by gzip; unpack it with `gunzip`"),
+        ("a.csv", b"", "holds no rows: it is empty"),
+        ("a.csv", b"\xef\xbb\xbf\r\n", "holds no rows: it is empty"),
+    ],
+)  # fmt: skip
+def test_what_was_found_is_said_with_what_to_do(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_labelled(write(tmp_path / name, content))
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,label\nx,1\ny,0\n",
+        "index,sentence\n0,one\n1,two\n",
+        "0,1\nsome words,a\nmore words,b\n",
+        "review,stars\na,1\n",
+        "id,text,label\n1,label,label\n2,label,label\n",
+    ],
+)
+def test_a_header_is_not_taken_for_data(tmp_path, content):
+    found = read_labelled(write(tmp_path / "a.csv", content))
+    assert len(found.texts_a) == content.count("\n") - 1
+
+
+def test_an_unquoted_comma_does_not_make_another_table(tmp_path):
+    """Where the promised delimiter is there, other ones are not tried instead of telling of a bad row."""
+    path = write(tmp_path / "a.csv", "text,label\nfine,1\nbad, so bad,0\n")
+    with pytest.raises(UserError, match="a.csv:3: 3 columns, but the first line names 2"):
+        read_labelled(path)
+
+
 def test_missing_column_lists_what_is_there(tmp_path):
     path = write(tmp_path / "a.tsv", "sentence\tlabel\nx\t1\n")
     with pytest.raises(UserError, match="no column 'text'; its columns are 'sentence', 'label'"):

@@ -15,7 +15,7 @@ from cli import UserError
 from data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
 from data.train_tokenizer import train_tokenizer
 from finetune import evaluate
-from finetune.examples import read_examples
+from finetune.examples import describe_examples, read_examples
 from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
 from finetune.tasks.classify import classification_objective
 from finetune.train import main, resolved
@@ -26,6 +26,7 @@ from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
 from training.checkpoint import Checkpoints, read_config, restore_params
 from training.config import CheckpointConfig, OptimizerConfig
+from training.identity import identity
 from training.run import RunDirectory, write_json
 from training.start import find_origin
 from training.state import new_state
@@ -154,7 +155,7 @@ def test_an_encoder_learns_and_a_resumed_run_ends_alike(there, tmp_path, capsys)
     assert (parts / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
 
 
-def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path):
+def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path, capsys):
     """The label hangs on the second text alone, and stands in a column of another name."""
     random = np.random.default_rng(0)
     for name, count in (("train", 96), ("validation", 40)):
@@ -166,6 +167,8 @@ def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path):
     changes = dict(data=data, dropout=0.0, mesh=MeshConfig(1, 1, 1))
     summary = main(config_for(there, tmp_path / "run", there.decoder, **changes))
     assert summary["metrics"]["accuracy"] == 1.0
+    out = capsys.readouterr().out
+    assert "columns 'one' and 'two'" in out and "2 classes in 'kind': " in out
     row = lines_of(tmp_path / "run" / "predictions.jsonl")[0]
     assert row.keys() == {"text", "text_b", "label", "prediction", "probability"}
 
@@ -313,7 +316,7 @@ BAD = {
     "missing file": (dict(data=dict(validation="gone.tsv")), "no file gone.tsv"),
     "unseen label": (dict(validation=[{"sentence": "a", "label": "mineral"}]), "no example of: 'mineral'; known are"),
     "one label": (dict(train=[{"sentence": "a", "label": "bird"}]), "every example has the label 'bird'"),
-    "no labels": (dict(train=[{"sentence": "a"}]), "no column of labels"),
+    "no labels": (dict(train=[{"sentence": "a"}]), "no column of labels .*there are 'sentence'"),
     "empty label": (dict(train=[{"sentence": "a", "label": ""}]), "1 examples have an empty label"),
     "pairs and singles": (
         dict(validation=[{"sentence1": "a", "sentence2": "b", "label": "bird"}]), "has pairs of texts and the other"
@@ -353,6 +356,80 @@ def test_labels_have_one_order(there, tmp_path):
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         tokenizer = load_tokenizer(there.encoder / "tokenizer")
         assert read_examples(FinetuneData(train=path, validation=path), tokenizer, ENCODER).names == order
+
+
+def examples_of(there, tmp_path, labels, **settings):
+    rows = [{"sentence": f"a crow {number}", "score": label} for number, label in enumerate(labels)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = FinetuneData(train=path, validation=path, label="score", **settings)
+    return read_examples(data, load_tokenizer(there.encoder / "tokenizer"), ENCODER)
+
+
+NO_CLASSES = {
+    "similarity": ([round(number / 10, 1) for number in range(51)] * 4, "looks like a regression target: 51 different"),
+    "half stars": ([0.5, 1.0, 1.5] * 20, r"among them decimals \(0.5, 1.5\); regression is not there yet"),
+    "decimal commas": (["3,8", "2,75", "4"] * 20, r"among them decimals \(2,75, 3,8\)"),
+    "prices": ([number * number for number in range(40)] * 10, "40 different numbers from 0 to 1521; regr"),
+    "a number of each row": (list(range(60)), "60 different values in 60 examples .*identifier or a text"),
+    "a text of each row": ([f"text {number}" for number in range(60)], "60 different values in 60 examples"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CLASSES)
+def test_labels_that_are_no_classes_are_refused_unless_they_are_said_to_be(there, tmp_path, case):
+    labels, words = NO_CLASSES[case]
+    with pytest.raises(UserError, match=words) as error:
+        examples_of(there, tmp_path, labels)
+    message = str(error.value)
+    assert "rows.jsonl, column 'score'" in message and "--data.label-kind classes" in message and "\n" not in message
+    forced = examples_of(there, tmp_path, labels, label_kind="classes")
+    assert sorted(forced.names) == sorted(set(map(str, labels)))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [0, 1] * 20,
+        [0, 1, 2, 3, 4] * 20,
+        [1.0, 2.0, 3.0] * 20,
+        [-1, 0, 1] * 20,
+        [1, 10, 100] * 20,
+        list(range(77)) * 10,
+        [f"intent {number}" for number in range(150)] * 3,
+        ["entailment", "neutral", "contradiction"],
+        ["3.8a", "nan", "b"] * 10,
+        [True, False] * 10,
+    ],
+)
+def test_classes_are_classes(there, tmp_path, labels):
+    assert len(examples_of(there, tmp_path, labels).names) == len(set(labels))
+
+
+def test_what_was_read_is_said(there, tmp_path):
+    found = examples_of(there, tmp_path, [1] * 1200 + [0] * 34)
+    path = str(tmp_path / "rows.jsonl")
+    assert found.facts == ()
+    assert describe_examples(FinetuneData(train=path, validation=path), found) == {
+        "training": f"{path}: 1,234 examples, column 'sentence'",
+        "validation": f"{path}: 1,234 examples",
+        "labels": "2 classes in 'score': 1 1,200 (97.2 %), 0 34 (2.8 %)",
+    }
+    rows = "text;label\nein Spatz;Vogel\neine Säge;Gerät\n"
+    (tmp_path / "rows.csv").write_bytes(rows.encode("cp1252"))
+    files = dict.fromkeys(("train", "validation"), str(tmp_path / "rows.csv"))
+    data = FinetuneData(**files, encoding="latin-1")
+    found = read_examples(data, load_tokenizer(there.encoder / "tokenizer"), ENCODER)
+    assert found.facts == (f"{tmp_path}/rows.csv: its columns are separated by semicolons; read as that",)
+    assert describe_examples(data, found)["labels"] == "2 classes in 'label': Gerät 1 (50.0 %), Vogel 1 (50.0 %)"
+
+
+def test_how_labels_were_allowed_is_not_what_a_run_is():
+    """The classes are; so a run of an older version goes on where its labels are refused today, with the flag."""
+    changes = (dict(label_kind="classes"), dict(encoding="gbk"))
+    plain, *others = (
+        identity(dataclasses.asdict(FinetuneConfig(data=FinetuneData(**change)))) for change in ({}, *changes)
+    )
+    assert [plain == other for other in others] == [True, False]
 
 
 def test_another_tokenizer_beside_the_checkpoint_is_refused(there, tmp_path):
