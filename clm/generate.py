@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import cli
+import progress
 from cli import UserError
 
 if TYPE_CHECKING:
@@ -157,6 +158,14 @@ def continue_texts(
 
 def main(config: GenerateConfig) -> dict:
     """Load the newest checkpoint of the run and print a completion for every prompt."""
+    completions = _completions(config)
+    for text, completion in zip(config.prompt, completions, strict=True):
+        print(f"{'─' * 60}\n{text}{completion}")
+    return {"prompts": list(config.prompt), "completions": completions, "run_dir": config.run_dir}
+
+
+@progress.waiting("loading the model and continuing the text")
+def _completions(config: GenerateConfig) -> list[str]:
     from data.tokenizer import tokenizer_of
     from models.config import ModelConfig
     from training.checkpoint import read_config, restore_params
@@ -170,10 +179,7 @@ def main(config: GenerateConfig) -> dict:
         )
     model = ModelConfig.from_dict(saved["model"])
     tokenizer = tokenizer_of(RunDirectory(config.run_dir).tokenizer, saved)
-    completions = continue_texts(model, restore_params(config.run_dir), tokenizer, config.prompt, config.sampling)
-    for text, completion in zip(config.prompt, completions, strict=True):
-        print(f"{'─' * 60}\n{text}{completion}")
-    return {"prompts": list(config.prompt), "completions": completions, "run_dir": config.run_dir}
+    return continue_texts(model, restore_params(config.run_dir), tokenizer, config.prompt, config.sampling)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Literal
 
 from cli import UserError
 from data.filters import FilterConfig
+from short_help import often
 
 MAX_DOCUMENT_BYTES = 2**25
 
@@ -17,7 +18,7 @@ MAX_DOCUMENT_BYTES = 2**25
 class DataConfig:
     """Text, tokenizer and row length of a pretraining run."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = often(())
     """Files, globs or URLs (gs://, s3://, https://) of training text: .txt, .md (one document a file), .jsonl (one a
     line), .csv, .parquet (one a row), each also .gz or .zst. Or one data set: hf:ID_OR_FOLDER?split=train of Hugging
     Face, tfds:NAME_OR_FOLDER?split=train of tensorflow-datasets, builtin:pydoc."""
@@ -30,7 +31,7 @@ class DataConfig:
     docstrings of all installed packages too (tens of MB)."""
     builtin_exclude: tuple[str, ...] = ()
     """Files of the built-in text to leave out (the demo's held-out ones)."""
-    validation_files: tuple[str, ...] = ()
+    validation_files: tuple[str, ...] = often(())
     """Held-out text; unset = a part of the documents (validation_fraction)."""
     validation_fraction: float = 0.02
     """Part of the text held out where there are no validation files."""
@@ -46,7 +47,7 @@ class DataConfig:
     """Tokenizer folder or tokenizer.json; unset = train one of the model's vocab_size on the training text."""
     tokenizer_kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
     """What to train: lower-cased WordPiece (BERT), byte-level BPE (GPT-2) or Unigram (T5, ALBERT)."""
-    sequence_length: int = 128
+    sequence_length: int = often(128)
     """Tokens in a row; rows are packed with several documents that never see each other."""
     cache: str | None = None
     """Folder of tokenized text; unset = $ESPALIER_CACHE, else ~/.cache/espalier."""

@@ -110,8 +110,9 @@ def plan(
     from data.tokenizer import fingerprint, load_tokenizer
 
     cache = cache_folder(config)
-    sides = open_sources(config, cache, lambda source: filtered(source, config))._asdict()
-    keys = {side: {name: source.fingerprint() for name, source in sources.items()} for side, sources in sides.items()}
+    with progress.waiting("looking through the text"):
+        sides = open_sources(config, cache, lambda source: filtered(source, config))._asdict()
+        keys = {side: {name: source.fingerprint() for name, source in found.items()} for side, found in sides.items()}
     joint = {side: _joint(names) for side, names in keys.items()}
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else of_weights
     if tokenizer and of_weights and fingerprint(tokenizer) != fingerprint(of_weights):
