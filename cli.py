@@ -20,7 +20,6 @@ import select
 import shlex
 import signal
 import sys
-import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 
 import library_log
 import progress
+from short_help import preset_help, settings, short_help
 
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
 """What the machine may answer to a sound program: no permission, no space left, a file where a folder should be."""
@@ -94,8 +94,8 @@ def run(
     _take_the_terminal()
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _one_line_errors("--debug" in arguments):
-        if arguments[:1] in (["-h"], ["--help"]):
-            print(_preset_help(presets, prog, description))
+        if arguments[:1] in (["-h"], ["--help"], ["--help-all"]):
+            print(preset_help(presets, prog, description))
             return
         name = arguments[0] if arguments else ""
         if name not in presets:
@@ -170,6 +170,12 @@ def _parse(config_type: type, prog: str, description: str | None, arguments: lis
     import tyro
 
     flags = dict(_flags(config_type))
+    short = default is not None and any(settings(default))
+    helping = "--help-all" if short else "--help"
+    if short and {"-h", "--help"} & {*arguments}:
+        print(short_help(default, prog, description))
+        raise SystemExit(0)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     for number, argument in enumerate(arguments):
         given, equals, value = argument.partition("=")
         flag = given.replace("_", "-")
@@ -177,7 +183,7 @@ def _parse(config_type: type, prog: str, description: str | None, arguments: lis
             continue
         # tyro would find these two itself, but count what follows the flag as unknown too.
         if flag not in flags:
-            raise UserError(f"unknown flag {flag}{_nearest(flag, flags)}; `{prog} --help` lists all")
+            raise UserError(f"unknown flag {flag}{_nearest(flag, flags)}; `{prog} {helping}` lists all")
         following = arguments[number + 1 : number + 2]
         if flags[flag] == tuple[str, ...] and not equals and (not following or following[0].startswith("--")):
             raise UserError(f"{flag} needs a value, or more; leave it out for none")
@@ -200,7 +206,7 @@ def _parse(config_type: type, prog: str, description: str | None, arguments: lis
         while cause := cause.__context__:
             if isinstance(cause, UserError):
                 raise cause from None
-        raise UserError(f"{_unboxed(box.getvalue())}; `{prog} --help` says what is accepted") from None
+        raise UserError(f"{_unboxed(box.getvalue())}; `{prog} {helping}` says what is accepted") from None
 
 
 def _flags(config_type: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
@@ -270,17 +276,6 @@ def _unboxed(box: str) -> str:
     for pattern, plain in PLAIN_WORDS:
         message = re.sub(pattern, plain, message)
     return message
-
-
-def _preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, description: str) -> str:
-    width = max(map(len, presets)) + 4
-    lines = [f"usage: {prog} PRESET [flags]", "", description, "", "presets:"]
-    for name, preset in presets.items():
-        summary = (inspect.getdoc(preset) or "").split("\n")[0]
-        lines += textwrap.wrap(
-            f"  {name}".ljust(width) + summary, 118, subsequent_indent=" " * width, break_on_hyphens=False
-        )
-    return "\n".join([*lines, "", f"`{prog} PRESET --help` lists its flags and their values."])
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ usage: ./launch.sh [COMMAND] [arguments]
   ./launch.sh setup                    install only
   ./launch.sh python [arguments]       the environment's Python, which finds Espalier from everywhere
 
-Each command has its own --help. Paths on the command line are seen from where you are.
+Each command has its own --help; after a PRESET, --help-all lists every flag. Paths on the command line are seen
+from where you are.
 
 The environment is the active virtualenv, the active conda environment (other than base), Colab's own Python, or
 else .venv beside this script, made by $PYTHON (unset = python3; 3.11 or newer). An installed JAX is kept as it is;

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import cli
+import progress
 from cli import UserError
 
 if TYPE_CHECKING:
@@ -228,6 +229,14 @@ def sampling_of(values: dict, sampling: SamplingConfig) -> tuple[SamplingConfig,
 
 def main(config: GenerateConfig) -> dict:
     """Load the newest checkpoint of the run and print a completion for every prompt."""
+    completions = _completions(config)
+    for text, completion in zip(config.prompt, completions, strict=True):
+        print(f"{'─' * 60}\n{text}{completion}")
+    return {"prompts": list(config.prompt), "completions": completions, "run_dir": config.run_dir}
+
+
+@progress.waiting("loading the model and continuing the text")
+def _completions(config: GenerateConfig) -> list[str]:
     from data.tokenizer import tokenizer_of
     from models.config import ModelConfig
     from models.published import Published
@@ -249,12 +258,9 @@ def main(config: GenerateConfig) -> dict:
         if sampling != config.sampling or ignored:
             how = ", ".join(f"{name} {value:g}" for name, value in zip(SAMPLED, sampling.drawn, strict=True))
             but = f"; what it says of {', '.join(ignored)} is not followed" if ignored else ""
-            print(f"by the model's generation_config.json: {how}{but}", flush=True)
+            progress.say(f"by the model's generation_config.json: {how}{but}")
     params = restore_params(config.run_dir)
-    completions = continue_texts(model, params, tokenizer, config.prompt, sampling, end_ids)
-    for text, completion in zip(config.prompt, completions, strict=True):
-        print(f"{'─' * 60}\n{text}{completion}")
-    return {"prompts": list(config.prompt), "completions": completions, "run_dir": config.run_dir}
+    return continue_texts(model, params, tokenizer, config.prompt, sampling, end_ids)
 
 
 if __name__ == "__main__":

@@ -72,15 +72,16 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     run.check(config_dict, defaults, origin.done if origin else 0)
 
     bytes_V = token_bytes(tokenizer)
-    rows, held_out = (
-        {
-            name: Rows(
-                store, pack_split(store.offsets, length), length, specials, kind="causal_lm", token_bytes=bytes_V
-            )
-            for name, store in stores.items()
-        }
-        for stores in (prepared.train, prepared.validation)
-    )
+    with progress.waiting("packing rows"):
+        rows, held_out = (
+            {
+                name: Rows(
+                    store, pack_split(store.offsets, length), length, specials, kind="causal_lm", token_bytes=bytes_V
+                )
+                for name, store in stores.items()
+            }
+            for stores in (prepared.train, prepared.validation)
+        )
     weights = config.data.weights()
     batches = Batches(rows, config.batch_size, config.seed, weights)
     eval_batches = Batches(held_out, config.batch_size, weights=None if "validation" in held_out else weights).fixed(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import cli
+import progress
 from cli import UserError
 
 
@@ -49,6 +50,7 @@ class ExportConfig:
     """Show the traceback of an error."""
 
 
+@progress.waiting("importing")
 def import_model(config: ImportConfig) -> dict:
     """Check everything, then write the run directory as a whole; returns the `--json` object."""
     from pathlib import Path
@@ -85,11 +87,12 @@ def import_model(config: ImportConfig) -> dict:
         save_params(run.checkpoints, jax.block_until_ready(params), saved)
         write_json(run.config, saved)
     parameters = count_params(model, head)
-    print(f"{config.source}: {model.model_type} with head {head}, {parameters / 1e6:,.1f} million parameters")
-    print(f"imported to {config.run_dir}; start from it with --init-from {config.run_dir}", flush=True)
+    progress.say(f"{config.source}: {model.model_type} with head {head}, {parameters / 1e6:,.1f} million parameters")
+    progress.say(f"imported to {config.run_dir}; start from it with --init-from {config.run_dir}")
     return {"run_dir": str(target), "head": head, "model_type": model.model_type, "parameters": parameters}
 
 
+@progress.waiting("exporting")
 def export_model(config: ExportConfig) -> dict:
     """Write the folder as a whole; returns the `--json` object."""
     from data.tokenizer import framed_tokenizer, tokenizer_of
@@ -116,7 +119,7 @@ def export_model(config: ExportConfig) -> dict:
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
     save_pretrained(config.destination, model, params, tokenizer, card=card, dtype=dtype, published=published)
-    print(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}", flush=True)
+    progress.say(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}")
     return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype}
 
 

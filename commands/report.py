@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cli
+import progress
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> dict:
     """Write the report and say where it is."""
-    from training.report import write_report
+    with progress.waiting("drawing the report"):
+        from training.report import write_report
 
-    path = write_report(config.run_dir)
+        path = write_report(config.run_dir)
     print(path)
     return {"report": str(path), "run_dir": config.run_dir}
 

@@ -10,6 +10,7 @@ from typing import Literal
 from cli import UserError
 from data.encodings import codec
 from data.filters import FilterConfig
+from short_help import often
 
 MAX_DOCUMENT_BYTES = 2**25
 ALPHABET = 0.99999
@@ -20,7 +21,7 @@ ALPHABET = 0.99999
 class DataConfig:
     """Text, tokenizer and row length of a pretraining run."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = often(())
     """Files, globs or URLs (gs://, s3://, https://) of training text: .txt, .md (one document a file), .jsonl (one a
     line), .csv, .parquet (one a row), each also .gz or .zst. Or one data set: hf:ID_OR_FOLDER?split=train of Hugging
     Face, tfds:NAME_OR_FOLDER?split=train of tensorflow-datasets, builtin:pydoc."""
@@ -33,7 +34,7 @@ class DataConfig:
     docstrings of all installed packages too (tens of MB)."""
     builtin_exclude: tuple[str, ...] = ()
     """Files of the built-in text to leave out (the demo's held-out ones)."""
-    validation_files: tuple[str, ...] = ()
+    validation_files: tuple[str, ...] = often(())
     """Held-out text; unset = a part of the documents (validation_fraction)."""
     validation_fraction: float = 0.02
     """Part of the text held out where there are no validation files."""
@@ -61,7 +62,7 @@ class DataConfig:
     """Where words begin in Chinese, Japanese, Thai, Lao, Khmer and Burmese text, for --masking.whole-words: a segmenter
     finds them, and they are stored with the tokens; or each token is a word. unset = with --masking.whole-words by the
     segmenters that are installed, and a run that goes on does as it began."""
-    sequence_length: int = 128
+    sequence_length: int = often(128)
     """Tokens in a row; rows are packed with several documents that never see each other."""
     cache: str | None = None
     """Folder of tokenized text; unset = $ESPALIER_CACHE, else ~/.cache/espalier."""

@@ -147,14 +147,15 @@ def plan(
     from data.words import check_segmenters
 
     cache = cache_folder(config)
-    sides = open_sources(config, cache, lambda source: filtered(source, config))._asdict()
+    with progress.waiting("looking through the text"):
+        sides = open_sources(config, cache, lambda source: filtered(source, config))._asdict()
+        keys = {side: {name: source.fingerprint() for name, source in found.items()} for side, found in sides.items()}
     if words is None:
         words = _segmenters(sides["train"].values(), config, whole_words)
     else:
         check_segmenters(words)
     if words:
-        print(f"whole words: {'; '.join(f'{script} by {found}' for script, found in words.items())}", flush=True)
-    keys = {side: {name: source.fingerprint() for name, source in sources.items()} for side, sources in sides.items()}
+        progress.say(f"whole words: {'; '.join(f'{script} by {found}' for script, found in words.items())}")
     joint = {side: _joint(names) for side, names in keys.items()}
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else of_weights
     if tokenizer and of_weights and fingerprint(tokenizer) != fingerprint(of_weights):

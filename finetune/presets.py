@@ -8,6 +8,7 @@ from typing import Literal
 from cli import UserError
 from data.encodings import codec
 from models.config import Execution
+from short_help import often
 from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
@@ -15,19 +16,19 @@ from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 class FinetuneData:
     """Labelled texts: .tsv, .csv, .jsonl or .json files with named columns."""
 
-    train: str | None = None
+    train: str | None = often(None)
     """File to learn from."""
-    validation: str | None = None
+    validation: str | None = often(None)
     """File to measure on; its labels are those of the training file."""
-    text: tuple[str, ...] = ()
+    text: tuple[str, ...] = often(())
     """One column of text, or two for pairs; unset = guessed from the names, as in GLUE's files."""
-    label: str | None = None
+    label: str | None = often(None)
     """Column of labels; unset = guessed (label, Quality, gold_label, target, class)."""
     label_kind: Literal["auto", "classes"] = "auto"
     """auto refuses labels that look like a regression target or an identifier; classes takes each value for a class."""
     encoding: str = "utf-8"
     """Encoding of both files, by the names of Python: gb18030, big5, cp932, euc-jp, euc-kr, utf-16, cp1252 …"""
-    max_length: int | None = None
+    max_length: int | None = often(None)
     """Tokens of an example, the rest is cut off; unset = as many as the model has positions, at most 512."""
 
     def __post_init__(self):
@@ -40,7 +41,7 @@ class FinetuneData:
 class FinetuneOptimizer(OptimizerConfig):
     """Optimizer and schedule of a fine-tuning."""
 
-    learning_rate: float | None = None  # type: ignore[assignment]
+    learning_rate: float | None = often(None)  # type: ignore[assignment]
     """Peak learning rate; unset = 5e-5 × 768 / hidden_size, but not above 3e-4."""
     warmup: float = 0.1
     """Warm-up: a fraction of the steps below 1, else a number of steps."""
@@ -55,13 +56,13 @@ class FinetuneConfig(TrainConfig):
     """What is learnt (finetune/tasks), and the head that learns it (models.heads.HEADS)."""
     steps: int | None = None  # type: ignore[assignment]
     """Length of the schedule in optimizer steps; unset = three epochs, but at least 200 steps (Mosbach et al. 2021)."""
-    epochs: float | None = None
+    epochs: float | None = often(None)
     """Length of the schedule in passes over the training file, instead of steps."""
     eval_every: int | None = None  # type: ignore[assignment]
     """Steps between evaluations; unset = an epoch, or a tenth of the run if that is longer."""
-    init_from: str | None = None
+    init_from: str | None = often(None)
     """Whose weights, tokenizer and architecture are taken: a run directory, or hf:PATH_OR_ID (Hugging Face format)."""
-    scratch: bool = False
+    scratch: bool = often(False)
     """Take architecture and tokenizer alone and start from random weights, to see what the pretraining is worth."""
     dropout: float = 0.1
     """Dropout of hidden states and attention; replaces the checkpoint's."""

@@ -9,6 +9,7 @@ from data.config import DataConfig
 from models.config import Execution, ModelConfig
 from models.families.bert import BERT_BASE, BERT_LARGE
 from models.families.modernbert import MODERNBERT_BASE
+from short_help import often
 from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
@@ -16,7 +17,7 @@ from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 class MaskingConfig:
     """What the model must predict (Devlin et al. 2019; whole words: Cui et al. 2021; rates: Wettig et al. 2023)."""
 
-    rate: float = 0.15
+    rate: float = often(0.15)
     """Part of each row's ordinary tokens that is predicted."""
     final_rate: float | None = None
     """Rate at the last step, reached linearly (e.g. 0.30 to 0.15); unset = constant."""

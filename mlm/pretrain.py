@@ -91,15 +91,21 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     ordinary_V = ~np.isin(ids_V, specials.all) & (ids_V < vocabulary_size(tokenizer))
     vocabulary = Vocabulary(specials.mask, ordinary_V, word_table(tokenizer))
     by_words = config.masking.whole_words and bool(prepared.words)
-    rows, held_out = (
-        {
-            name: Rows(
-                store, pack_best_fit(store.offsets, length), length, specials, kind="masked_lm", word_starts=by_words
-            )
-            for name, store in stores.items()
-        }
-        for stores in (prepared.train, prepared.validation)
-    )
+    with progress.waiting("packing rows"):
+        rows, held_out = (
+            {
+                name: Rows(
+                    store,
+                    pack_best_fit(store.offsets, length),
+                    length,
+                    specials,
+                    kind="masked_lm",
+                    word_starts=by_words,
+                )
+                for name, store in stores.items()
+            }
+            for stores in (prepared.train, prepared.validation)
+        )
     weights = config.data.weights()
     batches = Batches(rows, config.batch_size, config.seed, weights)
     eval_batches = Batches(held_out, config.batch_size, weights=None if "validation" in held_out else weights).fixed(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cli import UserError
+from short_help import often
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +38,8 @@ class MeshConfig:
     """Ways to split the tokens of a row, for rows too long for one device."""
     replica: int = 1
     """Copies on slices or nodes with a slower network between them."""
-    auto: bool = False
-    """Choose the axes from the model's size, the memory of the chips and how they are connected, and say why."""
+    auto: bool = often(False)
+    """Choose the axes and say why. It goes by the model's size, the chips' memory and how they are connected."""
 
     def sizes(self, device_count: int) -> tuple[int, ...]:
         """Axis sizes in the order of AXES on `device_count` devices, the -1 filled in; UserError where they do not fit.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import pytest
 
 import cli
 from cli import UserError
+from short_help import often, settings
 
 pytestmark = pytest.mark.corner  # cli.py reads what tyro prints, which differs between versions
 
@@ -161,6 +163,71 @@ def test_help_of_a_preset_lists_every_flag_with_its_meaning_and_value(capsys):
         assert part in out
     for flag in ["--files", "--run-dir", "--optimizer.learning-rate", "--optimizer.scales", "--json", "--no-json"]:
         assert flag in out
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A group."""
+
+    rate: float = often(0.5)
+    """How much; unset = none at all, which is never said. It has a reason (e.g. this one)."""
+    seldom: int = 3
+    """Nobody sets it."""
+
+
+@dataclass(frozen=True)
+class Long(Config):
+    """A run with a short help."""
+
+    steps: int = often(10)
+    """Steps, e.g. ten. More on steps."""
+    names: tuple[str, ...] = often(())
+    """What it is called; and so on."""
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_the_short_help_shows_what_is_declared_to_be_set_often(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    presets = {"long": lambda: Long(steps=2000)}
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as exit:
+            cli.run(pytest.fail, presets, "mlm", "", ["long", "--steps", "3", flag])
+        assert not exit.value.code
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "usage: mlm long [flags]" and lines[-1] == "`mlm long --help-all` lists every flag."
+        assert [line for line in lines if line.startswith("  ")] == [
+            "  --steps INT         Steps, e.g. ten (default: 2,000)",
+            "  --names STR …       What it is called",
+            "  --inner.rate FLOAT  How much; unset = none at all, which is never said",
+            "                      (default: 0.5)",
+        ]
+    with pytest.raises(SystemExit) as exit:
+        cli.run(pytest.fail, presets, "mlm", "", ["long", "--help-all"])
+    assert not exit.value.code
+    out = capsys.readouterr().out
+    assert "--inner.seldom INT" in out and "--optimizer.scales" in out and "More on steps" in out
+    for argv in (["--qqq"], ["--steps", "x"]):
+        with pytest.raises(SystemExit):
+            cli.run(pytest.fail, presets, "mlm", "", ["long", *argv])
+        assert "`mlm long --help-all`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["mlm.presets", "clm.presets", "finetune.presets", "commands.plan.__main__"])
+def test_the_short_help_of_every_preset_fits_on_a_screen(module, capsys, monkeypatch):
+    """45 lines of 80 columns, each setting with its meaning, the files first; every flag it names is one."""
+    monkeypatch.setenv("COLUMNS", "80")
+    presets = importlib.import_module(module).PRESETS
+    for name, preset in presets.items():
+        with pytest.raises(SystemExit) as exit:
+            cli.run(pytest.fail, presets, "door", "", [name, "--help"])
+        assert not exit.value.code
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 45 and max(map(len, lines)) <= 80, (name, len(lines))
+        shown = list(settings(preset()))
+        assert 12 <= len(shown) <= 22 and all(setting.meaning for setting in shown)
+        flags = re.findall(r"^  (--\S+)", "\n".join(lines), re.M)
+        assert flags[0].startswith("--data.") and len(flags) == len(shown)
+        assert set(flags) <= {flag for flag, _ in cli._flags(type(preset()))}
 
 
 def test_an_error_of_the_user_inside_main_is_one_line(capsys):

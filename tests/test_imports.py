@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "cli": set(),
     "library_log": set(),
     "progress": set(),
+    "short_help": set(),
     "speakers": set(),
 }
 """Besides itself and the LEAVES. A door never imports another door, nothing imports `commands`."""
@@ -44,7 +45,7 @@ KNOWN_ONLY_IN = {
 }
 """Libraries behind one place; the last two are never needed at run time."""
 
-LEAVES = {"cli", "library_log", "progress", "speakers"}
+LEAVES = {"cli", "library_log", "progress", "short_help", "speakers"}
 """Which every module may import."""
 
 HEAVY = "jax flax numpy transformers tokenizers datasets optax orbax matplotlib sklearn".split()
@@ -125,7 +126,7 @@ def test_no_folder_hides_a_library(name):
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "progress", "sharding.mesh"]
+    ["cli", "progress", "short_help", "sharding.mesh"]
     + sorted(f"{path.parent.name}.{path.stem}" for kind in ("config", "presets") for path in ROOT.glob(f"*/{kind}.py"))
     + sorted(f"models.families.{path.stem}" for path in ROOT.glob("models/families/[a-z]*.py")),
 )
@@ -152,11 +153,12 @@ def test_the_demo_says_what_it_does_before_anything_heavy():
     "command",
     ["mlm.pretrain debug", "clm.pretrain debug", "finetune.train", "clm.generate", "data.prepare", "commands.report"],
 )
-def test_help_imports_nothing_heavy(command):
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_help_imports_nothing_heavy(command, flag):
     """The time of `--help`, without a clock: on an idle machine what is left takes a third of a second."""
     code = textwrap.dedent(f"""
         import runpy, sys
-        sys.argv = {command.split()!r} + ["--help"]
+        sys.argv = {command.split()!r} + [{flag!r}]
         try:
             runpy.run_module({command.split()[0]!r}, run_name="__main__", alter_sys=True)
         except SystemExit as exit:

@@ -14,6 +14,7 @@ from typing import Literal
 from cli import UserError
 from sharding.mesh import MeshConfig
 from sharding.places import DistributedConfig
+from short_help import often
 
 EXECUTION_FIELDS = frozenset(
     (
@@ -40,7 +41,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon for the matrices of the layers with adamw for the rest (Jordan et al. 2024)."""
-    learning_rate: float = 1e-4
+    learning_rate: float = often(1e-4)
     """Peak learning rate."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of the matrices under muon."""
@@ -96,23 +97,24 @@ class CheckpointConfig:
 class TrainConfig:
     """What the training loop itself needs; the doors extend it with model, data and objective."""
 
-    steps: int = 1000
+    steps: int = often(1000)
     """Length of the schedule in optimizer steps."""
-    batch_size: int = 32
+    batch_size: int = often(32)
     """Rows in the global batch."""
-    seed: int = 0
+    seed: int = often(0)
     """Seeds parameters, data order, masking and dropout; from 0 to 2³²-1."""
-    run_dir: str | None = None
+    run_dir: str | None = often(None)
     """Where everything of this run goes; unset = runs/<command>-<preset>."""
-    stop_at: int | None = None
+    stop_at: int | None = often(None)
     """Pause after this step, before the schedule ends; the same command without it goes on."""
-    init_from: str | None = None
-    """Start from another model: a run directory, or hf:PATH_OR_ID of a folder in Hugging Face format or a repository
-    on the Hub. Its architecture and tokenizer come with the weights; --model settings that are given change it."""
+    init_from: str | None = often(None)
+    """Start from another model: a run directory, or hf:PATH_OR_ID (Hugging Face format). That is a folder or a
+    repository on the Hub. Architecture and tokenizer come with the weights; --model settings that are given change
+    it."""
     init_optimizer: bool = False
     """With --init-from: take its optimizer state too (a fork, e.g. the decay phase of a stable run)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    accumulation: int = 1
+    accumulation: int = often(1)
     """Micro-batches a step; gradients are summed exactly."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -125,8 +127,8 @@ class TrainConfig:
     """Batches prepared ahead."""
     workers: int = 1
     """Threads that prepare them; batches are the same with any number."""
-    export: str | None = None
-    """At the end, write the model to this new folder in Hugging Face format (as `./launch.sh export` does)."""
+    export: str | None = often(None)
+    """At the end, write the model to this new folder in Hugging Face format. `./launch.sh export` does so later."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False

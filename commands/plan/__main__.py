@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cli
+import progress
 from commands.plan.settings import CausalPlan, MaskedPlan
 
 DESCRIPTION = """Memory, time and cost of a pretraining run before any chip is rented. With --topology v5e:4x4 the train
@@ -48,12 +49,13 @@ def main(config: Any, call: cli.Call) -> dict:
     import os
 
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from commands.plan.page import write_plan
-    from commands.plan.plan import make_plan
-    from commands.plan.text import as_text
+    with progress.waiting("compiling for the slice" if config.topology else "working it out"):
+        from commands.plan.page import write_plan
+        from commands.plan.plan import make_plan
+        from commands.plan.text import as_text
 
-    plan = make_plan(config)
-    path = write_plan(config, plan, call.command)
+        plan = make_plan(config)
+        path = write_plan(config, plan, call.command)
     if not config.json:
         print(as_text(plan))
         print(f"picture: {path}")

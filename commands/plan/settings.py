@@ -9,23 +9,24 @@ import clm.presets
 import mlm.presets
 from cli import UserError
 from commands.plan import numbers
+from short_help import often
 
 
 @dataclass(frozen=True)
 class PlanSettings:
     """What is planned for: chips, tokens and their price."""
 
-    topology: str | None = None
+    topology: str | None = often(None)
     """A TPU slice, whose compiler is asked: v4:2x2x2, v5e:16x16, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1."""
     slices: int = 1
     """So many of these slices; the axis replica reaches from one to the next."""
-    chip: str | None = None
+    chip: str | None = often(None)
     """Any chip, by analysis: h100, h200, a100, l4, t4, v5p and others."""
-    chips: int = 1
+    chips: int = often(1)
     """How many of that chip."""
-    tokens: str | None = None
+    tokens: str | None = often(None)
     """Tokens to train on (10B); unset = steps × batch size × sequence length."""
-    price: float | None = None
+    price: float | None = often(None)
     """Of a chip for an hour, in any currency."""
     search: bool = True
     """If it does not fit, look for a layout, micro-batches and rematerialisation that do."""

@@ -1,0 +1,116 @@
+"""What `--help` shows of a command with hundreds of settings: those that people set, on one screen.
+
+A field of a configuration is one of them if it is declared by `often`. A leaf: configurations import it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import shutil
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+OFTEN = "often"
+WIDEST = 100
+LONGEST_FLAG = 34
+"""A flag that is longer has a line of its own."""
+
+
+def often(default: Any = dataclasses.MISSING) -> Any:
+    """The field of a dataclass that people set often, with this default: the short help lists it."""
+    return dataclasses.field(default=default, metadata={OFTEN: True})
+
+
+class Setting(NamedTuple):
+    """A setting as the short help shows it."""
+
+    flag: str
+    """With what it takes: `--steps INT`."""
+    meaning: str
+    """The first sentence of its documentation, with what it means to leave it out."""
+    default: Any
+
+
+def settings(config: Any, prefix: str = "--") -> Iterator[Setting]:
+    """The settings of a configuration that are declared by `often`, nested ones as `--outer.inner`."""
+    hints, meanings = typing.get_type_hints(type(config)), documentation(type(config))
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{name}.")
+        elif field.metadata.get(OFTEN):
+            meaning = re.sub(r"\s+", " ", meanings.get(field.name, ""))
+            first, *more = re.split(r"(?<!e\.g)\. ", meaning)[0].rstrip(".").split("; ")
+            words = "; ".join([first, *(part for part in more if part.startswith("unset"))])
+            yield Setting(f"{name} {_takes(hints[field.name])}".rstrip(), words, value)
+
+
+def documentation(config_type: type) -> dict[str, str]:
+    """The string below each field of a dataclass, those of its bases included."""
+    found = {}
+    for parent in reversed(config_type.__mro__):
+        if not dataclasses.is_dataclass(parent):
+            continue
+        (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(parent))).body)  # type: ignore
+        for field, below in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                text = getattr(below.value, "value", None)
+                if isinstance(text, str) and isinstance(field.target, ast.Name):
+                    found[field.target.id] = text
+    return found
+
+
+def short_help(config: Any, prog: str, description: str | None) -> str:
+    """The page: what the command is, the settings that people set, and where the others are."""
+    width = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+    lines = [f"usage: {prog} [flags]", ""]
+    for paragraph in (description or "").split("\n\n"):
+        lines += textwrap.wrap(paragraph, width, break_on_hyphens=False, break_long_words=False) + [""]
+    # What is learnt from comes first.
+    shown = sorted(settings(config), key=lambda setting: not setting.flag.startswith("--data."))
+    left = 4 + max(len(setting.flag) for setting in shown if len(setting.flag) <= LONGEST_FLAG)
+    for flag, meaning, default in shown:
+        words = meaning if default in (None, (), False) else f"{meaning} (default: {_written(default)})"
+        head = f"  {flag}".ljust(left)
+        if len(head) > left:
+            lines.append(head)
+            head = ""
+        lines += textwrap.wrap(
+            words, width, initial_indent=head.ljust(left), subsequent_indent=" " * left, break_on_hyphens=False
+        )
+    return "\n".join([*lines, "", f"`{prog} --help-all` lists every flag."])
+
+
+def preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, description: str) -> str:
+    """The page of a command that takes a preset: what it is, and the presets."""
+    width = max(map(len, presets)) + 4
+    lines = [f"usage: {prog} PRESET [flags]", "", description, "", "presets:"]
+    for name, preset in presets.items():
+        summary = (inspect.getdoc(preset) or "").split("\n")[0]
+        lines += textwrap.wrap(
+            f"  {name}".ljust(width) + summary, 118, subsequent_indent=" " * width, break_on_hyphens=False
+        )
+    return "\n".join([*lines, "", f"`{prog} PRESET --help` shows the flags that people set, `--help-all` every flag."])
+
+
+def _takes(hint: Any) -> str:
+    """What follows the flag: INT, {adamw,muon}, STR …; nothing after a switch."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    if typing.get_origin(hint) is tuple:
+        return f"{_takes(parts[0])} …"
+    if parts:
+        return _takes(parts[0])
+    return "" if hint is bool else hint.__name__.upper()
+
+
+def _written(default: Any) -> str:
+    return (
+        f"{default:g}" if isinstance(default, float) else f"{default:,}" if isinstance(default, int) else str(default)
+    )
