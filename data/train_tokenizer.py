@@ -220,11 +220,12 @@ def _alphabet(counts: Counter[str], inside: set[str], share: float, vocab_size: 
     sure = min(SURE_ALPHABET, room // 2, len(ranked))
     if wanted > sure and tokens[wanted] > room:
         fits = known[int(np.searchsorted(tokens, room, side="right")) - 1] / known[-1]
+        least = tokens[wanted] + others
+        part = math.floor(fits * 1e4) / 1e4 or 1e-4
         raise UserError(
-            f"the text has {wanted:,} characters to know (data.alphabet={share:g} of it), too many for "
-            f"{vocab_size:,} tokens; give --model.vocab-size {tokens[wanted] + others} or more (prepare: --vocab-size) "
-            f"or --data.tokenizer-kind bpe, or --data.alphabet {math.floor(fits * 1e4) / 1e4 or 1e-4:g}, which leaves the "
-            "rest unknown ([UNK])"
+            f"the text has {wanted:,} characters to know (data.alphabet={share:g} of it), too many for {vocab_size:,} "
+            f"tokens; give --model.vocab-size {least} or more (prepare: --vocab-size), or --data.tokenizer-kind bpe, or "
+            f"--data.alphabet {part:g}, which leaves the rest unknown ([UNK])"
         )
     return sorted(ranked[: max(wanted, sure)])
 
