@@ -174,8 +174,7 @@ def token_starts(text: str, ids: np.ndarray, offsets: np.ndarray, segment: Segme
     added_N = blank_V[ids] & ~blank_N
     before_N = np.maximum.accumulate(np.concatenate([[0], np.where(added_N, 0, end_N)]))[:-1]
     sums = np.concatenate([[0], np.cumsum(segment(text))])
-    found_N = sums[np.minimum(first_N + 1, size)] > sums[np.minimum(before_N, size)]
-    starts_N = (first_N >= before_N) & (found_N | blank_N) | added_N
+    starts_N = sums[np.minimum(first_N + 1, size)] > sums[np.minimum(before_N, size)]
     starts_N[0] = True
     return starts_N
 

@@ -1,5 +1,6 @@
 """Many tasks of datatrove on this machine against `prepare` in one process: the same tokens, the same manifest."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -71,6 +72,37 @@ def test_the_local_executor_gives_the_tokens_of_prepare(tmp_path, shared_data, r
     assert alone.train["text"].manifest["rejected"] == {"json": 1}
     if filters:
         assert alone.train["text"].manifest["filtered"]["exact duplicate"] >= 30
+
+
+def test_word_starts_are_those_of_prepare(tmp_path, monkeypatch):
+    """Parts with word starts are joined; a machine with another segmenter is told of, and nothing is written."""
+    (tmp_path / "text").mkdir()
+    for number in range(4):
+        lines = [json.dumps({"text": f"使用模型训练{number}，研究生命的起源 {line}"}) for line in range(60)]
+        (tmp_path / "text" / f"{number}.jsonl").write_text("\n".join(lines))
+
+    def config(cache: str) -> DataConfig:
+        files = (f"{tmp_path}/text/*.jsonl",)
+        return DataConfig(files=files, words="segmenter", cache=str(tmp_path / cache))
+
+    steps = [ClusterConfig(config("cluster"), 400, tasks=3), tmp_path / "cluster" / "work"]
+    cluster.prepare.Decide(*steps)(None)
+    for rank in range(3):
+        Tokenize(*steps)(None, rank, 3)
+    version = importlib.metadata.version
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "0.1.9" if name == "rjieba" else version(name))
+        with pytest.raises(UserError, match="all machines must have the same segmenters .*rjieba 0.1.9"):
+            cluster.prepare.Join(*steps)(None)
+    assert not stores(tmp_path / "cluster")
+    cluster.prepare.Join(*steps)(None)
+    names = stores(tmp_path / "cluster")
+    one, other = (prepare(config(cache), 400, for_masked_lm=True).train["text"] for cache in ("alone", "cluster"))
+    assert one.folder.name == other.folder.name and other.folder.name in names and not other.damaged()
+    assert one.manifest["words"] == other.manifest["words"] and len(other.manifest["shards"]) == 3
+    every = np.arange(one.offsets[-1])
+    np.testing.assert_array_equal(one.word_starts(every), other.word_starts(every))
+    assert 0.1 < one.word_starts(every).mean() < 0.9
 
 
 def small(folder: pathlib.Path, words: str) -> str:
