@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,7 +85,8 @@ def _joined(
             encoding = encodings.pop()
             ids.append(np.array(encoding.ids, np.int64))
             if starts:
-                offsets.append(np.array(encoding.offsets, np.int64).reshape(-1, 2))
+                numbers = chain.from_iterable(encoding.offsets)
+                offsets.append(np.fromiter(numbers, np.int64).reshape(-1, 2))
         all_ids = np.concatenate(ids)
         begins = starts(item.text, all_ids, offsets) if starts else None
         found.append(Encoded(all_ids, len(item.text.encode()), len(item.text), begins))
