@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import progress
 from cli import UserError
 from data.tokenizer import (
     BPE_MASKED_LM_SPECIALS,
@@ -38,6 +40,8 @@ SAMPLE = 2**28
 COUNTED = 2**24
 """Characters on which the scores of Unigram's tokens are counted."""
 HARD_EM_ROUNDS = 5
+BATCH = 64
+"""Pieces of text that are encoded at once: between batches Ctrl-C is heard."""
 MIN_VOCABULARY = 300
 """256 bytes and the special tokens must fit."""
 
@@ -55,12 +59,13 @@ def train_tokenizer(
     if kind not in ("wordpiece", "bpe", "unigram"):
         raise UserError(f"unknown kind of tokenizer {kind!r}; choose wordpiece, bpe or unigram")
     chosen = sample(texts, SAMPLE)
-    if kind == "wordpiece":
-        return wrap(_train_wordpiece(chosen, vocab_size), WORDPIECE_SPECIALS)
-    if kind == "unigram":
-        return wrap(_train_unigram(chosen, vocab_size), SENTENCEPIECE_SPECIALS)
-    specials = BPE_MASKED_LM_SPECIALS if for_masked_lm else BPE_SPECIALS
-    return wrap(_train_bpe(chosen, vocab_size, specials), specials)
+    with progress.waiting(f"training a {kind} tokenizer") as far:
+        if kind == "wordpiece":
+            return wrap(_train_wordpiece(chosen, vocab_size), WORDPIECE_SPECIALS)
+        if kind == "unigram":
+            return wrap(_train_unigram(chosen, vocab_size, far), SENTENCEPIECE_SPECIALS)
+        specials = BPE_MASKED_LM_SPECIALS if for_masked_lm else BPE_SPECIALS
+        return wrap(_train_bpe(chosen, vocab_size, specials), specials)
 
 
 def sample(texts: Iterable[str], limit: int) -> list[str]:
@@ -80,6 +85,31 @@ def sample(texts: Iterable[str], limit: int) -> list[str]:
     return [piece for _, piece in kept]
 
 
+def _learn(backend: Tokenizer, texts: list[str], trainer: Any) -> None:
+    """backend.train_from_iterator, which hears of no signal for minutes; here Ctrl-C ends the wait at once.
+
+    The library works on in a thread that nobody waits for any more, until the process has ended.
+    """
+    failures: list[BaseException] = []
+    given_up = threading.Event()
+
+    def learn() -> None:
+        try:
+            backend.train_from_iterator((text for text in texts if not given_up.is_set()), trainer)
+        except BaseException as error:
+            failures.append(error)
+
+    learner = threading.Thread(target=learn, name="learning tokens", daemon=True)
+    learner.start()
+    try:
+        while learner.is_alive():
+            learner.join(0.1)
+    finally:
+        given_up.set()
+    if failures:
+        raise failures[0]
+
+
 def _train_bpe(texts: list[str], vocab_size: int, specials: dict[str, str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -93,7 +123,7 @@ def _train_bpe(texts: list[str], vocab_size: int, specials: dict[str, str]) -> T
         min_frequency=2,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    _learn(backend, texts, trainer)
     if "cls_token" in specials:
         backend.post_processor = template(backend, specials["cls_token"], specials["sep_token"])
     else:
@@ -124,7 +154,7 @@ def _train_wordpiece(texts: list[str], vocab_size: int) -> Tokenizer:
         min_frequency=2,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    _learn(backend, texts, trainer)
     trained = Tokenizer(models.WordPiece(backend.get_vocab(with_added_tokens=True), unk_token="[UNK]"))
     trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     trained.decoder = decoders.WordPiece(prefix="##")
@@ -160,7 +190,7 @@ def _alphabet(texts: list[str], backend: Tokenizer, limit: int) -> tuple[list[st
     return sorted(kept), sorted(inner.intersection(kept))
 
 
-def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
+def _train_unigram(texts: list[str], vocab_size: int, far: Callable[[str], None]) -> Tokenizer:
     """Unigram (Kudo 2018) with SentencePiece's mark for blanks; text is normalised to NFKC, as T5 and ALBERT do.
 
     The trainer of `tokenizers` adds up floats in an order that changes from process to process: it finds the same
@@ -179,7 +209,7 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=specials, unk_token="<unk>", show_progress=False
     )
     try:
-        backend.train_from_iterator(texts, trainer)
+        _learn(backend, texts, trainer)
         fits = backend.get_vocab_size() <= vocab_size
     except Exception:  # the library's own
         fits = False
@@ -195,13 +225,14 @@ def _train_unigram(texts: list[str], vocab_size: int) -> Tokenizer:
     tokens = sorted(token for token in backend.get_vocab(with_added_tokens=False) if token not in specials)
     scores = dict.fromkeys(tokens, -math.log(max(len(tokens), 1)))
     some = list(islice(texts, max(len(texts) * COUNTED // max(sum(map(len, texts)), 1), 1)))
-    for _ in range(HARD_EM_ROUNDS):
+    for number in range(HARD_EM_ROUNDS):
+        far(f"scores, round {number + 1} of {HARD_EM_ROUNDS}")
         tokens.sort(key=lambda token: (-scores[token], token))
         vocabulary = [(special, 0.0) for special in specials] + [(token, scores[token]) for token in tokens]
         backend.model = models.Unigram(vocabulary, unk_id=specials.index("<unk>"), byte_fallback=False)
         counts = np.zeros(len(vocabulary), np.int64)
-        for start in range(0, len(some), 1000):
-            for encoding in backend.encode_batch_fast(some[start : start + 1000], add_special_tokens=False):
+        for start in range(0, len(some), BATCH):
+            for encoding in backend.encode_batch_fast(some[start : start + BATCH], add_special_tokens=False):
                 counts += np.bincount(encoding.ids, minlength=len(vocabulary))
         total = counts.sum() + len(tokens)
         scores = {token: math.log((counts[at + len(specials)] + 1) / total) for at, token in enumerate(tokens)}
