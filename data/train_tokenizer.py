@@ -12,14 +12,16 @@ import hashlib
 import math
 import re
 import sys
+import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import progress
 from cli import UserError
 from data.config import ALPHABET
 from data.tokenizer import (
@@ -45,6 +47,8 @@ SAMPLE = 2**28
 COUNTED = 2**24
 """Characters on which the scores of Unigram's tokens are counted."""
 HARD_EM_ROUNDS = 5
+BATCH = 64
+"""Pieces of text that are encoded at once: between batches Ctrl-C is heard."""
 MIN_VOCABULARY = 300
 """256 bytes and the special tokens must fit."""
 MARKS = r"(?<=[[\p{Latin}\p{Greek}\p{Cyrillic}]&&\p{L}])\p{Mn}+"
@@ -71,12 +75,13 @@ def train_tokenizer(
     if kind not in ("wordpiece", "bpe", "unigram"):
         raise UserError(f"unknown kind of tokenizer {kind!r}; choose wordpiece, bpe or unigram")
     chosen = sample(texts, SAMPLE)
-    if kind == "wordpiece":
-        return wrap(_train_wordpiece(chosen, vocab_size, alphabet, lowercase), WORDPIECE_SPECIALS)
-    if kind == "unigram":
-        return wrap(_train_unigram(chosen, vocab_size, alphabet, lowercase), SENTENCEPIECE_SPECIALS)
-    specials = BPE_MASKED_LM_SPECIALS if for_masked_lm else BPE_SPECIALS
-    return wrap(_train_bpe(chosen, vocab_size, specials), specials)
+    with progress.waiting(f"training a {kind} tokenizer") as far:
+        if kind == "wordpiece":
+            return wrap(_train_wordpiece(chosen, vocab_size, alphabet, lowercase), WORDPIECE_SPECIALS)
+        if kind == "unigram":
+            return wrap(_train_unigram(chosen, vocab_size, alphabet, lowercase, far), SENTENCEPIECE_SPECIALS)
+        specials = BPE_MASKED_LM_SPECIALS if for_masked_lm else BPE_SPECIALS
+        return wrap(_train_bpe(chosen, vocab_size, specials), specials)
 
 
 def sample(texts: Iterable[str], limit: int) -> list[str]:
@@ -96,6 +101,31 @@ def sample(texts: Iterable[str], limit: int) -> list[str]:
     return [piece for _, piece in kept]
 
 
+def _learn(backend: Tokenizer, texts: Iterable[str], trainer: Any) -> None:
+    """backend.train_from_iterator, which hears of no signal for minutes; here Ctrl-C ends the wait at once.
+
+    The library works on in a thread that nobody waits for any more, until the process has ended.
+    """
+    failures: list[BaseException] = []
+    given_up = threading.Event()
+
+    def learn() -> None:
+        try:
+            backend.train_from_iterator((text for text in texts if not given_up.is_set()), trainer)
+        except BaseException as error:
+            failures.append(error)
+
+    learner = threading.Thread(target=learn, name="learning tokens", daemon=True)
+    learner.start()
+    try:
+        while learner.is_alive():
+            learner.join(0.1)
+    finally:
+        given_up.set()
+    if failures:
+        raise failures[0]
+
+
 def _train_bpe(texts: list[str], vocab_size: int, specials: dict[str, str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -109,7 +139,7 @@ def _train_bpe(texts: list[str], vocab_size: int, specials: dict[str, str]) -> T
         min_frequency=2,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    _learn(backend, texts, trainer)
     if "cls_token" in specials:
         backend.post_processor = template(backend, specials["cls_token"], specials["sep_token"])
     else:
@@ -155,7 +185,7 @@ def _train_wordpiece(texts: list[str], vocab_size: int, alphabet: float, lowerca
         min_frequency=2,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    _learn(backend, texts, trainer)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     trained = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
@@ -224,13 +254,15 @@ def _alphabet(counts: Counter[str], inside: set[str], share: float, vocab_size: 
         part = math.floor(fits * 1e4) / 1e4 or 1e-4
         raise UserError(
             f"the text has {wanted:,} characters to know (data.alphabet={share:g} of it), too many for {vocab_size:,} "
-            f"tokens; give --model.vocab-size {least} or more (prepare: --vocab-size), or --data.tokenizer-kind bpe, or "
-            f"--data.alphabet {part:g}, which leaves the rest unknown ([UNK])"
+            f"tokens; give --model.vocab-size {least} or more (prepare: --vocab-size), or --data.tokenizer-kind bpe, "
+            f"or --data.alphabet {part:g}, which leaves the rest unknown"
         )
     return sorted(ranked[: max(wanted, sure)])
 
 
-def _train_unigram(texts: list[str], vocab_size: int, alphabet: float, lowercase: bool) -> Tokenizer:
+def _train_unigram(
+    texts: list[str], vocab_size: int, alphabet: float, lowercase: bool, far: Callable[[str], None]
+) -> Tokenizer:
     """Unigram (Kudo 2018) with SentencePiece's mark for blanks; text is normalised to NFKC, as T5 and ALBERT do.
 
     The trainer of `tokenizers` adds up floats in an order that changes from process to process: it finds the same
@@ -251,17 +283,25 @@ def _train_unigram(texts: list[str], vocab_size: int, alphabet: float, lowercase
     )
     counts, _ = _characters(texts, backend)
     characters = _alphabet(counts, set(), alphabet, vocab_size, len(specials) + 1)
-    backend.train_from_iterator(_without(texts, counts.keys() - set(characters), backend), trainer)
+    _learn(backend, _without(texts, counts.keys() - set(characters), backend), trainer)
+    if backend.get_vocab_size() > vocab_size:
+        least = len(characters) + len(specials) + 1
+        raise UserError(
+            f"a vocabulary of {vocab_size:,} tokens is too small for a unigram tokenizer, which keeps each of the "
+            f"{len(characters):,} characters of the text; give at least {least + max(50, least // 4):,} "
+            "(--model.vocab-size; prepare: --vocab-size), or try --data.tokenizer-kind bpe"
+        )
     tokens = sorted(token for token in backend.get_vocab(with_added_tokens=False) if token not in specials)
     scores = dict.fromkeys(tokens, -math.log(max(len(tokens), 1)))
     some = list(islice(texts, max(len(texts) * COUNTED // max(sum(map(len, texts)), 1), 1)))
-    for _ in range(HARD_EM_ROUNDS):
+    for number in range(HARD_EM_ROUNDS):
+        far(f"scores, round {number + 1} of {HARD_EM_ROUNDS}")
         tokens.sort(key=lambda token: (-scores[token], token))
         vocabulary = [(special, 0.0) for special in specials] + [(token, scores[token]) for token in tokens]
         backend.model = models.Unigram(vocabulary, unk_id=specials.index("<unk>"), byte_fallback=False)
         counts = np.zeros(len(vocabulary), np.int64)
-        for start in range(0, len(some), 1000):
-            for encoding in backend.encode_batch_fast(some[start : start + 1000], add_special_tokens=False):
+        for start in range(0, len(some), BATCH):
+            for encoding in backend.encode_batch_fast(some[start : start + BATCH], add_special_tokens=False):
                 counts += np.bincount(encoding.ids, minlength=len(vocabulary))
         total = counts.sum() + len(tokens)
         scores = {token: math.log((counts[at + len(specials)] + 1) / total) for at, token in enumerate(tokens)}

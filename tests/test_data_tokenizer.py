@@ -3,15 +3,20 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+import progress
 from cli import UserError
 from data.token_tables import CONTINUABLE, CONTINUES, token_bytes, token_texts, word_table
 from data.tokenizer import (
@@ -70,7 +75,8 @@ def test_every_process_trains_the_same(trained, shared_data):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", TRAIN, source]
     other = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert other.stdout.split() == [fingerprint(trained[kind]) for kind in trained], other.stderr
+    # Before it, a slow machine tells what is being waited for.
+    assert other.stdout.splitlines()[-1].split() == [fingerprint(trained[kind]) for kind in trained], other.stderr
 
 
 def test_unigram_against_the_librarys_own_scores(trained, shakespeare):
@@ -97,11 +103,27 @@ def test_a_vocabulary_too_small_for_unigram_names_the_one_that_is_not():
     texts = ["".join(chr(0x4E00 + (at * step) % 400) for at in range(200)) for step in range(1, 50)]
     least = 0
     for size in (300, 401, 406):
-        with pytest.raises(UserError, match="keeps each of the 401 characters of the text; give at least") as error:
+        with pytest.raises(UserError, match="the text has 400 characters|keeps each of the 400 characters") as error:
             train_tokenizer(texts, "unigram", size)
-        (least,) = map(int, re.findall(r"at least (\d+)", str(error.value)))
+        (least,) = map(int, re.findall(r"(?:at least|--model.vocab-size) (\d+)", str(error.value)))
         assert least > size
-    assert vocabulary_size(train_tokenizer(texts, "unigram", least)) == least
+    assert vocabulary_size(train_tokenizer(texts, "unigram", least)) <= least
+
+
+def test_a_long_training_is_told_of_and_ctrl_c_ends_it_at_once(monkeypatch, capsys):
+    """The library is silent, and deaf to signals until it is done."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+
+    def train_from_iterator(self, texts, trainer):
+        time.sleep(2)
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "train_from_iterator", train_from_iterator)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(["some text"], "unigram", 400)
+    assert time.monotonic() - began < 1.5
+    assert capsys.readouterr().out.startswith("training a unigram tokenizer …")
 
 
 def test_sizes_and_special_tokens(trained):
