@@ -27,8 +27,6 @@ from models.hub import Pretrained, load_pretrained, save_pretrained
 from models.pretrained import load_weights
 from models.transformer import apply, init_params
 
-pytestmark = pytest.mark.corner
-
 CONFIG_MAY_DIFFER = {"transformers_version": "names the version that wrote the file"}
 TOKENIZER_MAY_DIFFER = {
     "tokenizer_class": "the one that reads tokenizer.json as it is, in versions 4 and 5",
