@@ -254,8 +254,8 @@ def _alphabet(counts: Counter[str], inside: set[str], share: float, vocab_size: 
         part = math.floor(fits * 1e4) / 1e4 or 1e-4
         raise UserError(
             f"the text has {wanted:,} characters to know (data.alphabet={share:g} of it), too many for {vocab_size:,} "
-            f"tokens; give --model.vocab-size {least} or more (prepare: --vocab-size), or --data.tokenizer-kind bpe, "
-            f"or --data.alphabet {part:g}, which leaves the rest unknown"
+            f"tokens; give --model.vocab-size {least} or more (prepare: --vocab-size), --data.tokenizer-kind bpe, or "
+            f"--data.alphabet {part:g}, which leaves the rest unknown ([UNK])"
         )
     return sorted(ranked[: max(wanted, sure)])
 
@@ -282,15 +282,10 @@ def _train_unigram(
         vocab_size=vocab_size, special_tokens=specials, unk_token="<unk>", show_progress=False
     )
     counts, _ = _characters(texts, backend)
-    characters = _alphabet(counts, set(), alphabet, vocab_size, len(specials) + 1)
+    # The mark for blanks is a token too; without room for one more, the trainer gives far more than it is asked for.
+    characters = _alphabet(counts, set(), alphabet, vocab_size, len(specials) + 2)
     _learn(backend, _without(texts, counts.keys() - set(characters), backend), trainer)
-    if backend.get_vocab_size() > vocab_size:
-        least = len(characters) + len(specials) + 1
-        raise UserError(
-            f"a vocabulary of {vocab_size:,} tokens is too small for a unigram tokenizer, which keeps each of the "
-            f"{len(characters):,} characters of the text; give at least {least + max(50, least // 4):,} "
-            "(--model.vocab-size; prepare: --vocab-size), or try --data.tokenizer-kind bpe"
-        )
+    assert backend.get_vocab_size() <= vocab_size, "the trainer keeps to the size it was given"
     tokens = sorted(token for token in backend.get_vocab(with_added_tokens=False) if token not in specials)
     scores = dict.fromkeys(tokens, -math.log(max(len(tokens), 1)))
     some = list(islice(texts, max(len(texts) * COUNTED // max(sum(map(len, texts)), 1), 1)))
@@ -312,9 +307,10 @@ def _train_unigram(
     return backend
 
 
-def _without(texts: list[str], characters: set[str], backend: Tokenizer) -> Iterable[str]:
+def _without(texts: list[str], characters: set[str], backend: Tokenizer) -> list[str]:
     """The texts with blanks for these characters, because its trainer makes a token of every one it meets."""
     if not characters:
         return texts
     gone = re.compile(f"[{re.escape(''.join(sorted(characters)))}]")
-    return (gone.sub(" ", backend.normalizer.normalize_str(text)) for text in texts)
+    # All at once: a tokenizer that is being trained lets nobody use its normaliser, and would wait for ever.
+    return [gone.sub(" ", backend.normalizer.normalize_str(text)) for text in texts]

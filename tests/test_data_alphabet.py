@@ -61,7 +61,7 @@ def _cleaned(character: str) -> str:
 @pytest.mark.corner
 @pytest.mark.parametrize("lowercase", [False, True])
 def test_characters_are_normalised_as_unicode_says(lowercase):
-    """Every character of Unicode 3.2, which all versions agree about, before marks of Latin and kana, and after か."""
+    """Every character of Unicode 3.2, which all versions agree about, between letters and marks."""
     normalizer = train_tokenizer(["abc abc"], "wordpiece", 300, lowercase=lowercase).backend_tokenizer.normalizer
     old = [
         chr(code)
@@ -110,10 +110,11 @@ def test_case_and_marks_are_kept_unless_asked_and_alike_in_transformers(kind, tm
 def test_next_to_no_token_of_chinese_and_japanese_is_unknown(language):
     texts = man_texts(language, 120)
     tokenizer = train_tokenizer(texts, "wordpiece", 8192)
-    ids = [index for text in texts for index in plain_backend(tokenizer).encode(text, add_special_tokens=False).ids]
+    encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    ids = [index for encoding in encodings for index in encoding.ids]
     assert ids.count(tokenizer.unk_token_id) / len(ids) < 1e-4
     han = {token for token in tokenizer.get_vocab() if any("\u4e00" <= character <= "\u9fff" for character in token)}
-    assert len(han) > 1000 and {len(token) for token in han} == {1}  # each by itself, and none twice
+    assert len(han) > 800 and {len(token) for token in han} == {1}  # each by itself, and none twice
 
 
 def test_a_thai_phrase_without_blanks_is_no_unknown_word():
@@ -132,7 +133,8 @@ def test_the_alphabet_is_the_share_of_the_text_that_was_asked_for(kind):
     ranked = [count for _, count in counts.most_common()]
     for share in (0.95, 1.0):
         tokenizer = train_tokenizer(texts, kind, 4000, alphabet=share)
-        known = {c for c in counts if tokenizer.unk_token_id not in plain_backend(tokenizer).encode(c).ids}
+        backend = plain_backend(tokenizer)
+        known = {c for c in counts if tokenizer.unk_token_id not in backend.encode(c, add_special_tokens=False).ids}
         wanted = next(n for n in range(2001) if sum(ranked[:n]) >= share * sum(ranked))
         assert sum(counts[c] for c in known) >= share * sum(ranked) and len(known) == max(wanted, 1000)
 
