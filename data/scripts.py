@@ -46,7 +46,10 @@ def samples(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> list[Sc
     letters: Counter[str] = Counter()
     sentences: dict[str, list[str]] = {}
     for sentence in _sentences(texts):
-        counts = Counter(filter(None, map(script_of, sentence)))
+        counts: Counter[str] = Counter()
+        for character, number in Counter(sentence).items():
+            if script := script_of(character):
+                counts[script] += number
         if not counts:
             continue
         # Japanese is written with Han characters too.

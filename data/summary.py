@@ -32,7 +32,9 @@ def summarise(prepared: Prepared, config: DataConfig, causal: bool, texts: Itera
     summary: dict = {"vocab_size": vocabulary_size(prepared.tokenizer), "fingerprints": prepared.fingerprints}
     summary["scripts"] = _describe_scripts(texts, prepared.tokenizer)
     for side, stores in (("train", prepared.train), ("validation", prepared.validation)):
-        entries = {name: _describe(side, name, store, config, causal) for name, store in stores.items()}
+        entries = {
+            name: _describe(side, name, store, config, causal, prepared.tokenizer) for name, store in stores.items()
+        }
         # A single source needs no name.
         summary[side] = next(iter(entries.values())) if len(entries) == 1 else entries
     if prepared.words:
@@ -56,7 +58,9 @@ def _describe_scripts(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) 
     return [sample._asdict() for sample in found]
 
 
-def _describe(side: str, name: str, store: TokenStore, config: DataConfig, causal: bool) -> dict:
+def _describe(
+    side: str, name: str, store: TokenStore, config: DataConfig, causal: bool, tokenizer: PreTrainedTokenizerFast
+) -> dict:
     """Print one store and return its figures."""
     entry = {key: store.manifest[key] for key in ("documents", "tokens", "bytes", "rejected", "repaired")}
     entry["dropped"] = store.manifest["filtered"] | store.manifest["dropped"]
@@ -65,12 +69,14 @@ def _describe(side: str, name: str, store: TokenStore, config: DataConfig, causa
     entry |= {
         "folder": str(store.folder),
         "bytes_per_token": size / max(tokens, 1),
+        "unknown": _unknown(store, tokenizer),
         "rows": plan.rows,
         "fill": fill(plan, config.sequence_length),
         "lengths": _quantiles(np.diff(store.offsets)),
     }
     label = side if name in ("text", side) else f"{side} {name}"
     ratio = f"{size / max(tokens, 1):.2f} bytes a token"
+    ratio += "" if tokenizer.unk_token is None else f"  {entry['unknown']:.3%} {tokenizer.unk_token}"
     print(f"{label:10}  {documents:,} documents  {tokens:,} tokens  {size:,} bytes  {ratio}")
     print(f"{'':10}  {plan.rows:,} rows of {config.sequence_length}, {entry['fill']:.2%} full; {store.folder}")
     for key, reasons in (("rejected", KINDS), ("repaired", KINDS), ("dropped", {})):
@@ -78,6 +84,13 @@ def _describe(side: str, name: str, store: TokenStore, config: DataConfig, causa
             words = ", ".join(f"{count:,} {reasons.get(kind, kind)}" for kind, count in counts.items())
             print(f"{'':10}  {key}: {words}" + (f"; see {store.folder / REJECTS}" if reasons else ""))
     return entry
+
+
+def _unknown(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> float:
+    """The share of the tokens that stand for what the tokenizer does not know; 0 where it knows everything."""
+    size = vocabulary_size(tokenizer)
+    unknown = tokenizer.unk_token_id
+    return 0.0 if unknown is None else float(store.counts(size)[unknown] / store.manifest["tokens"])
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from data.config import DataConfig
@@ -55,15 +56,24 @@ def test_bytes_of_a_character_are_shown_as_the_character():
 
 
 def test_prepare_shows_scripts_and_a_run_warns_of_unknown_tokens(tmp_path, capsys):
-    # Numbered, since equal texts are held out together.
-    texts = [f"{text * 5} {number}" for number in range(20) for text in (ENGLISH, CHINESE, JAPANESE)]
+    # No two alike: equal texts are held out together, and with them a script.
+    texts = [f"{sentence * 5} {number}" for number in range(40) for sentence in (ENGLISH, CHINESE, JAPANESE)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = DataConfig(files=(f"{tmp_path}/text.jsonl",), cache=str(tmp_path / "cache"), validation_fraction=0.1)
     summary = main(PrepareConfig(data=data, vocab_size=400))
     printed = capsys.readouterr().out
     assert [entry["script"] for entry in summary["scripts"]] == ["Latin", "Japanese", "Han"]
     assert "0.00% [UNK]" in printed and "warning" not in printed
+    assert summary["train"]["unknown"] == 0
 
     save_tokenizer(train_tokenizer([ENGLISH * 20], "wordpiece", 400), tmp_path / "english")
-    prepare(replace(data, tokenizer=str(tmp_path / "english")), 400, for_masked_lm=True)
+    english = replace(data, tokenizer=str(tmp_path / "english"))
+    prepared = prepare(english, 400, for_masked_lm=True)
     assert "of the tokens of train text are [UNK]" in capsys.readouterr().out
+    store = prepared.train["text"]
+    ids = store.take(np.arange(store.manifest["tokens"]))
+    share = main(PrepareConfig(data=english))["train"]["unknown"]
+    assert (
+        share == np.mean(ids == prepared.tokenizer.unk_token_id) > 0.3
+        and f"{share:.3%} [UNK]" in capsys.readouterr().out
+    )
