@@ -51,6 +51,8 @@ def to_ours(hf: Any) -> ModelConfig:
         value = getattr(hf, key, accepted[0])
         if value not in accepted:
             raise UserError(f"{hf.model_type} with {key}={value!r} is not supported; it must be {accepted[0]!r}")
+    if not hasattr(hf, "tie_word_embeddings"):
+        hf.tie_word_embeddings = True  # CamembertConfig of transformers 5.0 sets none.
     settings = {ours: getattr(hf, theirs) for ours, theirs in family.keys.items()}
     return dataclasses.replace(family.base, **settings | family.read(hf), labels=(), problem_type=None)
 
