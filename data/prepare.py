@@ -232,7 +232,7 @@ def _trained(config: DataConfig, sources: list[Source], key: str, vocab_size: in
     folder = cache_folder(config) / f"tokenizer-{_digest(key, kind, vocab_size, for_masked_lm, *rules)}"
     found = _cached_tokenizer(folder)
     if found is None:
-        label = f"training a {config.tokenizer_kind} tokenizer"
+        label = "reading text for the tokenizer"
         texts = (item.text for item in chain.from_iterable(documents(_Watched(source, label)) for source in sources))
         shutil.rmtree(folder, ignore_errors=True)
         with appearing(folder) as unfinished:

@@ -394,7 +394,7 @@ def test_progress_bars_know_the_whole(config, monkeypatch):
     sizes = [sum(os.path.getsize(path) for path in files) for files in (config.files, config.validation_files)]
     train, validation = ((size, size) for size in sizes)
     assert bars == [
-        ("training a bpe tokenizer", *train),
+        ("reading text for the tokenizer", *train),
         ("tokenizing train text", *train),
         ("tokenizing validation text", *validation),
     ]
