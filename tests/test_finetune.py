@@ -117,8 +117,9 @@ def test_an_encoder_learns_and_a_resumed_run_ends_alike(there, tmp_path, capsys)
     assert summary["metrics"] == perfect | {"majority": 7 / 20}
     out = " ".join(capsys.readouterr().out.split())
     for words in (
-        f"training {there.train}: 48 examples validation {there.validation}: 20 examples",
-        "labels 3: bird 16 (33.3 %), fruit 16 (33.3 %), tool 16 (33.3 %) batch 16 rows of up to 16 tokens",
+        f"training {there.train}: 48 examples, column 'sentence' validation {there.validation}: 20 examples",
+        "labels 3 classes in 'label': bird 16 (33.3 %), fruit 16 (33.3 %), tool 16 (33.3 %)",
+        "batch 16 rows of up to 16 tokens",
         "steps 30 = 3.36 k tokens, 10 epochs",
         "result accuracy 100.0 % (majority class 35.0 %), F1 100.0 %",
         f"report {tmp_path}/whole/report.html",
