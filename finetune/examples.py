@@ -12,8 +12,7 @@ import progress
 from cli import UserError
 from data.description import listed
 from data.labelled import Encoded, Labelled, encode_pairs, read_labelled
-from finetune.labels import class_names, in_order
-from finetune.labels import listed as quoted
+from finetune.labels import class_names, in_order, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

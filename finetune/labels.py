@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from cli import UserError
+from data.description import listed
 
 MANY = 20
 """So many classes may be any numbers; more of them must be numbered without holes, or be words."""
@@ -43,7 +44,7 @@ def class_names(labels: Sequence[str], place: str, kind: str) -> list[str]:
             )
     if len(labels) >= FEW_ROWS and len(names) > len(labels) / 2:
         raise UserError(
-            f"{place} has {len(names):,} different values in {len(labels):,} examples ({listed(names, 3)}), as an "
+            f"{place} has {len(names):,} different values in {len(labels):,} examples ({quoted(names, 3)}), as an "
             f"identifier or a text has; name the column of labels with --data.label, or {FORCE}"
         )
     return names
@@ -57,9 +58,9 @@ def in_order(labels: Collection[str]) -> list[str]:
     return sorted(labels, key=lambda label: (values[label] or 0.0, label))
 
 
-def listed(labels: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(repr(label if len(label) <= 40 else f"{label[:39]}…") for label in labels[:most]) + more
+def quoted(labels: Sequence[str], most: int = 8) -> str:
+    """The first labels in quotation marks, long ones cut."""
+    return listed([repr(label if len(label) <= 40 else f"{label[:39]}…") for label in labels], most)
 
 
 def _value(label: str) -> float | None:

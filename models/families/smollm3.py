@@ -5,8 +5,9 @@ from typing import Any
 
 from cli import UserError
 from models.config import LayerKind, ModelConfig
-from models.families import Family, stacked
-from models.families.llama import ALIASES, HEADS, KEYS, LLAMA_1B, TRUNK, classes, read, write
+from models.families import stacked
+from models.families.llama import FAMILIES as LLAMA
+from models.families.llama import LLAMA_1B, classes, read, write
 
 SMOLLM3_3B = replace(
     LLAMA_1B,
@@ -42,15 +43,10 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILIES = {
-    "smollm3": Family(
+    "smollm3": replace(
+        LLAMA["llama"],
         base=SMOLLM3_3B,
         classes=classes("SmolLM3"),
-        keys=KEYS | {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-        trunk=TRUNK,
-        heads=HEADS,
-        prefix="model.",
-        prefixes={"question_answering": "transformer."},
-        aliases=ALIASES,
         only={"use_sliding_window": (False,)},
         read=_read,
         write=_write,
