@@ -280,7 +280,7 @@ run_python() {
 }
 
 run_module() {
-  # -P: a cli.py or data/ where the user happens to be must not hide ours.
+  # -P: a espalier/cli.py or data/ where the user happens to be must not hide ours.
   run_python -P -m "$@"
 }
 
@@ -288,21 +288,21 @@ command=${1:-demo}
 [[ $# -eq 0 ]] || shift
 case $command in
   -h | --help | help) usage ;;
-  demo) training=yes run_module commands.demo "$@" ;;
+  demo) training=yes run_module espalier.commands.demo "$@" ;;
   mlm) training=yes run_module mlm.pretrain "$@" ;;
   clm) training=yes run_module clm.pretrain "$@" ;;
   finetune) training=yes run_module finetune.train "$@" ;;
   generate) run_module clm.generate "$@" ;;
-  prepare) run_module data.prepare "$@" ;;
+  prepare) run_module espalier.data.prepare "$@" ;;
   plan)
     if [[ " $*" == *" --topology"* ]]; then
       setup run
       install_libtpu_locked
     fi
-    run_module commands.plan "$@"
+    run_module espalier.commands.plan "$@"
     ;;
-  import | export) run_module commands.convert "$command" "$@" ;;
-  report) run_module commands.report "$@" ;;
+  import | export) run_module espalier.commands.convert "$command" "$@" ;;
+  report) run_module espalier.commands.report "$@" ;;
   python) run_python "$@" ;;
   setup)
     setup run

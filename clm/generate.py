@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import cli
-import progress
-from cli import UserError
+from espalier import cli, progress
+from espalier.cli import UserError
 
 if TYPE_CHECKING:
-    from models.config import ModelConfig
+    from espalier.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def generate(
     import jax.numpy as jnp
     import numpy as np
 
-    from models import heads, transformer
-    from models.vocabulary import logits
+    from espalier.models import heads, transformer
+    from espalier.models.vocabulary import logits
 
     longest = max(map(len, prompts))
     total = longest + sampling.max_new_tokens
@@ -174,7 +173,7 @@ def continue_texts(
 
     end_ids: tokens at which a text ends, besides the tokenizer's end-of-text token.
     """
-    from data.tokenizer import plain_backend, special_ids
+    from espalier.data.tokenizer import plain_backend, special_ids
 
     specials = special_ids(tokenizer, need=("bos", "eos"))
     # As training read its text: a special token that is spelled out in a prompt is text.
@@ -237,11 +236,11 @@ def main(config: GenerateConfig) -> dict:
 
 @progress.waiting("loading the model and continuing the text")
 def _completions(config: GenerateConfig) -> list[str]:
-    from data.tokenizer import tokenizer_of
-    from models.config import ModelConfig
-    from models.published import Published
-    from training.checkpoint import read_config, restore_params
-    from training.run import RunDirectory
+    from espalier.data.tokenizer import tokenizer_of
+    from espalier.models.config import ModelConfig
+    from espalier.models.published import Published
+    from espalier.training.checkpoint import read_config, restore_params
+    from espalier.training.run import RunDirectory
 
     saved = read_config(config.run_dir)
     if saved.get("task") != "causal_lm":

@@ -11,11 +11,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from models.config import Execution, ModelConfig
-from models.heads import causal_lm_head
-from models.transformer import apply
-from models.vocabulary import token_logprobs
-from training.step import Objective
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.heads import causal_lm_head
+from espalier.models.transformer import apply
+from espalier.models.vocabulary import token_logprobs
+from espalier.training.step import Objective
 
 
 def causal_lm_objective(model: ModelConfig, *, execution: Execution) -> Objective:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from cli import UserError
-from data.config import DataConfig
-from models.config import Execution, ModelConfig
-from models.families.gpt2 import GPT2, GPT2_MEDIUM
-from models.families.llama import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.families.gpt2 import GPT2, GPT2_MEDIUM
+from espalier.models.families.llama import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B
+from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from sharding.mesh import MeshConfig
-from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import cli
-import progress
 from clm.presets import PRESETS, PretrainConfig
+from espalier import cli, progress
 from sharding.distributed import collected, joined
 
 
@@ -24,26 +23,26 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
 
     from clm.generate import SamplingConfig, continue_texts
     from clm.loss import causal_lm_objective
-    from data.description import describe_epochs, describe_text
-    from data.loader import Batches, Rows, prefetch
-    from data.packing import pack_split
-    from data.prepare import prepare
-    from data.token_tables import token_bytes
-    from data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
-    from models.counts import count_params, flops_per_token
-    from models.description import describe
-    from models.hub import Pretrained, check_export, save_pretrained
-    from models.layout import open_mesh
-    from models.pretrained import architecture_of, export_to, load_weights
-    from models.published import Published, published_beside
-    from models.transformer import init_params, matrix_axes
+    from espalier.data.description import describe_epochs, describe_text
+    from espalier.data.loader import Batches, Rows, prefetch
+    from espalier.data.packing import pack_split
+    from espalier.data.prepare import prepare
+    from espalier.data.token_tables import token_bytes
+    from espalier.data.tokenizer import save_tokenizer, special_ids, tokenizer_of, vocabulary_size
+    from espalier.models.counts import count_params, flops_per_token
+    from espalier.models.description import describe
+    from espalier.models.hub import Pretrained, check_export, save_pretrained
+    from espalier.models.layout import open_mesh
+    from espalier.models.pretrained import architecture_of, export_to, load_weights
+    from espalier.models.published import Published, published_beside
+    from espalier.models.transformer import init_params, matrix_axes
+    from espalier.training.card import model_card
+    from espalier.training.introduction import About, conclude
+    from espalier.training.loop import train
+    from espalier.training.report import write_report
+    from espalier.training.run import RunDirectory, settings, summarise, write_json
+    from espalier.training.start import find_origin
     from sharding.mesh import host_rows
-    from training.card import model_card
-    from training.introduction import About, conclude
-    from training.loop import train
-    from training.report import write_report
-    from training.run import RunDirectory, settings, summarise, write_json
-    from training.start import find_origin
 
     length = config.data.sequence_length
     assert config.run_dir is not None

@@ -28,15 +28,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import cli
-from cli import UserError
-from data.config import DataConfig
+from espalier import cli
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
 
 if TYPE_CHECKING:
-    from data.filters import Measure
-    from data.prepare import Plan
-    from data.sources import FileSource, Source, Sources
-    from data.store import TokenStore
+    from espalier.data.filters import Measure
+    from espalier.data.prepare import Plan
+    from espalier.data.sources import FileSource, Source, Sources
+    from espalier.data.store import TokenStore
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,9 +74,9 @@ class ClusterConfig:
 
 def main(config: ClusterConfig) -> dict:
     """Run the stages, each when the one before it has ended; returns where they log and whether all is there."""
-    from data.prepare import cache_folder
-    from data.sources import FileSource, open_sources
-    from data.store import make_folder
+    from espalier.data.prepare import cache_folder
+    from espalier.data.sources import FileSource, open_sources
+    from espalier.data.store import make_folder
 
     sources = open_sources(config.data, cache_folder(config.data))
     for name, source in sources.train.items():
@@ -109,8 +109,8 @@ def main(config: ClusterConfig) -> dict:
 
 def _digest(config: ClusterConfig, sources: Sources) -> str:
     """Of everything that decides what a task makes; computed without looking into the text."""
-    from data.tokenizer import fingerprint, load_tokenizer
-    from data.words import installed
+    from espalier.data.tokenizer import fingerprint, load_tokenizer
+    from espalier.data.words import installed
 
     data = config.data
     keys = [(side, name, source.fingerprint()) for side, of in sources._asdict().items() for name, source in of.items()]
@@ -192,7 +192,7 @@ def _waiting(work: Path) -> str | None:
 
 def _joined(work: Path) -> list[str]:
     """The folders of tokens that the last stage has noted, if they are all there."""
-    from data.store import exists
+    from espalier.data.store import exists
 
     try:
         folders = [work.with_name(name) for name in json.loads(_note(work).read_text())]
@@ -226,8 +226,8 @@ class MeasureFiles(_Step):
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         import pickle
 
-        from data.documents import documents
-        from data.filters import measure
+        from espalier.data.documents import documents
+        from espalier.data.filters import measure
 
         for source in _unfiltered(self.config):
             path = _measures(self, source, rank)
@@ -245,8 +245,8 @@ class Decide(_Step):
     title = "deciding which documents stay, training the tokenizer"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
-        from data.filters import Decisions
-        from data.prepare import decisions_path, write_decisions
+        from espalier.data.filters import Decisions
+        from espalier.data.prepare import decisions_path, write_decisions
 
         if self.config.data.filters.active:
             for source in _unfiltered(self.config):
@@ -266,8 +266,8 @@ class Tokenize(_Step):
     title = "tokenizing"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
-        from data.prepare import tokens_folder, write_tokens
-        from data.store import exists
+        from espalier.data.prepare import tokens_folder, write_tokens
+        from espalier.data.store import exists
 
         made = _plan(self.config)
         for side, sources in made.sides.items():
@@ -278,8 +278,8 @@ class Tokenize(_Step):
                 write_tokens(self.config.data, made, side, name, part, _part_folder(self, made, side, name, rank))
 
     def _part(self, source: Source, rank: int, ranks: int) -> Source:
-        from data.filters import Decisions
-        from data.sources import FileSource, Filtered, Part
+        from espalier.data.filters import Decisions
+        from espalier.data.sources import FileSource, Filtered, Part
 
         if isinstance(source, Part):
             return source.of(self._part(source.source, rank, ranks))
@@ -302,8 +302,8 @@ class Join(_Step):
     title = "joining the parts"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
-        from data.prepare import check_share, tokens_folder
-        from data.store import REJECTS, TokenStore, exists
+        from espalier.data.prepare import check_share, tokens_folder
+        from espalier.data.store import REJECTS, TokenStore, exists
 
         made, joined = _plan(self.config), []
         for side, sources in made.sides.items():
@@ -344,7 +344,7 @@ class Join(_Step):
 def _join(unfinished: Path, folder: Path, parts: list[TokenStore], manifest: dict) -> None:
     import numpy as np
 
-    from data.store import OFFSETS, starts_beside, write_manifest
+    from espalier.data.store import OFFSETS, starts_beside, write_manifest
 
     shards: list[tuple[Path, int]] = []
     with (unfinished / OFFSETS).open("wb") as file:
@@ -412,28 +412,28 @@ def _missing(executor: str, error: ImportError) -> UserError:
 
 
 def _plan(config: ClusterConfig) -> Plan:
-    from data.prepare import plan
+    from espalier.data.prepare import plan
 
     return plan(config.data, config.vocab_size, for_masked_lm=not config.causal)
 
 
 def _unfiltered(config: ClusterConfig) -> list[FileSource]:
     """The training sources as they are before filters and split."""
-    from data.prepare import cache_folder
-    from data.sources import Part, open_sources
+    from espalier.data.prepare import cache_folder
+    from espalier.data.sources import Part, open_sources
 
     train = open_sources(config.data, cache_folder(config.data)).train.values()
     return [source.source if isinstance(source, Part) else source for source in train]  # type: ignore[misc]
 
 
 def _part_folder(step: _Step, made: Plan, side: str, name: str, rank: int) -> Path:
-    from data.prepare import tokens_folder
+    from espalier.data.prepare import tokens_folder
 
     return step.work / PARTS / f"{tokens_folder(step.config.data, made, side, name).name}-{rank:05}"
 
 
 def _measures(step: _Step, source: Source, rank: int) -> Path:
-    from data.prepare import decisions_path
+    from espalier.data.prepare import decisions_path
 
     return step.work / PARTS / decisions_path(source, step.config.data).stem / f"{rank:05}.pickle"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.labelled import Labelled
+from espalier.data.labelled import Labelled
 
 
 def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:

@@ -8,17 +8,17 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import progress
-from cli import UserError
-from data.description import listed
-from data.labelled import Encoded, Labelled, encode_pairs, read_labelled
+from espalier import progress
+from espalier.cli import UserError
+from espalier.data.description import listed
+from espalier.data.labelled import Encoded, Labelled, encode_pairs, read_labelled
 from finetune.labels import class_names, in_order, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from espalier.models.config import ModelConfig
     from finetune.presets import FinetuneData
-    from models.config import ModelConfig
 
 LONGEST = 512
 """Tokens of an example at most, unless --data.max-length asks for more: attention costs their square."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cli import UserError
-from data.encodings import codec
-from models.config import Execution
-from short_help import often
-from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from espalier.cli import UserError
+from espalier.data.encodings import codec
+from espalier.models.config import Execution
+from espalier.short_help import often
+from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)

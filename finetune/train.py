@@ -9,9 +9,8 @@ import math
 from dataclasses import replace
 from functools import partial
 
-import cli
-import progress
-from cli import UserError
+from espalier import cli, progress
+from espalier.cli import UserError
 from finetune.presets import PRESETS, FinetuneConfig
 from sharding.distributed import collected, joined
 
@@ -22,25 +21,25 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     call.greet()
     import jax
 
-    from data.description import epochs_words
-    from data.loader import prefetch
-    from data.tokenizer import fingerprint, framed_tokenizer, save_tokenizer, tokenizer_of
+    from espalier.data.description import epochs_words
+    from espalier.data.loader import prefetch
+    from espalier.data.tokenizer import fingerprint, framed_tokenizer, save_tokenizer, tokenizer_of
+    from espalier.models.config import ModelConfig
+    from espalier.models.counts import flops_per_token
+    from espalier.models.description import describe
+    from espalier.models.hub import Pretrained, check_export, save_pretrained
+    from espalier.models.layout import open_mesh
+    from espalier.models.pretrained import export_to, load_weights
+    from espalier.models.published import Published, published_beside
+    from espalier.models.transformer import matrix_axes
+    from espalier.training.card import model_card
+    from espalier.training.introduction import About, conclude
+    from espalier.training.loop import train
+    from espalier.training.report import write_report
+    from espalier.training.run import RunDirectory, settings, summarise
+    from espalier.training.start import find_origin
     from finetune.examples import max_length
     from finetune.tasks import open_task
-    from models.config import ModelConfig
-    from models.counts import flops_per_token
-    from models.description import describe
-    from models.hub import Pretrained, check_export, save_pretrained
-    from models.layout import open_mesh
-    from models.pretrained import export_to, load_weights
-    from models.published import Published, published_beside
-    from models.transformer import matrix_axes
-    from training.card import model_card
-    from training.introduction import About, conclude
-    from training.loop import train
-    from training.report import write_report
-    from training.run import RunDirectory, settings, summarise
-    from training.start import find_origin
 
     assert config.run_dir is not None
     run = RunDirectory(config.run_dir)

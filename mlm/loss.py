@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.heads import masked_lm_head
+from espalier.models.transformer import apply
+from espalier.models.vocabulary import token_logprobs
+from espalier.training.step import Objective
 from mlm.masking import Vocabulary, mask_batch
-from models.config import Execution, ModelConfig
-from models.heads import masked_lm_head
-from models.transformer import apply
-from models.vocabulary import token_logprobs
-from training.step import Objective
 
 if TYPE_CHECKING:
     from mlm.presets import MaskingConfig

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from cli import UserError
-from data.config import DataConfig
-from models.config import Execution, ModelConfig
-from models.families.bert import BERT_BASE, BERT_LARGE
-from models.families.modernbert import MODERNBERT_BASE
-from short_help import often
-from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.families.bert import BERT_BASE, BERT_LARGE
+from espalier.models.families.modernbert import MODERNBERT_BASE
+from espalier.short_help import often
+from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)

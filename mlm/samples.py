@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.heads import masked_lm_head
+from espalier.models.transformer import apply
+from espalier.models.vocabulary import logits
 from mlm.masking import Vocabulary, mask_batch
 from mlm.presets import MaskingConfig
-from models.config import Execution, ModelConfig
-from models.heads import masked_lm_head
-from models.transformer import apply
-from models.vocabulary import logits
 
 
 def unigram_entropy(train_V: np.ndarray, held_out_V: np.ndarray, vocabulary: Vocabulary) -> float:

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import library_log
-from cli import MachineError, UserError
+from espalier import library_log
+from espalier.cli import MachineError, UserError
 from sharding.places import Place, find_place
 from sharding.watch import rendezvous
 

@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cli import UserError
-from short_help import often
+from espalier.cli import UserError
+from espalier.short_help import often
 
 if TYPE_CHECKING:
     import numpy as np

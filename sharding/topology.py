@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cli import UserError
+from espalier.cli import UserError
 
 GB = 1e9
 MIB = 2**20

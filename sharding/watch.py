@@ -17,8 +17,8 @@ import threading
 import time
 from typing import NamedTuple
 
-import library_log
-from cli import UserError
+from espalier import library_log
+from espalier.cli import UserError
 from sharding.places import Place
 
 HELLO = "espalier 1"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from models.families import family_of
+from espalier.models.families import family_of
 
 SMALL = dict(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 IDS = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)

@@ -18,11 +18,11 @@ from typing import Literal
 import numpy as np
 import pytest
 
-import cli
-from cli import UserError
-from short_help import often, settings
+from espalier import cli
+from espalier.cli import UserError
+from espalier.short_help import often, settings
 
-pytestmark = pytest.mark.corner  # cli.py reads what tyro prints, which differs between versions
+pytestmark = pytest.mark.corner  # espalier/cli.py reads what tyro prints, which differs between versions
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,9 @@ def test_the_short_help_shows_what_is_declared_to_be_set_often(capsys, monkeypat
         assert "`mlm long --help-all`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["mlm.presets", "clm.presets", "finetune.presets", "commands.plan.__main__"])
+@pytest.mark.parametrize(
+    "module", ["mlm.presets", "clm.presets", "finetune.presets", "espalier.commands.plan.__main__"]
+)
 def test_the_short_help_of_every_preset_fits_on_a_screen(module, capsys, monkeypatch):
     """45 lines of 80 columns, each setting with its meaning, the files first; every flag it names is one."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -365,7 +367,7 @@ def test_json_is_not_escaped(capsys):
 def test_a_terminal_without_the_characters_is_no_error(tmp_path, environment, shown):
     """Text is escaped there; JSON stays JSON, also with characters beyond U+FFFF."""
     (tmp_path / "script.py").write_text(
-        "import dataclasses, cli\n"
+        "import dataclasses\nfrom espalier import cli\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class C:\n    json: bool = True\n"
         "def main(config):\n    print('中文 😀')\n    return {'text': '中文 😀'}\n"
@@ -373,7 +375,7 @@ def test_a_terminal_without_the_characters_is_no_error(tmp_path, environment, sh
         encoding="utf-8",
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
-    path = {"PYTHONPATH": str(pathlib.Path(cli.__file__).parent)}
+    path = {"PYTHONPATH": str(pathlib.Path(cli.__file__).parents[1])}
     command = [sys.executable, tmp_path / "script.py"]
     done = subprocess.run(command, env=clean | path | environment, capture_output=True, check=True)
     assert done.stderr == b""
@@ -408,13 +410,13 @@ def test_a_command_without_presets_takes_flags_and_names_what_is_missing(capsys)
 def run_script(start_cli, folder, main: str, **env):
     """Start `main`'s lines as a command whose configuration is `steps: int = 1`."""
     (folder / "script.py").write_text(
-        "import dataclasses, sys, time, cli\n"
+        "import dataclasses, sys, time\nfrom espalier import cli\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class C:\n    steps: int = 1\n"
         f"def main(config):\n    {main}\n"
         "cli.run_config(main, C, 'script')\n"
     )
-    path = os.pathsep.join([str(folder), str(pathlib.Path(cli.__file__).parent)])
+    path = os.pathsep.join([str(folder), str(pathlib.Path(cli.__file__).parents[1])])
     return lambda *argv: start_cli("script", *argv, env={"PYTHONPATH": path, **env})
 
 

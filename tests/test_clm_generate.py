@@ -9,13 +9,13 @@ import pytest
 
 import clm.generate
 import clm.presets
-from cli import UserError
 from clm.generate import GenerateConfig, SamplingConfig, continue_texts, generate, next_token
-from data.tokenizer import vocabulary_size
-from data.train_tokenizer import train_tokenizer
-from models.heads import causal_lm_head
-from models.transformer import Execution, apply, init_params
-from models.vocabulary import logits
+from espalier.cli import UserError
+from espalier.data.tokenizer import vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.models.heads import causal_lm_head
+from espalier.models.transformer import Execution, apply, init_params
+from espalier.models.vocabulary import logits
 
 TINY = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 MODELS = {

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import cluster.prepare
-from cli import MachineError, UserError
 from cluster.prepare import ClusterConfig, Tokenize
-from data.config import DataConfig
-from data.filters import FilterConfig
-from data.prepare import prepare
-from data.store import exists
+from espalier.cli import MachineError, UserError
+from espalier.data.config import DataConfig
+from espalier.data.filters import FilterConfig
+from espalier.data.prepare import prepare
+from espalier.data.store import exists
 
 # datatrove forks a process that only keeps a lock; JAX, which an earlier test may have imported, warns of every fork.
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")

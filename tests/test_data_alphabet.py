@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import regex
 
-from cli import UserError
-from data.config import DataConfig
-from data.tokenizer import plain_backend, save_tokenizer, vocabulary_size
-from data.train_tokenizer import train_tokenizer
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.tokenizer import plain_backend, save_tokenizer, vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
 from tests.manpages import man_texts
 
 LETTER = regex.compile(r"[[\p{Script=Latin}\p{Script=Greek}\p{Script=Cyrillic}]&&\p{L}]", regex.V1)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-import data.builtin
-from cli import UserError
-from data.builtin import BuiltinSource, demo_task, docstrings, documents, sentences
+import espalier.data.builtin
+from espalier.cli import UserError
+from espalier.data.builtin import BuiltinSource, demo_task, docstrings, documents, sentences
 
 MODULE = '''"""About the module."""
 raise SystemExit("this file was executed")
@@ -49,8 +49,8 @@ def library(tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(data.builtin, "standard_library", lambda: tmp_path)
-    monkeypatch.setattr(data.builtin.sysconfig, "get_path", lambda name: str(tmp_path / "site-packages"))
+    monkeypatch.setattr(espalier.data.builtin, "standard_library", lambda: tmp_path)
+    monkeypatch.setattr(espalier.data.builtin.sysconfig, "get_path", lambda name: str(tmp_path / "site-packages"))
     return tmp_path
 
 

@@ -9,15 +9,15 @@ import subprocess
 import pytest
 import zstandard
 
-import data.recode
-from cli import UserError
-from data.config import DataConfig
-from data.documents import Document, Reject, documents
-from data.encodings import codec, detect, iconv_name, truth
-from data.formats import read
-from data.labelled import read_labelled
-from data.prepare import prepare
-from data.sources import FileSource, open_sources
+import espalier.data.recode
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.documents import Document, Reject, documents
+from espalier.data.encodings import codec, detect, iconv_name, truth
+from espalier.data.formats import read
+from espalier.data.labelled import read_labelled
+from espalier.data.prepare import prepare
+from espalier.data.sources import FileSource, open_sources
 from tests.manpages import man_texts
 
 KOREAN = (
@@ -172,7 +172,7 @@ def test_blocks_cut_no_character(tmp_path, monkeypatch, encoding, kind, packed):
     path = tmp_path / f"a{kind}{packed}"
     path.write_bytes(pack(as_kind(kind, encoding)))
     for block in (101, 2**16):
-        monkeypatch.setattr(data.recode, "BLOCK", block)
+        monkeypatch.setattr(espalier.data.recode, "BLOCK", block)
         items = [item for item in read(str(path), "text", 10**6, encoding) if item[1:2] != ("bom",)]
         found = [item.text if isinstance(item, Document) else item for item in items]
         assert found == (["\n\n".join(TEXTS)] if kind == ".txt" else TEXTS)
@@ -269,7 +269,7 @@ def test_an_encoding_without_files_is_refused():
 
 def test_all_codecs_have_a_name_for_iconv():
     known = subprocess.run(["iconv", "-l"], capture_output=True, text=True, check=True).stdout.replace("//", "").split()
-    from data.encodings import EAST_ASIAN, ESCAPED, SINGLE_BYTE, WIDE
+    from espalier.data.encodings import EAST_ASIAN, ESCAPED, SINGLE_BYTE, WIDE
 
     codecs = [*SINGLE_BYTE, *WIDE, *(name for _, name in ESCAPED), *(name for names in EAST_ASIAN for name in names)]
     assert [name for name in codecs if iconv_name(codec(name)) not in known] == []

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from cli import UserError
-from data.config import DataConfig
-from data.filters import HASHES, Decisions, FilterConfig, decide, measure, minhash, script_share
-from data.prepare import prepare
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.filters import HASHES, Decisions, FilterConfig, decide, measure, minhash, script_share
+from espalier.data.prepare import prepare
 
 
 def shingles(text: str) -> set:
@@ -120,7 +120,8 @@ def test_nothing_and_saved(tmp_path):
 
 
 def test_signatures_are_the_same_in_every_process():
-    code = "from data.filters import minhash; print(minhash('to be or not to be that is the question')[:4].tolist())"
+    text = "to be or not to be that is the question"
+    code = f"from espalier.data.filters import minhash; print(minhash({text!r})[:4].tolist())"
     outs = {
         subprocess.run(
             [sys.executable, "-c", code],

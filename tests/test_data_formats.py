@@ -13,13 +13,13 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data.formats
-from cli import UserError
-from data.config import DataConfig
-from data.documents import KINDS, Document, Reject
-from data.formats import read
-from data.prepare import prepare
-from data.sources import FileSource
+import espalier.data.formats
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.documents import KINDS, Document, Reject
+from espalier.data.formats import read
+from espalier.data.prepare import prepare
+from espalier.data.sources import FileSource
 
 LINES = ["Ein Satz.", 'Mit "Zeichen", und\nzwei Zeilen', "日本語のテキスト", "😀 emoji"]
 
@@ -207,7 +207,7 @@ def test_a_table_that_a_server_takes_away_is_not_damaged(tmp_path, monkeypatch):
         def read(self, *size):
             raise OSError(None, "the server answers 404")
 
-    monkeypatch.setattr(data.formats, "open_file", lambda path: Gone(b"x" * 100))
+    monkeypatch.setattr(espalier.data.formats, "open_file", lambda path: Gone(b"x" * 100))
     (reject,) = read(str(path), "text", 1000)
     assert isinstance(reject, Reject) and (reject.kind, reject.message) == ("unreadable", "the server answers 404")
 
@@ -225,7 +225,7 @@ def test_no_bytes_break_a_reader(tmp_path_factory, content):
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " ", ""])
 def test_a_long_text_is_cut_where_nothing_is_torn(tmp_path, monkeypatch, separator):
-    monkeypatch.setattr(data.formats, "TEXT_BYTES", 1000)
+    monkeypatch.setattr(espalier.data.formats, "TEXT_BYTES", 1000)
     text = separator.join(f"Absatz {number} über Bäume" for number in range(300))
     items = of_file(tmp_path, "a.txt", text.encode())
     assert "".join(item.text for item in items) == text and len(items) > 5

@@ -14,13 +14,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cli import UserError
-from data.config import DataConfig
-from data.documents import Document, Reject
-from data.hf import HfSource
-from data.prepare import prepare
-from data.sources import open_source
-from data.tfds import TfdsSource
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.documents import Document, Reject
+from espalier.data.hf import HfSource
+from espalier.data.prepare import prepare
+from espalier.data.sources import open_source
+from espalier.data.tfds import TfdsSource
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(datasets|tensorflow_datasets|etils|fsspec|multiprocess).*")
@@ -162,7 +162,7 @@ def test_the_memory_that_large_documents_need(tmp_path, shared_data, kind):
             spec = f"{tmp_path}/{number}.parquet"
         del table
         code = (
-            "import re; from data.config import DataConfig; from data.sources import open_source\n"
+            "import re; from espalier.data.config import DataConfig; from espalier.data.sources import open_source\n"
             f"config = DataConfig(files=({spec!r},)); peak = count = 0\n"
             "for item in open_source(config.files, config):\n"
             "    count += 1\n"

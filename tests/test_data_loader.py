@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cli import UserError
-from data.loader import Batches, Mixture, Rows, permute, prefetch, shuffled
-from data.packing import pack_best_fit, pack_split
-from data.tokenizer import SpecialIds
+from espalier.cli import UserError
+from espalier.data.loader import Batches, Mixture, Rows, permute, prefetch, shuffled
+from espalier.data.packing import pack_best_fit, pack_split
+from espalier.data.tokenizer import SpecialIds
 
 SPECIALS = SpecialIds(pad=0, cls=1, sep=2, mask=3, bos=4, eos=5, all=(0, 1, 2, 3, 4, 5))
 BYTES = np.array([0] * 6 + [1 + index % 4 for index in range(20_000)], np.int32)
@@ -261,11 +261,13 @@ def test_any_number_of_workers_makes_the_same_batches(workers, depth):
 
 def test_a_far_step_costs_what_a_near_one_costs(monkeypatch):
     """Counted in the numbers that the permutation mixes and the tokens that are read."""
-    import data.loader
+    import espalier.data.loader
 
     store, mixed = Watched([16 * 999 - 1]), []
-    feistel = data.loader._feistel
-    monkeypatch.setattr(data.loader, "_feistel", lambda value, *rest: mixed.append(len(value)) or feistel(value, *rest))
+    feistel = espalier.data.loader._feistel
+    monkeypatch.setattr(
+        espalier.data.loader, "_feistel", lambda value, *rest: mixed.append(len(value)) or feistel(value, *rest)
+    )
     batches = Batches({"a": Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "causal_lm", BYTES)}, 64)
     costs = []
     for step in (10, 10**6):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.packing import BEGINS, ENDS, fill, pack_best_fit, pack_split
+from espalier.data.packing import BEGINS, ENDS, fill, pack_best_fit, pack_split
 
 lengths = st.lists(st.integers(0, 40) | st.integers(1, 6), max_size=120)
 row_sizes = st.integers(8, 60)

@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import data.encode
-from cli import UserError
-from data.config import DataConfig
-from data.documents import Reject
-from data.filters import FilterConfig
-from data.packing import fill, pack_best_fit, pack_split
-from data.prepare import prepare
-from data.sources import FileSource
-from data.store import Encoded, TokenStore, exists
-from data.store_writer import write_store
-from data.summary import draw_lengths
-from data.tokenizer import WORDPIECE_SPECIALS, fingerprint, plain_backend, save_tokenizer, wrap
-from data.train_tokenizer import train_tokenizer
+import espalier.data.encode
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.documents import Reject
+from espalier.data.filters import FilterConfig
+from espalier.data.packing import fill, pack_best_fit, pack_split
+from espalier.data.prepare import prepare
+from espalier.data.sources import FileSource
+from espalier.data.store import Encoded, TokenStore, exists
+from espalier.data.store_writer import write_store
+from espalier.data.summary import draw_lengths
+from espalier.data.tokenizer import WORDPIECE_SPECIALS, fingerprint, plain_backend, save_tokenizer, wrap
+from espalier.data.train_tokenizer import train_tokenizer
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -60,8 +60,8 @@ def no_tokenizing(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("text is tokenized again")
 
-    monkeypatch.setattr("data.encode.encode", refuse)
-    monkeypatch.setattr("data.train_tokenizer.train_tokenizer", refuse)
+    monkeypatch.setattr("espalier.data.encode.encode", refuse)
+    monkeypatch.setattr("espalier.data.train_tokenizer.train_tokenizer", refuse)
 
 
 def test_the_text_comes_back(config):
@@ -127,9 +127,9 @@ def test_the_tokenizer_of_the_weights_comes_first(config, tmp_path):
 
 def test_an_interruption_loses_only_the_last_moments(config, monkeypatch, tmp_path):
     """Stopped after two batches of text, the same again begins with the third and ends with the same files."""
-    monkeypatch.setattr("data.encode.BATCH_CHARACTERS", 5_000)
+    monkeypatch.setattr("espalier.data.encode.BATCH_CHARACTERS", 5_000)
     whole = run(replace(config, cache=str(tmp_path / "undisturbed")))
-    encode, seen = data.encode.encode, []
+    encode, seen = espalier.data.encode.encode, []
 
     def interrupted(items, tokenizer, words):
         for number, batch in enumerate(encode(items, tokenizer, words)):
@@ -142,11 +142,11 @@ def test_an_interruption_loses_only_the_last_moments(config, monkeypatch, tmp_pa
             seen.append(len(batch))
             yield batch
 
-    monkeypatch.setattr("data.encode.encode", interrupted)
+    monkeypatch.setattr("espalier.data.encode.encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     assert not [path for path in (tmp_path / "cache").glob("tokens-*")]
-    monkeypatch.setattr("data.encode.encode", watched)
+    monkeypatch.setattr("espalier.data.encode.encode", watched)
     again = run(config)
     assert sum(seen) == 4 - 2 + 2, "documents: two of the four in training, and the two held-out ones"
     for side in ("train", "validation"):
@@ -156,8 +156,8 @@ def test_an_interruption_loses_only_the_last_moments(config, monkeypatch, tmp_pa
 
 def test_a_torn_journal_and_a_torn_shard(config, monkeypatch, tmp_path):
     """What was written behind the last whole entry of the journal is cut off again."""
-    monkeypatch.setattr("data.encode.BATCH_CHARACTERS", 5_000)
-    encode = data.encode.encode
+    monkeypatch.setattr("espalier.data.encode.BATCH_CHARACTERS", 5_000)
+    encode = espalier.data.encode.encode
 
     def interrupted(items, tokenizer, words):
         for number, batch in enumerate(encode(items, tokenizer, words)):
@@ -165,10 +165,10 @@ def test_a_torn_journal_and_a_torn_shard(config, monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr("data.encode.encode", interrupted)
+    monkeypatch.setattr("espalier.data.encode.encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    monkeypatch.setattr("data.encode.encode", encode)
+    monkeypatch.setattr("espalier.data.encode.encode", encode)
     (unfinished,) = (tmp_path / "cache").glob(".tokens-*.unfinished")
     journal = (unfinished / "journal.jsonl").read_bytes()
     (unfinished / "journal.jsonl").write_bytes(journal[:-20])
@@ -261,7 +261,7 @@ def test_damaged_word_starts_are_found(tmp_path):
 
 def test_verify_names_the_damaged_file(config, run_cli):
     arguments = (
-        *("data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
+        *("espalier.data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
         *("--data.tokenizer-kind", "bpe", "--data.cache", config.cache, "--vocab-size", 500, "--verify"),
     )
     assert "verified: 2 stores and their tokenizer" in run_cli(*arguments).stdout
@@ -364,7 +364,7 @@ def test_nothing_left_is_told_of_with_source_and_side(config, settings, message,
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
 def test_nothing_left_to_train_a_tokenizer_on(config, kind, run_cli):
     result = run_cli(
-        *("data.prepare", "--data.files", *config.files, "--data.tokenizer-kind", kind, "--vocab-size", 500),
+        *("espalier.data.prepare", "--data.files", *config.files, "--data.tokenizer-kind", kind, "--vocab-size", 500),
         *("--data.cache", config.cache, "--data.filters.min-characters", 10**6),
         code=2,
     )
@@ -457,7 +457,7 @@ def test_an_empty_store(tmp_path):
 
 def test_command_line(config, run_cli, tmp_path):
     result = run_cli(
-        *("data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
+        *("espalier.data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
         *("--data.cache", config.cache, "--vocab-size", 500, "--json"),
     )
     summary = json.loads(result.stdout.splitlines()[-1])
@@ -467,7 +467,7 @@ def test_command_line(config, run_cli, tmp_path):
 
 def test_the_lengths_as_a_picture(config, run_cli):
     result = run_cli(
-        *("data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
+        *("espalier.data.prepare", "--data.files", *config.files, "--data.validation-files", *config.validation_files),
         *("--data.cache", config.cache, "--data.tokenizer-kind", "bpe", "--vocab-size", 500, "--json"),
     )
     summary = json.loads(result.stdout.splitlines()[-1])
@@ -525,7 +525,8 @@ def test_a_killed_preparation_goes_on_with_the_same_bytes(shared_data, tmp_path,
 
     def command(cache: str) -> tuple:
         return (
-            *("data.prepare", "--data.files", tmp_path / "a.jsonl", "--data.validation-files", tmp_path / "b.txt"),
+            *("espalier.data.prepare", "--data.files", tmp_path / "a.jsonl"),
+            *("--data.validation-files", tmp_path / "b.txt"),
             *("--data.tokenizer", tmp_path / "tokenizer", "--data.cache", tmp_path / cache, "--vocab-size", 1000),
         )
 
@@ -597,7 +598,7 @@ def test_tokenizing_is_as_fast_as_the_library(shared_data, tmp_path):
             backend.encode_batch(chunks[at : at + 1000], add_special_tokens=False)
         raw.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        write_store(tmp_path / f"{number}", lambda done: data.encode.encode(source, tokenizer), "uint16", {})
+        write_store(tmp_path / f"{number}", lambda done: espalier.data.encode.encode(source, tokenizer), "uint16", {})
         ours.append(time.perf_counter() - begun)
     assert min(raw) / min(ours) >= 0.9
 
@@ -615,7 +616,7 @@ def test_memory_does_not_grow_with_the_text(shared_data, tmp_path):
         path.write_text("".join(lines))
         sizes.append(path.stat().st_size)
         code = (
-            "import re; from data.config import DataConfig; from data.prepare import prepare\n"
+            "import re; from espalier.data.config import DataConfig; from espalier.data.prepare import prepare\n"
             f"prepare(DataConfig(files=({str(path)!r},), tokenizer={str(tmp_path / 'tokenizer')!r}, "
             f"cache={str(tmp_path / f'cache{number}')!r}), 400, for_masked_lm=False)\n"
             # Not ru_maxrss, which begins with what the parent process had.

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.config import DataConfig
-from data.prepare import PrepareConfig, main, prepare
-from data.scripts import samples, script_of
-from data.tokenizer import save_tokenizer
-from data.train_tokenizer import train_tokenizer
+from espalier.data.config import DataConfig
+from espalier.data.prepare import PrepareConfig, main, prepare
+from espalier.data.scripts import samples, script_of
+from espalier.data.tokenizer import save_tokenizer
+from espalier.data.train_tokenizer import train_tokenizer
 
 CHINESE = "我们今天学习自然语言处理。"
 JAPANESE = "私たちは今日、自然言語を学ぶ。"

@@ -7,13 +7,13 @@ import pathlib
 
 import pytest
 
-import cli
-from cli import UserError
-from data.config import DataConfig
-from data.documents import Document, documents
-from data.sources import FileSource, open_sources, split_validation
+from espalier import cli
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.documents import Document, documents
+from espalier.data.sources import FileSource, open_sources, split_validation
+from espalier.training.identity import identity
 from mlm.presets import PRESETS
-from training.identity import identity
 
 
 class Texts:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-import data.storage
-from cli import MachineError, UserError
-from data.config import DataConfig
-from data.documents import Document
-from data.prepare import prepare
-from data.sources import FileSource
-from data.storage import digest, open_file
+import espalier.data.storage
+from espalier.cli import MachineError, UserError
+from espalier.data.config import DataConfig
+from espalier.data.documents import Document
+from espalier.data.prepare import prepare
+from espalier.data.sources import FileSource
+from espalier.data.storage import digest, open_file
 
 # The file systems that fsspec has opened, by protocol.
 KNOWN = sys.modules["fsspec.registry"]._registry
@@ -86,12 +86,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def quick(monkeypatch):
     """Small blocks, short pauses, and a second of silence is too long."""
-    monkeypatch.setattr(data.storage, "BLOCK", 20_000)
-    monkeypatch.setattr(data.storage, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(data.storage, "SILENCE", 0.5)
-    data.storage._http_options.cache_clear()
+    monkeypatch.setattr(espalier.data.storage, "BLOCK", 20_000)
+    monkeypatch.setattr(espalier.data.storage, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(espalier.data.storage, "SILENCE", 0.5)
+    espalier.data.storage._http_options.cache_clear()
     yield
-    data.storage._http_options.cache_clear()
+    espalier.data.storage._http_options.cache_clear()
 
 
 def shakespeare(shared_data) -> dict[str, bytes]:
@@ -176,7 +176,7 @@ def test_what_cannot_get_better_is_tried_once(error, kind, message, wrapped, cap
         raise error
 
     with pytest.raises(kind, match=message) as caught:
-        data.storage.persistently(act, "s3://bucket/a.txt")
+        espalier.data.storage.persistently(act, "s3://bucket/a.txt")
     assert tried == [1] and not capsys.readouterr().out and "\n" not in str(caught.value)
 
 
@@ -261,7 +261,7 @@ def test_buckets(protocol, monkeypatch, tmp_path):
 
 def test_a_change_that_hides_itself(tmp_path, monkeypatch):
     """Of the same size, in the same file, with the time of change turned back."""
-    monkeypatch.setattr(data.storage, "SUMS_KEPT_AFTER", -1)
+    monkeypatch.setattr(espalier.data.storage, "SUMS_KEPT_AFTER", -1)
     path = tmp_path / "a.txt"
     path.write_text("text")
     status = path.stat()
@@ -275,7 +275,7 @@ def test_a_change_that_hides_itself(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kept", [b"", b"[]", b"{}", b'{"key": 1}'])
 def test_a_damaged_note_of_a_sum_counts_as_none(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(data.storage, "SUMS_KEPT_AFTER", -1)
+    monkeypatch.setattr(espalier.data.storage, "SUMS_KEPT_AFTER", -1)
     path = tmp_path / "a.txt"
     path.write_text("text")
     first = digest(str(path), tmp_path)
@@ -285,11 +285,11 @@ def test_a_damaged_note_of_a_sum_counts_as_none(tmp_path, monkeypatch, kept):
 
 
 def test_a_sum_is_taken_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.storage, "SUMS_KEPT_AFTER", -1)
+    monkeypatch.setattr(espalier.data.storage, "SUMS_KEPT_AFTER", -1)
     path = tmp_path / "a.txt"
     path.write_text("text")
     first = digest(str(path), tmp_path)
-    monkeypatch.setattr(data.storage.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(espalier.data.storage.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert digest(str(path), tmp_path) == first
     monkeypatch.undo()
     path.write_text("texT")

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-import progress
-from cli import UserError
-from data.token_tables import CONTINUABLE, CONTINUES, token_bytes, token_texts, word_table
-from data.tokenizer import (
+from espalier import progress
+from espalier.cli import UserError
+from espalier.data.token_tables import CONTINUABLE, CONTINUES, token_bytes, token_texts, word_table
+from espalier.data.tokenizer import (
     fingerprint,
     load_tokenizer,
     pieces,
@@ -28,12 +28,12 @@ from data.tokenizer import (
     special_ids,
     vocabulary_size,
 )
-from data.train_tokenizer import sample, train_tokenizer
+from espalier.data.train_tokenizer import sample, train_tokenizer
 
 TRAIN = """
 import pathlib, sys
-from data.tokenizer import fingerprint
-from data.train_tokenizer import train_tokenizer
+from espalier.data.tokenizer import fingerprint
+from espalier.data.train_tokenizer import train_tokenizer
 text = pathlib.Path(sys.argv[1]).read_text()[:300_000]
 print(*(fingerprint(train_tokenizer([text], kind, 1000)) for kind in ("wordpiece", "bpe", "unigram")))
 """

@@ -14,20 +14,20 @@ import rjieba
 import sudachipy
 from icu4py.breakers import WordBreaker
 
-import data.words
-from cli import UserError
-from data.config import DataConfig
-from data.documents import Document
-from data.encode import encode
-from data.loader import Rows
-from data.packing import pack_best_fit
-from data.prepare import prepare
-from data.sources import FileSource, sample
-from data.store import Encoded
-from data.token_tables import CONTINUABLE, CONTINUES, token_bytes, token_texts, word_table
-from data.tokenizer import plain_backend, special_ids, vocabulary_size
-from data.train_tokenizer import train_tokenizer
-from data.words import EACH_TOKEN, check_segmenters, find_segmenters, script_shares, segmenter
+import espalier.data.words
+from espalier.cli import UserError
+from espalier.data.config import DataConfig
+from espalier.data.documents import Document
+from espalier.data.encode import encode
+from espalier.data.loader import Rows
+from espalier.data.packing import pack_best_fit
+from espalier.data.prepare import prepare
+from espalier.data.sources import FileSource, sample
+from espalier.data.store import Encoded
+from espalier.data.token_tables import CONTINUABLE, CONTINUES, token_bytes, token_texts, word_table
+from espalier.data.tokenizer import plain_backend, special_ids, vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.data.words import EACH_TOKEN, check_segmenters, find_segmenters, script_shares, segmenter
 from mlm.masking import Vocabulary, mask_batch
 from mlm.presets import MaskingConfig
 from tests.manpages import man_texts
@@ -128,7 +128,7 @@ def plain(text: str) -> str:
 
 
 NORMALISED = {"wordpiece": plain, "bpe": str, "bytes": str, "unigram": lambda text: unicodedata.normalize("NFKC", text)}
-WORDS = {"zh": {"Chinese": "rjieba"}, "ja": {"Japanese": "sudachi"}, "th": {data.words.SOUTH_EAST: "icu4py"}}
+WORDS = {"zh": {"Chinese": "rjieba"}, "ja": {"Japanese": "sudachi"}, "th": {espalier.data.words.SOUTH_EAST: "icu4py"}}
 
 
 @pytest.mark.parametrize("language", WORDS)
@@ -170,7 +170,7 @@ def test_decomposed_characters_move_nothing(monkeypatch, kind):
     def pairs():
         return lambda line: [len(word) for word in re.findall(r"[\u4e00-\u9fff]{2}|.", line)]
 
-    monkeypatch.setitem(data.words.SEGMENTERS, "Chinese", data.words.Segmenter(("pairs",), pairs))
+    monkeypatch.setitem(espalier.data.words.SEGMENTERS, "Chinese", espalier.data.words.Segmenter(("pairs",), pairs))
     words = ["中文", "分词", "。", "é", "café", "Việt", "中文", "分词", "naïve"]
     composed = "中文分词。é café Việt中文分词 naïve"
     tokenizer = train_tokenizer([f"a{c} {c}" for c in composed] * 3, kind, 300)
@@ -258,8 +258,8 @@ def test_segmenters_are_chosen_by_the_text_and_by_what_is_installed(monkeypatch,
 
 def test_shares_of_scripts():
     shares = script_shares(["ab" * 50, "中文" * 25, "日本のかな" * 10])
-    assert shares == pytest.approx({"Chinese": 0.25, "Japanese": 0.25, data.words.SOUTH_EAST: 0})
-    assert script_shares([THAI])[data.words.SOUTH_EAST] == 1 and script_shares([]) == script_shares(["12 !"])
+    assert shares == pytest.approx({"Chinese": 0.25, "Japanese": 0.25, espalier.data.words.SOUTH_EAST: 0})
+    assert script_shares([THAI])[espalier.data.words.SOUTH_EAST] == 1 and script_shares([]) == script_shares(["12 !"])
 
 
 def test_a_sample_is_taken_all_over_the_files(tmp_path):

@@ -15,7 +15,6 @@ import transformers as hf
 from safetensors import safe_open
 from tiny_models import FAMILIES, random_params
 
-import cli
 import clm.generate
 import clm.presets
 import clm.pretrain
@@ -23,15 +22,16 @@ import finetune.presets
 import finetune.train
 import mlm.presets
 import mlm.pretrain
-from commands.convert import ExportConfig, ImportConfig, export_model, import_model
-from data.tokenizer import framed_tokenizer, load_tokenizer, save_tokenizer, vocabulary_size
-from data.train_tokenizer import train_tokenizer
-from models.config import ModelConfig
-from models.families import family_of
-from models.heads import sequence_logits, span_logits, token_logits
-from models.hub import load_pretrained, save_pretrained
-from models.transformer import apply
-from training.checkpoint import read_config, restore_params
+from espalier import cli
+from espalier.commands.convert import ExportConfig, ImportConfig, export_model, import_model
+from espalier.data.tokenizer import framed_tokenizer, load_tokenizer, save_tokenizer, vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.models.config import ModelConfig
+from espalier.models.families import family_of
+from espalier.models.heads import sequence_logits, span_logits, token_logits
+from espalier.models.hub import load_pretrained, save_pretrained
+from espalier.models.transformer import apply
+from espalier.training.checkpoint import read_config, restore_params
 
 TEXT = "the quick brown fox jumps over the lazy dog while the cat sleeps in the warm sun by the old stone wall "
 QUESTION = "what does the fox jump over?"

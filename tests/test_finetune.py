@@ -11,25 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cli import UserError
-from data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
-from data.train_tokenizer import train_tokenizer
+from espalier.cli import UserError
+from espalier.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.pretrained import load_weights
+from espalier.models.transformer import init_params
+from espalier.training.checkpoint import Checkpoints, read_config, restore_params
+from espalier.training.config import CheckpointConfig, OptimizerConfig
+from espalier.training.identity import identity
+from espalier.training.run import RunDirectory, write_json
+from espalier.training.start import find_origin
+from espalier.training.state import new_state
 from finetune import evaluate
 from finetune.examples import describe_examples, read_examples
 from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
 from finetune.tasks.classify import classification_objective
 from finetune.train import main, resolved
-from models.config import Execution, ModelConfig
-from models.pretrained import load_weights
-from models.transformer import init_params
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
-from training.checkpoint import Checkpoints, read_config, restore_params
-from training.config import CheckpointConfig, OptimizerConfig
-from training.identity import identity
-from training.run import RunDirectory, write_json
-from training.start import find_origin
-from training.state import new_state
 
 WORDS = {
     "fruit": "apple pear plum cherry".split(),

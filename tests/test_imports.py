@@ -21,25 +21,23 @@ MAY_IMPORT = {
     "sharding": set(),
     "commands": DOOR | {"mlm", "clm", "finetune"},
     "cluster": {"data"},
-    "cli": set(),
-    "library_log": set(),
-    "progress": set(),
-    "short_help": set(),
-    "speakers": set(),
 }
 """Besides itself and the LEAVES. A door never imports another door, nothing imports `commands`."""
+
+TOP = ("mlm", "clm", "finetune", "sharding", "cluster", "espalier")
+"""Packages at the top; the rooms of the library are within `espalier`."""
 
 MODELS_MAY_TAKE = {"constrain", "mesh_platform", "BATCH_AXES"}
 """What `models` takes from `sharding`: how activations lie, and on what."""
 
-LAYING_OUT = ("models/hub.py", "models/memory.py", "models/layout.py")
-"""These place weights by the rules or choose a mesh, and may take more; models/hub.py also reads tokenizers."""
+LAYING_OUT = ("espalier/models/hub.py", "espalier/models/memory.py", "espalier/models/layout.py")
+"""These place weights by the rules or choose a mesh, and may take more; the first also reads tokenizers."""
 
 KNOWN_ONLY_IN = {
-    "flax": "models/",
-    "orbax": "training/checkpoint.py",
-    "tyro": "cli.py",
-    "tensorboardX": "training/tracker.py",
+    "flax": "espalier/models/",
+    "orbax": "espalier/training/checkpoint.py",
+    "tyro": "espalier/cli.py",
+    "tensorboardX": "espalier/training/tracker.py",
     "torch": "nowhere",
     "tensorflow": "nowhere",
 }
@@ -52,11 +50,12 @@ HEAVY = "jax flax numpy transformers tokenizers datasets optax orbax matplotlib 
 
 
 def sources() -> list[pathlib.Path]:
-    return [
-        path
-        for name in MAY_IMPORT
-        for path in (sorted((ROOT / name).rglob("*.py")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"])
-    ]
+    return [path for name in TOP for path in sorted((ROOT / name).rglob("*.py"))]
+
+
+def room(module: str) -> str:
+    """`data` of `espalier.data.loader`, `mlm` of `mlm.loss`; what is not ours keeps the name of its package."""
+    return module.removeprefix("espalier.").split(".")[0]
 
 
 def imports(source: str) -> list[tuple[str, str]]:
@@ -67,7 +66,8 @@ def imports(source: str) -> list[tuple[str, str]]:
             found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}: the table is read from absolute ones"
-            found += [(node.module or "", alias.name) for alias in node.names]
+            within = [f"espalier.{alias.name}" if node.module == "espalier" else node.module for alias in node.names]
+            found += [(module or "", alias.name) for module, alias in zip(within, node.names, strict=True)]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
@@ -77,13 +77,14 @@ def imports(source: str) -> list[tuple[str, str]]:
 
 def violations(path: str, source: str) -> list[str]:
     """What the file at `path` (relative to the repository) imports and must not."""
-    own = path.removesuffix(".py").split("/")[0]
+    own = room(path.removesuffix(".py").replace("/", "."))
     bad = []
     for module, name in imports(source):
-        top = module.split(".")[0]
-        allowed = MAY_IMPORT[own] | {own} | LEAVES | ({"data"} if path == "models/hub.py" else set())
-        if top in MAY_IMPORT and top not in allowed:
-            bad.append(f"{path} imports {module}: {own} may import {sorted(MAY_IMPORT[own]) or 'only the leaves'}")
+        top = room(module)
+        may = MAY_IMPORT.get(own, set())
+        allowed = may | {own} | LEAVES | ({"data"} if path == "espalier/models/hub.py" else set())
+        if module.split(".")[0] in TOP and top not in allowed:
+            bad.append(f"{path} imports {module}: {own} may import {sorted(may) or 'only the leaves'}")
         if own == "models" and top == "sharding" and path not in LAYING_OUT and name not in MODELS_MAY_TAKE:
             bad.append(f"{path} takes {name or module} from sharding; only {sorted(MODELS_MAY_TAKE)}")
         if top in KNOWN_ONLY_IN and not path.startswith(KNOWN_ONLY_IN[top]):
@@ -100,14 +101,14 @@ def test_imports_follow_the_table():
     "path, source",
     [
         ("clm/pretrain.py", "def main():\n    from mlm.masking import choose"),
-        ("training/loop.py", "import importlib\nimportlib.import_module('models.transformer')"),
-        ("data/loader.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import sharding.mesh"),
-        ("models/layers.py", "from sharding.rules import param_spec"),
-        ("finetune/train.py", "import commands.report as r"),
-        ("cli.py", "import data"),
-        ("training/step.py", "import flax.linen as nn"),
+        ("espalier/training/loop.py", "import importlib\nimportlib.import_module('espalier.models.transformer')"),
+        ("espalier/data/loader.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import sharding.mesh"),
+        ("espalier/models/layers.py", "from sharding.rules import param_spec"),
+        ("finetune/train.py", "import espalier.commands.report as r"),
+        ("espalier/cli.py", "import espalier.data"),
+        ("espalier/training/step.py", "import flax.linen as nn"),
         ("finetune/train.py", "import orbax.checkpoint"),
-        ("models/hub.py", "import torch"),
+        ("espalier/models/hub.py", "import torch"),
     ],
 )
 def test_a_forbidden_import_is_found(path, source):
@@ -115,8 +116,11 @@ def test_a_forbidden_import_is_found(path, source):
 
 
 def test_every_package_is_in_the_table():
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {path.stem for path in ROOT.glob("*.py")}
-    assert packages - {"tests"} == set(MAY_IMPORT)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"} == set(TOP)
+    assert not list(ROOT.glob("*.py"))
+    rooms = {path.stem for path in ROOT.glob("espalier/*.py")}
+    rooms |= {path.parent.name for path in ROOT.glob("espalier/*/*.py")}
+    assert rooms - {"__init__"} == MAY_IMPORT.keys() - set(TOP) | LEAVES
 
 
 @pytest.mark.parametrize("name", ["datasets", "tokenizers", "evaluate"])
@@ -126,9 +130,10 @@ def test_no_folder_hides_a_library(name):
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "progress", "short_help", "sharding.mesh"]
-    + sorted(f"{path.parent.name}.{path.stem}" for kind in ("config", "presets") for path in ROOT.glob(f"*/{kind}.py"))
-    + sorted(f"models.families.{path.stem}" for path in ROOT.glob("models/families/[a-z]*.py")),
+    ["espalier", "espalier.cli", "espalier.progress", "espalier.short_help", "sharding.mesh"]
+    + sorted(f"{path.parent.name}.presets" for path in ROOT.glob("*/presets.py"))
+    + sorted(f"espalier.{path.parent.name}.config" for path in ROOT.glob("espalier/*/config.py"))
+    + sorted(f"espalier.models.families.{path.stem}" for path in ROOT.glob("espalier/models/families/[a-z]*.py")),
 )
 def test_configurations_import_nothing_heavy(module):
     code = f"import {module}, sys; print(*(name for name in {HEAVY!r} if name in sys.modules))"
@@ -140,7 +145,7 @@ def test_the_demo_says_what_it_does_before_anything_heavy():
     """The first line within 3 s, without a clock: whatever is imported by then is light."""
     code = textwrap.dedent(f"""
         import builtins, sys
-        from commands.demo import DemoConfig, main
+        from espalier.commands.demo import DemoConfig, main
         builtins.print = lambda *a, **k: sys.exit(" ".join(n for n in {HEAVY!r} if n in sys.modules) or 0)
         main(DemoConfig())
         sys.exit("nothing was printed")
@@ -151,7 +156,10 @@ def test_the_demo_says_what_it_does_before_anything_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["mlm.pretrain debug", "clm.pretrain debug", "finetune.train", "clm.generate", "data.prepare", "commands.report"],
+    [
+        *("mlm.pretrain debug", "clm.pretrain debug", "finetune.train", "clm.generate"),
+        *("espalier.data.prepare", "espalier.commands.report"),
+    ],
 )
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
 def test_help_imports_nothing_heavy(command, flag):

@@ -8,21 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from data.config import DataConfig
-from data.description import describe_epochs, describe_text
-from data.loader import Batches, Rows
-from data.packing import pack_split
-from data.prepare import prepare
-from data.token_tables import token_bytes
-from data.tokenizer import special_ids
-from models.config import Execution
-from models.description import describe
-from models.families.bert import BERT_BASE
-from progress import amount
+from espalier.data.config import DataConfig
+from espalier.data.description import describe_epochs, describe_text
+from espalier.data.loader import Batches, Rows
+from espalier.data.packing import pack_split
+from espalier.data.prepare import prepare
+from espalier.data.token_tables import token_bytes
+from espalier.data.tokenizer import special_ids
+from espalier.models.config import Execution
+from espalier.models.description import describe
+from espalier.models.families.bert import BERT_BASE
+from espalier.progress import amount
+from espalier.training.config import TrainConfig
+from espalier.training.introduction import conclude, result_words, without_stop
+from espalier.training.run import RunDirectory
 from sharding.mesh import MeshConfig, build_mesh
-from training.config import TrainConfig
-from training.introduction import conclude, result_words, without_stop
-from training.run import RunDirectory
 
 SUMMARY = {
     "eval": {"accuracy": 0.2413, "loss": 4.8123, "perplexity": 123.01},

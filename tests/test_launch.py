@@ -116,27 +116,28 @@ def test_first_launch_installs_and_second_only_runs(place):
     out, err = place.launch()
     pip, run = place.asked()
     assert pip.startswith("-m pip install ") and f"--requirement {place.root}/requirements.txt" in pip
-    assert run == f"{place.root}/.venv/bin/python PYTHONPATH={place.root} cwd={place.root}: -P -m commands.demo"
-    assert out == "ran commands.demo\n"
+    where = f"PYTHONPATH={place.root} cwd={place.root}"
+    assert run == f"{place.root}/.venv/bin/python {where}: -P -m espalier.commands.demo"
+    assert out == "ran espalier.commands.demo\n"
     assert "Downloading something" in err and "already satisfied" not in err
 
     start = time.monotonic()
     out, err = place.launch()
     assert time.monotonic() - start < 3
-    assert (out, err) == ("ran commands.demo\n", "")
+    assert (out, err) == ("ran espalier.commands.demo\n", "")
     assert len(place.asked()) == 1
 
 
 @pytest.mark.parametrize(
     "command, module",
     [
-        ("demo", "commands.demo"),
+        ("demo", "espalier.commands.demo"),
         ("mlm", "mlm.pretrain"),
         ("clm", "clm.pretrain"),
         ("finetune", "finetune.train"),
         ("generate", "clm.generate"),
-        ("prepare", "data.prepare"),
-        ("report", "commands.report"),
+        ("prepare", "espalier.data.prepare"),
+        ("report", "espalier.commands.report"),
     ],
 )
 def test_commands_run_their_module_where_the_user_is(place, tmp_path, command, module):
@@ -216,7 +217,7 @@ def test_plan_for_a_topology_brings_the_compiler_once(place):
     assert not [line for line in place.asked() if "libtpu" in line]
     place.launch("plan", "gpt2", "--topology", "v5e:4x4", PYTHONPATH=jax)
     compiler, run = place.asked()
-    assert "libtpu==0.0.41.*" in compiler and run.endswith("-P -m commands.plan gpt2 --topology v5e:4x4")
+    assert "libtpu==0.0.41.*" in compiler and run.endswith("-P -m espalier.commands.plan gpt2 --topology v5e:4x4")
     place.launch("plan", "gpt2", "--topology=v5e:4x4", PYTHONPATH=jax)
     assert len(place.asked()) == 1
     (place.root / ".venv/.espalier/libtpu/version").unlink()
@@ -290,12 +291,12 @@ def test_a_virtualenv_without_pip_is_made_again(place):
     (place.root / ".venv" / "bin").mkdir(parents=True)
     (place.root / ".venv" / "bin" / "python").symlink_to("/nowhere/python")
     out, _ = place.launch()
-    assert out == "ran commands.demo\n"
+    assert out == "ran espalier.commands.demo\n"
 
 
 def test_a_python_without_ensurepip_serves_too(place):
     out, _ = place.launch(FAKE_NO_ENSUREPIP="1")
-    assert out == "ran commands.demo\n" and (place.root / ".venv" / "pip").exists()
+    assert out == "ran espalier.commands.demo\n" and (place.root / ".venv" / "pip").exists()
 
 
 def test_a_second_launch_waits_for_the_first(place):
@@ -333,7 +334,7 @@ def test_python_chooses_the_interpreter(place, tmp_path):
     _, err = place.launch(code=2)
     assert "python3 not found; Python 3.11 or newer is needed" in err and err.count("\n") == 1
     out, _ = place.launch(PYTHON="python9")
-    assert out == "ran commands.demo\n"
+    assert out == "ran espalier.commands.demo\n"
 
 
 def test_an_old_python_is_refused_in_one_line(place):
@@ -425,7 +426,7 @@ def test_the_demo_takes_signals_itself(place):
     script = place.bin / "python3"
     script.write_text(script.read_text() + "[[ $1 != -P ]] || { echo pid $$; exec sleep 60; }\n")
     process = place.start()
-    assert process.stdout.readline() == "ran commands.demo\n"
+    assert process.stdout.readline() == "ran espalier.commands.demo\n"
     assert process.stdout.readline() == f"pid {process.pid}\n"
     process.terminate()
     process.communicate(timeout=20)

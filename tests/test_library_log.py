@@ -14,8 +14,7 @@ import time
 import pytest
 import toy
 
-import cli
-import library_log
+from espalier import cli, library_log
 
 pytestmark = pytest.mark.corner
 
@@ -25,7 +24,7 @@ class Nothing:
     """A command without settings."""
 
 
-ROOT = pathlib.Path(library_log.__file__).parent
+ROOT = pathlib.Path(library_log.__file__).parents[1]
 
 LIBRARY = """
 import logging, sys, threading, warnings
@@ -73,7 +72,7 @@ def program(tmp_path):
     def start(main: str, *, before: str = "", closed: str = "", **options) -> subprocess.Popen[str]:
         number = len(started)
         (tmp_path / f"command_{number}.py").write_text(
-            f"import dataclasses, os, sys\n{before}\nimport cli, library, library_log\n"
+            f"import dataclasses, os, sys\n{before}\nimport library\nfrom espalier import cli, library_log\n"
             f"def main(config):\n{textwrap.indent(textwrap.dedent(main), '    ')}\n    pass\n"
             "@dataclasses.dataclass(frozen=True)\nclass Config:\n    steps: int = 1\n"
             "cli.run_config(main, Config, 'command')\n"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, close, strict_and_quick  # noqa: F401
 
-from models.attention import AttentionSpec, attend, spec_for
-from models.layers import dropout
+from espalier.models.attention import AttentionSpec, attend, spec_for
+from espalier.models.layers import dropout
 
 pytestmark = pytest.mark.corner
 B, T, N, K, H = 2, 9, 4, 2, 8

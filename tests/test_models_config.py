@@ -6,8 +6,8 @@ import json
 import pytest
 from tiny_models import EVERYTHING, MODERN
 
-from cli import UserError
-from models.config import ModelConfig
+from espalier.cli import UserError
+from espalier.models.config import ModelConfig
 
 pytestmark = pytest.mark.corner
 

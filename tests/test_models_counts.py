@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import pytest
 from tiny_models import BERT, FAMILIES, LLAMA, MODERN, as_jax, batch_of, random_params, strict_and_quick  # noqa: F401
 
-from models.attention import spec_for, visible
-from models.config import Execution, ModelConfig
-from models.counts import count_params, flops_per_token, products, visible_keys
-from models.families.bert import BERT_BASE
-from models.families.gpt2 import GPT2
-from models.families.llama import LLAMA_8B
-from models.families.modernbert import MODERNBERT_BASE
-from models.heads import causal_lm_head, masked_lm_head
-from models.transformer import apply, init_params
+from espalier.models.attention import spec_for, visible
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.counts import count_params, flops_per_token, products, visible_keys
+from espalier.models.families.bert import BERT_BASE
+from espalier.models.families.gpt2 import GPT2
+from espalier.models.families.llama import LLAMA_8B
+from espalier.models.families.modernbert import MODERNBERT_BASE
+from espalier.models.heads import causal_lm_head, masked_lm_head
+from espalier.models.transformer import apply, init_params
 
 pytestmark = pytest.mark.corner
 

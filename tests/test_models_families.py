@@ -7,9 +7,9 @@ import pytest
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, __version__
 
-from cli import UserError
-from models.families import MODULES, UNSUPPORTED, family_of, stacked
-from models.hf_config import read_config, to_hf
+from espalier.cli import UserError
+from espalier.models.families import MODULES, UNSUPPORTED, family_of, stacked
+from espalier.models.hf_config import read_config, to_hf
 
 pytestmark = pytest.mark.corner
 

@@ -18,13 +18,13 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import BERT, GPT, LLAMA, random_params
 from transformers import CONFIG_MAPPING
 
-from cli import UserError
-from models.config import ModelConfig
-from models.families import MODULES, family_of
-from models.hub import Pretrained, load_pretrained, save_pretrained
-from models.placement import place
-from models.tensor_files import TensorFiles
-from models.weight_map import param_shapes, tensors_of
+from espalier.cli import UserError
+from espalier.models.config import ModelConfig
+from espalier.models.families import MODULES, family_of
+from espalier.models.hub import Pretrained, load_pretrained, save_pretrained
+from espalier.models.placement import place
+from espalier.models.tensor_files import TensorFiles
+from espalier.models.weight_map import param_shapes, tensors_of
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
 
@@ -207,9 +207,9 @@ def test_host_memory_stays_near_one_tensor(tmp_path):
         import os, sys, threading, time
         os.environ["XLA_FLAGS"] = ""
         import jax, numpy as np
-        from models.config import ModelConfig
-        from models.hub import load_pretrained, save_pretrained
-        from models.weight_map import param_shapes
+        from espalier.models.config import ModelConfig
+        from espalier.models.hub import load_pretrained, save_pretrained
+        from espalier.models.weight_map import param_shapes
         config = ModelConfig(vocab_size=40_000, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8,
                              intermediate_size=16_384, type_vocab_size=2, max_position_embeddings=64)
         folder = {str(tmp_path / "large")!r}
@@ -432,7 +432,7 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="exists already"):
         save_pretrained(tmp_path / "full", BERT, params)
-    monkeypatch.setattr("models.hub.write_tensors", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("espalier.models.hub.write_tensors", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(tmp_path / "out", BERT, params)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -7,9 +7,9 @@ import pytest
 
 import clm.presets
 import mlm.presets
-from models.config import ModelConfig
-from models.layers import Norm, activation, dropout, gated, gelu, zero_unless
-from models.memory import step_memory
+from espalier.models.config import ModelConfig
+from espalier.models.layers import Norm, activation, dropout, gated, gelu, zero_unless
+from espalier.models.memory import step_memory
 
 PLAIN = {"gelu": gelu, "gelu_new": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}
 SHAPE = (4, 512)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 import clm.presets
-from cli import UserError
-from models.layout import memory_of, open_mesh
+from espalier.cli import UserError
+from espalier.models.layout import memory_of, open_mesh
 from sharding.mesh import MeshConfig
 
 CONFIG = clm.presets.debug()
@@ -40,10 +40,10 @@ def test_where_a_copy_is_too_large_it_is_split(capsys, monkeypatch):
         dtype="float32",
         scan=False,
     ).total
-    monkeypatch.setattr("models.layout._limit", lambda device: whole)
+    monkeypatch.setattr("espalier.models.layout._limit", lambda device: whole)
     shape = opened(MeshConfig(auto=True))
     assert shape["fsdp"] > 1 and shape["sequence"] == 1
     assert "data=8 would need" in capsys.readouterr().out
-    monkeypatch.setattr("models.layout._limit", lambda device: whole / 1000)
+    monkeypatch.setattr("espalier.models.layout._limit", lambda device: whole / 1000)
     with pytest.raises(UserError, match="no mesh of 8 devices holds this"):
         opened(MeshConfig(auto=True), split=False)

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from tiny_models import batch_of, strict_and_quick  # noqa: F401
 
 from clm.generate import SamplingConfig, generate
-from models.config import Execution
-from models.families import family_of
-from models.heads import (
+from espalier.models.config import Execution
+from espalier.models.families import family_of
+from espalier.models.heads import (
     causal_lm_head,
     embed_rows,
     masked_lm_head,
@@ -28,10 +28,10 @@ from models.heads import (
     span_logits,
     token_logits,
 )
-from models.hub import load_pretrained, save_pretrained
-from models.transformer import apply
-from models.vocabulary import logits
-from models.weight_map import export, tensors_of
+from espalier.models.hub import load_pretrained, save_pretrained
+from espalier.models.transformer import apply
+from espalier.models.vocabulary import logits
+from espalier.models.weight_map import export, tensors_of
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 
 FAR = 30_000

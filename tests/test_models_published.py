@@ -9,24 +9,24 @@ import transformers as hf
 
 import clm.presets
 import mlm.presets
-from models.counts import count_params
-from models.families.bert import BERT_BASE, BERT_LARGE
-from models.families.distilbert import DISTILBERT_BASE
-from models.families.electra import ELECTRA_SMALL
-from models.families.eurobert import EUROBERT_210M
-from models.families.gemma import GEMMA2_2B, GEMMA3_1B
-from models.families.gpt2 import GPT2, GPT2_MEDIUM
-from models.families.llama import LLAMA_1B, LLAMA_8B
-from models.families.mistral import MISTRAL_7B
-from models.families.modernbert import MODERNBERT_BASE
-from models.families.nomic_bert import NOMIC_BERT
-from models.families.olmo2 import OLMO2_1B, OLMO2_7B
-from models.families.phi3 import PHI3_MINI
-from models.families.qwen import QWEN2_500M, QWEN3_600M
-from models.families.roberta import ROBERTA_BASE
-from models.families.smollm3 import SMOLLM3_3B
-from models.hf_config import to_hf, to_ours
-from models.layers import rotary_frequencies
+from espalier.models.counts import count_params
+from espalier.models.families.bert import BERT_BASE, BERT_LARGE
+from espalier.models.families.distilbert import DISTILBERT_BASE
+from espalier.models.families.electra import ELECTRA_SMALL
+from espalier.models.families.eurobert import EUROBERT_210M
+from espalier.models.families.gemma import GEMMA2_2B, GEMMA3_1B
+from espalier.models.families.gpt2 import GPT2, GPT2_MEDIUM
+from espalier.models.families.llama import LLAMA_1B, LLAMA_8B
+from espalier.models.families.mistral import MISTRAL_7B
+from espalier.models.families.modernbert import MODERNBERT_BASE
+from espalier.models.families.nomic_bert import NOMIC_BERT
+from espalier.models.families.olmo2 import OLMO2_1B, OLMO2_7B
+from espalier.models.families.phi3 import PHI3_MINI
+from espalier.models.families.qwen import QWEN2_500M, QWEN3_600M
+from espalier.models.families.roberta import ROBERTA_BASE
+from espalier.models.families.smollm3 import SMOLLM3_3B
+from espalier.models.hf_config import to_hf, to_ours
+from espalier.models.layers import rotary_frequencies
 
 PUBLISHED = [
     ("bert-base", BERT_BASE, "masked_lm", 109_514_298),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny_models import GPT, MODERN, close, strict_and_quick  # noqa: F401
 
-from cli import UserError
-from models.attention import AttentionSpec, attend, choose_backend
-from models.splash import block_size
+from espalier.cli import UserError
+from espalier.models.attention import AttentionSpec, attend, choose_backend
+from espalier.models.splash import block_size
 from sharding.mesh import MeshConfig, build_mesh
 
 pytestmark = pytest.mark.corner
@@ -74,7 +74,7 @@ def test_it_is_chosen_on_tpus_only_and_says_why(monkeypatch):
     assert choose()[0] == "xla" and "CPU" in choose()[1]
     with pytest.raises(UserError, match="kernel for TPUs and this is a CPU; try"):
         choose(requested="splash")
-    monkeypatch.setattr("models.attention.mesh_platform", lambda: "tpu")
+    monkeypatch.setattr("espalier.models.attention.mesh_platform", lambda: "tpu")
     assert choose()[0] == "splash"
     assert choose(requested="xla") == ("xla", "as asked")
     assert choose(length=100)[0] == "xla" and "multiple of 128" in choose(length=100)[1]

@@ -22,10 +22,10 @@ from tiny_models import (  # noqa: F401
     strict_and_quick,
 )
 
-from models.config import Execution
-from models.heads import causal_lm_head, masked_lm_head
-from models.transformer import _dropout_keys, apply, init_cache, init_params, matrix_axes
-from models.vocabulary import token_logprobs
+from espalier.models.config import Execution
+from espalier.models.heads import causal_lm_head, masked_lm_head
+from espalier.models.transformer import _dropout_keys, apply, init_cache, init_params, matrix_axes
+from espalier.models.vocabulary import token_logprobs
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 from sharding.rules import shard_params
 
@@ -194,7 +194,7 @@ def test_bfloat16_computes_in_bfloat16_and_differentiates_in_float32(monkeypatch
     (value, x_BTD), gradients = jax.jit(in_bfloat16)(params)
     jax.clear_caches()  # what was traced for a CPU
     with monkeypatch.context() as patch:
-        patch.setattr("models.layers.mesh_platform", lambda: "tpu")  # on CPUs some products are widened
+        patch.setattr("espalier.models.layers.mesh_platform", lambda: "tpu")  # on CPUs some products are widened
         products = operations(in_bfloat16, params, name="dot_general")
     assert {operand.aval.dtype for product in products for operand in product.invars} == {jnp.dtype("bfloat16")}
     assert x_BTD.dtype == jnp.bfloat16 and value.dtype == jnp.float32

@@ -12,18 +12,18 @@ import pytest
 import clm.presets
 import mlm.presets
 from clm.loss import causal_lm_objective
-from data.token_tables import CONTINUABLE, CONTINUES
+from espalier.data.token_tables import CONTINUABLE, CONTINUES
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.heads import causal_lm_head, masked_lm_head
+from espalier.models.transformer import apply, init_params, matrix_axes
+from espalier.training.config import OptimizerConfig
+from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.state import new_state, shard_state
+from espalier.training.step import Objective, make_train_step
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary
 from mlm.presets import MaskingConfig
-from models.config import Execution, ModelConfig
-from models.heads import causal_lm_head, masked_lm_head
-from models.transformer import apply, init_params, matrix_axes
 from sharding.mesh import MeshConfig, build_mesh, place_batch
-from training.config import OptimizerConfig
-from training.optimizer import build_optimizer, schedule
-from training.state import new_state, shard_state
-from training.step import Objective, make_train_step
 
 V, T, B = 90, 32, 16
 TINY = dict(

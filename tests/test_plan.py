@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-import cli
-from commands.plan.__main__ import PRESETS, main
-from commands.plan.compiled import devices_of, parse_topology
-from commands.plan.plan import make_plan
-from commands.plan.settings import as_tokens
+from espalier import cli
+from espalier.commands.plan.__main__ import PRESETS, main
+from espalier.commands.plan.compiled import devices_of, parse_topology
+from espalier.commands.plan.plan import make_plan
+from espalier.commands.plan.settings import as_tokens
 from sharding.advice import Task, advise, layouts
 from sharding.mesh import MeshConfig, build_mesh, slice_count
 
@@ -161,7 +161,7 @@ def test_bad_input_is_one_line_before_any_compilation(capsys, monkeypatch, argum
     def compiled(*_):
         raise AssertionError("it compiles")
 
-    monkeypatch.setattr("commands.plan.plan.compile_step", compiled)
+    monkeypatch.setattr("espalier.commands.plan.plan.compile_step", compiled)
     assert message in refused(capsys, *arguments.split())
 
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from commands.plan.__main__ import PRESETS
-from commands.plan.plan import make_plan
+from espalier.commands.plan.__main__ import PRESETS
+from espalier.commands.plan.plan import make_plan
 from sharding.mesh import MeshConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

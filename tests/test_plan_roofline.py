@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 
-from cli import UserError
-from commands.plan.amounts import Job, parameters
-from commands.plan.published import FIT_HALF, HELD_OUT, documented, error, errors, fit, table
-from commands.plan.roofline import FITTED, SPREAD, bill, step_time
-from commands.plan.runs import LLAMA_405B, RUNS, SOURCES, maxtext_model
-from models.counts import count_params, flops_per_token
-from models.families.bert import BERT_BASE
-from models.families.gpt2 import GPT2
-from models.families.llama import LLAMA_1B, LLAMA_8B
-from models.families.modernbert import MODERNBERT_BASE
+from espalier.cli import UserError
+from espalier.commands.plan.amounts import Job, parameters
+from espalier.commands.plan.published import FIT_HALF, HELD_OUT, documented, error, errors, fit, table
+from espalier.commands.plan.roofline import FITTED, SPREAD, bill, step_time
+from espalier.commands.plan.runs import LLAMA_405B, RUNS, SOURCES, maxtext_model
+from espalier.models.counts import count_params, flops_per_token
+from espalier.models.families.bert import BERT_BASE
+from espalier.models.families.gpt2 import GPT2
+from espalier.models.families.llama import LLAMA_1B, LLAMA_8B
+from espalier.models.families.modernbert import MODERNBERT_BASE
 from sharding.mesh import AXES
 from sharding.topology import CHIPS, chip_named, chip_of
 
@@ -47,7 +47,7 @@ def test_the_efficiencies_are_those_of_the_fit():
 
 
 def test_the_docs_have_the_table_of_the_code():
-    assert documented() == table(), "run `python -m commands.plan.published --write`"
+    assert documented() == table(), "run `python -m espalier.commands.plan.published --write`"
 
 
 def test_every_run_has_a_source():

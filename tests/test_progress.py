@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-import progress
+from espalier import progress
 
 
 @pytest.fixture

@@ -13,29 +13,29 @@ import socket
 import jax
 import pytest
 
-import cli
-from data.tokenizer import vocabulary_size
-from data.train_tokenizer import train_tokenizer
-from models.families.bert import BERT_BASE
-from models.families.roberta import ROBERTA_BASE
-from models.hub import save_pretrained
-from models.transformer import init_params
+from espalier import cli
+from espalier.data.tokenizer import vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.models.families.bert import BERT_BASE
+from espalier.models.families.roberta import ROBERTA_BASE
+from espalier.models.hub import save_pretrained
+from espalier.models.transformer import init_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
 MODULES = {
-    "demo": "commands.demo",
+    "demo": "espalier.commands.demo",
     "mlm": "mlm.pretrain",
     "clm": "clm.pretrain",
     "finetune": "finetune.train",
     "generate": "clm.generate",
-    "prepare": "data.prepare",
-    "report": "commands.report",
-    "plan": "commands.plan.__main__",
-    "budget": "commands.plan.budget",
-    "import": "commands.convert",
-    "export": "commands.convert",
+    "prepare": "espalier.data.prepare",
+    "report": "espalier.commands.report",
+    "plan": "espalier.commands.plan.__main__",
+    "budget": "espalier.commands.plan.budget",
+    "import": "espalier.commands.convert",
+    "export": "espalier.commands.convert",
 }
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if not kind]
 COMMANDS = [

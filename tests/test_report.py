@@ -8,12 +8,12 @@ import struct
 
 import pytest
 
-import cli
-from cli import UserError
-from commands.report import ReportConfig, main
-from training.figures import PALETTES, Bar, Curve, draw, legend
-from training.page import STYLE, confusion_table, entries, masked_words, settings, texts
-from training.report import write_report
+from espalier import cli
+from espalier.cli import UserError
+from espalier.commands.report import ReportConfig, main
+from espalier.training.figures import PALETTES, Bar, Curve, draw, legend
+from espalier.training.page import STYLE, confusion_table, entries, masked_words, settings, texts
+from espalier.training.report import write_report
 
 CONFIG = {"task": "masked_lm", "steps": 40, "init_from": None, "optimizer": {"learning_rate": 0.0003, "name": "adamw"}}
 METRICS = [{"step": step, "loss": 7.0 - step / 10, "learning_rate": 1e-3} for step in range(1, 41)] + [

@@ -16,16 +16,16 @@ from safetensors import safe_open
 from tiny_models import batch_of, strict_and_quick  # noqa: F401
 from tokenizers import AddedToken
 
-from cli import UserError
 from clm.generate import SamplingConfig, sampling_of
-from commands.convert import ExportConfig, ImportConfig, export_model, import_model
-from data.train_tokenizer import train_tokenizer
-from models.config import ModelConfig
-from models.families import family_of
-from models.heads import sequence_logits
-from models.hub import Pretrained, load_pretrained, save_pretrained
-from models.pretrained import load_weights
-from models.transformer import apply, init_params
+from espalier.cli import UserError
+from espalier.commands.convert import ExportConfig, ImportConfig, export_model, import_model
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.models.config import ModelConfig
+from espalier.models.families import family_of
+from espalier.models.heads import sequence_logits
+from espalier.models.hub import Pretrained, load_pretrained, save_pretrained
+from espalier.models.pretrained import load_weights
+from espalier.models.transformer import apply, init_params
 
 CONFIG_MAY_DIFFER = {"transformers_version": "names the version that wrote the file"}
 TOKENIZER_MAY_DIFFER = {

@@ -11,16 +11,16 @@ import pytest
 import clm.presets
 import mlm.presets
 from clm.loss import causal_lm_objective
+from espalier.models.config import Execution
+from espalier.models.transformer import init_params, matrix_axes
+from espalier.training.config import OptimizerConfig
+from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.state import new_state, shard_state
+from espalier.training.step import make_train_step
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary
 from mlm.presets import MaskingConfig
-from models.config import Execution
-from models.transformer import init_params, matrix_axes
 from sharding.mesh import MeshConfig, build_mesh, place_batch
-from training.config import OptimizerConfig
-from training.optimizer import build_optimizer, schedule
-from training.state import new_state, shard_state
-from training.step import make_train_step
 
 V, T, B = 250, 64, 16
 # Windows and whole rows, grouped heads, tied embeddings; heads that four devices can share.

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from cli import UserError
+from espalier.cli import UserError
 from sharding.places import DistributedConfig, Place, find_place
 
 pytestmark = pytest.mark.corner

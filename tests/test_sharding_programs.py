@@ -10,9 +10,9 @@ import pytest
 
 import clm.presets
 import mlm.presets
-from commands.plan.compiled import collectives, shapes_of
-from commands.plan.step import lower_step
-from models.config import Execution
+from espalier.commands.plan.compiled import collectives, shapes_of
+from espalier.commands.plan.step import lower_step
+from espalier.models.config import Execution
 from sharding.mesh import MeshConfig, build_mesh
 
 # Every size is another number, so that a shape tells what it is; the scores of a device need several chunks.

@@ -15,11 +15,10 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
-import progress
-from cli import UserError
-from sharding.mesh import MeshConfig, build_mesh
-from training import checkpoint
-from training.checkpoint import (
+from espalier import progress
+from espalier.cli import UserError
+from espalier.training import checkpoint
+from espalier.training.checkpoint import (
     Checkpoints,
     complete_steps,
     read_config,
@@ -27,9 +26,10 @@ from training.checkpoint import (
     restore_params,
     restore_state,
 )
-from training.config import OptimizerConfig
-from training.optimizer import build_optimizer
-from training.state import new_state, shard_state
+from espalier.training.config import OptimizerConfig
+from espalier.training.optimizer import build_optimizer
+from espalier.training.state import new_state, shard_state
+from sharding.mesh import MeshConfig, build_mesh
 
 pytestmark = pytest.mark.corner
 

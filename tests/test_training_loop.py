@@ -13,16 +13,16 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
-import training.loop
-from cli import UserError
+import espalier.training.loop
+from espalier.cli import UserError
+from espalier.training.checkpoint import complete_steps, read_config, restore_params
+from espalier.training.config import CheckpointConfig, OptimizerConfig
+from espalier.training.introduction import About
+from espalier.training.loop import NonFiniteLoss
+from espalier.training.run import RunDirectory
+from espalier.training.start import check_fork, find_origin
+from espalier.training.step import Objective
 from sharding.mesh import MeshConfig
-from training.checkpoint import complete_steps, read_config, restore_params
-from training.config import CheckpointConfig, OptimizerConfig
-from training.introduction import About
-from training.loop import NonFiniteLoss
-from training.run import RunDirectory
-from training.start import check_fork, find_origin
-from training.step import Objective
 
 pytestmark = pytest.mark.corner
 ONE = MeshConfig(1, 1, 1)
@@ -127,13 +127,13 @@ def test_the_way_that_a_refused_extension_names_is_a_way(tmp_path):
 
 def losses_seen(monkeypatch) -> dict[int, dict[str, float]]:
     """Step → metrics, as the loop reads them one step after the other."""
-    seen, log = {}, training.loop.Tracker.log
+    seen, log = {}, espalier.training.loop.Tracker.log
 
     def spy(self, step, metrics):
         seen[step] = metrics
         log(self, step, metrics)
 
-    monkeypatch.setattr(training.loop.Tracker, "log", spy)
+    monkeypatch.setattr(espalier.training.loop.Tracker, "log", spy)
     return seen
 
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_without_an_interval_begins_one(tmp_path, monkeypatch):
     """As versions before this one wrote them."""
     seen = losses_seen(monkeypatch)
     toy.run(toy.config(tmp_path, steps=6, log_every=4, stop_at=2, mesh=ONE))
-    monkeypatch.setattr("training.start.read_data", lambda run_dir, step: {"step": step})
+    monkeypatch.setattr("espalier.training.start.read_data", lambda run_dir, step: {"step": step})
     toy.run(toy.config(tmp_path, steps=6, log_every=4, mesh=ONE))
     records = {record["step"]: record["loss"] for record in toy.metrics_of(tmp_path) if "loss" in record}
     assert list(records) == [1, 2, 4, 6] and records[4] == np.mean([seen[3]["loss"], seen[4]["loss"]])
@@ -351,27 +351,27 @@ def test_the_host_reads_the_step_before_the_one_it_started(tmp_path, monkeypatch
             yield batch
             step += 1
 
-    log = training.loop.Tracker.log
+    log = espalier.training.loop.Tracker.log
 
     def spy(self, step, metrics):
         order.append(f"read {step}")
         log(self, step, metrics)
 
-    monkeypatch.setattr(training.loop.Tracker, "log", spy)
+    monkeypatch.setattr(espalier.training.loop.Tracker, "log", spy)
     toy.run(toy.config(tmp_path, steps=3), batches_from=batches_from)
     assert order == ["feed 1", "feed 2", "read 1", "feed 3", "read 2", "read 3"]
 
 
 def test_the_state_is_donated(tmp_path, monkeypatch):
     first = []
-    start = training.loop.first_state
+    start = espalier.training.loop.first_state
 
     def spy(*arguments):
         state = start(*arguments)
         first.append(state)
         return state
 
-    monkeypatch.setattr(training.loop, "first_state", spy)
+    monkeypatch.setattr(espalier.training.loop, "first_state", spy)
     toy.run(toy.config(tmp_path, stop_at=1))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first[0].params, first[0].opt_state)))
 
@@ -425,7 +425,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 
 
 def test_speeds_are_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.loop, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(espalier.training.loop, "peak_flops", lambda device: 1e9)
     result = toy.run(toy.config(tmp_path, steps=3, mesh=MeshConfig(4, 1, 1)), flops_per_step=1e6)
     assert result.first_step_seconds and result.tokens_per_second
     per_token = 1e6 / (toy.ROWS * toy.LENGTH)

@@ -10,10 +10,10 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
-from cli import UserError
+from espalier.cli import UserError
+from espalier.training.config import OptimizerConfig
+from espalier.training.optimizer import build_optimizer, schedule
 from sharding.topology import peak_flops
-from training.config import OptimizerConfig
-from training.optimizer import build_optimizer, schedule
 
 pytestmark = pytest.mark.corner
 

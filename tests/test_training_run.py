@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from cli import UserError
-from training import tracker as tracker_module
-from training.identity import identity
-from training.run import RunDirectory, summarise
-from training.tracker import Tracker
+from espalier.cli import UserError
+from espalier.training import tracker as tracker_module
+from espalier.training.identity import identity
+from espalier.training.run import RunDirectory, summarise
+from espalier.training.tracker import Tracker
 
 pytestmark = pytest.mark.corner
 

@@ -9,12 +9,12 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
+from espalier.training.config import OptimizerConfig
+from espalier.training.evaluation import make_evaluate
+from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.state import new_state, shard_state
+from espalier.training.step import Objective, make_eval_step, make_train_step
 from sharding.mesh import MeshConfig, build_mesh, place_batch
-from training.config import OptimizerConfig
-from training.evaluation import make_evaluate
-from training.optimizer import build_optimizer, schedule
-from training.state import new_state, shard_state
-from training.step import Objective, make_eval_step, make_train_step
 
 pytestmark = pytest.mark.corner
 

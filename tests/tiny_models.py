@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import ModelConfig
-from models.families.bert import BERT_BASE
-from models.families.gpt2 import GPT2
-from models.families.llama import LLAMA_1B
-from models.families.modernbert import MODERNBERT_BASE
-from models.transformer import init_params
+from espalier.models.config import ModelConfig
+from espalier.models.families.bert import BERT_BASE
+from espalier.models.families.gpt2 import GPT2
+from espalier.models.families.llama import LLAMA_1B
+from espalier.models.families.modernbert import MODERNBERT_BASE
+from espalier.models.transformer import init_params
 
 SIZES: dict[str, Any] = dict(vocab_size=200, hidden_size=32, num_attention_heads=4, intermediate_size=48, head_dim=None)
 BERT = dataclasses.replace(BERT_BASE, **SIZES, num_hidden_layers=2, max_position_embeddings=64)

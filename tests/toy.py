@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from espalier.training.loop import Result, train
+from espalier.training.run import RunDirectory
+from espalier.training.start import find_origin
+from espalier.training.step import Objective
 from sharding.mesh import MeshConfig, build_mesh
-from training.config import CheckpointConfig, OptimizerConfig, TrainConfig
-from training.loop import Result, train
-from training.run import RunDirectory
-from training.start import find_origin
-from training.step import Objective
 
 VOCAB, WIDTH, LENGTH, ROWS = 32, 16, 8, 16
 

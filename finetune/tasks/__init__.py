@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
+    from espalier.models.config import ModelConfig
+    from espalier.training.run import RunDirectory
+    from espalier.training.step import Objective
     from finetune.presets import FinetuneConfig
-    from models.config import ModelConfig
-    from training.run import RunDirectory
-    from training.step import Objective
 
 TASKS = {"sequence_classification": ("finetune.tasks.classify", "Classification")}
 """Name in FinetuneConfig.task → module and class."""

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import progress
-from data.labelled import LabelledBatches
-from data.tokenizer import special_ids
+from espalier import progress
+from espalier.data.labelled import LabelledBatches
+from espalier.data.tokenizer import special_ids
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.heads import sequence_logits
+from espalier.models.transformer import apply, init_params
+from espalier.training.run import RunDirectory, write_json
+from espalier.training.step import Objective
 from finetune.evaluate import confusion, majority_accuracy, metrics, one_class, write_predictions
 from finetune.examples import describe_examples, max_length, read_examples
-from models.config import Execution, ModelConfig
-from models.heads import sequence_logits
-from models.transformer import apply, init_params
 from sharding.mesh import host_rows, place_batch
-from training.run import RunDirectory, write_json
-from training.step import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from data.builtin import demo_task
-from data.config import DataConfig
-from data.sources import open_sources
+from espalier.data.builtin import demo_task
+from espalier.data.config import DataConfig
+from espalier.data.sources import open_sources
 
 
 @pytest.mark.timeout(900)
 def test_the_demo_end_to_end(run_cli, tmp_path):
-    result = run_cli("commands.demo", "--steps", 6, "--finetune-steps", 3, "--labels", 32, "--json", timeout=800)
+    result = run_cli(
+        *("espalier.commands.demo", "--steps", 6, "--finetune-steps", 3, "--labels", 32, "--json"), timeout=800
+    )
     out = json.loads(result.stdout.splitlines()[-1])
     for name in ("pretrained_accuracy", "scratch_accuracy", "tfidf_accuracy", "majority_accuracy"):
         assert 0 <= out[name] <= 1, name
@@ -34,7 +36,7 @@ def test_the_demo_end_to_end(run_cli, tmp_path):
     )
     assert recorded == without != with_them
 
-    other = run_cli("commands.demo", "--steps", 6, "--finetune-steps", 3, "--labels", 64, code=2)
+    other = run_cli("espalier.commands.demo", "--steps", 6, "--finetune-steps", 3, "--labels", 64, code=2)
     assert "demo with other labelled sentences" in other.stderr
 
     for name in ("pretrained", "scratch"):

@@ -19,8 +19,8 @@ import time
 import numpy as np
 import jax
 import toy
-from training import checkpoint
-from training.config import CheckpointConfig
+from espalier.training import checkpoint
+from espalier.training.config import CheckpointConfig
 
 run_dir, pause = sys.argv[1], float(sys.argv[2])
 if "hang" in sys.argv:  # at the last moment of the first save

@@ -9,12 +9,12 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
+from espalier.training.checkpoint import complete_steps
+from espalier.training.config import CheckpointConfig
+from espalier.training.optimizer import build_optimizer
+from espalier.training.run import RunDirectory
+from espalier.training.start import find_origin, first_state
 from sharding.mesh import MeshConfig, build_mesh
-from training.checkpoint import complete_steps
-from training.config import CheckpointConfig
-from training.optimizer import build_optimizer
-from training.run import RunDirectory
-from training.start import find_origin, first_state
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -14,8 +14,7 @@ import resource
 import sys
 import time
 
-import cli
-import library_log
+from espalier import cli, library_log
 from sharding.distributed import collected, joined
 from sharding.places import DistributedConfig
 
@@ -31,9 +30,9 @@ def perform(job: dict):
     import numpy as np
     import toy
 
+    from espalier.training import loop, run
+    from espalier.training.config import CheckpointConfig
     from sharding.mesh import MeshConfig, build_mesh, host_rows
-    from training import loop, run
-    from training.config import CheckpointConfig
 
     run_dir = pathlib.Path(job["run_dir"])
     config = toy.config(

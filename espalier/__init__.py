@@ -1,0 +1,1 @@
+"""Espalier: language models pretrained, fine-tuned and looked into with JAX."""

@@ -1,0 +1,132 @@
+"""To and from Hugging Face format: `./launch.sh import SRC DST` and `./launch.sh export RUN DST`.
+
+An imported model is a run directory with one checkpoint at step 0, from which every door starts (--init-from DST).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from espalier import cli, progress
+from espalier.cli import UserError
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Take a model in Hugging Face format: `import SRC DST`."""
+
+    source: str
+    """A folder with config.json, model.safetensors and a tokenizer, or the name of a repository on the Hub."""
+    run_dir: str
+    """The new run directory; `mlm`, `clm` and `finetune` start from it with --init-from, `generate` reads it."""
+    head: str | None = None
+    """Which head to take (masked_lm, causal_lm, …, embedding = none); unset = that of the file."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the model of a run in Hugging Face format: `export RUN DST`."""
+
+    run_dir: str
+    """The run directory."""
+    destination: str
+    """The new folder, which `AutoModel` and `pipeline` load."""
+    step: int | None = None
+    """Which checkpoint; unset = the newest."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the weights are written in; unset = as the model was when it was imported, else float32."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@progress.waiting("importing")
+def import_model(config: ImportConfig) -> dict:
+    """Check everything, then write the run directory as a whole; returns the `--json` object."""
+    from pathlib import Path
+
+    import jax
+
+    from espalier.data.store import appearing
+    from espalier.data.tokenizer import fingerprint, save_tokenizer, tokenizer_of
+    from espalier.models.counts import count_params
+    from espalier.models.hub import PREFIX, Pretrained, check_new, load_pretrained
+    from espalier.models.published import published_beside
+    from espalier.training.checkpoint import save_params
+    from espalier.training.run import RunDirectory, write_json
+
+    target = RunDirectory(config.run_dir).path
+    check_new(target)
+    source = Pretrained(config.source, config.revision)
+    head = config.head or source.head
+    tokenizer = tokenizer_of(source.tokenizer_folder, source.config)
+    model, params, _ = load_pretrained(source.folder, head)
+    given = config.source.removeprefix(PREFIX)
+    named = given if Path(given).expanduser().exists() else PREFIX + given
+    saved = {
+        "task": head,
+        "model": asdict(model),
+        "labels": list(model.labels),
+        "fingerprints": {"tokenizer": fingerprint(tokenizer)},
+        **published_beside(source.config),
+        "imported_from": named + (f" at {config.revision}" if config.revision else ""),
+    }
+    with appearing(target) as folder:
+        run = RunDirectory(folder)
+        save_tokenizer(tokenizer, run.tokenizer)
+        save_params(run.checkpoints, jax.block_until_ready(params), saved)
+        write_json(run.config, saved)
+    parameters = count_params(model, head)
+    progress.say(f"{config.source}: {model.model_type} with head {head}, {parameters / 1e6:,.1f} million parameters")
+    progress.say(f"imported to {config.run_dir}; start from it with --init-from {config.run_dir}")
+    return {"run_dir": str(target), "head": head, "model_type": model.model_type, "parameters": parameters}
+
+
+@progress.waiting("exporting")
+def export_model(config: ExportConfig) -> dict:
+    """Write the folder as a whole; returns the `--json` object."""
+    from espalier.data.tokenizer import framed_tokenizer, tokenizer_of
+    from espalier.models.config import ModelConfig
+    from espalier.models.hub import check_export, save_pretrained
+    from espalier.models.published import Published
+    from espalier.training.card import model_card
+    from espalier.training.checkpoint import read_config, restore_params
+    from espalier.training.run import RunDirectory
+
+    run = RunDirectory(config.run_dir)
+    saved = read_config(run.path, config.step)
+    if "task" not in saved:
+        raise UserError(f"{run.path} holds no run of mlm, clm or finetune; there is nothing to export")
+    model, head = ModelConfig.from_dict(saved["model"]), saved["task"]
+    tokenizer = tokenizer_of(run.tokenizer, saved)
+    published = Published.beside(saved)
+    if head == "sequence_classification" and "imported_from" not in saved:
+        tokenizer = framed_tokenizer(tokenizer, model.causal)
+        if published and model.causal:
+            published = published.padded_by(tokenizer)
+    check_export(config.destination, model, head, tokenizer, published)
+    params = restore_params(run.path, step=config.step)
+    dtype = config.dtype or (published.dtype if published else "float32")
+    card = model_card(run.path)
+    save_pretrained(config.destination, model, params, tokenizer, card=card, dtype=dtype, published=published)
+    progress.say(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}")
+    return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype}
+
+
+if __name__ == "__main__":
+    direction = sys.argv[1] if len(sys.argv) > 1 else ""
+    if direction == "import":
+        cli.run_config(import_model, ImportConfig, prog="import", argv=sys.argv[2:])
+    elif direction == "export":
+        cli.run_config(export_model, ExportConfig, prog="export", argv=sys.argv[2:])
+    else:
+        sys.exit("usage: ./launch.sh import|export …; `import --help` and `export --help` say more")

@@ -1,0 +1,139 @@
+"""Data sets of Hugging Face as a source: from the Hub, a folder of `save_to_disk`, or a folder of files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from espalier.cli import UserError
+from espalier.data.config import MAX_DOCUMENT_BYTES
+from espalier.data.documents import Item, from_text
+from espalier.data.formats import from_arrow, too_long
+from espalier.data.storage import digest
+
+STREAMED = 10_000
+"""Documents that are read of a stream where `take` does not say."""
+
+
+class HfSource:
+    """Documents of `ID_OR_FOLDER[?name=CONFIG&split=SPLIT&revision=REV&streaming=true&take=N]`.
+
+    The data set is downloaded and mapped; with streaming=true only its first `take` documents are fetched.
+    """
+
+    def __init__(self, spec: str, text_field: str = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
+        self.path, _, query = spec.partition("?")
+        options = dict(parse_qsl(query))
+        self._split = options.pop("split", "train")
+        self._load: dict[str, Any] = {key: options.pop(key) for key in ("name", "revision") if key in options}
+        self._streaming = options.pop("streaming", "false").lower() in ("true", "1")
+        take = options.pop("take", str(STREAMED))
+        if options or not take.isdigit():
+            raise UserError(
+                f"hf:{spec}: expected hf:ID_OR_FOLDER?name=CONFIG&split=train&revision=REV&streaming=true&take=1000"
+            )
+        self._take, self._field, self._max_bytes = int(take), text_field, max_document_bytes
+        self._opened: Any = None
+
+    @property
+    def approximate(self) -> str | None:
+        """What must be said before such a source is used; None where there is nothing."""
+        if not self._streaming:
+            return None
+        return (
+            f"hf:{self.path} is streamed, for a look at its first {self._take:,} documents: their content has no "
+            "fingerprint, so a resume is approximate (another machine may see others); without streaming=true, exact"
+        )
+
+    def __iter__(self) -> Iterator[Item]:
+        for number, value in enumerate(self._values(), 1):
+            name = f"{self.path}:{number}"
+            if not self._streaming:
+                yield from from_arrow(value, name, self._field, self._max_bytes)
+            elif isinstance(value, str) and (size := len(value.encode(errors="replace"))) > self._max_bytes:
+                yield too_long(name, size, self._max_bytes)
+            else:
+                yield from from_text(value, name, self._field)
+
+    def fingerprint(self) -> str:
+        """Over the content of the Arrow files; of a stream, over what was asked for."""
+        parts: Iterable[str]
+        if self._streaming:
+            parts = [self.path, *map(str, sorted(self._load.items())), str(self._take)]
+        else:
+            data = self._data()
+            files = [entry["filename"] for entry in data.cache_files]
+            parts = map(digest, files) if files else (str(value.as_py()) for value in self._values())
+            if data._indices is not None:
+                order = repr(data._indices.column(0).to_pylist())
+                parts = chain(parts, [hashlib.sha256(order.encode()).hexdigest()])
+        limit = [] if self._max_bytes == MAX_DOCUMENT_BYTES else [str(self._max_bytes)]
+        whole = hashlib.sha256("\n".join(["hf 1", self._split, self._field, *limit]).encode())
+        for part in parts:
+            whole.update(f"\n{part}".encode())
+        return whole.hexdigest()
+
+    def size(self) -> int | None:
+        return None if self._streaming else self._data().data.column(self._field).nbytes
+
+    def _values(self) -> Iterator[Any]:
+        """Values of the text column: Arrow's, which lie in the mapped files; of a stream, Python's."""
+        data = self._data()
+        if self._streaming:
+            for record in data.take(self._take):
+                if self._field not in record:
+                    raise self._no_column(list(record))
+                yield record[self._field]
+            return
+        column = data.data.column(self._field)
+        if data._indices is None:
+            for chunk in column.chunks:
+                yield from chunk
+        else:
+            for chunk in data._indices.column(0).chunks:
+                yield from (column[number.as_py()] for number in chunk)
+
+    def _data(self) -> Any:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Any:
+        import datasets
+
+        folder = Path(self.path).expanduser()
+        saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+        shown = not datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            if saved:
+                data: Any = datasets.load_from_disk(str(folder))
+            else:
+                path = str(folder) if folder.is_dir() else self.path
+                options: dict[str, Any] = {"split": self._split, "streaming": self._streaming}
+                data = datasets.load_dataset(path, **options, **self._load)
+        except Exception as error:  # of many kinds: not found, no network, no such configuration or split
+            message = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(
+                f"hf:{self.path} cannot be opened ({message}); expected a folder, or an id of the Hub and its network"
+            ) from error
+        finally:
+            if shown:
+                datasets.enable_progress_bars()
+        if isinstance(data, dict):
+            if self._split not in data:
+                raise UserError(f"hf:{self.path} has no split {self._split!r}; there are {', '.join(map(str, data))}")
+            data = data[self._split]
+        if not self._streaming and self._field not in data.column_names:
+            raise self._no_column(data.column_names)
+        return data
+
+    def _no_column(self, names: list[str]) -> UserError:
+        return UserError(
+            f"hf:{self.path} has no column {self._field!r}; there are {', '.join(map(repr, names))} "
+            "(--data.text-field NAME chooses another)"
+        )

@@ -1,0 +1,37 @@
+"""A model in words, for people: what it is, how large, and in which precision and by which attention it runs."""
+
+from __future__ import annotations
+
+import jax
+
+from espalier.models.attention import choose_backend
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.counts import count_params
+from espalier.models.layers import compute_dtype
+from espalier.progress import amount
+
+PURPOSES = {
+    "masked_lm": "masked LM",
+    "causal_lm": "causal LM",
+    "sequence_classification": "classification",
+}
+
+
+def describe(
+    config: ModelConfig, head: str, execution: Execution, length: int, mesh: jax.sharding.Mesh
+) -> dict[str, str]:
+    """Rows on the model, its precision, and the attention where there was a choice, for rows of `length` tokens."""
+    with jax.set_mesh(mesh):
+        compute = compute_dtype(execution).name
+        dropping = config.attention_dropout > 0
+        backend, reason = choose_backend(execution.attention, config, length, dropping=dropping, cached=False)
+    layers = f"{config.num_hidden_layers} layers × {config.hidden_size} wide"
+    rows = {
+        "model": f"{config.model_type} for {PURPOSES.get(head, head.replace('_', ' '))}: {layers}, "
+        f"{config.vocab_size:,} tokens in the vocabulary, {amount(count_params(config, head))} parameters",
+        "precision": f"{compute}, parameters in float32" if compute != "float32" else "float32",
+    }
+    # Elsewhere there is one backend.
+    if mesh.devices.flat[0].platform == "tpu" or execution.attention != "auto":
+        rows["attention"] = f"{backend}: {reason}"
+    return rows

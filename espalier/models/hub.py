@@ -1,0 +1,342 @@
+"""The way from and to the files of Hugging Face: config.json, model.safetensors, tokenizer.json, a model card.
+
+    config, params, tokenizer = load_pretrained("bert-base-uncased")
+    save_pretrained("exported", config, params, tokenizer)
+
+What comes from outside is data and never program: no pickles, no remote code, no file outside its folder. Everything is
+checked from headers before a weight is read, and a folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from espalier.cli import UserError
+from espalier.data.store import appearing
+from espalier.models import tensor_files
+from espalier.models.config import ModelConfig
+from espalier.models.families import family_of
+from espalier.models.heads import bare_head, has_pooler
+from espalier.models.hf_config import (
+    CLASSIFIERS,
+    config_values,
+    published_config,
+    read_config,
+    read_json,
+    to_hf,
+    to_ours,
+)
+from espalier.models.placement import place
+from espalier.models.published import Published, generation_values, vocabulary_fingerprint
+from espalier.models.tensor_files import TensorFiles, write_tensors
+from espalier.models.weight_map import (
+    export,
+    known_names,
+    leaves_of,
+    param_shapes,
+    parts_by_path,
+    plain_name,
+    tensors_of,
+    tree_of,
+)
+from sharding.rules import shard_params
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from transformers import PreTrainedTokenizerFast
+
+PREFIX = "hf:"
+GENERATION = "generation_config.json"
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+UNWANTED = ("*/*", "consolidated*")
+"""Files of a repository on the Hub that are fetched, and those of them that are copies; never its pickles."""
+
+
+def load_pretrained(
+    path_or_id: str | os.PathLike, head: str | None = None, revision: str | None = None, mesh: Mesh | None = None
+) -> tuple[ModelConfig, dict, PreTrainedTokenizerFast | None]:
+    """(config, params, tokenizer) of a folder in Hugging Face format, or of a repository on the Hub.
+
+    head: a name in models.heads.HEADS; default: that of the file. revision: branch, tag or commit on the Hub. mesh:
+    where the float32 parameters are laid out by sharding/rules.py; default: the first device. Raises UserError where
+    the files cannot be taken as they are. The tokenizer is None where the folder has none.
+    """
+    source = Pretrained(path_or_id, revision)
+    head = head or source.head
+    config = source.config_for(head)
+    shapes = source.shapes(head)
+    if mesh is None:
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        layout = jax.tree.map(lambda _: where, shapes)
+    else:
+        layout = shard_params(shapes, mesh)
+    abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, layout)
+    tokenizer = source.tokenizer()
+    return config, source.read(head, abstract), tokenizer
+
+
+def save_pretrained(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: dict,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    head: str | None = None,
+    card: str | None = None,
+    dtype: str | None = None,
+    published: Published | None = None,
+    shard_bytes: int = tensor_files.SHARD_BYTES,
+) -> None:
+    """Write a folder that `AutoModel*.from_pretrained` and `pipeline` load without remote code.
+
+    params: as trained or loaded. head: which class is to load them (models.heads.HEADS); default: by the parameters,
+    and for those of a decoder without any of its own, a language model. card: the text of README.md. dtype: float32,
+    bfloat16 or float16, in which the weights are written, in files of about shard_bytes. published: the files that the
+    model comes from (Pretrained.published); what nothing has changed is written as it stood there, and dtype is theirs
+    unless it is given; else float32. The folder must be new or empty; it appears whole. UserError where the
+    architecture is not that of a class in transformers.
+    """
+    head = head or head_of(config, params)
+    dtype = dtype or (published.dtype if published else "float32")
+    hf = to_hf(config, head, tokenizer, dtype, published)
+    tensors = tensors_of(family_of(config.model_type), config, head, params)
+    path = Path(path).expanduser()
+    check_new(path)
+    with appearing(path) as folder:
+        _write_values(folder / "config.json", config_values(hf, config, published))
+        if head == "causal_lm" and (generation := generation_values(published, tokenizer)) is not None:
+            _write_values(folder / GENERATION, generation)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, folder, config, published)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        write_tensors(folder, export(tensors, params), dtype, shard_bytes)
+
+
+class Pretrained:
+    """A folder in Hugging Face format, checked and opened; of the weights only the headers have been read.
+
+    Also what a run may start from (training.start.Origin).
+    """
+
+    resumed, done = False, 0
+
+    def __init__(self, path_or_id: str | os.PathLike, revision: str | None = None):
+        self.name = str(path_or_id)
+        self.folder = self.tokenizer_folder = _local_folder(path_or_id, revision)
+        self._hf, self._config = read_config(self.folder)
+        self._family = family_of(self._hf.model_type)
+        self._files = TensorFiles(self.folder)
+        self._views: dict[str, Any] = {}
+        for name, view in self._files.items():
+            plain = plain_name(self._family, name)
+            if plain in self._views:
+                raise UserError(f"{self.folder} holds {plain} twice, with and without a prefix; keep one of them")
+            self._views[plain] = view
+        self.head = self._own_head()
+
+    @property
+    def config(self) -> dict:
+        """JSON values, as they stand beside the weights of a run."""
+        return {
+            "task": self.head,
+            "model": dataclasses.asdict(self.config_for(self.head)),
+            "published": dataclasses.asdict(self.published),
+        }
+
+    @functools.cached_property
+    def published(self) -> Published:
+        """What an export of this model, or of one that was trained from it, is to say as well."""
+        generation, tokenizer = self.folder / GENERATION, self.tokenizer()
+        values = read_json(self.folder / "config.json")
+        # In the tensors, for config.json often names the type in which they were trained.
+        kinds = {
+            view.dtype.name
+            for name, view in self._files.items()
+            if view.dtype in tensor_files.DTYPES.values() and not re.search(self._family.ignored, name)
+        }
+        return Published(
+            config={name: value for name, value in values.items() if name != "auto_map"},
+            generation_config=read_json(generation) if generation.is_file() else None,
+            dtype=kinds.pop() if len(kinds) == 1 else "float32",
+            vocabulary=None if tokenizer is None else vocabulary_fingerprint(tokenizer),
+        )
+
+    def restore_params(self, abstract: dict) -> dict:
+        """The parameters, laid out as `abstract` says; it may leave out the head."""
+        return self.read(head_of(self._config, abstract), abstract)
+
+    def config_for(self, head: str) -> ModelConfig:
+        """The model with this head; UserError if the file has no such head."""
+        if head not in self._family.classes and head != "embedding":
+            raise UserError(
+                f"a model of type {self._config.model_type} has no head {head!r}; it may have "
+                f"{', '.join(self._family.classes)}"
+            )
+        if head in CLASSIFIERS:
+            labels = tuple(str(self._hf.id2label[number]) for number in sorted(self._hf.id2label))
+            return dataclasses.replace(self._config, labels=labels, problem_type=self._hf.problem_type)
+        return self._config
+
+    def shapes(self, head: str) -> dict:
+        """ShapeDtypeStructs of the parameters with this head; the optional pooler only where the file has one."""
+        shapes = param_shapes(self.config_for(head), head)
+        if head == "embedding" and has_pooler(self._config) and not self._holds(head):
+            del shapes["head"]
+        return shapes
+
+    def read(self, head: str, abstract: dict) -> dict:
+        """The parameters, laid out as `abstract` says (ShapeDtypeStructs with shardings).
+
+        UserError lists every tensor that is missing, not expected, or of another shape or type.
+        """
+        if head not in ("embedding", "causal_lm", bare_head(self._config)) and not self._holds(head):
+            advice = (
+                f"but {self.head}; leave the head out to take that one" if head != self.head else "as its config says"
+            )
+            raise UserError(f"{self.folder} has no head {head}, {advice}")
+        self._check_shapes(head, abstract)
+        tensors = tensors_of(self._family, self.config_for(head), head, abstract)
+        views, faults = {}, []
+        for tensor in tensors:
+            names = [plain_name(self._family, name) for name in (tensor.name, *tensor.also, *tensor.copies)]
+            view = next((self._views[name] for name in names if name in self._views), None)
+            if view is None:
+                faults.append(f"{tensor.name} is missing")
+            elif view.shape != tensor.shape or view.dtype not in tensor_files.DTYPES.values():
+                faults.append(f"{tensor.name} is {view.dtype} {view.shape}, expected {tensor.shape}")
+            else:
+                views[tensor.name] = view
+        known = known_names(self._family, self._config.num_hidden_layers)
+        for name in self._files:
+            if plain_name(self._family, name) not in known and not re.search(self._family.ignored, name):
+                faults.append(f"{name} is not expected")
+        if faults:
+            raise UserError(
+                f"{self.folder} is no {self._config.model_type} as its config.json says: {'; '.join(faults)}"
+            )
+        parts = parts_by_path(tensors, views)
+        return tree_of({path: place(leaf, parts[path]) for path, leaf in leaves_of(abstract)})
+
+    def _check_shapes(self, head: str, abstract: dict) -> None:
+        """UserError where `abstract` is another model than this one, because settings were changed."""
+        own, wanted = dict(leaves_of(self.shapes(head))), dict(leaves_of(abstract))
+        faults = [
+            f"{'/'.join(path)} is {own[path].shape if path in own else 'not there'}, wanted "
+            f"{wanted[path].shape if path in wanted else 'none'}"
+            for path in own | wanted
+            if (path in wanted or path[0] != "head")
+            and (path not in own or path not in wanted or own[path].shape != wanted[path].shape)
+        ]
+        if faults:
+            raise UserError(
+                f"the weights of {self.folder} do not fit the model: {'; '.join(faults[:4])}; leave out the settings "
+                "of the model that change its shape"
+            )
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer of the folder, None where it has none."""
+        from espalier.data.tokenizer import has_tokenizer, load_tokenizer
+
+        return load_tokenizer(self.folder) if has_tokenizer(self.folder) else None
+
+    def _own_head(self) -> str:
+        named = {name: head for head, name in self._family.classes.items()} | {"BertForPreTraining": "masked_lm"}
+        for architecture in self._hf.architectures or ():
+            if architecture in named:
+                return named[architecture]
+        heads = (head for head in self._family.classes if self._family.heads.get(head) and self._holds(head))
+        return next(heads, bare_head(self._config) or "embedding")
+
+    def _holds(self, head: str) -> bool:
+        """Whether the file has a tensor of this head that the stack has not."""
+        names = (plain_name(self._family, name) for name in self._family.heads.get(head, ()))
+        shared = {plain_name(self._family, name) for name in self._family.heads.get("embedding", ())}
+        return any(name in self._views for name in names if head == "embedding" or name not in shared)
+
+
+def head_of(config: ModelConfig, params: dict) -> str:
+    """The head in a parameter tree; a tied language model without transform and bias has no parameters of its own."""
+    heads = sorted(params.get("head", {}))
+    assert len(heads) <= 1, f"several heads: {heads}"
+    if not heads:
+        return bare_head(config) or "embedding"
+    return "embedding" if heads == ["pooler"] else heads[0]
+
+
+def check_new(path: Path) -> None:
+    """UserError unless `path` may become a new folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; give the name of a new folder")
+
+
+def check_export(
+    path: str | os.PathLike, config: ModelConfig, head: str, tokenizer: Any, published: Published | None = None
+) -> None:
+    """UserError where `save_pretrained` would refuse: before the work, rather than after it."""
+    check_new(Path(path).expanduser())
+    to_hf(config, head, tokenizer, published=published)
+
+
+def _local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
+    """The folder itself, or the snapshot of a repository on the Hub, fetched where it is not in the cache."""
+    given = str(path_or_id).removeprefix(PREFIX)
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{given} is a file; give the folder with config.json and model.safetensors")
+    if ".." in given or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        raise UserError(f"there is no folder {given}, and a repository on the Hub is called NAME or ORGANISATION/NAME")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    wanted = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    try:
+        return Path(snapshot_download(given, revision=revision, **wanted))
+    except GatedRepoError:
+        raise UserError(
+            f"{given} is given only to those who accept its licence: do so on its page of the Hub, then `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{given} on the Hub has no revision {revision!r}; leave it out for the newest") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no folder {given} and no such repository on the Hub; check the name (for a private one: "
+            "hf auth login)"
+        ) from None
+    except Exception as error:  # of the connection, in the middle of a file, of a name that the Hub does not allow
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"there is no folder {given}, and the Hub cannot be asked for it ({said}); "
+            "check the path, or fetch it where there is a connection: hf download NAME --local-dir FOLDER"
+        ) from None
+
+
+def _save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, config: ModelConfig, published: Published | None
+) -> None:
+    from espalier.data.tokenizer import save_tokenizer
+
+    names = ["input_ids"] + ["token_type_ids"] * (config.type_vocab_size > 1) + ["attention_mask"]
+    length = config.max_length or config.max_position_embeddings
+    more: dict[str, Any] = {"model_input_names": names, "model_max_length": length}
+    source = published_config(published, config)
+    if source is not None and to_ours(source).max_position_embeddings == config.max_position_embeddings:
+        # What the tokenizer says of itself holds still.
+        del more["model_max_length"]
+        if "model_input_names" in tokenizer.init_kwargs:
+            del more["model_input_names"]
+    save_tokenizer(tokenizer, folder, **more)
+
+
+def _write_values(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

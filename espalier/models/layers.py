@@ -1,0 +1,335 @@
+"""The leaf layers: einsum projection, norm, embeddings, rotary positions, dropout.
+
+Parameters are float32; each layer casts them to the compute dtype where it uses them. Norms run in float32.
+Rotary embedding: Su et al. 2021 in the half-split layout of Hugging Face; its frequency scaling: Grattafiori et al.
+2024, section 3.2 (Llama 3), Peng et al. 2023, section 3 (YaRN).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from espalier.models.config import Execution, LayerKind, ModelConfig
+from sharding.mesh import constrain, mesh_platform
+
+
+class Einsum(nn.Module):
+    """A linear map with the equation at the call: `Einsum((D, N, H), ...)("BTD,DNH->BTNH", x)`.
+
+    The bias has the kernel's output axes, in the kernel's order, which must be their order in the result too.
+    """
+
+    shape: tuple[int, ...]
+    bias: bool
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.truncated_normal(self.stddev), self.shape, jnp.float32)
+        y = jnp.einsum(equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.bias:
+            return y
+        letters, result = equation.split(",")[1].split("->")
+        sizes = dict(zip(letters, self.shape, strict=True))
+        bias = self.param("bias", nn.initializers.zeros, tuple(sizes[a] for a in letters if a in result), jnp.float32)
+        return y + bias.astype(self.dtype).reshape([sizes.get(a, 1) for a in result])
+
+
+def float32_einsum(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Product of two arrays taken in `dtype`, its result in float32: for scores that go into a softmax.
+
+    Its gradients are products in `dtype` too: by itself JAX would multiply in float32 there, because the result
+    is. Each gradient has the dtype of its argument, so that those of float32 parameters are not rounded.
+    """
+    return _float32_einsum(equation, x, y, dtype)
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return _einsum(equation, x.astype(dtype), y.astype(dtype), jnp.float32)
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array, out: jnp.dtype) -> jax.Array:
+    if x.dtype != out and mesh_platform() == "cpu":
+        # XLA:CPU of JAX 0.7 has no kernel for some bfloat16 products with a float32 result, and is no faster with them.
+        x, y = x.astype(out), y.astype(out)
+    return jnp.einsum(equation, x, y, preferred_element_type=out)
+
+
+def _float32_einsum_forward(equation, x, y, dtype):
+    return _product(equation, x, y, dtype), (x, y)
+
+
+def _float32_einsum_backward(equation, dtype, inputs, gradient):
+    x, y = inputs
+    terms, result = equation.split("->")
+    x_term, y_term = terms.split(",")
+    gradient = gradient.astype(dtype)
+
+    def product(term, other, target, like):
+        return _einsum(f"{result},{term}->{target}", gradient, other.astype(dtype), like.dtype)
+
+    return product(y_term, y, x_term, x), product(x_term, x, y_term, y)
+
+
+_float32_einsum = jax.custom_vjp(_product, nondiff_argnums=(0, 3))
+_float32_einsum.defvjp(_float32_einsum_forward, _float32_einsum_backward)
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis, or the last few together.
+
+    plus_one: the scale is kept as its difference from 1. It has the axes that are normalised over.
+    """
+
+    kind: str
+    eps: float
+    bias: bool
+    dtype: jnp.dtype
+    plus_one: bool = False
+    axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features, over = x.shape[-self.axes :], tuple(range(-self.axes, 0))
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", init, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32) if self.bias else None
+
+        def normalise(x, scale, bias):
+            y = x.astype(jnp.float32)
+            if self.kind == "layernorm":
+                y = y - y.mean(over, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(over, keepdims=True) + self.eps)
+            y = y * _over_last(scale + 1 if self.plus_one else scale, y)
+            return (y if bias is None else y + _over_last(bias, y)).astype(self.dtype)
+
+        # For the backward pass x is kept and nothing else: several float32 arrays of its size would be otherwise.
+        return jax.checkpoint(normalise, prevent_cse=False)(x, scale, bias)
+
+
+def make_norm(config: ModelConfig, dtype: jnp.dtype, name: str | None = None) -> Norm:
+    """The norm that `config` asks for."""
+    bias = config.norm_bias and config.norm == "layernorm"
+    return Norm(config.norm, config.norm_eps, bias, dtype, config.norm_plus_one, name=name)
+
+
+class Embed(nn.Module):
+    """A table of vectors; looked up by gather, so that its gradient is a scatter-add and no one-hot product."""
+
+    rows: int
+    features: int
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        shape = (self.rows, self.features)
+        table = self.param("embedding", nn.initializers.truncated_normal(self.stddev), shape, jnp.float32)
+        # Out-of-range ids are clipped: the default would fill with NaN through an extra pass over the result.
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+
+
+class Embeddings(nn.Module):
+    """Token + learned position + token type, then norm and dropout, as the config asks."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, input_ids_BT, positions_BT, token_type_ids_BT=None, key=None) -> jax.Array:
+        c = self.config
+
+        def table(rows: int, name: str) -> Embed:
+            return Embed(rows, c.embedding_width, c.initializer_range, self.dtype, name=name)
+
+        x_BTD = table(c.padded_vocab_size, "token")(input_ids_BT)
+        if c.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
+        if c.position_embedding == "learned":
+            x_BTD = x_BTD + table(c.max_position_embeddings, "position")(positions_BT + c.position_offset)
+        if c.type_vocab_size:
+            if token_type_ids_BT is None:  # One row for all: broadcasting keeps a scatter out of the backward pass.
+                token_type_ids_BT = jnp.zeros((1, 1), jnp.int32)
+            x_BTD = x_BTD + table(c.type_vocab_size, "token_type")(token_type_ids_BT)
+        x_BTD = constrain(x_BTD, "batch", "sequence", None)
+        if c.embedding_norm:
+            x_BTD = make_norm(c, self.dtype, "norm")(x_BTD)
+        x_BTD = dropout(x_BTD, c.hidden_dropout, key)
+        if c.embedding_width != c.hidden_size:
+            project = Einsum((c.embedding_width, c.hidden_size), True, c.initializer_range, self.dtype, name="project")
+            x_BTD = project("BTE,ED->BTD", x_BTD)
+        return x_BTD
+
+
+def compute_dtype(execution: Execution) -> jnp.dtype:
+    """The dtype of activations: bfloat16 where the hardware gains by it, else float32 (XLA:CPU is no faster)."""
+    name = execution.dtype
+    if name == "auto":
+        name = "float32" if mesh_platform() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key of its own for every name, whatever other names there are."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """An activation by its Hugging Face name."""
+    return elementwise(_activation(name))
+
+
+def gated(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """activation(gate) * up (Shazeer 2020) by the activation's Hugging Face name."""
+    act = _activation(name)
+    return elementwise(lambda gate, up: act(gate) * up)
+
+
+def _activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    functions = {"gelu": gelu, "gelu_new": jax.nn.gelu, "gelu_pytorch_tanh": jax.nn.gelu}
+    return (functions | {"silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh})[name]
+
+
+def elementwise(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """An elementwise function that keeps one array an argument for the backward pass: the slope by it.
+
+    By itself JAX keeps what every operation in it needs, five arrays for GPT-2's GELU.
+    """
+    wrapped = jax.custom_jvp(lambda *arguments: function(*arguments))
+
+    @wrapped.defjvp
+    def _(arguments, tangents):
+        def slope(i):
+            def by_one(x):
+                return function(*arguments[:i], x, *arguments[i + 1 :])
+
+            return jax.jvp(by_one, (arguments[i],), (jnp.ones_like(arguments[i]),))[1]
+
+        terms = [slope(i) * tangent for i, tangent in enumerate(tangents)]
+        return function(*arguments), functools.reduce(jnp.add, terms)
+
+    return wrapped
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU (Hendrycks & Gimpel 2016)."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def zero_unless(kept: jax.Array, x: jax.Array) -> jax.Array:
+    """x where `kept` (its shape broadcasts to that of x), else 0 and no gradient; `kept` alone stays for the latter."""
+
+    def select(kept, x):
+        return jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+    # By itself JAX would keep both `kept` and the zeros at the size of x.
+    return jax.checkpoint(select, prevent_cse=False)(kept, x)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero a random `rate` of `x` and scale up the rest; the identity without a key.
+
+    The rate is rounded to 1/256: four elements then share a random word, which makes dropout four times cheaper.
+    """
+    if key is None or rate == 0.0:
+        return x
+    dropped = min(255, max(1, round(rate * 256)))
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return zero_unless(draws >= dropped, x * (256 / (256 - dropped)))
+
+
+def rotary_frequencies(config: ModelConfig, kind: LayerKind = "global") -> np.ndarray:
+    """Radians a position turns each pair of dimensions in layers of this kind, float32 [rotary_size / 2].
+
+    Scaling: linear (Chen et al. 2023) divides all of them; llama3 only those of wavelengths longer than the original
+    context, leaves the short ones and blends in between, by the frequency; yarn likewise, by the number of the pair
+    (Peng et al. 2023, section 3.2). Local layers with a base of their own are not scaled.
+    """
+    c, theta, factor = config, config.rope_theta, config.rope_scaling_factor
+    if kind == "local" and c.local_rope_theta is not None:
+        theta, factor = c.local_rope_theta, None
+    # In float32 step by step, as the published models were trained: at position 30,000 the last bit shows. The power by
+    # way of float64, because NumPy's own in float32 depends on the processor.
+    exponent = np.arange(0, c.rotary_size, 2, dtype=np.float32) / np.float32(c.rotary_size)
+    power = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
+    frequency = np.float32(1) / power
+    if factor is not None and c.rope_type == "linear":
+        frequency = frequency / factor
+    elif factor is not None and c.rope_type == "yarn":
+        first, last = _yarn_range(c)
+        ramp = (np.arange(c.rotary_size // 2, dtype=np.float32) - np.float32(first)) / np.float32(last - first)
+        kept = np.float32(1) - np.clip(ramp, 0, 1)
+        frequency = np.float32(1) / (np.float32(factor) * power) * (np.float32(1) - kept) + frequency * kept
+    elif factor is not None:
+        turns = c.rope_original_max_position_embeddings * frequency / (2 * np.pi)
+        low, high = c.rope_low_freq_factor, c.rope_high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = kept * frequency + (1 - kept) * frequency / factor
+    return frequency.astype(np.float32)
+
+
+def _yarn_range(c: ModelConfig) -> tuple[float, float]:
+    """Between which pairs of dimensions YaRN blends: those that turn beta_fast and beta_slow times in the original
+    context, by the inverse of theta^(-2i/R), R = rotary_size (Peng et al. 2023, eq. 17 to 20, and the
+    bounds of their code)."""
+
+    def pair(turns: float) -> float:
+        ratio = c.rope_original_max_position_embeddings / (turns * 2 * math.pi)
+        return c.rotary_size * math.log(ratio) / (2 * math.log(c.rope_theta))
+
+    first, last = pair(c.rope_beta_fast), pair(c.rope_beta_slow)
+    if c.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, c.rotary_size - 1)
+    return first, last + (0.001 if first == last else 0)
+
+
+def rotary_tables(
+    positions_BT: jax.Array, config: ModelConfig, kind: LayerKind = "global"
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every position's angles in layers of this kind, float32 [B, T, 1, R/2] (1: all heads).
+
+    YaRN makes them longer than 1, which sharpens the scores of both queries and keys (Peng et al. 2023, eq. 22).
+    """
+    frequencies = rotary_frequencies(config, kind)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if config.rotary_length == 1 or kind == "local" and config.local_rope_theta is not None:
+        return cos, sin
+    length = jnp.float32(config.rotary_length)
+    return cos * length, sin * length
+
+
+def rotary_by_kind(config: ModelConfig, positions_BT: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The tables of every kind of layer that turns queries and keys; none with learned positions."""
+    if config.position_embedding != "rotary":
+        return {}
+    kinds = sorted(set(config.layers) - {"nope"})
+    return {kind: rotary_tables(positions_BT, config, kind) for kind in kinds}
+
+
+def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn queries or keys by their positions (Su et al. 2021, eq. 34).
+
+    Of the first rotary_size dimensions, i pairs with i + rotary_size / 2; the rest stays as it is.
+    """
+    cos, sin = tables
+    half = cos.shape[-1]
+    x = x_BTNH.astype(jnp.float32)
+    first, second, *rest = jnp.split(x, [half] if 2 * half == x.shape[-1] else [half, 2 * half], axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, *rest], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def _over_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (like.ndim - vector.ndim) + vector.shape)

@@ -1,0 +1,88 @@
+"""What a run takes from the model it starts from, be that another run or a folder of Hugging Face."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from espalier.cli import UserError
+from espalier.models.config import ModelConfig
+from espalier.models.heads import LANGUAGE_MODELS
+
+SINGLE_LABEL = "single_label_classification"
+
+
+class Saved(Protocol):
+    """Weights and what stands beside them (training.start.Origin)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> dict: ...
+    @property
+    def done(self) -> int: ...
+    def restore_params(self, abstract: Any) -> Any: ...
+
+
+def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = frozenset()) -> ModelConfig:
+    """The model of a run that starts from a saved one: its architecture, but for the settings that were asked for.
+
+    saved: the configuration beside the weights. given: settings of `preset` that the user named. UserError where an
+    encoder should become a decoder or the other way round.
+    """
+    model = ModelConfig.from_dict(saved["model"])
+    changes = {name: getattr(preset, name) for name in given}
+    model = dataclasses.replace(model, **changes)
+    if model.causal != preset.causal:
+        kind, door = ("a decoder", "clm") if model.causal else ("an encoder", "mlm")
+        raise UserError(f"--init-from names {kind} ({model.model_type}); pretrain it by `{door}`")
+    return model
+
+
+def export_to(path: str | None, run_dir: Path, origin: Saved | None, steps: int) -> Path | None:
+    """Where a run of so many steps exports to at its end; None if nowhere, or if it has ended and done so.
+
+    UserError for the run's own folder.
+    """
+    if path is None:
+        return None
+    target = Path(path).expanduser().absolute()
+    if target == run_dir or run_dir.is_relative_to(target):
+        raise UserError(f"--export {path} is where the run is; name another folder")
+    if origin is not None and origin.done >= steps and (target / "config.json").is_file():
+        print(f"exported already to {path}", flush=True)
+        return None
+    return target
+
+
+def load_weights(
+    origin: Saved, model: ModelConfig, head: str, init: Callable[[jax.Array], dict], seed: int
+) -> Callable[[Any], Any]:
+    """Parameter shapes with shardings → the saved parameters, with the head of init(key) where theirs is another.
+
+    A classifier keeps its head only if the labels of `model` are the same.
+    """
+    there = origin.config["model"]
+    labels, problem = tuple(there.get("labels", ())), there.get("problem_type") or SINGLE_LABEL
+    same_classes = labels == model.labels and problem == (model.problem_type or SINGLE_LABEL)
+
+    def load(abstract: dict) -> dict:
+        if origin.config.get("task") == head and same_classes:
+            return origin.restore_params(abstract)
+        params = origin.restore_params({name: part for name, part in abstract.items() if name != "head"})
+        if "head" not in abstract:
+            return params
+        said = f"{origin.name} has no head {head}" if head in LANGUAGE_MODELS else ""
+        if origin.config.get("task") == head and head not in LANGUAGE_MODELS:
+            kind = "" if problem == SINGLE_LABEL else f" ({problem})"
+            said = f"the head of {origin.name} is for the labels {', '.join(labels[:8])}{kind}"
+        if said and jax.process_index() == 0:
+            print(f"{said}: a new one begins at random", flush=True)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["head"])
+        return params | {"head": jax.jit(lambda key: init(key)["head"], out_shardings=layout)(jax.random.key(seed))}
+
+    return load

@@ -1,0 +1,238 @@
+"""The stack: embeddings, prefix layers, a period of layers repeated R times, suffix layers, final norm.
+
+The repeated layers' parameters are stacked `[R, …]`; the tree is the same whether they run by `lax.scan` or unrolled.
+`init_params` and `apply` are all that the rest of the project sees of a model; both are pure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from espalier.models.attention import choose_backend
+from espalier.models.block import DROPOUTS, Block, Context
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.heads import init_heads
+from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key, rotary_by_kind
+from sharding.mesh import constrain, mesh_platform
+
+DEFAULT_EXECUTION = Execution()
+UNROLLED_LAYERS = 24
+"""Above so many layers, `scan_layers=None` scans: compile time then outweighs the faster step. On TPUs it always scans:
+a loop costs nothing there, and compiles several times faster."""
+
+
+def init_params(config: ModelConfig, key: jax.Array, heads: tuple[str, ...] | None = None) -> dict:
+    """Fresh float32 parameters as a nested dict.
+
+    heads: names in models.heads.HEADS; default: the language-model head of the config. Each part draws from its own
+    key, so that the trunk is the same whatever the heads.
+    """
+    ids_BT = jnp.zeros((1, 1), jnp.int32)
+    x_BTD = jnp.zeros((1, 1, config.hidden_size), jnp.float32)
+    context = _context(config, {"segment_ids": ids_BT, "positions": ids_BT}, None)
+
+    layers = {}
+    for section, kinds in _sections(config):
+        layers[section] = {}
+        for j, kind in enumerate(kinds):
+            block = Block(config, kind, section == "prefix" and j == 0, jnp.dtype(jnp.float32), "xla")
+            layer_key = named_key(key, f"layers/{section}/{j}")
+            if section == "period":
+                keys = jax.random.split(layer_key, config.repeats)
+                init = jax.vmap(block.init, in_axes=(0, None, None))
+                layers[section][str(j)] = init(keys, x_BTD, context)["params"]
+            else:
+                layers[section][str(j)] = block.init(layer_key, x_BTD, context)["params"]
+
+    embeddings = Embeddings(config, jnp.float32)
+    params = {"embeddings": embeddings.init(named_key(key, "embeddings"), ids_BT, ids_BT)["params"], "layers": layers}
+    if config.final_norm:
+        params["final_norm"] = make_norm(config, jnp.float32).init(key, x_BTD)["params"]
+    if heads is None:
+        heads = ("causal_lm",) if config.causal else ("masked_lm",)
+    head = init_heads(config, named_key(key, "head"), heads)
+    if head:
+        params["head"] = head
+    return params
+
+
+def apply(
+    config: ModelConfig,
+    params: dict,
+    batch: dict[str, jax.Array],
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
+    key: jax.Array | None = None,
+    cache: dict | None = None,
+) -> Any:
+    """Final hidden states x_BTD of a batch (`input_ids`, `segment_ids`, `positions`, optional `token_type_ids`).
+
+    key: turns dropout on. cache: from `init_cache`; then the batch continues what the cache holds, and
+    (x_BTD, cache) is returned. The cache must have room for T more tokens: past its end, writes would land on
+    its last entries, and no error could be raised.
+    """
+    dtype = compute_dtype(execution)
+    dropping = key is not None and config.attention_dropout > 0
+    length = batch["input_ids"].shape[1]
+    backend, _ = choose_backend(execution.attention, config, length, dropping=dropping, cached=cache is not None)
+    scan = scans(config, execution)
+    context = _context(config, batch, cache)
+    embedding_key, layer_keys = (None, {}) if key is None else _dropout_keys(config, key)
+
+    embeddings = Embeddings(config, dtype)
+    inputs = (batch["input_ids"], batch["positions"], batch.get("token_type_ids"), embedding_key)
+    x_BTD = constrain(embeddings.apply({"params": params["embeddings"]}, *inputs), "batch", "tokens", None)
+
+    new_layers = {}
+    for section, kinds in _sections(config):
+        blocks = {
+            str(j): Block(config, kind, section == "prefix" and j == 0, dtype, backend) for j, kind in enumerate(kinds)
+        }
+        looped = scan and section == "period"
+        layers = {j: rematerialised(_pure(block), execution.remat, looped) for j, block in blocks.items()}
+
+        def step(x_BTD, inputs, layers=layers):
+            params, cache, keys = inputs
+            new_cache = {}
+            for j, run in layers.items():
+                x_BTD, new_cache[j] = run(params[j], x_BTD, context, cache.get(j), keys.get(j))
+            return x_BTD, new_cache
+
+        section_cache = {} if cache is None else cache["layers"][section]
+        inputs = (params["layers"][section], section_cache, layer_keys.get(section, {}))
+        if section != "period":
+            x_BTD, new_layers[section] = step(x_BTD, inputs)
+        elif looped:
+            x_BTD, new_layers[section] = jax.lax.scan(step, x_BTD, inputs)
+        else:
+            x_BTD, new_layers[section] = _unrolled(step, x_BTD, inputs, config.repeats)
+
+    if config.final_norm:
+        x_BTD = make_norm(config, dtype).apply({"params": params["final_norm"]}, x_BTD)
+    x_BTD = constrain(x_BTD, "batch", "sequence", None)
+    if cache is None:
+        return x_BTD
+    return x_BTD, {"layers": new_layers, "segment_ids": context.k_segments_BS, "end": cache["end"] + length}
+
+
+def scans(config: ModelConfig, execution: Execution, platform: str | None = None) -> bool:
+    """Whether the repeated layers run by lax.scan. platform: default: that of the mesh in use."""
+    if execution.scan_layers is not None:
+        return execution.scan_layers
+    return config.num_hidden_layers > UNROLLED_LAYERS or (platform or mesh_platform()) == "tpu"
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int, dtype=jnp.float32) -> dict:
+    """An empty cache for `length` tokens a row: keys and values of every layer, segment ids, and the end so far.
+
+    An entry's row index is its place in the cache. Prompts of different lengths are padded on the left, in
+    segment 0, so that every row ends at the same place.
+    """
+    shape = (batch_size, length, config.kv_heads, config.head_size)
+    layers = {}
+    for section, kinds in _sections(config):
+        leading = (config.repeats,) if section == "period" else ()
+        layers[section] = {
+            str(j): {name: jnp.zeros(leading + shape, dtype) for name in ("k", "v")} for j in range(len(kinds))
+        }
+    return {
+        "layers": layers,
+        "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
+        "end": jnp.zeros((), jnp.int32),
+    }
+
+
+def matrix_axes(params: dict) -> dict:
+    """For every parameter (reduction axes, output axes) if it is a matrix of a layer, else None: what Muon needs.
+
+    Axes in neither count matrices: keys and values, gate and up, and the repeats of a period are each their own.
+    """
+
+    def axes(path, leaf):
+        names = [entry.key for entry in path]
+        if names[0] != "layers" or names[-1] != "kernel":
+            return None
+        stack = 1 if names[1] == "period" else 0
+        return tuple(tuple(axis + stack for axis in group) for group in _MATRIX_AXES[names[-2]])
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+_MATRIX_AXES = {
+    "q": ((0,), (1, 2)),
+    "kv": ((1,), (2, 3)),
+    "out": ((0, 1), (2,)),
+    "up": ((0,), (1,)),
+    "gate_up": ((1,), (2,)),
+    "down": ((0,), (1,)),
+}
+
+
+def _sections(config: ModelConfig):
+    """(section, kinds of its layers) of the stack, the empty ones left out."""
+    period = config.layer_period if config.repeats else ()
+    sections = (("prefix", config.prefix_layers), ("period", period), ("suffix", config.suffix_layers))
+    return [(section, kinds) for section, kinds in sections if kinds]
+
+
+def _context(config: ModelConfig, batch: dict[str, jax.Array], cache: dict | None) -> Context:
+    segments_BT, positions_BT = batch["segment_ids"], batch["positions"]
+    index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    index_1T = index_T[None, :]
+    rotary = rotary_by_kind(config, positions_BT)
+    if cache is None:
+        return Context(segments_BT, segments_BT, index_1T, index_1T, rotary, None)
+    end = cache["end"]
+    capacity = cache["segment_ids"].shape[1]
+    assert segments_BT.shape[1] <= capacity, f"{segments_BT.shape[1]} tokens do not fit a cache of {capacity}"
+    segments_BS = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BT, (0, end))
+    index_1S = jnp.arange(capacity, dtype=jnp.int32)[None, :]
+    return Context(segments_BT, segments_BS, index_1T + end, index_1S, rotary, end)
+
+
+def _dropout_keys(config: ModelConfig, key: jax.Array):
+    """(key of the embeddings, keys of the layers laid out like their parameters), all from a single split."""
+    keys = jax.random.split(key, (config.num_hidden_layers + 1, DROPOUTS))
+    layers, start = {}, 1
+    for section, kinds in _sections(config):
+        stack = (config.repeats,) if section == "period" else ()
+        end = start + math.prod(stack) * len(kinds)
+        section_keys = keys[start:end].reshape(*stack, len(kinds), DROPOUTS)
+        layers[section] = {str(j): section_keys[..., j, :] for j in range(len(kinds))}
+        start = end
+    return keys[0, 0], layers
+
+
+def _pure(block: Block):
+    return lambda params, *inputs: block.apply({"params": params}, *inputs)
+
+
+def rematerialised(run, name: str, looped: bool):
+    if name == "none":
+        return run
+    policies = jax.checkpoint_policies
+    policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[name]
+    # Inside a loop nothing can be merged across iterations, so the barriers against it would only cost.
+    return jax.checkpoint(run, policy=policy, prevent_cse=not looped)
+
+
+def _unrolled(step, x_BTD, inputs, repeats: int):
+    """What `lax.scan(step, x_BTD, inputs)` computes, without a loop."""
+    leaves, structure = jax.tree.flatten(inputs)
+    slices = [[part.reshape(leaf.shape[1:]) for part in _split(leaf, repeats)] for leaf in leaves]
+    outputs = []
+    for layer in zip(*slices, strict=True):
+        x_BTD, output = step(x_BTD, jax.tree.unflatten(structure, layer))
+        outputs.append(output)
+    return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+
+def _split(leaf: jax.Array, count: int) -> list[jax.Array]:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return [leaf[i] for i in range(count)]
+    # One lax.split, whose gradient is a single concatenate; slices would each be padded to full size and added.
+    return list(jax.lax.split(leaf, (1,) * count, axis=0))

@@ -1,0 +1,397 @@
+"""Checkpoints on disk; the only file that knows Orbax.
+
+    checkpoints/<step>/params      the parameters, a nested dict: enough, with config, to use the model
+                       opt_state   the rest of the state, a flat dict of paths: optimizer/…, rates/…, step, key
+                       data        JSON: where the data goes on
+                       config      JSON: the run's configuration, format_version
+                       manifest.json   SHA-256 of every file, written last
+
+A checkpoint counts only once its manifest is there, so one whose writer was killed is never read. Orbax keeps no
+checksum of contents and casts types silently when it restores; both are checked here.
+
+With several processes each writes what its devices hold into the same folder, and hashes its share of the files; the
+first does the rest. Every wait for the others has its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from espalier import progress
+from espalier.cli import MachineError, UserError
+from espalier.training.run import RunDirectory, write_json
+from espalier.training.state import TrainState
+from sharding.distributed import LONG_WAIT, from_first, gather
+from sharding.rules import path_of
+
+# Every failure is raised to the loop; Orbax and its tasks would log pages of traces besides.
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WRITING = 7200
+"""Seconds that a checkpoint may take to be written by all processes."""
+
+
+class CheckpointError(OSError, MachineError):
+    """A checkpoint could not be written."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: asynchronous saves, the newest `keep` stay on disk.
+
+    announce: receives a line for each finished save. To be made and called by all processes of the run.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, announce: Callable[[str], None] = print):
+        self.folder = Path(folder).resolve()
+        self._keep = max(1, keep)
+        self.announce = announce
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._failed = False
+        self._saving = self._size = 0
+        if jax.process_index() == 0:
+            for step in _step_folders(self.folder):
+                if not (self.folder / str(step) / MANIFEST).exists():
+                    announce(f"removed checkpoint {step}: it was not written to its end")
+                    shutil.rmtree(self.folder / str(step))
+            self.folder.mkdir(parents=True, exist_ok=True)
+        gather("the folder of checkpoints is there")
+        # Orbax keeps every step: it would delete old ones before the manifest of the new one is written.
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            cleanup_tmp_directories=True,
+            max_to_keep=None,
+            async_options=ocp.AsyncOptions(timeout_secs=WRITING, barrier_sync_fn=_barrier()),
+            multiprocessing_options=_by_all(),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(complete_steps(self.folder), default=None)
+
+    def save(self, state: TrainState, config: dict, data: dict) -> None:
+        """Begin to write `state` under its step; returns once it may be donated. Raises what the last save met.
+
+        data: where the data goes on, JSON values. Steps only grow: ValueError for one that is not after the latest.
+        """
+        self.wait()
+        started, step, latest = time.perf_counter(), int(state.step), self.latest()
+        if latest is not None and step <= latest:
+            raise ValueError(f"step {step} is not after {latest}, the newest checkpoint in {self.folder}")
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(state.params),
+            opt_state=ocp.args.PyTreeSave(_named(_rest(state))),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config),
+        )
+        with _plain_errors(step, self.folder):
+            saved = self._manager.save(step, args=items, force=True)
+        assert saved, f"Orbax did not save step {step}"
+        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._writer = threading.Thread(
+            target=self._finish, args=(step, started), name=f"saving step {step}", daemon=True
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until the save under way is complete, told of if that is long; raises OSError if it failed."""
+        if self._writer is not None:
+            with progress.waiting(self._writer.name) as far:
+                while self._writer.is_alive():
+                    self._writer.join(0.2)
+                    written = min(_written(self.folder, self._saving), self._size)
+                    far(f"{progress.amount(written)}B of {progress.amount(self._size)}B")
+            self._writer = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the OSError of a save that failed meanwhile; does not wait."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def close(self) -> None:
+        """Finish the save under way and let go of the folder; raises as wait()."""
+        try:
+            self.wait()
+        finally:
+            # Among several processes, Orbax would wait for the others after a failure; this one is about to end.
+            if not (self._failed and jax.process_count() > 1):
+                with contextlib.suppress(Exception):  # Orbax repeats the failure that wait() raised
+                    self._manager.close()
+
+    def _finish(self, step: int, started: float) -> None:
+        try:
+            with _plain_errors(step, self.folder):
+                self._manager.wait_until_finished()
+                size = _write_manifest(self.folder / str(step))
+                if jax.process_index() == 0:
+                    _sync(self.folder / str(step))
+                    for old in complete_steps(self.folder)[: -self._keep]:
+                        (self.folder / str(old) / MANIFEST).unlink()
+                        shutil.rmtree(self.folder / str(old))
+                    self.announce(f"saved step {step} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)")
+        except BaseException as error:  # raised where the loop asks next, in wait()
+            self._failure, self._failed = error, True
+
+
+def save_params(folder: str | Path, params: Any, config: dict) -> None:
+    """Write a checkpoint of step 0 that has parameters and configuration alone: a model that was trained elsewhere."""
+    folder = Path(folder).resolve()
+    items = ocp.args.Composite(
+        params=ocp.args.PyTreeSave(params), config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config)
+    )
+    with _plain_errors(0, folder), contextlib.closing(ocp.CheckpointManager(folder)) as manager:
+        manager.save(0, args=items, force=True)
+        manager.wait_until_finished()
+        _write_manifest(folder / "0")
+        _sync(folder / "0")
+
+
+def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> TrainState:
+    """The whole state of a run's checkpoint (default: the newest), laid out as `abstract` says."""
+    folder = _step_folder(RunDirectory(run_dir).checkpoints, step)
+    return replace(_restore_rest(folder, abstract), params=_restore(folder, "params", abstract.params))
+
+
+def restore_params(
+    run_dir: str | Path, abstract_params: Any = None, step: int | None = None, *, ignore: str = ""
+) -> Any:
+    """The parameters of a run's checkpoint (default: the newest). The optimizer state is not read.
+
+    abstract_params: ShapeDtypeStructs with shardings; None = NumPy arrays, everything there is. UserError lists
+    what is missing, unexpected or of another shape or type; parameters whose path begins with `ignore` may be there.
+    """
+    return _restore(_step_folder(RunDirectory(run_dir).checkpoints, step), "params", abstract_params, ignore)
+
+
+def restore_optimizer(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> Any:
+    """The optimizer state alone of a run's checkpoint (default: the newest), as `abstract.opt_state` says."""
+    return _restore_rest(_step_folder(RunDirectory(run_dir).checkpoints, step), abstract).opt_state
+
+
+def read_config(run_dir: str | Path, step: int | None = None) -> dict:
+    """The configuration in a run's checkpoint (default: the newest); reads no arrays."""
+    return _json(_step_folder(RunDirectory(run_dir).checkpoints, step), "config")
+
+
+def read_data(run_dir: str | Path, step: int) -> dict:
+    """What stands beside a run's state: where the data goes on, and the interval of the log."""
+    return _json(_step_folder(RunDirectory(run_dir).checkpoints, step), "data")
+
+
+def newest_step(run_dir: str | Path) -> int:
+    """The step of a run's newest checkpoint; UserError where there is none."""
+    return int(_step_folder(RunDirectory(run_dir).checkpoints, None).name)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    return [step for step in _step_folders(folder) if (folder / str(step) / MANIFEST).exists()]
+
+
+def _step_folders(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def _step_folder(folder: Path, step: int | None) -> Path:
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"no checkpoint in {folder}; give the folder of a run that has saved one")
+    if step is not None and step not in steps:
+        raise UserError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def _rest(state: TrainState) -> dict:
+    return {"optimizer": state.opt_state, "rates": state.rates, "step": state.step, "key": state.key}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {path_of(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
+    """`abstract` with everything but the parameters read."""
+    if not (folder / "opt_state").is_dir():
+        raise UserError(f"{folder} has weights and no optimizer state: a model that was imported; only start from it")
+    wanted = _named(_rest(abstract))
+    named = _restore(folder, "opt_state", wanted)
+    rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract)), [named[path] for path in wanted])
+    return replace(abstract, opt_state=rest["optimizer"], rates=rest["rates"], step=rest["step"], key=rest["key"])
+
+
+def _restore(folder: Path, item: str, abstract: Any, ignore: str = "") -> Any:
+    _verify(folder, item, together=True)
+    # Without a Checkpointer around it, which would wait for the other processes: whoever reads, reads alone.
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_all())
+    saved = handler.metadata(epath.Path(folder / item)).tree
+    if abstract is None:
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        args = ocp.args.PyTreeRestore(restore_args=as_arrays)
+    else:
+        there = {path: leaf for path, leaf in _named(saved).items() if not (ignore and path.startswith(ignore))}
+        _compare(folder / item, there, _named(abstract))
+        layout = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout, partial_restore=bool(ignore))
+    try:
+        return handler.restore(epath.Path(folder / item), args=args)
+    finally:
+        handler.close()
+
+
+def _compare(where: Path, saved: dict, wanted: dict) -> None:
+    faults = [f"{path} is missing" for path in wanted if path not in saved]
+    faults += [f"{path} is not expected" for path in saved if path not in wanted]
+    for path in (path for path in wanted if path in saved):
+        there, here = ((tuple(leaf.shape), np.dtype(leaf.dtype).name) for leaf in (saved[path], wanted[path]))
+        if there != here:
+            faults.append(f"{path} is {there[1]} {there[0]}, wanted {here[1]} {here[0]}")
+    if faults:
+        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise UserError(
+            f"{where} does not fit this model: {'; '.join(faults[:8])}{more}; use the settings of the run that wrote it"
+        )
+
+
+def _json(folder: Path, item: str) -> dict:
+    _verify(folder, item)
+    handler = ocp.JsonCheckpointHandler()
+    try:
+        return dict(handler.restore(epath.Path(folder / item)))
+    finally:
+        handler.close()
+
+
+def _write_manifest(folder: Path) -> int:
+    """Write the manifest of a step's folder, all processes together; returns the bytes it covers."""
+    files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = from_first("files of the manifest", files, LONG_WAIT)
+    sums = _sums(folder, files, "sums of the manifest")
+    unread = [name for name, found in sums.items() if found is None]
+    if unread:
+        raise OSError(errno.EIO, f"{unread[0]} cannot be read again")
+    if jax.process_index() == 0:
+        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "sha256": sums})
+    return sum(_size(folder / name) for name in files)
+
+
+def _sums(folder: Path, names: list[str], what: str | None) -> dict[str, str | None]:
+    """SHA-256 of these files, None for one that cannot be read.
+
+    what: under which name the processes share them out; None = this one alone reads them all.
+    """
+    mine = names[jax.process_index() :: jax.process_count()] if what else names
+    sums = {name: _sha256(folder / name) for name in mine}
+    return {name: found for part in gather(what, sums, LONG_WAIT) for name, found in part.items()} if what else sums
+
+
+def _written(folder: Path, step: int) -> int:
+    """Bytes on disk of a checkpoint that is being written, whatever its folder is called meanwhile."""
+    size = 0
+    for root in (folder / str(step), *folder.glob(f"{step}.*")):
+        for place, _, names in os.walk(root):
+            for name in names:
+                size += _size(Path(place, name))
+    return size
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # renamed just now
+        return 0
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the disk holds every file of the folder: only then may an older checkpoint go."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _verify(folder: Path, item: str, together: bool = False) -> None:
+    """UserError unless every file of the item is there with the contents it was written with.
+
+    together: all processes are here, and each reads a part.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version, sums = manifest["format_version"], manifest["sha256"]
+        names = sorted(name for name in sums if name.startswith(item + "/"))
+        found = _sums(folder, names, f"sums of {item}" if together else None)
+        damaged = [name for name in names if found.get(name) != sums[name]]
+    except (OSError, ValueError, KeyError) as error:
+        version, damaged = FORMAT_VERSION, [str(error)]
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has format version {version} and this code reads {FORMAT_VERSION}; use its own code")
+    if damaged:
+        others = [str(step) for step in complete_steps(folder.parent) if str(step) != folder.name]
+        rest = f"; delete {folder} to go on from step {others[-1]}" if others else "; restore it from a copy"
+        raise UserError(f"checkpoint {folder} is damaged: {damaged[0]} is not as it was written{rest}")
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _barrier() -> Callable[..., None]:
+    """How Orbax's threads wait for the other processes."""
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        # It does so also on its way out of a failure of this process alone, where the others will not come.
+        if sys.exception() is None:
+            wait(key=key, timeout_ms=timeout_ms)
+
+    return barrier
+
+
+def _by_all() -> ocp.options.MultiprocessingOptions:
+    """Options that make Orbax wait through the coordinator, with a time-out, and not by a collective without one."""
+    count = jax.process_count()
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
+
+
+@contextlib.contextmanager
+def _plain_errors(step: int, folder: Path) -> Iterator[None]:
+    """Whatever Orbax raises while writing, as an OSError on one line."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or re.search("no space left|RESOURCE_EXHAUSTED", said, re.I):
+            number, said = errno.ENOSPC, "no space left; make some, and the same command goes on from the last one"
+        else:
+            number, said = getattr(error, "errno", None) or errno.EIO, " ".join(said.split())[:300]
+        raise CheckpointError(number, f"checkpoint {step} could not be written: {said}", str(folder)) from error

@@ -1,0 +1,152 @@
+"""Settings shared by every kind of training run, as frozen dataclasses.
+
+A run's *identity* (model, data, objective, optimizer, seed, global batch) must be the same for it to resume; its
+*schedule* (steps, warm-up, decay) may change where it was the same so far (training/identity.py); its *execution*
+(fields named in `EXECUTION_FIELDS`) at any time. Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from espalier.cli import UserError
+from espalier.short_help import often
+from sharding.mesh import MeshConfig
+from sharding.places import DistributedConfig
+
+EXECUTION_FIELDS = frozenset(
+    (
+        *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
+        *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
+        *("distributed", "published"),
+    )
+)
+"""Field names, at any depth, that a resumed run may change."""
+FINGERPRINTED_FIELDS = frozenset(
+    f"data.{name}"
+    for name in (
+        "files sources validation_files builtin_exclude tokenizer alphabet lowercase train validation label_kind"
+    ).split()
+)
+"""What may be spelled anew (the folder was moved): the fingerprints, or the classes, know what was read."""
+HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers", "max_rejected", "json", "debug"))
+"""Field names, at any depth, that may differ between the processes of one run."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and schedule; the schedule spans `steps` of the run."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices of the layers with adamw for the rest (Jordan et al. 2024)."""
+    learning_rate: float = often(1e-4)
+    """Peak learning rate."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices under muon."""
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    """After warm-up: linear or cosine to the end, or stable until the last decay_fraction (wsd)."""
+    warmup: float = 0.06
+    """Warm-up: a fraction of the steps below 1, else a number of steps."""
+    decay_fraction: float = 0.2
+    """wsd: the part of the steps in which the rate falls."""
+    final_fraction: float = 0.0
+    """Learning rate at the end, as a fraction of the peak."""
+    weight_decay: float = 0.01
+    no_decay: str = r"(bias|scale|norm|embedding)"
+    """Parameters whose path matches (regular expression) are not decayed."""
+    rate_scales: tuple[tuple[str, float], ...] = ()
+    """(regular expression, factor) pairs: the first that matches a path scales its learning rate."""
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 = off."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "muon_learning_rate", "warmup", "weight_decay", "eps", "clip_norm"):
+            value = getattr(self, name)
+            # A door may leave one unset until it has seen the model.
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"optimizer.{name}={value} must be a number of at least 0")
+        for name in ("decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1; try 0.9")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written; the last step is always saved."""
+
+    every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many of the newest stay on disk."""
+
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the training loop itself needs; the doors extend it with model, data and objective."""
+
+    steps: int = often(1000)
+    """Length of the schedule in optimizer steps."""
+    batch_size: int = often(32)
+    """Rows in the global batch."""
+    seed: int = often(0)
+    """Seeds parameters, data order, masking and dropout; from 0 to 2³²-1."""
+    run_dir: str | None = often(None)
+    """Where everything of this run goes; unset = runs/<command>-<preset>."""
+    stop_at: int | None = often(None)
+    """Pause after this step, before the schedule ends; the same command without it goes on."""
+    init_from: str | None = often(None)
+    """Start from another model: a run directory, or hf:PATH_OR_ID (Hugging Face format). That is a folder or a
+    repository on the Hub. Architecture and tokenizer come with the weights; --model settings that are given change
+    it."""
+    init_optimizer: bool = False
+    """With --init-from: take its optimizer state too (a fork, e.g. the decay phase of a stable run)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    accumulation: int = often(1)
+    """Micro-batches a step; gradients are summed exactly."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = 10
+    """Steps between progress lines and logged metrics."""
+    eval_every: int = 500
+    """Steps between evaluations on held-out data; the end is always evaluated."""
+    prefetch: int = 2
+    """Batches prepared ahead."""
+    workers: int = 1
+    """Threads that prepare them; batches are the same with any number."""
+    export: str | None = often(None)
+    """At the end, write the model to this new folder in Hugging Face format. `./launch.sh export` does so later."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every"):
+            value = getattr(self, name)
+            # A door may leave one unset until it has seen the data.
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
+        if self.prefetch < 0:
+            raise UserError(f"prefetch={self.prefetch} must be at least 0 (0 = prepare no batch ahead)")
+        if self.workers < 1:
+            raise UserError(f"workers={self.workers} must be at least 1; --prefetch 0 prepares no batch ahead")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise UserError(f"stop_at={self.stop_at} must be at least 1; leave it out to train to the end")
+        if self.init_optimizer and not self.init_from:
+            raise UserError("init_optimizer needs --init-from RUN: whose optimizer state should be taken?")

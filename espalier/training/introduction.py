@@ -1,0 +1,113 @@
+"""How a run introduces itself before its first step and what it says at its end: for people, by the first process."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from espalier import progress
+from espalier.training.config import TrainConfig
+from espalier.training.run import RunDirectory
+from sharding.mesh import AXES
+
+
+class About(NamedTuple):
+    """What a door knows of its run, in words."""
+
+    model: Mapping[str, str] = {}
+    """Rows on the model and its precision."""
+    data: Mapping[str, str] = {}
+    """Rows on what is learnt from and what is measured on."""
+    row: str = ""
+    """How long the rows of a batch are."""
+    epochs: str = ""
+    """How often the schedule goes through the data."""
+
+
+UNKNOWN = About()
+FIGURES = {
+    "loss": ("held-out loss", "{:.3f}"),
+    "perplexity": ("perplexity", "{:.4g}"),
+    "bits_per_byte": ("bits per byte", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "f1": ("F1", "{:.1%}"),
+    "matthews": ("Matthews correlation", "{:.3f}"),
+}
+"""Metric → its name in a result and how it is written, in their order."""
+
+
+def introduce(
+    about: About, config: TrainConfig, mesh: Mesh, whence: str, start: int, last: int, tokens_per_step: int
+) -> None:
+    """Print what is about to happen: model, devices, text, batch, steps, run directory and where it starts."""
+    if jax.process_index():
+        return
+    shape = " × ".join(f"{name}={mesh.shape[name]}" for name in AXES if mesh.shape[name] > 1)
+    devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}" + (f", mesh {shape}" if shape else "")
+    if jax.process_count() > 1:
+        devices += f", {jax.process_count()} processes"
+    batch = f"{config.batch_size} rows of {about.row}" if about.row else f"{config.batch_size} rows"
+    if config.accumulation > 1:
+        batch += f", in {config.accumulation} micro-batches"
+    steps = f"{config.steps:,} = {progress.amount(config.steps * tokens_per_step)} tokens"
+    steps += f", {about.epochs}" if about.epochs else ""
+    if start or last < config.steps:
+        until = f", pausing at {last:,}" if last < config.steps else ""
+        steps += f"; {max(last - start, 0):,} to come{until}"
+    progress.block(
+        {"run": str(config.run_dir), "start": whence, **about.model, "devices": devices}
+        | {**about.data, "batch": batch, "steps": steps}
+    )
+
+
+def conclude(
+    summary: dict, run: RunDirectory, config: TrainConfig, command: str | None, following: list[str] | None
+) -> None:
+    """Print the result, the time, the report, and the command that comes next.
+
+    summary: of training.run.summarise. command: the one that this was; None = called from Python, where no command
+    follows. following: what to do with a finished run, as words of a command line.
+    """
+    if jax.process_index():
+        return
+    rows = {}
+    if result := result_words(summary):
+        rows["result"] = result
+    if summary["seconds"] is not None:
+        rows["time"] = progress.clock(summary["seconds"])
+        if summary["tokens_per_second"]:
+            rows["time"] += f", {summary['tokens_per_second']:,.0f} tokens/s"
+    if run.report.is_file() and not summary["stopped_by"]:
+        rows["report"] = f"{config.run_dir}/{run.report.name}"
+    if rows:
+        progress.block(rows)
+    if command and not summary["finished"]:
+        following = without_stop(command)
+    if command and following:
+        # On one line, however long, so that it can be copied.
+        progress.say(f"  {'next':{max(map(len, [*rows, 'next'])) + 2}}{shlex.join(following)}")
+
+
+def result_words(summary: dict) -> str:
+    """The figures of a run on held-out data: "accuracy 81.5 % (majority class 50.9 %), F1 82.3 %"."""
+    values = summary.get("metrics") or summary.get("eval") or {}
+    words = {key: f"{name} {form.format(values[key])}" for key, (name, form) in FIGURES.items() if key in values}
+    if "majority" in values:
+        words["accuracy"] += f" (majority class {values['majority']:.1%})"
+    return ", ".join(words.values()).replace("%", " %")
+
+
+def without_stop(command: str) -> list[str]:
+    """The words of a command line without --stop-at: what goes on after a pause."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        flag, _, value = word.replace("_", "-").partition("=")
+        if flag != "--stop-at":
+            kept.append(word)
+        elif not value:
+            next(words, None)
+    return kept

@@ -1,0 +1,183 @@
+"""The training loop, from the first parameter to the last checkpoint. Read it top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from espalier import progress
+from espalier.cli import MachineError
+from espalier.training.checkpoint import Checkpoints
+from espalier.training.config import TrainConfig
+from espalier.training.evaluation import make_evaluate
+from espalier.training.guard import StopSignal
+from espalier.training.introduction import UNKNOWN, About, introduce
+from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.run import Result, RunDirectory
+from espalier.training.start import Origin, beginning, check_fork, first_state
+from espalier.training.state import TrainState
+from espalier.training.step import Objective, jit_train_step
+from espalier.training.tracker import Tracker
+from sharding.distributed import from_first
+from sharding.mesh import place_batch
+from sharding.topology import peak_flops
+
+
+class NonFiniteLoss(MachineError):
+    """Training met a loss or gradient that is no number."""
+
+
+class BatchStream(Protocol):
+    """An iterator over batches, this process's rows as NumPy arrays; a generator is one."""
+
+    def __next__(self) -> dict: ...
+    def close(self) -> object: ...
+
+
+def train(
+    config: TrainConfig,
+    *,
+    init_params: Callable[[jax.Array], Any],
+    matrix_axes: Callable[[Any], Any],
+    objective: Objective,
+    eval_objective: Objective,
+    batches_from: Callable[[int], BatchStream],
+    eval_batches: Iterable[dict],
+    run: RunDirectory,
+    config_dict: dict,
+    save_tokenizer: Callable[[Path], Any],
+    mesh: Mesh,
+    tokens_per_step: int,
+    flops_per_step: float | None = None,
+    finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
+    origin: Origin | None = None,
+    load_params: Callable[[Any], Any] | None = None,
+    about: About = UNKNOWN,
+) -> Result:
+    """Train from the origin until config.steps, stop_at or a signal. What can be refused is refused before any write.
+
+    init_params: key → parameters. matrix_axes: parameter shapes → see `build_optimizer`.
+    batches_from: step → the batches from that step on. eval_batches: gone through at each evaluation.
+    config_dict: JSON values, saved with each checkpoint. save_tokenizer: writes it into the folder that it is given.
+    load_params: parameter shapes with shardings → parameters to start from; default: those of the origin.
+    finalize_eval: adds what follows from the metrics of an evaluation (perplexity). about: for the introduction.
+    """
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        shapes = jax.eval_shape(init_params, jax.random.key(0))
+        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
+        factor = schedule(config.optimizer, config.steps)
+        check_fork(config, origin, config_dict.get("fingerprints", {}))
+        start, whence, interval = beginning(origin, load_params)
+        last = min(config.stop_at or config.steps, config.steps)
+        introduce(about, config, mesh, whence, start, last, tokens_per_step)
+        with progress.waiting("making the first state" if origin is None else "loading the first state"):
+            state = jax.block_until_ready(first_state(config, init_params, optimizer, mesh, origin, load_params))
+        train_step = jit_train_step(objective, optimizer, factor, config.accumulation, state)
+        evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval, config.accumulation)
+
+        stack.enter_context(run.writing(config_dict))
+        save_tokenizer(run.tokenizer)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
+        peak = peak_flops(mesh.devices.flat[0])
+        tracker = Tracker(
+            run,
+            total_steps=config.steps,
+            start_step=start,
+            last_step=last,
+            tokens_per_step=tokens_per_step,
+            flops_per_step=flops_per_step,
+            peak_flops=peak and peak * mesh.size,
+            log_every=config.log_every,
+            quiet=jax.process_index() != 0,
+            interval=interval,
+        )
+        stack.callback(tracker.close)
+        checkpoints.announce = tracker.say
+        batches = stack.enter_context(contextlib.closing(batches_from(start)))
+        stop = stack.enter_context(StopSignal())
+        # A collection in the middle of a step stalls every device of the mesh.
+        gc.disable()
+        stack.callback(gc.enable)
+
+        def evaluated(state: TrainState, step: int) -> dict[str, float]:
+            with tracker.paused():
+                metrics = evaluate(state.params)
+                gc.collect()
+            tracker.evaluation(step, metrics)
+            return metrics
+
+        step, loss, evaluation, pending = start, None, {}, None
+        if start >= last:
+            tracker.say(f"nothing left to train: step {start} of {config.steps} is done")
+        # An evaluation that the end of the last session left out.
+        known = from_first("evaluated", tracker.has_evaluation(start))
+        if start >= last or start and start % config.eval_every == 0 and not known:
+            evaluation = evaluated(state, start)
+        while step < last:
+            with tracker.waiting():
+                batch = next(batches)
+            with tracker.compiling(batch):
+                state, metrics = train_step(state, place_batch(batch, mesh))
+            step += 1
+            # The device works on this step while the host reads the one before.
+            if pending is not None:
+                loss = _report(tracker, checkpoints, *pending)
+            pending = step, metrics
+
+            stopping = stop.reached(step)
+            ending = stopping or step == last
+            saving = step % config.checkpoint.every == 0 or ending
+            evaluating = step == last or step % config.eval_every == 0 and not stopping
+            if saving or evaluating:
+                # A loss that is no number ends the run here, before its state replaces a good one on the disk.
+                loss = _report(tracker, checkpoints, *pending)
+                pending = None
+            if saving:
+                # First, for it is written while the evaluation runs, and is there should that need too much memory.
+                checkpoints.save(state, config_dict, data={"step": step, "interval": tracker.interval})
+            if evaluating:
+                evaluation = evaluated(state, step)
+            if ending:
+                break
+
+        checkpoints.wait()
+        if step < config.steps:
+            change = " without --stop-at" if step == last else ""
+            tracker.say(f"paused at step {step} of {config.steps}, saved; the same command{change} goes on from here")
+        return Result(
+            state=state,
+            step=step,
+            finished=step == config.steps,
+            loss=loss,
+            eval=evaluation,
+            tokens=step * tokens_per_step,
+            tokens_per_second=tracker.tokens_per_second,
+            first_step_seconds=tracker.first_step_seconds,
+            seconds=time.perf_counter() - began if step > start else None,
+            mfu=tracker.mfu,
+            data_wait=tracker.data_wait,
+            stopped_by=stop.number() if step < last else None,
+        )
+
+
+def _report(tracker: Tracker, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> float:
+    """Wait for the metrics of a step and log them; raises where training cannot go on. Returns the loss."""
+    values = {name: float(value) for name, value in metrics.items()}
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        raise NonFiniteLoss(
+            f"at step {step} the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
+            "nothing was saved since the last checkpoint; try a lower --optimizer.learning-rate or a longer warm-up"
+        )
+    checkpoints.check()
+    tracker.log(step, values)
+    return values["loss"]

@@ -1,0 +1,216 @@
+"""The run directory: everything a person needs to understand or resume a run is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from espalier import library_log, progress
+from espalier.cli import UserError
+from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS
+from espalier.training.identity import Schedule, check_same_run, completed, differences, without
+from espalier.training.state import TrainState
+from sharding.distributed import LONG_WAIT, from_first, gather
+
+
+class RunDirectory:
+    """Where the files of one run lie."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        if "://" in str(path):
+            raise UserError(
+                f"{path}: a run directory is a local path; mount the bucket (gcsfuse, s3fs) and name the mount"
+            )
+        self.path = Path(path).expanduser().absolute()
+        self.config = self.path / "config.json"
+        self.tokenizer = self.path / "tokenizer"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+
+    def check_shared(self) -> None:
+        """UserError unless every process sees the folder on the same disk."""
+        if jax.process_count() == 1:
+            return
+        there = next(path for path in (self.path, *self.path.parents) if path.is_dir())
+        # Hidden, so that the folder still counts as empty.
+        token = Path(from_first("a token", str(there / f".seen-by-all-{uuid.uuid4().hex}")))
+        if jax.process_index() == 0:
+            token.touch()
+        try:
+            gather("the token is there")
+            blind = [number for number, seen in enumerate(gather("the token is seen", _appears(token))) if not seen]
+        finally:
+            if jax.process_index() == 0:
+                token.unlink(missing_ok=True)
+        if blind:
+            raise UserError(
+                f"process {', '.join(map(str, blind[:8]))} does not see what process 0 writes to {token.parent}: the "
+                "run directory must be on a disk that all hosts share; give such a --run-dir"
+            )
+
+    def check(self, config: dict, defaults: dict, done: int = 0, schedules: Sequence[Schedule] = ()) -> None:
+        """UserError where the folder holds another run or other things, or processes other settings; writes nothing.
+
+        config: JSON values, with the fingerprints of tokenizer and data. Its identity must be that of the run there,
+        but for a schedule that is the same so far (training.identity). defaults: what fields mean that the run there
+        was not asked for, because they are younger than it. done: steps of the run there. schedules: what depends on
+        its length beside the learning rate.
+        """
+        _check_same_everywhere(json.loads(json.dumps(config)))
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; a run needs a folder: give another --run-dir")
+        if self.config.exists():
+            here, defaults = json.loads(json.dumps([config, defaults]))
+            self._check_same_run(here, defaults, done, schedules)
+        elif self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            raise UserError(f"{self.path} holds other files and no run; give another --run-dir, or an empty folder")
+
+    @contextlib.contextmanager
+    def writing(self, config: dict) -> Iterator[None]:
+        """Write config.json and keep other processes from training here until the block or this process ends.
+
+        From here on, what libraries say goes to log.txt there; those of further processes to log-1.txt and so on.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as lock:
+            if jax.process_index() == 0:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"another process is training in {self.path}; wait for it, stop it, or give another --run-dir"
+                    ) from None
+                write_json(self.config, config)
+            gather("the run directory is ours")
+            number = jax.process_index()
+            library_log.move_to(self.path / (f"log-{number}.txt" if number else "log.txt"))
+            yield
+
+    def _check_same_run(self, config: dict, defaults: dict, done: int, schedules: Sequence[Schedule]) -> None:
+        try:
+            there = completed(json.loads(self.config.read_text(encoding="utf-8")), defaults)
+        except ValueError as error:
+            raise UserError(f"{self.config} is damaged ({error}); give another --run-dir") from None
+        # A run that failed before its first step has nothing to lose: its settings may be corrected.
+        begun = self.metrics.exists() and self.metrics.stat().st_size or any(self.checkpoints.glob("*"))
+        change = check_same_run(self.path, there, config, done, schedules) if begun else None
+        if change and jax.process_index() == 0:
+            progress.say(change)
+
+
+def _check_same_everywhere(config: dict) -> None:
+    """UserError unless every process has the same settings and, by their fingerprints, the same text and tokenizer."""
+    config = without(config, HOST_FIELDS, FINGERPRINTED_FIELDS)
+    # Where the hosts have caches of their own, one may have prepared its text long before another.
+    first = from_first("settings", config, LONG_WAIT)
+    for number, changes in enumerate(gather("settings", list(differences(first, config))[:4], LONG_WAIT)):
+        if changes:
+            raise UserError(
+                f"process {number} has other settings than process 0: {'; '.join(changes)}; start all with the same "
+                "flags and files"
+            )
+
+
+def _appears(path: Path, seconds: float = 30) -> bool:
+    """Whether a file is there, with the time that network disks take to show what another host wrote."""
+    end = time.monotonic() + seconds
+    while True:
+        # A listing, for network disks remember for a while that a name was not there.
+        with contextlib.suppress(OSError):
+            if path.name in os.listdir(path.parent):
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a session ended."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    """Whether the schedule was completed, rather than paused or stopped."""
+    loss: float | None
+    """Training loss of the last step; None if there was nothing left to do."""
+    eval: dict[str, float]
+    """Metrics of the last evaluation."""
+    tokens: int
+    """Tokens trained on since step 0."""
+    tokens_per_second: float | None
+    """Without the first step and evaluations."""
+    seconds: float | None
+    """From the initialisation to the last checkpoint; None if there was nothing left to do."""
+    first_step_seconds: float | None
+    """Compilation included."""
+    mfu: float | None
+    data_wait: float | None
+    """The part of the time that the device waited for batches at most; first step and evaluations left out."""
+    stopped_by: int | None
+    """The number of the signal that ended it early."""
+
+
+def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
+    """The `--json` object of a training session; summary.json holds it and the environment.
+
+    What a session without a step could not measure stays as the last one left it.
+    more: what the door adds (metrics of a classifier).
+    """
+    names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "data_wait")
+    names += ("seconds", "finished")
+    summary = {name: getattr(result, name) for name in (*names, "stopped_by")} | more | {"run_dir": str(run.path)}
+    if result.loss is None and run.summary.is_file():
+        with contextlib.suppress(ValueError):
+            before = json.loads(run.summary.read_text(encoding="utf-8"))
+            summary |= {name: before[name] for name in names if summary[name] is None and name in before}
+    if jax.process_index() == 0:
+        write_json(run.summary, summary | {"environment": environment()})
+    return summary
+
+
+def environment() -> dict[str, str]:
+    """Where this process runs, in words: versions and hardware."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    devices = {
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "processes": str(jax.process_count()),
+    }
+    system = {"system": f"{platform.system()} {platform.machine()}", "CPU cores": str(os.cpu_count())}
+    return {"Python": platform.python_version()} | versions | devices | system
+
+
+def settings(config: Any, model: Any, **more: Any) -> tuple[dict, dict]:
+    """A run's settings as JSON values: dataclasses `config` and `model`, and `more`. Also the defaults for `check`.
+
+    A field that is younger than a run means there what its class has as default, never what a preset says today.
+    """
+    values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model)} | more
+    return values, dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, whole, even after the machine has died."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

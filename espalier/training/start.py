@@ -1,0 +1,196 @@
+"""Where a run starts: resume → init_from → scratch, in this order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from espalier.cli import UserError
+from espalier.training.checkpoint import (
+    complete_steps,
+    newest_step,
+    read_config,
+    read_data,
+    restore_optimizer,
+    restore_params,
+    restore_state,
+)
+from espalier.training.config import TrainConfig
+from espalier.training.optimizer import Optimizer
+from espalier.training.run import RunDirectory
+from espalier.training.state import TrainState, new_state, shard_state
+from espalier.training.tracker import Interval
+from sharding.distributed import from_first
+
+
+class Origin(Protocol):
+    """What a run goes on from: a run's checkpoint, or a model of another world (models.hub.Pretrained)."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        ...
+
+    @property
+    def config(self) -> dict:
+        """JSON values beside the weights: at least `model` and `task`."""
+        ...
+
+    @property
+    def tokenizer_folder(self) -> Path: ...
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it is the run itself."""
+        ...
+
+    @property
+    def done(self) -> int:
+        """Steps of the run itself; 0 where it is another."""
+        ...
+
+    def restore_params(self, abstract: Any) -> Any:
+        """The parameters as `abstract` says, which may leave out the head."""
+        ...
+
+
+class RunOrigin(NamedTuple):
+    """A checkpoint of a run."""
+
+    run_dir: Path
+    step: int
+    config: dict
+    """As saved in that checkpoint."""
+    resumed: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.run_dir} at step {self.step}"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return RunDirectory(self.run_dir).tokenizer
+
+    @property
+    def done(self) -> int:
+        return self.step if self.resumed else 0
+
+    def restore_params(self, abstract: Any) -> Any:
+        return restore_params(self.run_dir, abstract, self.step, ignore="" if "head" in abstract else "head/")
+
+
+def find_origin(
+    config: TrainConfig, run: RunDirectory, open_hub: Callable[[str], Origin] | None = None
+) -> Origin | None:
+    """Where the run starts, known before any work is done; None = scratch. UserError if it is to start from nothing.
+
+    open_hub: opens what --init-from names with hf: before it.
+    """
+    run.check_shared()
+    # Network disks may show a checkpoint to one host before another.
+    own = from_first("own checkpoints", complete_steps(run.checkpoints))
+    resumed = bool(own)
+    if not resumed and not config.init_from:
+        return None
+    if not resumed and config.init_from and config.init_from.startswith("hf:"):
+        assert open_hub is not None
+        if config.init_optimizer:
+            raise UserError(f"{config.init_from} has weights and no optimizer state; leave out --init-optimizer")
+        return open_hub(config.init_from)
+    folder = run.path if resumed else Path(config.init_from or "").expanduser()
+    step = own[-1] if resumed else from_first("first checkpoint", newest_step(folder))
+    return RunOrigin(folder, step, read_config(folder, step), resumed)
+
+
+class Beginning(NamedTuple):
+    """Where a session starts, before anything of it is read."""
+
+    step: int
+    words: str
+    interval: Interval | None
+    """Of the log that goes on."""
+
+
+def beginning(origin: Origin | None, load_params: Callable[[Any], Any] | None = None) -> Beginning:
+    """Where `first_state` will start from."""
+    if isinstance(origin, RunOrigin) and origin.resumed:
+        # Checkpoints of earlier versions have none.
+        interval = read_data(origin.run_dir, origin.step).get("interval")
+        return Beginning(origin.step, f"resumed at step {origin.step}", interval)
+    if origin is None and load_params is None:
+        return Beginning(0, "from scratch", None)
+    return Beginning(0, f"from the weights of {origin.name if origin else 'another model'}", None)
+
+
+def first_state(
+    config: TrainConfig,
+    init_params: Callable[[jax.Array], Any],
+    optimizer: Optimizer,
+    mesh: Mesh,
+    origin: Origin | None,
+    load_params: Callable[[Any], Any] | None = None,
+) -> TrainState:
+    """The state to go on from, laid out on the mesh. Writes nothing.
+
+    load_params: parameter shapes with shardings → parameters; default: those of the origin.
+    """
+
+    around, scratch = _makers(config, init_params, optimizer)
+    abstract = abstract_state(config, init_params, optimizer, mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    if isinstance(origin, RunOrigin) and origin.resumed:
+        return restore_state(origin.run_dir, abstract, origin.step)
+    if load_params is not None:
+        params = load_params(abstract.params)
+    elif origin is not None:
+        params = origin.restore_params(abstract.params)
+    else:
+        # It runs once: on CPUs, optimising it would take several times as long as running it.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        return jax.jit(scratch, out_shardings=layout, compiler_options=quick)()
+    state = jax.jit(around, out_shardings=layout, donate_argnums=0)(params)
+    if config.init_optimizer and isinstance(origin, RunOrigin):
+        state = dataclasses.replace(state, opt_state=restore_optimizer(origin.run_dir, abstract, origin.step))
+    return state
+
+
+def abstract_state(
+    config: TrainConfig, init_params: Callable[[jax.Array], Any], optimizer: Optimizer, mesh: Mesh
+) -> TrainState:
+    """Shapes, types and shardings of the state on this mesh; UserError where an axis does not divide a parameter."""
+    return shard_state(jax.eval_shape(_makers(config, init_params, optimizer)[1]), mesh)
+
+
+def check_fork(config: TrainConfig, origin: Origin | None, fingerprints: dict[str, str]) -> None:
+    """UserError if the run would go through the batches of the run that it continues once more, in the same order."""
+    if not config.init_optimizer or origin is None or origin.resumed:
+        return
+    there = origin.config
+    if (there.get("seed"), there.get("fingerprints", {}).get("train")) == (config.seed, fingerprints["train"]):
+        raise UserError(
+            f"--init-optimizer goes on from {origin.name}, and with its text and its seed {config.seed} the first "
+            f"batches would be those it began with; try --seed {config.seed + 1}"
+        )
+
+
+def _makers(config: TrainConfig, init_params: Callable[[jax.Array], Any], optimizer: Optimizer):
+    """(parameters → the state at step 0 around them, () → the same with fresh ones)."""
+
+    def around(params):
+        return new_state(params, optimizer.init, config.optimizer, _keys(config.seed)[1])
+
+    def scratch():
+        return around(init_params(_keys(config.seed)[0]))
+
+    return around, scratch
+
+
+def _keys(seed: int) -> jax.Array:
+    """The key of the parameters and the key of the run (data masks, dropout)."""
+    return jax.random.split(jax.random.key(seed))

@@ -1,0 +1,228 @@
+"""What a run reports while it goes: the progress line, metrics.jsonl and TensorBoard. One place that logs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+from espalier import progress
+from espalier.training.run import RunDirectory
+
+
+class Interval(TypedDict):
+    """The steps since the last multiple of log_every, as a checkpoint keeps them (JSON)."""
+
+    steps: int
+    sums: dict[str, float]
+    """Of each metric over these steps; exact, for float32 values are added up as doubles."""
+
+
+class Tracker:
+    """Logs one run from `start_step` on; speeds leave out the first step (it compiles) and evaluations.
+
+    What is logged and shown of training at a step is the mean over the steps since the last multiple of log_every, each
+    step counting the same (loss, accuracy, gradient norm), and the learning rate of that step. An interval that a pause
+    cuts is taken up again, so that the log of a resumed run is that of an uninterrupted one.
+
+    total_steps: of the schedule. last_step: where this session ends, for the time left. interval: that of the
+    checkpoint at start_step.
+    flops_per_step, peak_flops: of the whole mesh; MFU is left out where one of them is None.
+    quiet: measure only (all processes but the first).
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        total_steps: int,
+        start_step: int,
+        last_step: int,
+        tokens_per_step: int,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
+        log_every: int = 10,
+        quiet: bool = False,
+        interval: Interval | None = None,
+    ):
+        self.first_step_seconds: float | None = None
+        # One that ends here by a new log_every has its record already.
+        carried = interval if interval and interval["steps"] and start_step % log_every else None
+        self.interval: Interval = carried or {"steps": 0, "sums": {}}
+        self._waited = 0.0
+        self._total, self._start, self._last, self._log_every = total_steps, start_step, last_step, log_every
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
+        self._quiet = quiet
+        self._step = start_step
+        self._clock = self._mark = self._seen = self._shown = time.perf_counter()
+        self._marked_step = start_step
+        self._metrics = self._board = None
+        self._evaluated: set[int] = set()
+        self._compiled: set[tuple] = set()
+        if not quiet:
+            from tensorboardX import SummaryWriter
+
+            kept = cut_metrics(run, start_step, within_interval=carried is not None)
+            self._evaluated = {record["step"] for record in kept if "eval/loss" in record}
+            self._metrics = run.metrics.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean over this session's steps after the first, up to the last one logged."""
+        return self._rate(self._start + 1, self._clock)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP/s over the peak of the hardware (PaLM, Chowdhery et al. 2022, app. B), as tokens_per_second."""
+        return self._utilisation(self.tokens_per_second)
+
+    @property
+    def data_wait(self) -> float | None:
+        """The part of the steps' time that went by waiting for batches, as tokens_per_second."""
+        passed = self._seen - self._clock
+        return self._waited / passed if self._step > self._start + 1 and passed > 0 else None
+
+    def compiling(self, batch: dict) -> contextlib.AbstractContextManager:
+        """Tells of a long step inside if it is the first with arrays of these shapes, for which it is compiled."""
+        shapes = tuple(sorted((name, array.shape) for name, array in batch.items()))
+        if self._quiet or shapes in self._compiled:
+            return contextlib.nullcontext()
+        self._compiled.add(shapes)
+        return progress.waiting("compiling the train step")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside is waiting for a batch."""
+        began = time.perf_counter()
+        yield
+        if self.first_step_seconds is not None:
+            self._waited += time.perf_counter() - began
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """To be called for every step once its metrics are known; writes the first, the last, every log_every-th."""
+        self._step, self._seen = step, time.perf_counter()
+        first = self.first_step_seconds is None
+        if first:
+            self.first_step_seconds = self._seen - self._clock
+            self._clock = self._mark = self._seen
+            self._marked_step = step
+        means = self._means(metrics)
+        ends = step % self._log_every == 0
+        if ends:
+            self.interval = {"steps": 0, "sums": {}}
+        written = ends or step in (1, self._last)
+        # A terminal shows that it goes on, however seldom there is something to write.
+        if not (written or first or sys.stdout.isatty() and self._seen - self._shown >= 1):
+            return
+        self._shown = self._seen
+        speed = None if first else self._rate(self._marked_step, self._mark)
+        mfu = self._utilisation(speed)
+        if written:
+            self._mark, self._marked_step = self._seen, step
+            timing = {"tokens_per_second": speed, "mfu": mfu}
+            self._write(step, means | {name: value for name, value in timing.items() if value is not None})
+        line = f"step {step}/{self._total}  loss {means['loss']:.3f}"
+        if first:
+            line += f"  first step {self.first_step_seconds:.1f} s"
+        if speed:
+            left = (self._last - step) * self._tokens / speed
+            line += f"  {_short(speed)} tok/s  {progress.clock(left)} left"
+        if mfu is not None:
+            line += f"  MFU {mfu:.0%}".replace("%", " %")
+        self._show(line, keep=step == self._last)
+
+    def _means(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Take the metrics of a step into the interval; its means."""
+        before, steps = self.interval["sums"], self.interval["steps"] + 1
+        sums = {name: before.get(name, 0.0) + value for name, value in metrics.items()}
+        self.interval = {"steps": steps, "sums": sums}
+        # A learning rate is no measurement but a setting of this step.
+        return {
+            name: metrics[name] if name.endswith("learning_rate") else total / steps for name, total in sums.items()
+        }
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation after `step`."""
+        if step not in self._evaluated:
+            self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+            self._evaluated.add(step)
+        self._show(f"evaluation at step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), keep=True)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has an evaluation after `step`."""
+        return step in self._evaluated
+
+    def say(self, line: str) -> None:
+        """Print a line of its own; safe from other threads."""
+        self._show(line, keep=True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        began = time.perf_counter()
+        yield
+        gap = time.perf_counter() - began
+        self._clock, self._mark, self._seen = self._clock + gap, self._mark + gap, self._seen + gap
+
+    def close(self) -> None:
+        if not self._quiet:
+            progress.end()
+        for sink in (self._metrics, self._board):
+            if sink is not None:
+                sink.close()
+
+    def _rate(self, since_step: int, since: float) -> float | None:
+        steps = self._step - since_step
+        return steps * self._tokens / (self._seen - since) if steps > 0 else None
+
+    def _utilisation(self, speed: float | None) -> float | None:
+        return speed / self._tokens * self._flops / self._peak if speed and self._flops and self._peak else None
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        if self._metrics is not None and self._board is not None:
+            self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+            self._metrics.flush()
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def _show(self, line: str, keep: bool) -> None:
+        if not self._quiet:
+            (progress.say if keep else progress.show)(line)
+
+
+def cut_metrics(run: RunDirectory, step: int, within_interval: bool = False) -> list[dict]:
+    """Drop the lines of metrics.jsonl after `step`, and one that was not written to its end; returns the others.
+
+    within_interval: also the one of training at `step`, of an interval that goes on, for an uninterrupted run has none.
+    """
+    if not run.metrics.exists():
+        return []
+    kept = [(line, record) for line in run.metrics.read_text(encoding="utf-8").split("\n") if (record := _record(line))]
+    kept = [(line, record) for line, record in kept if record["step"] <= step]
+    if within_interval and step > 1:
+        kept = [(line, record) for line, record in kept if record["step"] < step or "loss" not in record]
+    shorter = run.metrics.with_suffix(".tmp")
+    shorter.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
+    os.replace(shorter, run.metrics)
+    return [record for _, record in kept]
+
+
+def _record(line: str) -> dict | None:
+    try:
+        record: Any = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
