@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from espalier import cli, progress
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     from espalier.models.config import ModelConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
+from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.gpt2 import GPT2, GPT2_MEDIUM
 from espalier.models.families.llama import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B

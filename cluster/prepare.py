@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from espalier import cli
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
+from espalier.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     from espalier.data.filters import Measure
@@ -102,7 +102,7 @@ def main(config: ClusterConfig) -> dict:
     if config.executor == "slurm":
         return {"logs": str(logs), "joined": False}
     if not _joined(work):
-        raise cli.MachineError(f"a task has failed; its log is below {logs}; the same command repeats what is not done")
+        raise MachineError(f"a task has failed; its log is below {logs}; the same command repeats what is not done")
     shutil.rmtree(work, ignore_errors=True)
     return {"logs": None, "joined": True}
 
@@ -160,7 +160,7 @@ def _hand_over(executors: list[Any], work: Path) -> None:
     try:
         executors[-1].run()
     except subprocess.CalledProcessError as error:
-        raise cli.MachineError(
+        raise MachineError(
             f"sbatch has refused a stage (exit {error.returncode}); nothing behind it was started"
         ) from error
     jobs = {executor.job_name: str(executor.job_id) for executor in executors if executor.job_id != -1}

@@ -1,4 +1,4 @@
-"""Presets → command line; errors of the user → one line and exit code 2. The leaf that every module may import.
+"""Presets → command line; errors of the user → one line and exit code 2.
 
 A door calls `run` with its presets, a command without presets calls `run_config`. Both build one flag for every
 field of the configuration's dataclasses (tyro), call `main(config)` and print what it returns as JSON under `--json`.
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from espalier import library_log, progress
+from espalier.errors import MachineError, UserError
 from espalier.short_help import preset_help, settings, short_help
 
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
@@ -45,10 +46,6 @@ PLAIN_WORDS = (
     (r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1"),
 )
 """Messages of tyro and Python, and what people understand; one that is not listed stays as it is."""
-
-
-class UserError(ValueError):
-    """An error in what the user gave. The message is one line: what was given; what is accepted; what to try."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +68,6 @@ class Call:
 
 
 FROM_PYTHON = Call()
-
-
-class MachineError(Exception):
-    """What neither user nor code did wrong (a full disk, a loss that is no number), in one line; exit code 1."""
 
 
 def run(

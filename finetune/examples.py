@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from espalier import progress
-from espalier.cli import UserError
 from espalier.data.description import listed
 from espalier.data.labelled import Encoded, Labelled, encode_pairs, read_labelled
+from espalier.errors import UserError
 from finetune.labels import class_names, in_order, quoted
 
 if TYPE_CHECKING:

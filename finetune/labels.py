@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
-from espalier.cli import UserError
 from espalier.data.description import listed
+from espalier.errors import UserError
 
 MANY = 20
 """So many classes may be any numbers; more of them must be numbered without holes, or be words."""

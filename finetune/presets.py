@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from espalier.cli import UserError
 from espalier.data.encodings import codec
+from espalier.errors import UserError
 from espalier.models.config import Execution
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from espalier import cli, progress
-from espalier.cli import UserError
+from espalier.errors import UserError
 from finetune.presets import PRESETS, FinetuneConfig
 from sharding.distributed import collected, joined
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
+from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.bert import BERT_BASE, BERT_LARGE
 from espalier.models.families.modernbert import MODERNBERT_BASE

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from sharding.mesh import MeshConfig
 
 KEPT_FREE = 0.1

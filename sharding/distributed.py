@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from espalier import library_log
-from espalier.cli import MachineError, UserError
+from espalier.errors import MachineError, UserError
 from sharding.places import Place, find_place
 from sharding.watch import rendezvous
 

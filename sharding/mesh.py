@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.short_help import often
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 COORDINATOR_PORT = 8482
 """Where process 0 listens on TPU hosts, as in JAX."""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embeddings/token/embedding", ("tensor", "fsdp")),

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 GB = 1e9
 MIB = 2**20

@@ -18,7 +18,7 @@ import time
 from typing import NamedTuple
 
 from espalier import library_log
-from espalier.cli import UserError
+from espalier.errors import UserError
 from sharding.places import Place
 
 HELLO = "espalier 1"

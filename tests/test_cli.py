@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from espalier import cli
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.short_help import often, settings
 
 pytestmark = pytest.mark.corner  # espalier/cli.py reads what tyro prints, which differs between versions

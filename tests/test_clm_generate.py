@@ -10,9 +10,9 @@ import pytest
 import clm.generate
 import clm.presets
 from clm.generate import GenerateConfig, SamplingConfig, continue_texts, generate, next_token
-from espalier.cli import UserError
 from espalier.data.tokenizer import vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
 from espalier.models.heads import causal_lm_head
 from espalier.models.transformer import Execution, apply, init_params
 from espalier.models.vocabulary import logits

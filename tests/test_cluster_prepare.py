@@ -12,11 +12,11 @@ import pytest
 
 import cluster.prepare
 from cluster.prepare import ClusterConfig, Tokenize
-from espalier.cli import MachineError, UserError
 from espalier.data.config import DataConfig
 from espalier.data.filters import FilterConfig
 from espalier.data.prepare import prepare
 from espalier.data.store import exists
+from espalier.errors import MachineError, UserError
 
 # datatrove forks a process that only keeps a lock; JAX, which an earlier test may have imported, warns of every fork.
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import regex
 
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.tokenizer import plain_backend, save_tokenizer, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
 from tests.manpages import man_texts
 
 LETTER = regex.compile(r"[[\p{Script=Latin}\p{Script=Greek}\p{Script=Cyrillic}]&&\p{L}]", regex.V1)

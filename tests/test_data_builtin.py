@@ -6,8 +6,8 @@ import re
 import pytest
 
 import espalier.data.builtin
-from espalier.cli import UserError
 from espalier.data.builtin import BuiltinSource, demo_task, docstrings, documents, sentences
+from espalier.errors import UserError
 
 MODULE = '''"""About the module."""
 raise SystemExit("this file was executed")

@@ -10,7 +10,6 @@ import pytest
 import zstandard
 
 import espalier.data.recode
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.documents import Document, Reject, documents
 from espalier.data.encodings import codec, detect, iconv_name, truth
@@ -18,6 +17,7 @@ from espalier.data.formats import read
 from espalier.data.labelled import read_labelled
 from espalier.data.prepare import prepare
 from espalier.data.sources import FileSource, open_sources
+from espalier.errors import UserError
 from tests.manpages import man_texts
 
 KOREAN = (

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.filters import HASHES, Decisions, FilterConfig, decide, measure, minhash, script_share
 from espalier.data.prepare import prepare
+from espalier.errors import UserError
 
 
 def shingles(text: str) -> set:

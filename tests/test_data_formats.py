@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import espalier.data.formats
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.documents import KINDS, Document, Reject
 from espalier.data.formats import read
 from espalier.data.prepare import prepare
 from espalier.data.sources import FileSource
+from espalier.errors import UserError
 
 LINES = ["Ein Satz.", 'Mit "Zeichen", und\nzwei Zeilen', "日本語のテキスト", "😀 emoji"]
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from espalier.cli import UserError
 from espalier.data.labelled import Encoded, LabelledBatches, encode_pairs, read_labelled
 from espalier.data.tokenizer import special_ids
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
 
 
 def write(path, content: str | bytes):

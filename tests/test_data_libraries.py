@@ -14,13 +14,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.documents import Document, Reject
 from espalier.data.hf import HfSource
 from espalier.data.prepare import prepare
 from espalier.data.sources import open_source
 from espalier.data.tfds import TfdsSource
+from espalier.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(datasets|tensorflow_datasets|etils|fsspec|multiprocess).*")

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from espalier.cli import UserError
 from espalier.data.loader import Batches, Mixture, Rows, permute, prefetch, shuffled
 from espalier.data.packing import pack_best_fit, pack_split
 from espalier.data.tokenizer import SpecialIds
+from espalier.errors import UserError
 
 SPECIALS = SpecialIds(pad=0, cls=1, sep=2, mask=3, bos=4, eos=5, all=(0, 1, 2, 3, 4, 5))
 BYTES = np.array([0] * 6 + [1 + index % 4 for index in range(20_000)], np.int32)

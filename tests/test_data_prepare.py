@@ -17,7 +17,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import espalier.data.encode
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.documents import Reject
 from espalier.data.filters import FilterConfig
@@ -29,6 +28,7 @@ from espalier.data.store_writer import write_store
 from espalier.data.summary import draw_lengths
 from espalier.data.tokenizer import WORDPIECE_SPECIALS, fingerprint, plain_backend, save_tokenizer, wrap
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,10 +8,10 @@ import pathlib
 import pytest
 
 from espalier import cli
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.documents import Document, documents
 from espalier.data.sources import FileSource, open_sources, split_validation
+from espalier.errors import UserError
 from espalier.training.identity import identity
 from mlm.presets import PRESETS
 

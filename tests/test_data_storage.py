@@ -16,12 +16,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import espalier.data.storage
-from espalier.cli import MachineError, UserError
 from espalier.data.config import DataConfig
 from espalier.data.documents import Document
 from espalier.data.prepare import prepare
 from espalier.data.sources import FileSource
 from espalier.data.storage import digest, open_file
+from espalier.errors import MachineError, UserError
 
 # The file systems that fsspec has opened, by protocol.
 KNOWN = sys.modules["fsspec.registry"]._registry

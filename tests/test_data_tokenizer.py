@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from espalier import progress
-from espalier.cli import UserError
 from espalier.data.token_tables import CONTINUABLE, CONTINUES, token_bytes, token_texts, word_table
 from espalier.data.tokenizer import (
     fingerprint,
@@ -29,6 +28,7 @@ from espalier.data.tokenizer import (
     vocabulary_size,
 )
 from espalier.data.train_tokenizer import sample, train_tokenizer
+from espalier.errors import UserError
 
 TRAIN = """
 import pathlib, sys

@@ -15,7 +15,6 @@ import sudachipy
 from icu4py.breakers import WordBreaker
 
 import espalier.data.words
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
 from espalier.data.documents import Document
 from espalier.data.encode import encode
@@ -28,6 +27,7 @@ from espalier.data.token_tables import CONTINUABLE, CONTINUES, token_bytes, toke
 from espalier.data.tokenizer import plain_backend, special_ids, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.data.words import EACH_TOKEN, check_segmenters, find_segmenters, script_shares, segmenter
+from espalier.errors import UserError
 from mlm.masking import Vocabulary, mask_batch
 from mlm.presets import MaskingConfig
 from tests.manpages import man_texts

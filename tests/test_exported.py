@@ -26,6 +26,7 @@ from espalier import cli
 from espalier.commands.convert import ExportConfig, ImportConfig, export_model, import_model
 from espalier.data.tokenizer import framed_tokenizer, load_tokenizer, save_tokenizer, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.families import family_of
 from espalier.models.heads import sequence_logits, span_logits, token_logits
@@ -278,7 +279,7 @@ def test_import_then_every_door(published_bert, corpus, tmp_path):
         (found,) = classify([row["text"]])
         assert found["label"] == row["prediction"] and found["score"] == pytest.approx(row["probability"], abs=1e-4)
 
-    with pytest.raises(cli.UserError, match="weights and no optimizer state"):
+    with pytest.raises(UserError, match="weights and no optimizer state"):
         mlm.pretrain.main(dataclasses.replace(config, run_dir=str(tmp_path / "fork"), init_optimizer=True, seed=1))
 
 
@@ -359,7 +360,7 @@ def test_special_tokens_beyond_the_vocabulary(tmp_path):
     assert import_model(ImportConfig(str(tmp_path / "x"), str(tmp_path / "run")))["head"] == "masked_lm"
     made.add_tokens(["zebra"])
     save_tokenizer(made, tmp_path / "x")
-    with pytest.raises(cli.UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not belong together"):
         import_model(ImportConfig(str(tmp_path / "x"), str(tmp_path / "again")))
 
 
@@ -396,7 +397,7 @@ def test_refusals_come_before_the_work(published_bert, corpus, tmp_path):
         (lambda: import_model(ImportConfig(str(published_bert), str(tmp_path / "taken"))), "exists already"),
         (lambda: import_model(ImportConfig(str(corpus), str(tmp_path / "new"))), "has no config.json"),
     ):
-        with pytest.raises(cli.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
@@ -404,13 +405,13 @@ def test_refusals_come_before_the_work(published_bert, corpus, tmp_path):
 def test_a_tokenizer_that_needs_code_is_refused(published_bert, tmp_path):
     shutil.copytree(published_bert, tmp_path / "evil")
     (tmp_path / "evil" / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.T", null]}}')
-    with pytest.raises(cli.UserError, match="auto_map"):
+    with pytest.raises(UserError, match="auto_map"):
         load_pretrained(tmp_path / "evil")
     (tmp_path / "evil" / "tokenizer_config.json").unlink()
     (tmp_path / "evil" / "vocab.txt").unlink()
     _, _, none = load_pretrained(tmp_path / "evil")
     assert none is None
-    with pytest.raises(cli.UserError, match="no tokenizer at"):
+    with pytest.raises(UserError, match="no tokenizer at"):
         import_model(ImportConfig(str(tmp_path / "evil"), str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espalier.cli import UserError
 from espalier.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.pretrained import load_weights
 from espalier.models.transformer import init_params

@@ -303,7 +303,7 @@ def test_an_abnormal_end_shows_the_last_lines(program, tmp_path, end, code):
     "end, code, line",
     [
         ("pass", 0, ""),
-        ("raise cli.UserError('not so')", 2, "error: not so\n"),
+        ("raise UserError('not so')", 2, "error: not so\n"),
         ("library_log.ended(); os._exit(1)", 1, ""),
         ("os.kill(os.getpid(), 15)", -signal.SIGTERM, ""),
         ("os.kill(os.getpid(), 1)", -signal.SIGHUP, ""),

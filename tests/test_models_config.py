@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny_models import EVERYTHING, MODERN
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 
 pytestmark = pytest.mark.corner

@@ -7,7 +7,7 @@ import pytest
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, __version__
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.families import MODULES, UNSUPPORTED, family_of, stacked
 from espalier.models.hf_config import read_config, to_hf
 

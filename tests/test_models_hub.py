@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import BERT, GPT, LLAMA, random_params
 from transformers import CONFIG_MAPPING
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.families import MODULES, family_of
 from espalier.models.hub import Pretrained, load_pretrained, save_pretrained

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import clm.presets
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.layout import memory_of, open_mesh
 from sharding.mesh import MeshConfig
 

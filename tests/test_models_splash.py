@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import GPT, MODERN, close, strict_and_quick  # noqa: F401
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.attention import AttentionSpec, attend, choose_backend
 from espalier.models.splash import block_size
 from sharding.mesh import MeshConfig, build_mesh

@@ -13,6 +13,7 @@ from espalier.commands.plan.__main__ import PRESETS, main
 from espalier.commands.plan.compiled import devices_of, parse_topology
 from espalier.commands.plan.plan import make_plan
 from espalier.commands.plan.settings import as_tokens
+from espalier.errors import UserError
 from sharding.advice import Task, advise, layouts
 from sharding.mesh import MeshConfig, build_mesh, slice_count
 
@@ -179,7 +180,7 @@ def test_only_replica_reaches_from_slice_to_slice():
     devices = devices_of(parse_topology("v5e:4x4", 2))
     mesh = build_mesh(MeshConfig(data=1, fsdp=-1, replica=2), devices)
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
-    with pytest.raises(cli.UserError, match="the devices are 2 slices.*try --mesh.replica 2"):
+    with pytest.raises(UserError, match="the devices are 2 slices.*try --mesh.replica 2"):
         build_mesh(MeshConfig(), devices)
     # JAX numbers nodes of GPUs as slices; their networks are fast enough for every axis.
     assert slice_count([SimpleNamespace(platform="gpu", slice_index=number // 8) for number in range(16)]) == 1
@@ -235,10 +236,10 @@ def test_advice_takes_the_simplest_that_fits_and_says_why():
     assert mesh == MeshConfig(data=8) and "100 GiB of the 120 GiB" in why
     mesh, why = advise(TASK, need, 60 * 2**30)
     assert mesh == MeshConfig(data=4, fsdp=2) and "data=8 would need 100 GiB" in why
-    with pytest.raises(cli.UserError, match="no mesh of 8 devices holds this.*try --execution.remat full"):
+    with pytest.raises(UserError, match="no mesh of 8 devices holds this.*try --execution.remat full"):
         advise(TASK, need, 5 * 2**30)
     odd = TASK._replace(batch_size=24, accumulation=5, heads=1, length=100)
-    with pytest.raises(cli.UserError, match="no mesh of 8 devices divides batch_size=24.*try --batch-size 40"):
+    with pytest.raises(UserError, match="no mesh of 8 devices divides batch_size=24.*try --batch-size 40"):
         advise(odd, need, None)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from espalier import cli
-from espalier.cli import UserError
 from espalier.commands.plan import scaling_laws as laws
 from espalier.commands.plan.budget import BudgetConfig, doors, main, plan, sizes
 from espalier.commands.plan.budget_text import as_text, short
+from espalier.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from espalier.cli import UserError
 from espalier.commands.plan.amounts import Job, parameters
 from espalier.commands.plan.published import FIT_HALF, HELD_OUT, documented, error, errors, fit, table
 from espalier.commands.plan.roofline import FITTED, SPREAD, bill, step_time
 from espalier.commands.plan.runs import LLAMA_405B, RUNS, SOURCES, maxtext_model
+from espalier.errors import UserError
 from espalier.models.counts import count_params, flops_per_token
 from espalier.models.families.bert import BERT_BASE
 from espalier.models.families.gpt2 import GPT2

@@ -9,8 +9,8 @@ import struct
 import pytest
 
 from espalier import cli
-from espalier.cli import UserError
 from espalier.commands.report import ReportConfig, main
+from espalier.errors import UserError
 from espalier.training.figures import PALETTES, Bar, Curve, draw, legend
 from espalier.training.page import STYLE, confusion_table, entries, masked_words, settings, texts
 from espalier.training.report import write_report

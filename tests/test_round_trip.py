@@ -17,9 +17,9 @@ from tiny_models import batch_of, strict_and_quick  # noqa: F401
 from tokenizers import AddedToken
 
 from clm.generate import SamplingConfig, sampling_of
-from espalier.cli import UserError
 from espalier.commands.convert import ExportConfig, ImportConfig, export_model, import_model
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.families import family_of
 from espalier.models.heads import sequence_logits

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import clm.presets
 import mlm.presets
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.transformer import init_params
 from sharding import rules
 from sharding.mesh import MeshConfig, build_mesh, check_batch, place_batch

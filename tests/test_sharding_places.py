@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from sharding.places import DistributedConfig, Place, find_place
 
 pytestmark = pytest.mark.corner

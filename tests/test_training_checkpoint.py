@@ -16,7 +16,7 @@ import toy
 from toy import quick_compilation  # noqa: F401
 
 from espalier import progress
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training import checkpoint
 from espalier.training.checkpoint import (
     Checkpoints,

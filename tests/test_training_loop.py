@@ -14,7 +14,7 @@ import toy
 from toy import quick_compilation  # noqa: F401
 
 import espalier.training.loop
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training.checkpoint import complete_steps, read_config, restore_params
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.introduction import About

@@ -10,7 +10,7 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training.config import OptimizerConfig
 from espalier.training.optimizer import build_optimizer, schedule
 from sharding.topology import peak_flops

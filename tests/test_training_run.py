@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training import tracker as tracker_module
 from espalier.training.identity import identity
 from espalier.training.run import RunDirectory, summarise

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from espalier import cli, progress
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 
 @dataclass(frozen=True)

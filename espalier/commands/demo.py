@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from espalier import cli
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from espalier.cli import UserError
 from espalier.data.documents import Document
+from espalier.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 TOPICS_FILE = "pydoc_data/topics.py"

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from espalier.cli import UserError
 from espalier.data.encodings import codec
 from espalier.data.filters import FilterConfig
+from espalier.errors import UserError
 from espalier.short_help import often
 
 MAX_DOCUMENT_BYTES = 2**25

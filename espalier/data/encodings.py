@@ -14,7 +14,7 @@ import pkgutil
 import re
 from typing import NamedTuple
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 SAMPLE_BYTES = 2**16
 """What is looked at to recognise an encoding."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from espalier.cli import UserError
 from espalier.data.config import MAX_DOCUMENT_BYTES
 from espalier.data.documents import Item, from_text
 from espalier.data.formats import from_arrow, too_long
 from espalier.data.storage import digest
+from espalier.errors import UserError
 
 STREAMED = 10_000
 """Documents that are read of a stream where `take` does not say."""

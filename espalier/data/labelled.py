@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from espalier.cli import UserError
 from espalier.data.encodings import codec
 from espalier.data.loader import ALL, Batch, Part, shuffled
 from espalier.data.tables import Table, is_number, looks_like_data, read_table
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

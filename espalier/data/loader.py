@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from espalier.cli import UserError
 from espalier.data.packing import BEGINS, ENDS, Plan, fill
 from espalier.data.tokenizer import SpecialIds
+from espalier.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Part = slice | np.ndarray

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from espalier import cli, progress
-from espalier.cli import UserError
 from espalier.data.config import DataConfig
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

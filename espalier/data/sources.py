@@ -15,13 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from espalier.cli import UserError
 from espalier.data.builtin import BuiltinSource
 from espalier.data.config import MAX_DOCUMENT_BYTES, DataConfig
 from espalier.data.documents import Document, Item, Reject, documents
 from espalier.data.encodings import codec
 from espalier.data.formats import kind_of, read
 from espalier.data.storage import digest, expand, is_remote, plain_name, size
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     from espalier.data.filters import Decisions

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from espalier.cli import MachineError, UserError
+from espalier.errors import MachineError, UserError
 
 T = TypeVar("T")
 BLOCK = 8 * 2**20

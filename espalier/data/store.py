@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 MANIFEST, OFFSETS, REJECTS = "manifest.json", "offsets.bin", "rejects.jsonl"
 FORMAT_VERSION = 3

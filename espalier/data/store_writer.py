@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from espalier.cli import UserError
 from espalier.data.documents import Reject
 from espalier.data.store import (
     OFFSETS,
@@ -32,6 +31,7 @@ from espalier.data.store import (
     sync,
     write_manifest,
 )
+from espalier.errors import UserError
 
 JOURNAL = "journal.jsonl"
 SHARD_TOKENS = 2**26

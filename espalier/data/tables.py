@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple, cast
 
-from espalier.cli import UserError
 from espalier.data.encodings import Guess, detect, label, other_unicode
 from espalier.data.recode import Recoded, fault
+from espalier.errors import UserError
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 FOREIGN = (

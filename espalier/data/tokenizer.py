@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from espalier import progress
-from espalier.cli import UserError
 from espalier.data.config import ALPHABET
 from espalier.data.tokenizer import (
     BPE_MASKED_LM_SPECIALS,
@@ -33,6 +32,7 @@ from espalier.data.tokenizer import (
     template,
     wrap,
 )
+from espalier.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer, normalizers

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from espalier.cli import UserError
 from espalier.data.token_tables import UNSPACED
+from espalier.errors import UserError
 
 EACH_TOKEN = "each token"
 """In the place of a segmenter: there is none, and each token is its own word."""

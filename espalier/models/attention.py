@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import LayerKind, ModelConfig
 from espalier.models.layers import dropout, float32_einsum, zero_unless
 from espalier.models.splash import splash_attention, splash_refusal

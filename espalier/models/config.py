@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 
 LayerKind = Literal["global", "local", "nope"]
 """nope: a global layer without rotary positions (Yang et al. 2025, SmolLM 3)."""

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.layers import Einsum, activation, compute_dtype, dropout, make_norm, named_key
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.families import family_of
 from espalier.models.heads import LANGUAGE_MODELS

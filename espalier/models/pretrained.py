@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.heads import LANGUAGE_MODELS
 

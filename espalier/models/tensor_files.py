@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from espalier.cli import MachineError, UserError
+from espalier.errors import MachineError, UserError
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5 * 10**9

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.families import Family, Weights
 from espalier.models.placement import Part

@@ -37,7 +37,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from espalier import progress
-from espalier.cli import MachineError, UserError
+from espalier.errors import MachineError, UserError
 from espalier.training.run import RunDirectory, write_json
 from espalier.training.state import TrainState
 from sharding.distributed import LONG_WAIT, from_first, gather

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.short_help import often
 from sharding.mesh import MeshConfig
 from sharding.places import DistributedConfig

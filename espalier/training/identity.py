@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS, OptimizerConfig
 from espalier.training.optimizer import schedule, warmup_steps
 

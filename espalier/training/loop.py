@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from espalier import progress
-from espalier.cli import MachineError
+from espalier.errors import MachineError
 from espalier.training.checkpoint import Checkpoints
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training.config import OptimizerConfig
 from sharding.rules import path_of
 

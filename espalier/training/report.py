@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training import page
 from espalier.training.figures import Bar, Curve, draw, legend
 from espalier.training.page import Section

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from espalier import library_log, progress
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
 from espalier.training.state import TrainState

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax.sharding import Mesh
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.training.checkpoint import (
     complete_steps,
     newest_step,

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from espalier import cli
-from espalier.cli import UserError
 from espalier.commands.plan import numbers
 from espalier.commands.plan import scaling_laws as laws
 from espalier.commands.plan.budget_text import as_text
 from espalier.commands.plan.numbers import short
 from espalier.commands.plan.scaling_laws import Allocation, Law
+from espalier.errors import UserError
 
 Door = Literal["clm", "mlm"]
 LIMITS = {"params": (1e3, 1e15), "flops": (1e10, 1e32), "hours": (1e-3, 1e6), "gb": (1e-6, 1e9)}

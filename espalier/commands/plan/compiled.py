@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from sharding.topology import Chip, chip_named
 
 if TYPE_CHECKING:

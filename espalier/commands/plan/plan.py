@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from espalier.cli import UserError
 from espalier.commands.plan.amounts import Job
 from espalier.commands.plan.compiled import (
     Compiled,
@@ -19,6 +18,7 @@ from espalier.commands.plan.compiled import (
 )
 from espalier.commands.plan.roofline import Bill, StepTime, bill, step_time
 from espalier.commands.plan.settings import as_tokens
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.counts import count_params
 from espalier.models.layout import memory_of, task_of

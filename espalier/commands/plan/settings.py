@@ -7,8 +7,8 @@ from typing import Any
 
 import clm.presets
 import mlm.presets
-from espalier.cli import UserError
 from espalier.commands.plan import numbers
+from espalier.errors import UserError
 from espalier.short_help import often
 
 

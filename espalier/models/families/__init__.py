@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import LayerKind, ModelConfig
 
 MODULES = {

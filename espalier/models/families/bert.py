@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.families import Family
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from espalier.cli import UserError
+from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.families import Family, kinds_of, layer_types, local_theta, read_rope, stacked, write_rope
 
