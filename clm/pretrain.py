@@ -10,7 +10,7 @@ from functools import partial
 
 from clm.presets import PRESETS, PretrainConfig
 from espalier import cli, progress
-from sharding.distributed import collected, joined
+from sharding.processes.coordination import collected, joined
 
 
 @joined

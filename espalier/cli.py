@@ -290,7 +290,7 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
-        # Which of several processes it was (sharding.distributed).
+        # Which of several processes it was (sharding/processes).
         who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))
         print(f"error: {who}{message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None

@@ -12,7 +12,7 @@ from functools import partial
 from espalier import cli, progress
 from espalier.errors import UserError
 from finetune.presets import PRESETS, FinetuneConfig
-from sharding.distributed import collected, joined
+from sharding.processes.coordination import collected, joined
 
 
 @joined

@@ -10,7 +10,7 @@ from functools import partial
 
 from espalier import cli, progress
 from mlm.presets import PRESETS, PretrainConfig
-from sharding.distributed import collected, joined
+from sharding.processes.coordination import collected, joined
 
 
 @joined

@@ -13,8 +13,8 @@ from espalier.models.layers import compute_dtype
 from espalier.models.memory import Memory, step_memory
 from espalier.models.transformer import scans
 from sharding.advice import Task, advise
-from sharding.distributed import from_first
 from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch, slice_count
+from sharding.processes.coordination import from_first
 from sharding.topology import chip_of
 
 

@@ -40,7 +40,7 @@ from espalier import progress
 from espalier.errors import MachineError, UserError
 from espalier.training.run import RunDirectory, write_json
 from espalier.training.state import TrainState
-from sharding.distributed import LONG_WAIT, from_first, gather
+from sharding.processes.coordination import LONG_WAIT, from_first, gather
 from sharding.rules import path_of
 
 # Every failure is raised to the loop; Orbax and its tasks would log pages of traces besides.

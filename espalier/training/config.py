@@ -14,7 +14,7 @@ from typing import Literal
 from espalier.errors import UserError
 from espalier.short_help import often
 from sharding.mesh import MeshConfig
-from sharding.places import DistributedConfig
+from sharding.processes.discovery import DistributedConfig
 
 EXECUTION_FIELDS = frozenset(
     (

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from espalier import library_log
-from sharding.distributed import gather
+from sharding.processes.coordination import gather
 
 
 class StopSignal:

@@ -26,8 +26,8 @@ from espalier.training.start import Origin, beginning, check_fork, first_state
 from espalier.training.state import TrainState
 from espalier.training.step import Objective, jit_train_step
 from espalier.training.tracker import Tracker
-from sharding.distributed import from_first
 from sharding.mesh import place_batch
+from sharding.processes.coordination import from_first
 from sharding.topology import peak_flops
 
 

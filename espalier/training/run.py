@@ -23,7 +23,7 @@ from espalier.errors import UserError
 from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
 from espalier.training.state import TrainState
-from sharding.distributed import LONG_WAIT, from_first, gather
+from sharding.processes.coordination import LONG_WAIT, from_first, gather
 
 
 class RunDirectory:

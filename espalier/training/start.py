@@ -25,7 +25,7 @@ from espalier.training.optimizer import Optimizer
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState, new_state, shard_state
 from espalier.training.tracker import Interval
-from sharding.distributed import from_first
+from sharding.processes.coordination import from_first
 
 
 class Origin(Protocol):

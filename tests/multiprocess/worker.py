@@ -15,8 +15,8 @@ import sys
 import time
 
 from espalier import cli, library_log
-from sharding.distributed import collected, joined
-from sharding.places import DistributedConfig
+from sharding.processes.coordination import collected, joined
+from sharding.processes.discovery import DistributedConfig
 
 
 @dataclasses.dataclass(frozen=True)

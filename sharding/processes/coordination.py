@@ -1,7 +1,7 @@
 """One program in several processes: start, waiting for each other, and the end.
 
 A door's `main` is decorated with `joined`, which starts `jax.distributed` where there are several processes. Whatever
-waits for others is bounded: by a time-out, and by `sharding.watch`, which ends all processes when one has ended.
+waits for others is bounded: by a time-out, and by `watchdog.py`, which ends all processes when one has ended.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 
 from espalier import library_log
 from espalier.errors import MachineError, UserError
-from sharding.places import Place, find_place
-from sharding.watch import rendezvous
+from sharding.processes.discovery import Place, find_place
+from sharding.processes.watchdog import rendezvous
 
 WAIT = 600.0
 """Seconds in which all processes come to the same point, where nothing long stands before it."""
 LONG_WAIT = 24 * 3600.0
 """The same where one may prepare text, hash or export for hours; that it lives meanwhile, is watched."""
 HEARTBEAT = 60
-"""Seconds without a heartbeat after which JAX gives a process up, should `sharding.watch` not have noticed."""
+"""Seconds without a heartbeat after which JAX gives a process up, should `watchdog.py` not have noticed."""
 
 R = TypeVar("R")
 
@@ -37,7 +37,7 @@ R = TypeVar("R")
 def joined(main: Callable[..., R]) -> Callable[..., R]:
     """A door's main(config, …) that joins the other processes first, where there are any, and leaves them at its end.
 
-    config.distributed: a sharding.places.DistributedConfig. Only process 0 writes to standard output.
+    config.distributed: a sharding.processes.discovery.DistributedConfig. Only process 0 writes to standard output.
     """
 
     @functools.wraps(main)

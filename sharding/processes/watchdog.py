@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from espalier import library_log
 from espalier.errors import UserError
-from sharding.places import Place
+from sharding.processes.discovery import Place
 
 HELLO = "espalier 1"
 GRACE = 1.0

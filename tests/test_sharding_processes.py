@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from espalier.errors import UserError
-from sharding.places import DistributedConfig, Place, find_place
+from sharding.processes.discovery import DistributedConfig, Place, find_place
 
 pytestmark = pytest.mark.corner
 
