@@ -10,6 +10,7 @@ from functools import partial
 
 from clm.presets import PRESETS, PretrainConfig
 from espalier import cli, progress
+from espalier.files import write_json
 from sharding.processes.coordination import collected, joined
 
 
@@ -40,7 +41,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from espalier.training.introduction import About, conclude
     from espalier.training.loop import train
     from espalier.training.report import write_report
-    from espalier.training.run import RunDirectory, settings, summarise, write_json
+    from espalier.training.run import RunDirectory, settings, summarise
     from espalier.training.start import find_origin
     from sharding.mesh import host_rows
 

@@ -16,7 +16,6 @@ number of tasks, for datatrove's marks of what is done know of none of these; wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from espalier import cli
 from espalier.data.config import DataConfig
 from espalier.errors import MachineError, UserError
+from espalier.files import cache_key, make_folder, replacing, write_json
 
 if TYPE_CHECKING:
     from espalier.data.filters import Measure
@@ -76,7 +76,6 @@ def main(config: ClusterConfig) -> dict:
     """Run the stages, each when the one before it has ended; returns where they log and whether all is there."""
     from espalier.data.prepare import cache_folder
     from espalier.data.sources import FileSource, open_sources
-    from espalier.data.store import make_folder
 
     sources = open_sources(config.data, cache_folder(config.data))
     for name, source in sources.train.items():
@@ -121,7 +120,7 @@ def _digest(config: ClusterConfig, sources: Sources) -> str:
     )
     segmenters = [installed()] if data.words == "segmenter" else []
     parts = (keys, str(data.filters), tokenizer, config.tasks, *segmenters)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+    return cache_key(*parts)
 
 
 def _stages(config: ClusterConfig, work: Path) -> list[tuple[_Step, int]]:
@@ -234,9 +233,8 @@ class MeasureFiles(_Step):
             path.parent.mkdir(parents=True, exist_ok=True)
             texts = (item.text for item in documents(source.part(rank, world_size)))
             found = [measure(text, self.config.data.filters) for text in texts]
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            unfinished.write_bytes(pickle.dumps(found))
-            os.replace(unfinished, path)
+            with replacing(path, "wb") as file:
+                pickle.dump(found, file)
 
 
 class Decide(_Step):
@@ -334,10 +332,7 @@ class Join(_Step):
                 about = {key: first[key] for key in ("source", "tokenizer", "dtype", "words") if key in first}
                 about["filtered"] = getattr(source, "dropped", {})
                 _join(rejects, folder, parts, about | counts)
-        note = _note(self.work)
-        unfinished = note.with_name(f".{note.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(joined))
-        os.replace(unfinished, note)
+        write_json(_note(self.work), joined)
         shutil.rmtree(self.work / PARTS, ignore_errors=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from espalier.data.labelled import Labelled
+from espalier.files import replacing
 
 
 def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:
@@ -61,11 +61,9 @@ def confusion(labels_N: np.ndarray, predictions_N: np.ndarray, names: Sequence[s
 
 def write_predictions(path: Path, texts: Labelled, labels_N, probability_NC, names: Sequence[str]) -> None:
     """predictions.jsonl: text (and text_b), label, prediction and its probability, in the order of the file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for row, (label, probability_C) in enumerate(zip(labels_N, probability_NC, strict=True)):
             best = int(np.argmax(probability_C))
             record = {"text": texts.texts_a[row]} | ({} if texts.texts_b is None else {"text_b": texts.texts_b[row]})
             record |= {"label": names[label], "prediction": names[best], "probability": float(probability_C[best])}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from espalier import progress
 from espalier.data.description import listed
 from espalier.data.labelled import Encoded, Labelled, encode_pairs, read_labelled
 from espalier.errors import UserError
+from espalier.files import sha256_of_file
 from finetune.labels import class_names, in_order, quoted
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         path = os.path.expanduser(path)
         with progress.waiting(f"reading {path}"):
             files[name] = _read(path, data)
-            fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            fingerprints[name] = sha256_of_file(path)
     train, validation = files["train"], files["validation"]
     names = class_names(train.labels, f"{data.train}, column {train.label_column!r}", data.label_kind)
     unseen = in_order(set(validation.labels) - set(names))

@@ -9,6 +9,7 @@ import math
 from functools import partial
 
 from espalier import cli, progress
+from espalier.files import write_json
 from mlm.presets import PRESETS, PretrainConfig
 from sharding.processes.coordination import collected, joined
 
@@ -39,7 +40,7 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from espalier.training.introduction import About, conclude
     from espalier.training.loop import train
     from espalier.training.report import write_report
-    from espalier.training.run import RunDirectory, settings, summarise, write_json
+    from espalier.training.run import RunDirectory, settings, summarise
     from espalier.training.start import find_origin
     from mlm.loss import masked_lm_objective
     from mlm.masking import Vocabulary, mask_rates, rate_at

@@ -289,7 +289,7 @@ def test_a_sum_is_taken_once(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("text")
     first = digest(str(path), tmp_path)
-    monkeypatch.setattr(espalier.data.storage.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(espalier.data.storage, "sha256_of_file", lambda _: pytest.fail("read again"))
     assert digest(str(path), tmp_path) == first
     monkeypatch.undo()
     path.write_text("texT")

@@ -14,13 +14,14 @@ import pytest
 from espalier.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
+from espalier.files import write_json
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.pretrained import load_weights
 from espalier.models.transformer import init_params
 from espalier.training.checkpoint import Checkpoints, read_config, restore_params
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.identity import identity
-from espalier.training.run import RunDirectory, write_json
+from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from espalier.training.state import new_state
 from finetune import evaluate

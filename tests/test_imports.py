@@ -43,7 +43,7 @@ KNOWN_ONLY_IN = {
 }
 """Libraries behind one place; the last two are never needed at run time."""
 
-LEAVES = {"cli", "errors", "library_log", "progress", "short_help", "speakers"}
+LEAVES = {"cli", "errors", "files", "library_log", "progress", "short_help", "speakers"}
 """Which every module may import."""
 
 HEAVY = "jax flax numpy transformers tokenizers datasets optax orbax matplotlib sklearn".split()

@@ -56,13 +56,13 @@ def import_model(config: ImportConfig) -> dict:
 
     import jax
 
-    from espalier.data.store import appearing
     from espalier.data.tokenizer import fingerprint, save_tokenizer, tokenizer_of
+    from espalier.files import appearing, write_json
     from espalier.models.counts import count_params
     from espalier.models.hub import PREFIX, Pretrained, check_new, load_pretrained
     from espalier.models.published import published_beside
     from espalier.training.checkpoint import save_params
-    from espalier.training.run import RunDirectory, write_json
+    from espalier.training.run import RunDirectory
 
     target = RunDirectory(config.run_dir).path
     check_new(target)

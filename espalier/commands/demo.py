@@ -51,8 +51,8 @@ def main(config: DemoConfig) -> dict:
     import mlm.presets
     import mlm.pretrain
     from espalier.data.builtin import demo_task
+    from espalier.files import write_json
     from espalier.training.report import write_report
-    from espalier.training.run import write_json
 
     root = Path(config.run_dir)
     task = demo_task(config.seed, config.labels)

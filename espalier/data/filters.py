@@ -18,9 +18,10 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from espalier.errors import UserError
+from espalier.files import hash_of_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,10 +106,10 @@ class Decisions(NamedTuple):
     documents: int
     """How many there were."""
 
-    def save(self, path: Path) -> None:
+    def save(self, file: IO[bytes]) -> None:
         import numpy as np
 
-        np.savez(path, dropped=self.dropped, reasons=self.reasons, documents=self.documents)
+        np.savez(file, dropped=self.dropped, reasons=self.reasons, documents=self.documents)
 
     @staticmethod
     def load(path: Path) -> Decisions | None:
@@ -131,7 +132,7 @@ def measure(text: str, config: FilterConfig) -> Measure:
         reason = REASONS.index("characters")
     elif config.script and script_share(text, config.script) < config.script_share:
         reason = REASONS.index("script")
-    exact = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    exact = hash_of_text(text)
     return Measure(reason, exact, minhash(text) if config.near and not reason else None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from espalier.data.documents import Item, from_text
 from espalier.data.formats import from_arrow, too_long
 from espalier.data.storage import digest
 from espalier.errors import UserError
+from espalier.files import sha256_of_lines, sha256_of_text
 
 STREAMED = 10_000
 """Documents that are read of a stream where `take` does not say."""
@@ -70,12 +70,9 @@ class HfSource:
             parts = map(digest, files) if files else (str(value.as_py()) for value in self._values())
             if data._indices is not None:
                 order = repr(data._indices.column(0).to_pylist())
-                parts = chain(parts, [hashlib.sha256(order.encode()).hexdigest()])
+                parts = chain(parts, [sha256_of_text(order)])
         limit = [] if self._max_bytes == MAX_DOCUMENT_BYTES else [str(self._max_bytes)]
-        whole = hashlib.sha256("\n".join(["hf 1", self._split, self._field, *limit]).encode())
-        for part in parts:
-            whole.update(f"\n{part}".encode())
-        return whole.hexdigest()
+        return sha256_of_lines(chain(["hf 1", self._split, self._field, *limit], parts))
 
     def size(self) -> int | None:
         return None if self._streaming else self._data().data.column(self._field).nbytes

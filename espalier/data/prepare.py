@@ -7,7 +7,6 @@ however many runs use them, a changed tokenizer never meets the tokens of anothe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from espalier import cli, progress
 from espalier.data.config import DataConfig
 from espalier.errors import UserError
+from espalier.files import appearing, cache_key, make_folder, replacing, sha256_of_file, sha256_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -185,7 +185,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 def _joint(keys: dict[str, str]) -> str:
     """One fingerprint for several sources; of a single one, its own."""
-    return next(iter(keys.values())) if len(keys) == 1 else hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+    return next(iter(keys.values())) if len(keys) == 1 else sha256_of_text(json.dumps(keys))
 
 
 def filtered(source: Source, config: DataConfig) -> Source:
@@ -205,30 +205,27 @@ def filtered(source: Source, config: DataConfig) -> Source:
 
 
 def decisions_path(source: Source, config: DataConfig) -> Path:
-    return cache_folder(config) / f"filters-{_digest(source.fingerprint(), str(config.filters))}.npz"
+    return cache_folder(config) / f"filters-{cache_key(source.fingerprint(), str(config.filters))}.npz"
 
 
 def write_decisions(path: Path, measures: Iterable[Measure], config: DataConfig) -> Decisions:
     """Which documents the filters drop, from the measures of them all in their order."""
     from espalier.data.filters import decide
-    from espalier.data.store import make_folder
 
     make_folder(path.parent)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     decisions = decide(measures, config.filters)
-    decisions.save(unfinished)
-    os.replace(unfinished, path)
+    with replacing(path, "wb") as file:
+        decisions.save(file)
     return decisions
 
 
 def _trained(config: DataConfig, sources: list[Source], key: str, vocab_size: int, for_masked_lm: bool):
     from espalier.data.documents import documents
-    from espalier.data.store import appearing
     from espalier.data.tokenizer import load_tokenizer, save_tokenizer
     from espalier.data.train_tokenizer import train_tokenizer
 
     kind, *rules = config.training()
-    folder = cache_folder(config) / f"tokenizer-{_digest(key, kind, vocab_size, for_masked_lm, *rules)}"
+    folder = cache_folder(config) / f"tokenizer-{cache_key(key, kind, vocab_size, for_masked_lm, *rules)}"
     found = _cached_tokenizer(folder)
     if found is None:
         label = "reading text for the tokenizer"
@@ -266,7 +263,7 @@ def _cached_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
 
 def _sums(folder: Path) -> dict[str, str]:
     paths = sorted(path for path in folder.iterdir() if path.name != SUMS)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.name: sha256_of_file(path) for path in paths}
 
 
 def tokens_folder(config: DataConfig, made: Plan, side: str, name: str) -> Path:
@@ -274,7 +271,7 @@ def tokens_folder(config: DataConfig, made: Plan, side: str, name: str) -> Path:
     limit = config.filters.max_tokens_per_character
     # What is not asked for is left out, so that the tokens of older versions are found.
     asked = [part for part in (limit, made.words) if part]
-    key = _digest(made.keys[side][name], made.fingerprints["tokenizer"], *asked)
+    key = cache_key(made.keys[side][name], made.fingerprints["tokenizer"], *asked)
     return cache_folder(config) / f"tokens-{key}"
 
 
@@ -359,10 +356,6 @@ class _Watched:
                 yield item
                 if isinstance(item, Document):
                     bar.update(len(item.text.encode()))
-
-
-def _digest(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)

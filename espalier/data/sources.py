@@ -5,7 +5,6 @@ training and validation text.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from espalier.data.encodings import codec
 from espalier.data.formats import kind_of, read
 from espalier.data.storage import digest, expand, is_remote, plain_name, size
 from espalier.errors import UserError
+from espalier.files import hash_of_text, sha256_of_lines, sha256_of_text
 
 if TYPE_CHECKING:
     from espalier.data.filters import Decisions
@@ -161,7 +161,7 @@ class FileSource:
             parts = [f"{_suffix(path)} {found}" for path, found in zip(self.paths, digests, strict=True)]
         limit = "" if self._max_bytes == MAX_DOCUMENT_BYTES else f" {self._max_bytes}"
         encoding = "" if self._encoding == "utf-8" else f" in {self._encoding}"
-        return _sha256("\n".join([f"files 1 {self.text_field}{limit}{encoding}", *parts]))
+        return sha256_of_lines([f"files 1 {self.text_field}{limit}{encoding}", *parts])
 
     def part(self, rank: int, ranks: int) -> FileSource:
         """The files of one of several workers: consecutive ones, so that the parts in order are the whole."""
@@ -193,7 +193,7 @@ class Filtered:
             yield item
 
     def fingerprint(self) -> str:
-        return _sha256(f"filtered {self._key}")
+        return sha256_of_text(f"filtered {self._key}")
 
     def size(self) -> int | None:
         return self.source.size()
@@ -219,7 +219,7 @@ class Part:
                 yield Document(text, item.name)
 
     def fingerprint(self) -> str:
-        return _sha256(f"{self._name} {self._share} {self.source.fingerprint()}")
+        return sha256_of_text(f"{self._name} {self._share} {self.source.fingerprint()}")
 
     def of(self, source: Source) -> Part:
         """The same side of another source, a part of this one."""
@@ -255,9 +255,9 @@ def split_validation(source: Source, fraction: float) -> tuple[Source, Source]:
     whole ones, first in the order of their hashes, as make up the fraction.
     """
     enough = max(MIN_HASHED_DOCUMENTS, math.ceil(10 / fraction))
-    few = [(_rank(document.text), len(document.text)) for document in islice(documents(source), enough)]
+    few = [(hash_of_text(document.text), len(document.text)) for document in islice(documents(source), enough)]
     if len(few) == enough:
-        return _split(source, fraction, "documents", lambda text: text if _rank(text) < fraction * 2**64 else "")
+        return _split(source, fraction, "documents", lambda text: text if hash_of_text(text) < fraction * 2**64 else "")
     size = sum(length for _, length in few)
     if len(few) < 10 or size * fraction / len(few) >= MIN_TAIL:
         return _split(source, fraction, "tails", lambda text: text[_tail_start(text, fraction) :])
@@ -266,7 +266,7 @@ def split_validation(source: Source, fraction: float) -> tuple[Source, Source]:
         if held_out < fraction * size:
             drawn.add(rank)
             held_out += length
-    return _split(source, fraction, "first documents", lambda text: text if _rank(text) in drawn else "")
+    return _split(source, fraction, "first documents", lambda text: text if hash_of_text(text) in drawn else "")
 
 
 def _split(source: Source, fraction: float, name: str, held_out: Callable[[str], str]) -> tuple[Source, Source]:
@@ -282,15 +282,6 @@ def _suffix(path: str) -> str:
     kind, path = kind_of(path), plain_name(path)
     assert kind
     return path[path.rindex(kind) :]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _rank(text: str) -> int:
-    """A number below 2^64 that looks random and depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _tail_start(text: str, fraction: float) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from espalier.errors import MachineError, UserError
+from espalier.files import sha256_of_file, sha256_of_text, write_json
 
 T = TypeVar("T")
 BLOCK = 8 * 2**20
@@ -115,21 +116,18 @@ def digest(path: str, cache: Path | None = None) -> str:
     try:
         status = os.stat(path)
         key = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-        place = cache and cache / "sums" / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32]
+        place = cache and cache / "sums" / sha256_of_text(os.path.realpath(path))[:32]
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             known = json.loads(place.read_text()) if place else {"key": None}
             if known["key"] == key:
                 return str(known["sha256"])
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of_file(path)
     except OSError as error:
         return f"unreadable {error.errno}"
     if place and time.time() - max(status.st_mtime, status.st_ctime) > SUMS_KEPT_AFTER:
         with contextlib.suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = place.with_name(f".{place.name}.{os.getpid()}")
-            unfinished.write_text(json.dumps({"key": key, "sha256": found}))
-            os.replace(unfinished, place)
+            write_json(place, {"key": key, "sha256": found})
     return found
 
 

@@ -12,21 +12,17 @@ data.store_writer writes it.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
 import threading
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from espalier.errors import UserError
+from espalier.files import sha256_of_file, sha256_of_text, sync
 
 MANIFEST, OFFSETS, REJECTS = "manifest.json", "offsets.bin", "rejects.jsonl"
 FORMAT_VERSION = 3
@@ -114,7 +110,7 @@ class TokenStore:
             if name == MANIFEST:
                 found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
                 return found["sum"] == _sum_of_manifest(found)
-            return _sum(self.folder / name) == self.manifest["sha256"][name]
+            return sha256_of_file(self.folder / name) == self.manifest["sha256"][name]
         except (OSError, ValueError, KeyError):
             return False
 
@@ -146,34 +142,6 @@ def exists(folder: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes its name when the block ends; an interruption leaves nothing there.
-
-    Where another process was faster its folder stays, for it may be in use, and holds the same.
-    """
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
-    make_folder(unfinished)
-    try:
-        yield unfinished
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder.parent} ({error.strerror}); choose another folder (of tokens: --data.cache)"
-        ) from error
-
-
 def write_manifest(folder: Path, manifest: dict, shards: list[tuple[Path, int]]) -> None:
     """The manifest of a folder with offsets, rejects and these shards (path, tokens): all sums are taken here.
 
@@ -182,7 +150,7 @@ def write_manifest(folder: Path, manifest: dict, shards: list[tuple[Path, int]])
     starts = {path: starts_beside(path) for path, _ in shards if "words" in manifest}
     paths = [path for path, _ in shards] + list(starts.values()) + [folder / OFFSETS, folder / REJECTS]
     with ThreadPoolExecutor() as pool:
-        sums = dict(zip([path.name for path in paths], pool.map(_sum, paths), strict=True))
+        sums = dict(zip([path.name for path in paths], pool.map(sha256_of_file, paths), strict=True))
     entries = [
         {"file": path.name, "tokens": tokens} | ({"starts": starts[path].name} if path in starts else {})
         for path, tokens in shards
@@ -208,17 +176,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sum_of_manifest(manifest: dict) -> str:
     """SHA-256 of all that it says but this."""
     content = json.dumps({key: value for key, value in manifest.items() if key != "sum"}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    return sha256_of_text(content)

@@ -26,12 +26,11 @@ from espalier.data.store import (
     TokenStore,
     bytes_of_bits,
     exists,
-    make_folder,
     starts_beside,
-    sync,
     write_manifest,
 )
 from espalier.errors import UserError
+from espalier.files import make_folder, sync, sync_path
 
 JOURNAL = "journal.jsonl"
 SHARD_TOKENS = 2**26
@@ -72,9 +71,9 @@ def write_store(
         write_manifest(unfinished, manifest, [(unfinished / name, n) for name, n in writer.shards()])
         (unfinished / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        _sync_folder(unfinished)
+        sync_path(unfinished)
         unfinished.rename(folder)
-        _sync_folder(folder.parent)
+        sync_path(folder.parent)
     return TokenStore(folder)
 
 
@@ -203,7 +202,7 @@ class _Writer:
         # Longer by what no entry tells of; never shorter, which would be filled up with zeros.
         assert os.fstat(file.fileno()).st_size >= size
         file.truncate(size)
-        _sync_folder(self._folder)
+        sync_path(self._folder)
         return file
 
     def _open_shard(self) -> None:
@@ -251,12 +250,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """What is new in a folder has its name for good."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from espalier.data.documents import Item, from_text
 from espalier.data.formats import from_bytes
 from espalier.data.storage import digest
 from espalier.errors import UserError
+from espalier.files import sha256_of_lines
 
 
 class TfdsSource:
@@ -46,7 +46,7 @@ class TfdsSource:
         split = self._split.partition("[")[0]
         parts = [digest(str(path)) for path in builder.info.splits[split].filepaths]
         limit = [] if self._max_bytes == MAX_DOCUMENT_BYTES else [str(self._max_bytes)]
-        return hashlib.sha256("\n".join(["tfds 1", self._split, self._field, *limit, *parts]).encode()).hexdigest()
+        return sha256_of_lines(["tfds 1", self._split, self._field, *limit, *parts])
 
     def size(self) -> int | None:
         return self._builder().info.splits[self._split].num_bytes or None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from espalier.errors import UserError
+from espalier.files import sha256_of_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -172,7 +172,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     # Calling a tokenizer with truncation or padding leaves these behind in its backend.
     content["truncation"] = content["padding"] = None
     encoded = json.dumps([content, special_ids(tokenizer)], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(encoded.encode()).hexdigest()
+    return sha256_of_text(encoded)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, need: tuple[str, ...] = ()) -> SpecialIds:

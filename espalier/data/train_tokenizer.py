@@ -8,7 +8,6 @@ the characters of their alphabet, byte-level BPE knows every byte.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import re
 import sys
@@ -33,6 +32,7 @@ from espalier.data.tokenizer import (
     wrap,
 )
 from espalier.errors import UserError
+from espalier.files import hash_of_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer, normalizers
@@ -90,7 +90,7 @@ def sample(texts: Iterable[str], limit: int) -> list[str]:
     size, threshold = 0, 2**64
     for text in texts:
         for piece in pieces(text):
-            mark = int.from_bytes(hashlib.sha256(piece.encode()).digest()[:8], "big")
+            mark = hash_of_text(piece)
             if mark < threshold:
                 kept.append((mark, piece))
                 size += len(piece)

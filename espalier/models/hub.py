@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from espalier.data.store import appearing
 from espalier.errors import UserError
+from espalier.files import appearing
 from espalier.models import tensor_files
 from espalier.models.config import ModelConfig
 from espalier.models.families import family_of

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from espalier.files import sha256_of_text
 from espalier.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -97,4 +97,4 @@ def generation_values(published: Published | None, tokenizer: PreTrainedTokenize
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 over the tokens and their ids."""
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
-    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+    return sha256_of_text(json.dumps(vocabulary, sort_keys=True))

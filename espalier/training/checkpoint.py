@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -38,7 +37,8 @@ from etils import epath
 
 from espalier import progress
 from espalier.errors import MachineError, UserError
-from espalier.training.run import RunDirectory, write_json
+from espalier.files import sha256_of_file, sync_path, sync_tree, write_json
+from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState
 from sharding.processes.coordination import LONG_WAIT, from_first, gather
 from sharding.rules import path_of
@@ -149,7 +149,9 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 size = _write_manifest(self.folder / str(step))
                 if jax.process_index() == 0:
-                    _sync(self.folder / str(step))
+                    # Only now may an older checkpoint go.
+                    sync_tree(self.folder / str(step))
+                    sync_path(self.folder)
                     for old in complete_steps(self.folder)[: -self._keep]:
                         (self.folder / str(old) / MANIFEST).unlink()
                         shutil.rmtree(self.folder / str(old))
@@ -168,7 +170,8 @@ def save_params(folder: str | Path, params: Any, config: dict) -> None:
         manager.save(0, args=items, force=True)
         manager.wait_until_finished()
         _write_manifest(folder / "0")
-        _sync(folder / "0")
+        sync_tree(folder / "0")
+        sync_path(folder)
 
 
 def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> TrainState:
@@ -326,16 +329,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _sync(folder: Path) -> None:
-    """Wait until the disk holds every file of the folder: only then may an older checkpoint go."""
-    for path in (*folder.rglob("*"), folder, folder.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _verify(folder: Path, item: str, together: bool = False) -> None:
     """UserError unless every file of the item is there with the contents it was written with.
 
@@ -359,8 +352,7 @@ def _verify(folder: Path, item: str, together: bool = False) -> None:
 
 def _sha256(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError:
         return None
 

@@ -6,12 +6,12 @@ from a run is escaped here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from espalier.files import replacing
 from espalier.training.figures import PALETTES
 
 NARROW, DARK = "(max-width:34rem)", "(prefers-color-scheme:dark)"
@@ -43,9 +43,8 @@ def write_page(path: Path, title: str, subtitle: str, sections: Iterable[Section
         f"<style>{STYLE}{COLOURS}</style>"
         f"<main>{''.join(parts)}</main></html>\n"
     )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    with replacing(path) as file:
+        file.write(page)
     return path
 
 

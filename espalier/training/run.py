@@ -20,6 +20,7 @@ import jax
 
 from espalier import library_log, progress
 from espalier.errors import UserError
+from espalier.files import write_json
 from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
 from espalier.training.state import TrainState
@@ -204,13 +205,3 @@ def settings(config: Any, model: Any, **more: Any) -> tuple[dict, dict]:
     """
     values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model)} | more
     return values, dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, whole, even after the machine has died."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

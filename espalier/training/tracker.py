@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
 from espalier import progress
+from espalier.files import replacing
 from espalier.training.run import RunDirectory
 
 
@@ -207,9 +207,8 @@ def cut_metrics(run: RunDirectory, step: int, within_interval: bool = False) -> 
     kept = [(line, record) for line, record in kept if record["step"] <= step]
     if within_interval and step > 1:
         kept = [(line, record) for line, record in kept if record["step"] < step or "loss" not in record]
-    shorter = run.metrics.with_suffix(".tmp")
-    shorter.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
-    os.replace(shorter, run.metrics)
+    with replacing(run.metrics) as file:
+        file.writelines(line + "\n" for line, _ in kept)
     return [record for _, record in kept]
 
 

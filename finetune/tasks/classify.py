@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from espalier import progress
 from espalier.data.labelled import LabelledBatches
 from espalier.data.tokenizer import special_ids
+from espalier.files import write_json
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
 from espalier.models.transformer import apply, init_params
-from espalier.training.run import RunDirectory, write_json
+from espalier.training.run import RunDirectory
 from espalier.training.step import Objective
 from finetune.evaluate import confusion, majority_accuracy, metrics, one_class, write_predictions
 from finetune.examples import describe_examples, max_length, read_examples

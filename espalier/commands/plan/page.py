@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from espalier.commands.plan.numbers import short
 from espalier.commands.plan.plan import Layout, Plan
 from espalier.commands.plan.text import GIB, duration, plural, verdict
+from espalier.files import write_json
 from espalier.training.page import Section, tiles, write_page
-from espalier.training.run import write_json
 from sharding.mesh import AXES
 
 
