@@ -37,10 +37,10 @@ def main(config: PretrainConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from espalier.models.pretrained import architecture_of, export_to, load_weights
     from espalier.models.published import Published, published_beside
     from espalier.models.transformer import init_params, matrix_axes
-    from espalier.training.card import model_card
+    from espalier.report.card import model_card
+    from espalier.report.render import write_report
     from espalier.training.introduction import About, conclude
     from espalier.training.loop import train
-    from espalier.training.report import write_report
     from espalier.training.run import RunDirectory, settings, summarise
     from espalier.training.start import find_origin
     from sharding.mesh import host_rows

@@ -32,10 +32,10 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     from espalier.models.pretrained import export_to, load_weights
     from espalier.models.published import Published, published_beside
     from espalier.models.transformer import matrix_axes
-    from espalier.training.card import model_card
+    from espalier.report.card import model_card
+    from espalier.report.render import write_report
     from espalier.training.introduction import About, conclude
     from espalier.training.loop import train
-    from espalier.training.report import write_report
     from espalier.training.run import RunDirectory, settings, summarise
     from espalier.training.start import find_origin
     from finetune.examples import max_length

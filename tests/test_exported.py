@@ -249,7 +249,7 @@ def test_pretraining_goes_on_from_published_weights_and_back(published_bert, cor
         "./launch.sh mlm debug",
         "## Data",
         "## Results on held-out data",
-        "| loss (nats a masked token) |",
+        "| loss (nats per masked token) |",
         "| steps | 4 |",
         f"{corpus}/*.txt",
         "| jax |",

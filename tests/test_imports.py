@@ -10,13 +10,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-DOOR = {"models", "data", "training", "sharding"}
+DOOR = {"models", "data", "training", "report", "sharding"}
 MAY_IMPORT = {
     "mlm": DOOR,
     "clm": DOOR,
     "finetune": DOOR,
     "models": {"sharding"},
     "training": {"sharding"},
+    "report": set(),
     "data": set(),
     "sharding": set(),
     "commands": DOOR | {"mlm", "clm", "finetune"},
@@ -131,6 +132,7 @@ def test_no_folder_hides_a_library(name):
 @pytest.mark.parametrize(
     "module",
     ["espalier", "espalier.cli", "espalier.progress", "espalier.short_help", "sharding.mesh"]
+    + ["espalier.report.render, espalier.report.card, mlm.report, clm.report, finetune.tasks.classify_report"]
     + sorted(f"{path.parent.name}.presets" for path in ROOT.glob("*/presets.py"))
     + sorted(f"espalier.{path.parent.name}.config" for path in ROOT.glob("espalier/*/config.py"))
     + sorted(f"espalier.models.families.{path.stem}" for path in ROOT.glob("espalier/models/families/[a-z]*.py")),

@@ -8,12 +8,19 @@ import struct
 
 import pytest
 
+import clm.report
+import mlm.report
+from clm.report import texts
 from espalier import cli
 from espalier.commands.report import ReportConfig, main
 from espalier.errors import UserError
-from espalier.training.figures import PALETTES, Bar, Curve, draw, legend
-from espalier.training.page import STYLE, confusion_table, entries, masked_words, settings, texts
-from espalier.training.report import write_report
+from espalier.report.figures import PALETTES, Bar, Curve, draw, legend
+from espalier.report.page import entries, settings
+from espalier.report.render import write_report
+from espalier.report.style import STYLE
+from finetune.tasks import classify_report
+from finetune.tasks.classify_report import confusion_table
+from mlm.report import masked_words
 
 CONFIG = {"task": "masked_lm", "steps": 40, "init_from": None, "optimizer": {"learning_rate": 0.0003, "name": "adamw"}}
 METRICS = [{"step": step, "loss": 7.0 - step / 10, "learning_rate": 1e-3} for step in range(1, 41)] + [
@@ -101,7 +108,7 @@ def test_a_pretraining_run_shows_what_happened(run):
         "flies 50 %", "sings 25 %", "wren <1 %", "learning_rate 0.0003", "8 × cpu",
     ):  # fmt: skip
         assert words in page.words, words
-    loss = next(alt for alt in page.pictures() if alt.startswith("nats a token"))
+    loss = next(alt for alt in page.pictures() if alt.startswith("nats per masked token"))
     assert "training 3" in loss and "held-out 3.5" in loss
     assert [attrs["class"] for tag, attrs in page.elements if tag == "mark"] == ["right", "wrong"] * 2
     # Pieces of words are joined to what is before them, and what looks like HTML in a text is text.
@@ -172,7 +179,20 @@ def test_whatever_is_there_is_enough(tmp_path):
     write(tmp_path, samples={"texts": ["Once <upon>", ""]}, summary={"step": 2, "finished": False, "tokens": 64})
     page = Page(write_report(tmp_path))
     assert "Paused at step 2 of 9." in page.words and "Once <upon>" in page.words and "(nothing)" in page.words
-    assert page.pictures() == ["nats a token over the steps; last: training 4.5"]
+    assert page.pictures() == ["nats per token over the steps; last: training 4.5"]
+
+
+def test_a_task_that_is_not_known_here_has_all_but_its_own_section(run):
+    """A user's own objective: its metrics are drawn like ours, those that say the same as another are not."""
+    write(run, config=CONFIG | {"task": "mine"})
+    lines = [{"step": 2, "loss": 1.0, "found": 0.5, "mfu": 0.4}, {"step": 2, "eval/loss": 2.0, "eval/found": 0.25}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(run))
+    assert "Run. Finished at step 40 of 40." in page.words and "Hidden words" not in page.words
+    assert page.pictures() == [
+        "nats per example over the steps; last: training 1, held-out 2",
+        "found over the steps; last: training 0.5, held-out 0.25",
+    ]
 
 
 def many_words(count):
@@ -223,13 +243,14 @@ def test_a_phone_gets_a_picture_that_it_can_read(run):
 def test_nothing_on_the_page_is_wider_than_a_phone():
     """By its rules: columns have no least width beyond 390 px but within the page's, text breaks anywhere."""
     narrow = STYLE.partition("@media(max-width:34rem)")[2]
-    for least in re.findall(r"minmax\((?!min\(|0)([^,]+),", STYLE):
+    everything = "".join([STYLE, mlm.report.STYLE, clm.report.STYLE, classify_report.STYLE])
+    for least in re.findall(r"minmax\((?!min\(|0)([^,]+),", everything):
         assert least == "8rem" and ".bars li{grid-template-columns:minmax(0,1fr) 4.2rem}" in narrow, least
     assert "overflow-wrap:anywhere" in STYLE.partition("body{")[2].partition("}")[0]
-    assert ".guesses{width:100%;table-layout:fixed}" in STYLE and ".scroll{overflow-x:auto" in STYLE
-    fixed = [float(size) * 16 for size in re.findall(r"[{;](?:min-)?width:([\d.]+)rem", STYLE)]
+    assert ".guesses{width:100%;table-layout:fixed}" in mlm.report.STYLE and ".scroll{overflow-x:auto" in STYLE
+    fixed = [float(size) * 16 for size in re.findall(r"[{;](?:min-)?width:([\d.]+)rem", everything)]
     assert fixed and max(fixed) < 390 - 2 * 16
-    assert "nowrap" not in STYLE.replace("font-size:.75rem;white-space:nowrap", "")  # within what scrolls
+    assert "nowrap" not in everything.replace("font-size:.75rem;white-space:nowrap", "")  # within what scrolls
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.models.config import ModelConfig
     from espalier.models.hub import check_export, save_pretrained
     from espalier.models.published import Published
-    from espalier.training.card import model_card
+    from espalier.report.card import model_card
     from espalier.training.checkpoint import read_config, restore_params
     from espalier.training.run import RunDirectory
 

@@ -52,7 +52,7 @@ def main(config: DemoConfig) -> dict:
     import mlm.pretrain
     from espalier.data.builtin import demo_task
     from espalier.files import write_json
-    from espalier.training.report import write_report
+    from espalier.report.render import write_report
 
     root = Path(config.run_dir)
     task = demo_task(config.seed, config.labels)

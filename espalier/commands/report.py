@@ -22,7 +22,7 @@ class ReportConfig:
 def main(config: ReportConfig) -> dict:
     """Write the report and say where it is."""
     with progress.waiting("drawing the report"):
-        from espalier.training.report import write_report
+        from espalier.report.render import write_report
 
         path = write_report(config.run_dir)
     print(path)

@@ -11,7 +11,7 @@ from espalier.commands.plan.numbers import short
 from espalier.commands.plan.plan import Layout, Plan
 from espalier.commands.plan.text import GIB, duration, plural, verdict
 from espalier.files import write_json
-from espalier.training.page import Section, tiles, write_page
+from espalier.report.page import Section, tiles, write_page
 from sharding.mesh import AXES
 
 

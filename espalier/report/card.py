@@ -6,31 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from espalier.training.run import RunDirectory
+from espalier.report.run_files import RunFiles, read_run
+from espalier.report.task import TaskReport, report_of
 
-TASKS = {
-    "masked_lm": ("fill-mask", "AutoModelForMaskedLM", "pretrained by masked language modelling"),
-    "causal_lm": ("text-generation", "AutoModelForCausalLM", "pretrained by causal language modelling"),
-    "sequence_classification": (
-        "text-classification",
-        "AutoModelForSequenceClassification",
-        "fine-tuned to classify texts",
-    ),
-    "token_classification": ("token-classification", "AutoModelForTokenClassification", "that classifies tokens"),
-    "question_answering": ("question-answering", "AutoModelForQuestionAnswering", "that finds answers in a text"),
-    "replaced_token_detection": ("feature-extraction", "AutoModelForPreTraining", "that finds replaced tokens"),
-    "embedding": ("feature-extraction", "AutoModel", "that embeds texts"),
-}
-"""Task of a run → pipeline, class, and what the model is in words."""
+PIPELINES = ("fill-mask", "text-generation", "text-classification", "token-classification")
+"""Of transformers, with which the card shows how to load the model; else it shows the class."""
 
 
 def model_card(run_dir: str | Path) -> str:
     """The card: what the model is, how to load it, its data, settings, results, and the command that made it."""
-    run = RunDirectory(run_dir)
-    config, summary = (_read(path) for path in (run.config, run.summary))
-    pipeline, loader, words = TASKS[config["task"]]
+    run = read_run(run_dir)
+    config, summary = run.config, run.summary
+    task = report_of(config["task"])
     base = config.get("imported_from") or config.get("init_from") or ""
-    front = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- espalier", "- jax"]
+    front = ["library_name: transformers", f"pipeline_tag: {task.pipeline}", "tags:", "- espalier", "- jax"]
     if base.startswith("hf:") and not Path(base[3:]).expanduser().exists():
         front.append(f"base_model: {json.dumps(base[3:])}")
 
@@ -38,25 +27,25 @@ def model_card(run_dir: str | Path) -> str:
     title = run.path.name
     text = ["---", *front, "---", "", f"# {title}", ""]
     text.append(
-        f"A model of type {config['model']['model_type']}{size}, {words}, made with Espalier (JAX). It loads with "
+        f"A model of type {config['model']['model_type']}{size}, {task.words}, made with Espalier (JAX). It loads with "
         "stock classes of transformers."
     )
-    if pipeline in ("fill-mask", "text-generation", "text-classification", "token-classification"):
+    if task.pipeline in PIPELINES:
         text += _code(
-            "from transformers import pipeline", "", f'model = pipeline("{pipeline}", "PATH_OR_ID")', "python"
+            "from transformers import pipeline", "", f'model = pipeline("{task.pipeline}", "PATH_OR_ID")', "python"
         )
     else:
         text += _code(
-            f"from transformers import AutoTokenizer, {loader}",
+            f"from transformers import AutoTokenizer, {task.loader}",
             "",
-            f'model = {loader}.from_pretrained("PATH_OR_ID")',
+            f'model = {task.loader}.from_pretrained("PATH_OR_ID")',
             'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
             "python",
         )
     for heading, rows in (
         ("Data", _data(config)),
-        ("Results on held-out data", _results(config["task"], summary)),
-        ("Settings", _settings(config, summary)),
+        ("Results on held-out data", _results(task, summary)),
+        ("Settings", _settings(task, run)),
         ("Environment", summary.get("environment", {})),
     ):
         if rows:
@@ -75,10 +64,11 @@ def model_card(run_dir: str | Path) -> str:
 
 def _data(config: dict) -> dict[str, str]:
     data, rows = config.get("data", {}), {}
-    for name, key in (("text", "files"), ("training file", "train"), ("validation file", "validation")):
+    named = (("text", "files"), ("text", "sources"), ("training file", "train"), ("validation file", "validation"))
+    for name, key in named:
         if data.get(key):
             rows[name] = ", ".join(data[key]) if isinstance(data[key], list | tuple) else data[key]
-    if config.get("task") in ("masked_lm", "causal_lm") and data and not data.get("files"):
+    if "builtin" in data and "text" not in rows:
         rows["text"] = f"built-in: {data.get('builtin')}"
     if data.get("validation_files"):
         rows["held-out text"] = ", ".join(data["validation_files"])
@@ -90,33 +80,25 @@ def _data(config: dict) -> dict[str, str]:
     return ({"started from": base} if base else {}) | rows
 
 
-def _results(task: str, summary: dict) -> dict[str, str]:
+def _results(task: TaskReport, summary: dict) -> dict[str, str]:
     measured = (summary.get("eval") or {}) | (summary.get("metrics") or {})
-    unit = {"masked_lm": "a masked token", "causal_lm": "a token"}.get(task, "an example")
-    names: dict[str, str] = {
-        "loss": f"loss (nats {unit})",
-        "majority": "accuracy of the most frequent label",
-        "f1": "F1",
-        "macro_f1": "macro F1",
-        "matthews": "Matthews correlation",
-    }
-    if task == "masked_lm":
-        names["accuracy"] = "accuracy (masked tokens)"
+    names = {"loss": f"loss (nats per {task.unit})", **task.metric_names}
     return {
-        names.get(str(name), str(name).replace("_", " ")): f"{value:.4g}"
+        names.get(name, name.replace("_", " ")): f"{value:.4g}"
         for name, value in measured.items()
-        if value is not None
+        if isinstance(value, int | float)
     }
 
 
-def _settings(config: dict, summary: dict) -> dict[str, Any]:
-    optimizer, data, masking = (config.get(name, {}) for name in ("optimizer", "data", "masking"))
+def _settings(task: TaskReport, run: RunFiles) -> dict[str, Any]:
+    config, summary = run.config, run.summary
+    optimizer, data = (config.get(name, {}) for name in ("optimizer", "data"))
     rows = {
         "steps": summary.get("step"),
         "tokens seen": f"{summary['tokens']:,}" if summary.get("tokens") else None,
         "rows in a batch": config.get("batch_size"),
         "tokens in a row": data.get("sequence_length") or data.get("max_length"),
-        "mask rate": masking.get("rate"),
+        **task.card_settings(config),
         "optimizer": optimizer.get("name"),
         "peak learning rate": optimizer.get("learning_rate"),
         "schedule": optimizer.get("schedule"),
@@ -133,7 +115,3 @@ def _code(*lines: str) -> list[str]:
 
 def _cell(value: Any) -> str:
     return " ".join(str(value).replace("|", "\\|").split())
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,131 @@
+"""report.html: a run as a page that a person can read, rendered from the files of its run directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from espalier.report import page
+from espalier.report.figures import Bar, Curve, draw, legend
+from espalier.report.page import Section
+from espalier.report.run_files import RunFiles, read_run
+from espalier.report.task import report_of
+
+CURVES = ("accuracy", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second")
+"""Metrics beside the loss that are drawn, in this order; those that only some tasks have follow them."""
+NOT_DRAWN = frozenset(("step", "loss", "perplexity", "mfu"))
+"""The loss has a section of its own, perplexity is its exponential, MFU is proportional to the tokens per second."""
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Render (again) the report of a run; returns its path. UserError where there is no run."""
+    run = read_run(run_dir)
+    sections = [
+        *comparison_sections(run),
+        *loss_sections(run),
+        *report_of(run.config.get("task", "")).sections(run),
+        *compared_run_sections(run),
+        *curve_sections(run),
+        *settings_sections(run),
+    ]
+    return page.write_page(run.path / "report.html", run.path.name, subtitle(run), sections, page.tiles(tiles(run)))
+
+
+def comparison_sections(run: RunFiles) -> list[Section]:
+    """This run beside others and beside baselines, as bars."""
+    rows = run.comparison.get("rows", [])
+    if not rows:
+        return []
+    bars = page.bars([(row["name"], row["value"], row.get("note", "")) for row in rows])
+    return [Section(run.comparison.get("title", "Comparison"), bars, run.comparison.get("note", ""))]
+
+
+def loss_sections(run: RunFiles) -> list[Section]:
+    """The loss with the held-out one, and the baseline of the task as a dashed line."""
+    loss = [run.curve("loss", "training"), run.curve("eval/loss", "held-out", marked=True)]
+    if not any(loss):
+        return []
+    task = report_of(run.config.get("task", ""))
+    bar, note = task.baseline(run) or (None, "")
+    return [Section("Loss", _picture(loss, f"nats per {task.unit}", bar=bar), note)]
+
+
+def compared_run_sections(run: RunFiles) -> list[Section]:
+    """Curves of the runs in the comparison, and what the task of the first of them shows."""
+    rows = run.comparison.get("rows", [])
+    others = [(row["name"], read_run(run.path / row["run"])) for row in rows if row.get("run")]
+    pictures = []
+    for metric, label in (("eval/accuracy", "held-out accuracy"), ("loss", "training loss")):
+        curves = [other.curve(metric, name, marked=metric.startswith("eval/")) for name, other in others]
+        if any(curves):
+            pictures.append(_picture(curves, label, wide=False))
+    sections = [Section("The compared runs", page.grid(pictures))] if pictures else []
+    for name, other in others[:1]:
+        shown = report_of(other.config.get("task", "")).sections(other)
+        sections += [part._replace(title=f"{part.title}: {name}") for part in shown]
+    return sections
+
+
+def curve_sections(run: RunFiles) -> list[Section]:
+    """The other metrics over the steps."""
+    logged = {name.removeprefix("eval/") for record in run.metrics for name in record}
+    pictures = []
+    for metric in (*CURVES, *sorted(logged - NOT_DRAWN - {*CURVES})):
+        curves = [run.curve(metric, "training"), run.curve(f"eval/{metric}", "held-out", marked=True)]
+        if any(curves):
+            pictures.append(_picture(curves, metric.replace("_", " "), wide=False))
+    return [Section("During training", page.grid(pictures))] if pictures else []
+
+
+def settings_sections(run: RunFiles) -> list[Section]:
+    """What was asked, and where it ran."""
+    sections = []
+    if run.summary.get("data"):
+        sections.append(Section("Text", page.settings(run.summary["data"])))
+    asked = {name: value for name, value in run.config.items() if name != "published"}
+    sections.append(Section("Settings", page.settings(asked)))
+    if run.summary.get("environment"):
+        sections.append(Section("Environment", page.settings(run.summary["environment"])))
+    return sections
+
+
+def subtitle(run: RunFiles) -> str:
+    """What was trained, from what, and how far it is."""
+    config, summary = run.config, run.summary
+    text = report_of(config.get("task", "")).title(config)
+    if config.get("init_from"):
+        text += f", {'the architecture' if config.get('scratch') else 'from the weights'} of {config['init_from']}"
+        text += " with random weights" if config.get("scratch") else ""
+    if not summary:
+        return f"{text}. Not finished."
+    steps = config.get("steps", summary["step"])
+    # Less than the steps of a run that was extended since.
+    state = "Finished" if summary.get("finished", True) and summary["step"] >= steps else "Paused"
+    return f"{text}. {state} at step {summary['step']:,} of {steps:,}."
+
+
+def tiles(run: RunFiles) -> list[tuple[str, str]]:
+    """The figures at the head of the page: (name, value)."""
+    summary, own = run.summary, report_of(run.config.get("task", "")).tiles(run)
+    held_out = summary.get("eval") or {}
+    candidates: list[tuple[str, Any, Callable[[Any], str]]] = [
+        ("held-out loss", held_out.get("loss"), lambda x: f"{x:.3f}"),
+        ("perplexity", held_out.get("perplexity"), page.number),
+        ("bits per byte", held_out.get("bits_per_byte"), lambda x: f"{x:.3f}"),
+        ("held-out accuracy", None if "accuracy" in dict(own) else held_out.get("accuracy"), page.percent),
+        ("parameters", summary.get("parameters"), page.number),
+        ("tokens trained on", summary.get("tokens"), page.number),
+        ("tokens per second", summary.get("tokens_per_second"), page.number),
+        ("MFU", summary.get("mfu"), page.percent),
+        ("waiting for data", summary.get("data_wait"), page.percent),
+    ]
+    return own + [(name, write(value)) for name, value, write in candidates if value is not None]
+
+
+def _picture(curves: Sequence[Curve | None], label: str, *, bar: Bar | None = None, wide: bool = True) -> str:
+    present = [curve for curve in curves if curve]
+    last = ", ".join(f"{curve.name} {curve.values[-1]:.4g}" for curve in present)
+    drawn = [draw(present, label, bar=bar, wide=form) for form in ((True, False) if wide else (False,))]
+    said = f"{label} over the steps; last: {last}"
+    return page.picture(drawn[0], said, legend(present, bar), drawn[1] if wide else None)

@@ -1,0 +1,75 @@
+"""The files of a run directory, as far as they are there.
+
+    config.json        what was asked
+    metrics.jsonl      training and evaluation over the steps
+    summary.json       how it ended, and in which environment
+    comparison.json    {"title", "note", "rows": [{"name", "note", "value", "run"}]}: other runs (run = their path from
+                       here, or null) and baselines beside this one; the first is shown in detail
+
+All but config.json may be missing. A task adds files of its own (samples.json, predictions.jsonl), which its section
+reads by `RunFiles.json` and `RunFiles.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from espalier.errors import UserError
+from espalier.report.figures import Curve
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the files of a run directory hold; empty where a file is missing."""
+
+    path: Path
+    config: dict
+    metrics: list[dict]
+    summary: dict
+    comparison: dict
+
+    def json(self, name: str) -> dict:
+        """The object in a file of the run; {} where there is none, UserError where it is damaged."""
+        return _json(self.path / name)
+
+    def jsonl(self, name: str) -> list[dict]:
+        """The objects in the lines of a file of the run, without lines that were cut off; [] where there is none."""
+        return _jsonl(self.path / name)
+
+    def curve(self, metric: str, name: str, *, marked: bool = False) -> Curve | None:
+        """The finite values of a metric over the steps, or None."""
+        points = [(r["step"], r[metric]) for r in self.metrics if isinstance(r.get(metric), int | float)]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        return Curve(name, *map(list, zip(*points, strict=True)), marked=marked) if points else None
+
+
+def read_run(run_dir: str | Path) -> RunFiles:
+    """The files of a run; UserError where there is no run or a file of it is damaged."""
+    path = Path(run_dir).expanduser().absolute()
+    if not (path / "config.json").is_file():
+        raise UserError(f"no run in {path} (it has no config.json); give a run directory, for instance runs/demo")
+    config, summary, comparison = (_json(path / f"{name}.json") for name in ("config", "summary", "comparison"))
+    return RunFiles(path, config, _jsonl(path / "metrics.jsonl"), summary, comparison)
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and render the report again") from None
+
+
+def _jsonl(path: Path) -> list[dict]:
+    """The lines of the file, without those that were not written to their end."""
+    # Not splitlines: JSON strings may hold other line separators of Unicode.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
