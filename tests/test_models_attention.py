@@ -1,12 +1,18 @@
 """Attention against brute force in numpy: who sees whom, the scores, what is passed back, dropout."""
 
+import typing
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import FAMILIES, close, strict_and_quick  # noqa: F401
 
-from espalier.models.attention import AttentionSpec, attend, spec_for
+from espalier.models.attention import BACKENDS, XLA, attend
+from espalier.models.attention_backend import Use
+from espalier.models.attention_spec import AttentionSpec, Places, spec_for
+from espalier.models.config import Execution
 from espalier.models.layers import dropout
 
 pytestmark = pytest.mark.corner
@@ -14,6 +20,7 @@ B, T, N, K, H = 2, 9, 4, 2, 8
 # Row 0: two documents and padding; row 1: padding on the left, as in a prompt.
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1]], np.int32)
 INDEX = np.arange(T, dtype=np.int32)[None]
+ROWS = Places(SEGMENTS, SEGMENTS, INDEX, INDEX)  # pyright: ignore[reportArgumentType]
 SPECS = {
     "bidirectional": AttentionSpec(False, None, None, 0.3),
     "causal": AttentionSpec(True, None, None, 0.3),
@@ -24,8 +31,9 @@ SPECS = {
 }
 
 
-def brute_force(spec, q, k, v, q_segments, k_segments, q_index, k_index):
+def brute_force(spec, q, k, v, places):
     """One pair of tokens at a time, in float64."""
+    q_segments, k_segments, q_index, k_index = places
     out = np.zeros(q.shape)
     for b, t, n in np.ndindex(*q.shape[:3]):
         weights, values = [], []
@@ -47,31 +55,30 @@ def brute_force(spec, q, k, v, q_segments, k_segments, q_index, k_index):
     return out
 
 
-def random_qkv(queries=T):
+def random_qkv(queries=T) -> Any:
     rng = np.random.default_rng(0)
     shapes = ((B, queries, N, H), (B, T, K, H), (B, T, K, H))
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("backend", ["xla"])  # the kernel wants longer rows: tests/test_models_splash.py
-def test_attention_equals_brute_force(backend, name):
-    boundaries = (SEGMENTS, SEGMENTS, INDEX, INDEX)
-    got = jax.jit(lambda q, k, v: attend(SPECS[name], q, k, v, *boundaries, backend=backend))(*random_qkv())
-    close(got, brute_force(SPECS[name], *random_qkv(), *boundaries))
+def test_attention_equals_brute_force(name):
+    """The reference; a kernel is compared with it, for it wants longer rows (tests/test_models_splash.py)."""
+    got = jax.jit(lambda q, k, v: attend(SPECS[name], q, k, v, ROWS))(*random_qkv())
+    close(got, brute_force(SPECS[name], *random_qkv(), places=ROWS))
 
 
 def test_queries_further_on_than_the_keys_they_see():
     """As with a cache: three queries at rows 4 to 6 of nine keys, of which the last two are not yet written."""
     k_segments = np.where(INDEX < 7, 1, 0).astype(np.int32).repeat(B, axis=0)
-    boundaries = (np.ones((B, 3), np.int32), k_segments, np.array([[4, 5, 6]], np.int32), INDEX)
-    got = attend(SPECS["causal window"], *random_qkv(3), *boundaries)
-    close(got, brute_force(SPECS["causal window"], *random_qkv(3), *boundaries))
+    places = Places(*(jnp.asarray(x, jnp.int32) for x in (np.ones((B, 3)), k_segments, [[4, 5, 6]], INDEX)))
+    got = attend(SPECS["causal window"], *random_qkv(3), places)
+    close(got, brute_force(SPECS["causal window"], *random_qkv(3), places=places))
 
 
 def test_a_query_that_sees_nothing_yields_zero_and_passes_no_gradient():
     def squares(q, k, v):
-        out = attend(SPECS["causal"], q, k, v, SEGMENTS, SEGMENTS, INDEX, INDEX)
+        out = attend(SPECS["causal"], q, k, v, ROWS)
         return jnp.square(out - 1).sum(), out
 
     q, k, v = random_qkv()
@@ -106,19 +113,37 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 def test_dropout_acts_on_the_probabilities():
     q, k, v = random_qkv()
     ones = np.ones_like(v)
-    out = attend(
-        SPECS["bidirectional"],
-        q,
-        k,
-        ones,
-        SEGMENTS,
-        SEGMENTS,
-        INDEX,
-        INDEX,
-        dropout_rate=0.5,
-        dropout_key=jax.random.key(0),
-    )
+    out = attend(SPECS["bidirectional"], q, k, ones, ROWS, dropout_rate=0.5, dropout_key=jax.random.key(0))
     sums = np.asarray(out)[SEGMENTS != 0]
     # Values are all one, so that a row's output is the sum of the probabilities it kept, times two.
     assert np.ptp(sums, axis=-1).max() < 1e-6
     assert 0.5 < sums.std() / 0.35 < 2 and abs(sums.mean() - 1) < 0.2
+
+
+def test_every_backend_has_a_name_on_the_command_line():
+    assert typing.get_args(typing.get_type_hints(Execution)["attention"]) == ("auto", "xla", "splash")
+    assert {"auto", *BACKENDS} == {"auto", "xla", "splash"}
+    assert list(BACKENDS.values())[-1] is XLA
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_backend_says_that_it_keeps_is_what_it_keeps(name, dtype):
+    """Against the arrays of the vector-Jacobian product, but for the result and one bit or number a token."""
+    length, heads, kv_heads, size = 256, 4, 2, 128
+    for softcap, rate in ((None, 0.0), (3.0, 0.5)) if name == "xla" else ((None, 0.0),):
+        spec = AttentionSpec(True, 20, None, 0.3, softcap)
+        use = Use("tpu", length, 1, heads, kv_heads, size, (spec,), dtype, rate, "row")
+
+        def kept(q, k, v, segments, spec=spec, rate=rate):
+            def run(q, k, v):
+                key = jax.random.key(0) if rate else None
+                places = Places.of_rows(segments)
+                return attend(spec, q, k, v, places, backend=BACKENDS[name], dropout_rate=rate, dropout_key=key)
+
+            return jax.tree.leaves(jax.vjp(run, q, k, v)[1])
+
+        arrays = [jax.ShapeDtypeStruct((1, length, n, size), dtype) for n in (heads, kv_heads, kv_heads)]
+        leaves = jax.eval_shape(kept, *arrays, jax.ShapeDtypeStruct((1, length), jnp.int32))
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.size > length)
+        assert BACKENDS[name].keeps(use) == total

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_models import BERT, FAMILIES, LLAMA, MODERN, as_jax, batch_of, random_params, strict_and_quick  # noqa: F401
 
-from espalier.models.attention import spec_for, visible
+from espalier.models.attention_spec import Places, spec_for, visible
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.counts import count_params, flops_per_token, products, visible_keys
 from espalier.models.families.bert import BERT_BASE
@@ -53,10 +53,9 @@ def test_flops_equal_those_of_the_compiler(name):
 @pytest.mark.parametrize("length", [1, 2, 16, 33])
 def test_keys_of_a_query_are_the_pairs_that_attention_sees(causal, window, length):
     config = dataclasses.replace(BERT_BASE, causal=causal, sliding_window=window, layer_period=("local", "global"))
-    index = jnp.arange(length)[None]
+    places = Places.of_rows(jnp.ones((1, length), jnp.int32))
     for kind in ("local", "global"):
-        ones = jnp.ones_like(index)
-        pairs = int(visible(spec_for(config, kind), ones, ones, index, index).sum())
+        pairs = int(visible(spec_for(config, kind), places).sum())
         assert visible_keys(config, kind, length) * length == pytest.approx(pairs, rel=1e-12)
 
 

@@ -16,7 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from espalier.models.attention import attend, spec_for
+from espalier.models.attention import attend
+from espalier.models.attention_backend import Backend
+from espalier.models.attention_spec import Places, spec_for
 from espalier.models.config import LayerKind, ModelConfig
 from espalier.models.layers import Einsum, Norm, activation, dropout, gated, make_norm, rotate
 from sharding.mesh import constrain
@@ -30,10 +32,7 @@ LayerCache = dict[str, jax.Array]
 class Context(NamedTuple):
     """What every layer of a pass shares."""
 
-    q_segments_BT: jax.Array
-    k_segments_BS: jax.Array
-    q_index_BT: jax.Array
-    k_index_BS: jax.Array
+    places: Places
     rotary: dict[str, tuple[jax.Array, jax.Array]]
     """Rotary tables by kind of layer; kinds that do not turn queries and keys are not in it."""
     end: jax.Array | None
@@ -46,7 +45,7 @@ class Attention(nn.Module):
     config: ModelConfig
     kind: LayerKind
     dtype: jnp.dtype
-    backend: str
+    backend: Backend
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache: LayerCache | None, key: jax.Array | None):
@@ -85,10 +84,7 @@ class Attention(nn.Module):
             q_BTNH,
             k_BTKH,
             v_BTKH,
-            context.q_segments_BT,
-            context.k_segments_BS,
-            context.q_index_BT,
-            context.k_index_BS,
+            context.places,
             backend=self.backend,
             dropout_rate=c.attention_dropout,
             dropout_key=key,
@@ -133,7 +129,7 @@ class Block(nn.Module):
     first: bool
     """Whether this is the first layer of the stack, which may go without an attention norm."""
     dtype: jnp.dtype
-    backend: str
+    backend: Backend
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache: LayerCache | None = None, keys: jax.Array | None = None):

@@ -89,7 +89,7 @@ def attention_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) 
 
 def visible_keys(config: ModelConfig, kind: LayerKind, sequence_length: int) -> float:
     """Keys that a query of a layer sees, itself included: the exact mean over a row that is one document."""
-    from espalier.models.attention import spec_for
+    from espalier.models.attention_spec import spec_for
 
     spec = spec_for(config, kind)
     before = _reach(spec.left, sequence_length)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from espalier.models.attention import choose_backend
+from espalier.models.attention import choose_backend, kernels
+from espalier.models.attention_backend import Use
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.counts import count_params
 from espalier.models.layers import compute_dtype
@@ -23,8 +24,8 @@ def describe(
     """Rows on the model, its precision, and the attention where there was a choice, for rows of `length` tokens."""
     with jax.set_mesh(mesh):
         compute = compute_dtype(execution).name
-        dropping = config.attention_dropout > 0
-        backend, reason = choose_backend(execution.attention, config, length, dropping=dropping, cached=False)
+        use = Use.of(config, length, dtype=compute, dropping=config.attention_dropout > 0)
+        backend, reason = choose_backend(execution.attention, use)
     layers = f"{config.num_hidden_layers} layers × {config.hidden_size} wide"
     rows = {
         "model": f"{config.model_type} for {PURPOSES.get(head, head.replace('_', ' '))}: {layers}, "
@@ -32,6 +33,6 @@ def describe(
         "precision": f"{compute}, parameters in float32" if compute != "float32" else "float32",
     }
     # Elsewhere there is one backend.
-    if mesh.devices.flat[0].platform == "tpu" or execution.attention != "auto":
-        rows["attention"] = f"{backend}: {reason}"
+    if kernels(use.platform) or execution.attention != "auto":
+        rows["attention"] = f"{backend.name}: {reason}"
     return rows

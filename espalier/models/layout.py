@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from espalier.models.attention import choose_backend
+from espalier.models.attention_backend import Use
 from espalier.models.config import ModelConfig
 from espalier.models.layers import compute_dtype
 from espalier.models.memory import Memory, step_memory
@@ -27,8 +28,9 @@ def open_mesh(config: Any, model: ModelConfig, head: str, length: int, *, split:
     mesh = config.mesh
     if mesh.auto:
         devices = jax.devices()
-        dropping = model.attention_dropout > 0
-        attention, _ = choose_backend(config.execution.attention, model, length, dropping=dropping, cached=False)
+        dtype = compute_dtype(config.execution).name
+        use = Use.of(model, length, dtype=dtype, dropping=model.attention_dropout > 0)
+        attention, _ = choose_backend(config.execution.attention, use)
 
         def need(mesh: MeshConfig) -> float:
             return memory_of(
@@ -37,8 +39,8 @@ def open_mesh(config: Any, model: ModelConfig, head: str, length: int, *, split:
                 head,
                 mesh,
                 length,
-                attention=attention,
-                dtype=compute_dtype(config.execution).name,
+                attention=attention.name,
+                dtype=dtype,
                 scan=scans(model, config.execution),
             ).total
 

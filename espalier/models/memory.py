@@ -1,7 +1,8 @@
 """What a training step needs of a device's memory, without compiling it: for `--mesh.auto` and `./launch.sh plan`.
 
 Parameters and optimizer state follow exactly from the table of rules. What layers keep for the backward pass is read
-off the program: the residuals of one layer's vector-Jacobian product, at the size that a device holds. The rest (the
+off the program: the residuals of one layer's vector-Jacobian product, at the size that a device holds; what attention
+keeps is said by its backend. The rest (the
 backward pass of one layer, a chunk of scores) is a multiple of these, as compiled programs have it
 (tests/test_plan_compiled.py compares).
 """
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from espalier.models.attention import BACKENDS
+from espalier.models.attention_backend import Backend, Use
+from espalier.models.attention_spec import Places
 from espalier.models.block import Block, Context
 from espalier.models.config import ModelConfig
 from espalier.models.heads import LANGUAGE_MODELS
 from espalier.models.layers import rotary_by_kind
-from espalier.models.splash import LANES
 from espalier.models.transformer import init_params, matrix_axes, rematerialised
 from sharding.rules import param_spec, path_of
 
@@ -65,7 +68,7 @@ def step_memory(
 ) -> Memory:
     """Memory of a step with `rows` in the whole batch on a mesh of these axis sizes (axes not named are 1).
 
-    attention: the backend (models.attention.BACKENDS); a kernel keeps no scores.
+    attention: the backend's name in models.attention.BACKENDS.
     """
     size = {axis: mesh.get(axis, 1) for axis in ("replica", "data", "fsdp", "sequence", "tensor")}
     itemsize = jnp.dtype(dtype).itemsize
@@ -137,13 +140,13 @@ def _row_bytes(
         head_dim=config.head_size,
         intermediate_size=max(1, config.intermediate_size // tensor),
     )
-    block = Block(local, kind, False, jnp.dtype(dtype), attention)  # pyright: ignore[reportArgumentType]
+    block = Block(local, kind, False, jnp.dtype(dtype), _KEEPS_NOTHING)  # pyright: ignore[reportArgumentType]
     tokens = length // sequence
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
     def residuals(ids_BT, key):
         rotary = rotary_by_kind(local, ids_BT)
-        context = Context(ids_BT, ids_BT, ids_BT, ids_BT, rotary, None)
+        context = Context(Places(ids_BT, ids_BT, ids_BT, ids_BT), rotary, None)
         x_BTD = jnp.zeros((1, tokens, local.hidden_size), dtype)
         params = block.init(jax.random.key(0), x_BTD, context)["params"]
         keys = jax.random.split(key, 3) if local.hidden_dropout or local.attention_dropout else None
@@ -157,18 +160,30 @@ def _row_bytes(
         return [leaf for leaf in jax.tree.leaves(kept) if leaf.shape not in shared and tokens in leaf.shape]
 
     leaves = jax.eval_shape(residuals, ids, jax.eval_shape(lambda: jax.random.key(0)))
-    total = 0.0
-    for leaf in leaves:
-        *outer, last = leaf.shape
-        if leaf.shape[-2:] == (tokens, tokens):
-            # Scores of this device's queries, against the keys of the whole row.
-            last *= sequence
-        elif attention == "splash" and leaf.shape[-2:] == (tokens, local.head_size):
-            # The kernel takes heads last, and there memory comes in whole lanes.
-            last = -(-last // LANES) * LANES
-        total += math.prod(outer) * last * leaf.dtype.itemsize
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if tokens % tensor == 0:
         # The layer's own input lies split (models.block); more may, and is counted whole.
         total -= (1 - 1 / tensor) * tokens * local.hidden_size * jnp.dtype(dtype).itemsize
-    gathered = 2 * 2 * (length - tokens) * local.kv_heads * local.head_size * jnp.dtype(dtype).itemsize
-    return total + (gathered if sequence > 1 and remat == "none" else 0)
+    if remat != "none":
+        return total
+    use = Use.of(local, length, dtype=dtype, dropping=True, parts=sequence)
+    # Gathered keys and values, before the backend lays them out as it likes.
+    gathered = 2 * (length - tokens) * local.kv_heads * local.head_size * use.itemsize
+    return total + BACKENDS[attention].keeps(use) + gathered
+
+
+def _add(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key):
+    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
+    return q_BTNH + jnp.repeat(k_BSKH + v_BSKH, groups, axis=2)
+
+
+_KEEPS_NOTHING = Backend(
+    name="none",
+    platforms=(),
+    reason="",
+    fused=True,
+    run=_add,
+    refuses=lambda use: None,
+    keeps=lambda use: 0,
+)
+"""In the place of attention: a sum, which the backward pass needs nothing for."""

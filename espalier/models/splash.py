@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from espalier.models.config import ModelConfig
+from espalier.models.attention_backend import Backend, Use
+from espalier.models.attention_spec import AttentionSpec, Places
 from espalier.models.layers import zero_unless
 from sharding.mesh import BATCH_AXES
-
-if TYPE_CHECKING:
-    from espalier.models.attention import AttentionSpec
 
 LANES = 128
 """The kernel works on blocks of multiples of this many tokens."""
@@ -28,35 +25,21 @@ BLOCK = 512
 """Tokens of a block of queries or keys, where the row has so many."""
 
 
-def splash_refusal(
-    config: ModelConfig, length: int, platform: str, *, parts: int, dropping: bool, cached: bool
-) -> str | None:
-    """Why the kernel cannot be used on rows of `length` tokens on so many parts of the mesh; None if it can."""
-    if platform != "tpu":
-        return f"splash attention is a kernel for TPUs and this is a {platform.upper()}"
-    if cached:
-        return "splash attention reads no cache"
-    if dropping:
-        return (
-            f"attention_dropout={config.attention_dropout:g} drops probabilities, which the kernel never holds "
-            "(0 lets it be used)"
-        )
-    if length % (LANES * parts):
-        return f"a row of {length} tokens on {parts} devices is no multiple of {LANES} on each"
-    return None
-
-
 def splash_attention(
-    spec: AttentionSpec,
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    q_segments_BT: jax.Array,
-    k_segments_BT: jax.Array,
+    spec: AttentionSpec,
+    places: Places,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `models.attention.attend`, for queries and keys at the same indices of a row and without dropout."""
+    """As `models.attention.attend`, for queries and keys at the same indices of a row and without dropout.
+
+    interpret: run the kernel step by step, on any device.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     length, heads = q_BTNH.shape[1:3]
@@ -71,7 +54,7 @@ def splash_attention(
     def run(kernel, q, k, v, q_segments, k_segments):
         return jax.vmap(kernel)(q, k, v, SegmentIds(q_segments, k_segments))
 
-    inputs = (q_BNTH, k_BKTH, v_BKTH, q_segments_BT, k_segments_BT)
+    inputs = (q_BNTH, k_BKTH, v_BKTH, places.q_segments_BT, places.k_segments_BS)
     if mesh.empty or mesh.size == 1:
         out_BNTH = run(kernel, *inputs)
     else:
@@ -84,12 +67,31 @@ def splash_attention(
         specs = (kernel_spec, queries, keys, keys, part, whole)
         out_BNTH = jax.shard_map(run, in_specs=specs, out_specs=queries, check_vma=False)(kernel, *inputs)
     # Padding sees padding in the kernel.
-    return zero_unless((q_segments_BT != 0)[:, :, None, None], out_BNTH.transpose(0, 2, 1, 3))
+    return zero_unless((places.q_segments_BT != 0)[:, :, None, None], out_BNTH.transpose(0, 2, 1, 3))
 
 
 def block_size(length: int, most: int = BLOCK) -> int:
     """The largest multiple of LANES up to `most` that divides the row."""
     return next(size for size in range(min(most, length), 0, -LANES) if length % size == 0)
+
+
+def _refuses(use: Use) -> str | None:
+    if use.keys != "row":
+        return "splash attention reads no cache" if use.keys == "cache" else "splash attention sees its own row alone"
+    if use.dropout:
+        return (
+            f"attention_dropout={use.dropout:g} drops probabilities, which the kernel never holds (0 lets it be used)"
+        )
+    if use.length % (LANES * use.parts):
+        return f"a row of {use.length} tokens on {use.parts} devices is no multiple of {LANES} on each"
+    return None
+
+
+def _keeps(use: Use) -> int:
+    # Queries, keys, values and the result, heads last, where memory comes in whole lanes; a float32 logarithm a head.
+    queries, lanes = use.length // use.parts, -(-use.head_size // LANES) * LANES
+    vectors = 2 * queries * use.heads + 2 * use.length * use.kv_heads
+    return use.itemsize * lanes * vectors + 4 * queries * use.heads
 
 
 def _sees_all(spec: AttentionSpec, length: int) -> bool:
@@ -137,3 +139,14 @@ def _kernel(spec: AttentionSpec, length: int, heads: int, head_shards: int, quer
     # it first (others use it too) nor the mesh of that one, whose devices may not be here.
     with ThreadPoolExecutor(1) as elsewhere:
         return jax.tree.map(np.asarray, elsewhere.submit(make).result())
+
+
+SPLASH = Backend(
+    name="splash",
+    platforms=("tpu",),
+    reason="the TPU's own kernel: no scores in memory, blocks beyond a window or a causal row left out",
+    fused=True,
+    run=splash_attention,
+    refuses=_refuses,
+    keeps=_keeps,
+)

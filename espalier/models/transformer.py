@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from espalier.models.attention import choose_backend
+from espalier.models.attention import XLA, choose_backend
+from espalier.models.attention_backend import Use
+from espalier.models.attention_spec import Places
 from espalier.models.block import DROPOUTS, Block, Context
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import init_heads
@@ -39,7 +41,7 @@ def init_params(config: ModelConfig, key: jax.Array, heads: tuple[str, ...] | No
     for section, kinds in _sections(config):
         layers[section] = {}
         for j, kind in enumerate(kinds):
-            block = Block(config, kind, section == "prefix" and j == 0, jnp.dtype(jnp.float32), "xla")
+            block = Block(config, kind, section == "prefix" and j == 0, jnp.dtype(jnp.float32), XLA)
             layer_key = named_key(key, f"layers/{section}/{j}")
             if section == "period":
                 keys = jax.random.split(layer_key, config.repeats)
@@ -78,7 +80,9 @@ def apply(
     dtype = compute_dtype(execution)
     dropping = key is not None and config.attention_dropout > 0
     length = batch["input_ids"].shape[1]
-    backend, _ = choose_backend(execution.attention, config, length, dropping=dropping, cached=cache is not None)
+    keys = "row" if cache is None else "cache"
+    use = Use.of(config, length, dtype=dtype.name, dropping=dropping, keys=keys)
+    backend, _ = choose_backend(execution.attention, use)
     scan = scans(config, execution)
     context = _context(config, batch, cache)
     embedding_key, layer_keys = (None, {}) if key is None else _dropout_keys(config, key)
@@ -116,7 +120,7 @@ def apply(
     x_BTD = constrain(x_BTD, "batch", "sequence", None)
     if cache is None:
         return x_BTD
-    return x_BTD, {"layers": new_layers, "segment_ids": context.k_segments_BS, "end": cache["end"] + length}
+    return x_BTD, {"layers": new_layers, "segment_ids": context.places.k_segments_BS, "end": cache["end"] + length}
 
 
 def scans(config: ModelConfig, execution: Execution, platform: str | None = None) -> bool:
@@ -181,17 +185,16 @@ def _sections(config: ModelConfig):
 
 def _context(config: ModelConfig, batch: dict[str, jax.Array], cache: dict | None) -> Context:
     segments_BT, positions_BT = batch["segment_ids"], batch["positions"]
-    index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
-    index_1T = index_T[None, :]
     rotary = rotary_by_kind(config, positions_BT)
+    places = Places.of_rows(segments_BT)
     if cache is None:
-        return Context(segments_BT, segments_BT, index_1T, index_1T, rotary, None)
+        return Context(places, rotary, None)
     end = cache["end"]
     capacity = cache["segment_ids"].shape[1]
     assert segments_BT.shape[1] <= capacity, f"{segments_BT.shape[1]} tokens do not fit a cache of {capacity}"
     segments_BS = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BT, (0, end))
     index_1S = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    return Context(segments_BT, segments_BS, index_1T + end, index_1S, rotary, end)
+    return Context(Places(segments_BT, segments_BS, places.q_index_BT + end, index_1S), rotary, end)
 
 
 def _dropout_keys(config: ModelConfig, key: jax.Array):

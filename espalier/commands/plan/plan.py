@@ -19,11 +19,12 @@ from espalier.commands.plan.compiled import (
 from espalier.commands.plan.roofline import Bill, StepTime, bill, step_time
 from espalier.commands.plan.settings import as_tokens
 from espalier.errors import UserError
+from espalier.models.attention import choose_backend
+from espalier.models.attention_backend import Use
 from espalier.models.config import ModelConfig
 from espalier.models.counts import count_params
 from espalier.models.layout import memory_of, task_of
 from espalier.models.memory import Memory
-from espalier.models.splash import splash_refusal
 from espalier.models.transformer import scans
 from sharding.advice import KEPT_FREE, Task, advise, layouts
 from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch
@@ -318,13 +319,16 @@ class Planner:
                 "assumed: a kernel that keeps no scores (cuDNN's, Triton's); this version runs XLA's attention on "
                 "GPUs, which --execution.attention xla plans for"
             )
-        length = self.config.data.sequence_length
-        dropping = self.model.attention_dropout > 0
-        platform = "tpu" if on_tpu else "gpu"
-        reason = splash_refusal(self.model, length, platform, parts=mesh.sequence, dropping=dropping, cached=False)
-        if reason and wanted == "splash":
-            raise UserError(f"execution.attention=splash: {reason}; try --execution.attention auto")
-        return ("xla", reason) if reason else ("splash", "the TPU's own kernel")
+        use = Use.of(
+            self.model,
+            self.config.data.sequence_length,
+            dtype="float32" if self.config.execution.dtype == "float32" else "bfloat16",
+            dropping=self.model.attention_dropout > 0,
+            platform="tpu" if on_tpu else "gpu",
+            parts=mesh.sequence,
+        )
+        backend, reason = choose_backend(wanted, use)
+        return backend.name, reason
 
     def devices(self) -> list[Any]:
         assert self.hardware.slice is not None
