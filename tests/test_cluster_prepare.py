@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import cluster.prepare
-from cluster.prepare import ClusterConfig, Tokenize
+from cluster.config import ClusterConfig
+from cluster.executors import executor_of
+from cluster.stages import Decide, Join, Tokenize
 from espalier.data.config import DataConfig
 from espalier.data.filters import FilterConfig
 from espalier.data.prepare import prepare
@@ -86,16 +88,16 @@ def test_word_starts_are_those_of_prepare(tmp_path, monkeypatch):
         return DataConfig(files=files, words="segmenter", cache=str(tmp_path / cache))
 
     steps = [ClusterConfig(config("cluster"), 400, tasks=3), tmp_path / "cluster" / "work"]
-    cluster.prepare.Decide(*steps)(None)
+    Decide(*steps)(None)
     for rank in range(3):
         Tokenize(*steps)(None, rank, 3)
     version = importlib.metadata.version
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: "0.1.9" if name == "rjieba" else version(name))
         with pytest.raises(UserError, match="all machines must have the same segmenters .*rjieba 0.1.9"):
-            cluster.prepare.Join(*steps)(None)
+            Join(*steps)(None)
     assert not stores(tmp_path / "cluster")
-    cluster.prepare.Join(*steps)(None)
+    Join(*steps)(None)
     names = stores(tmp_path / "cluster")
     one, other = (prepare(config(cache), 400, for_masked_lm=True).train["text"] for cache in ("alone", "cluster"))
     assert one.folder.name == other.folder.name and other.folder.name in names and not other.damaged()
@@ -273,6 +275,6 @@ def test_rays_executor_is_given_the_stages(config, tmp_path):
 
     stages = cluster.prepare._stages(replace(config, executor="ray"), tmp_path / "work")
     for step, tasks in stages:
-        executor = cluster.prepare._executor(replace(config, executor="ray"), step, tasks, None, tmp_path / "logs")
+        executor = executor_of(replace(config, executor="ray"), step, tasks, None, tmp_path / "logs")
         assert isinstance(executor, RayPipelineExecutor) and executor.pipeline == [step]
         assert executor.world_size == tasks and executor.get_incomplete_ranks() == list(range(tasks))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from espalier.data.config import DataConfig
-from espalier.data.prepare import PrepareConfig, main, prepare
+from espalier.data.prepare import prepare
+from espalier.data.prepare.__main__ import PrepareConfig, main
 from espalier.data.scripts import samples, script_of
 from espalier.data.tokenizer import save_tokenizer
 from espalier.data.train_tokenizer import train_tokenizer
