@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+import espalier.data.remote
 import espalier.data.storage
 from espalier.data.config import DataConfig
 from espalier.data.documents import Document
@@ -86,12 +87,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def quick(monkeypatch):
     """Small blocks, short pauses, and a second of silence is too long."""
-    monkeypatch.setattr(espalier.data.storage, "BLOCK", 20_000)
-    monkeypatch.setattr(espalier.data.storage, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(espalier.data.storage, "SILENCE", 0.5)
-    espalier.data.storage._http_options.cache_clear()
+    monkeypatch.setattr(espalier.data.remote, "BLOCK", 20_000)
+    monkeypatch.setattr(espalier.data.remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(espalier.data.remote, "SILENCE", 0.5)
+    espalier.data.remote._http_options.cache_clear()
     yield
-    espalier.data.storage._http_options.cache_clear()
+    espalier.data.remote._http_options.cache_clear()
 
 
 def shakespeare(shared_data) -> dict[str, bytes]:
@@ -176,7 +177,7 @@ def test_what_cannot_get_better_is_tried_once(error, kind, message, wrapped, cap
         raise error
 
     with pytest.raises(kind, match=message) as caught:
-        espalier.data.storage.persistently(act, "s3://bucket/a.txt")
+        espalier.data.remote.persistently(act, "s3://bucket/a.txt")
     assert tried == [1] and not capsys.readouterr().out and "\n" not in str(caught.value)
 
 

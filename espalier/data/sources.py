@@ -19,7 +19,8 @@ from espalier.data.config import MAX_DOCUMENT_BYTES, DataConfig
 from espalier.data.documents import Document, Item, Reject, documents
 from espalier.data.encodings import codec
 from espalier.data.formats import kind_of, read
-from espalier.data.storage import digest, expand, is_remote, plain_name, size
+from espalier.data.remote import is_remote
+from espalier.data.storage import digest, expand, plain_name, size
 from espalier.errors import UserError
 from espalier.files import hash_of_text, sha256_of_lines, sha256_of_text
 
