@@ -21,12 +21,11 @@ from espalier.training.step import Objective
 def causal_lm_objective(model: ModelConfig, *, execution: Execution) -> Objective:
     """The two pure functions of the objective; metrics: loss (nats a token), accuracy, bits_per_byte."""
 
-    def prepare(batch, key, step):
+    def prepare(batch, key, step, train):
         return batch, jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
 
-    def loss_fn(trainable, frozen, batch, key, norms):
-        params = trainable | frozen
-        x_BTD = apply(model, params, batch, execution=execution, key=key)
+    def loss(params, batch, key, norms, train):
+        x_BTD = apply(model, params, batch, execution=execution, key=key if train else None)
         features_BTD, table_VD, bias_V = causal_lm_head(model, params, x_BTD, execution)
         logprob_BT, correct_BT = token_logprobs(
             features_BTD,
@@ -48,4 +47,4 @@ def causal_lm_objective(model: ModelConfig, *, execution: Execution) -> Objectiv
         }
         return loss_sum / norms, jax.lax.stop_gradient(metrics)
 
-    return Objective(prepare, loss_fn)
+    return Objective(prepare, loss)

@@ -30,15 +30,14 @@ def masked_lm_objective(
     rate: Callable,
     execution: Execution,
 ) -> Objective:
-    """The two pure functions of the objective. rate: (traced) step → mask rate, see `mlm.masking.rate_at`."""
+    """The objective. rate: (traced) step → mask rate, see `mlm.masking.rate_at`."""
 
-    def prepare(batch, key, step):
+    def prepare(batch, key, step, train):
         batch = mask_batch(batch, key, rate(step), masking, vocabulary)
         return batch, jnp.maximum(jnp.sum(batch["masked_weights"]), 1.0)
 
-    def loss_fn(trainable, frozen, batch, key, norms):
-        params = trainable | frozen
-        x_BTD = apply(model, params, batch, execution=execution, key=key)
+    def loss(params, batch, key, norms, train):
+        x_BTD = apply(model, params, batch, execution=execution, key=key if train else None)
         hidden_BMD = jnp.take_along_axis(x_BTD, batch["masked_positions"][:, :, None], axis=1)
         features_BMD, table_VD, bias_V = masked_lm_head(model, params, hidden_BMD, execution)
         logprob_BM, correct_BM = token_logprobs(
@@ -54,4 +53,4 @@ def masked_lm_objective(
         metrics = {"loss": (loss_sum, weight), "accuracy": (jnp.sum(weights_BM * correct_BM), weight)}
         return loss_sum / norms, jax.lax.stop_gradient(metrics)
 
-    return Objective(prepare, loss_fn)
+    return Objective(prepare, loss)

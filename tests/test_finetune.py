@@ -237,14 +237,17 @@ def test_the_loss_is_the_weighted_mean_and_micro_batches_add_up():
         "example_weights": np.array([1, 1, 0, 1, 1, 0], np.float32),
     }
     objective = classification_objective(model, execution=Execution())
-    prepared, norms = objective.prepare(batch, None, 0)
+    prepared, norms = objective.prepare(batch, jax.random.key(0), 0, False)
 
     @jax.jit
     def run(part):
-        (loss, sums), grads = jax.value_and_grad(objective.loss_fn, has_aux=True)(params, {}, part, None, norms)
+        differentiated = jax.value_and_grad(
+            lambda p: objective.loss(p, part, jax.random.key(0), norms, False), has_aux=True
+        )
+        (loss, sums), grads = differentiated(params)
         return loss, sums, grads
 
-    alone = jax.jit(lambda one: objective.loss_fn(params, {}, one, None, 1.0)[0])
+    alone = jax.jit(lambda one: objective.loss(params, one, jax.random.key(0), 1.0, False)[0])
 
     def of_row(row):
         """Probabilities by themselves: one row, no padding."""

@@ -174,10 +174,10 @@ def plain_loss(case: Case, params, prepared):
 
 def test_loss_and_gradient_equal_the_full_head(case):
     params = init_params(case.model, jax.random.key(3), heads=(case.head,))
-    prepared, norms = case.objective.prepare(batch(), jax.random.key(5), 0)
+    prepared, norms = case.objective.prepare(batch(), jax.random.key(5), 0, True)
 
     def loss(params):
-        return case.objective.loss_fn(params, {}, prepared, None, norms)[0]
+        return case.objective.loss(params, prepared, jax.random.key(6), norms, True)[0]
 
     value, gradient = jax.value_and_grad(loss)(params)
     expected, expected_gradient = jax.value_and_grad(lambda p: plain_loss(case, p, prepared))(params)
@@ -187,8 +187,8 @@ def test_loss_and_gradient_equal_the_full_head(case):
 
 def test_metrics_are_sums_over_the_same_tokens(case):
     params = init_params(case.model, jax.random.key(3), heads=(case.head,))
-    prepared, norms = case.objective.prepare(batch(), jax.random.key(5), 0)
-    loss, sums = case.objective.loss_fn(params, {}, prepared, None, norms)
+    prepared, norms = case.objective.prepare(batch(), jax.random.key(5), 0, True)
+    loss, sums = case.objective.loss(params, prepared, jax.random.key(6), norms, True)
     assert float(sums["loss"][0] / sums["loss"][1]) == pytest.approx(float(loss), rel=1e-6)
     if case.head == "causal_lm":
         bits, size = sums["bits_per_byte"]

@@ -327,14 +327,14 @@ def test_a_loss_that_is_no_number_stops_the_run_unsaved(tmp_path, every):
             yield batch | {"poison": np.full(toy.ROWS, np.nan if step == 2 else 0, np.float32)}
             step += 1
 
-    def loss_fn(trainable, frozen, batch, key, norms):
-        loss, sums = toy.objective().loss_fn(trainable, frozen, batch, key, norms)
+    def poisoned(params, batch, *rest):
+        loss, sums = toy.objective().loss(params, batch, *rest)
         return loss + batch["poison"].sum(), sums
 
-    poisoned = Objective(toy.objective().prepare, loss_fn)
+    objective = Objective(toy.objective().prepare, poisoned)
     config = toy.config(tmp_path, steps=6, checkpoint=CheckpointConfig(every=every, keep=9))
     with pytest.raises(NonFiniteLoss, match="at step 3 the loss is nan") as error:
-        toy.run(config, objective=poisoned, batches_from=batches_from)
+        toy.run(config, objective=objective, batches_from=batches_from)
     assert "\n" not in str(error.value)
     assert complete_steps(tmp_path / "checkpoints") == ([1, 2] if every == 1 else [])
     assert [r["step"] for r in toy.metrics_of(tmp_path)] == [1, 2]

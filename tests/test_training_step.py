@@ -96,17 +96,17 @@ def test_micro_batches_are_cut_without_communication():
     """Interleaved rows lie on their device already; a cut into consecutive ones would gather the batch."""
     mesh = build_mesh(MeshConfig(8, 1, 1))
 
-    def prepare(batch, key, step):
+    def prepare(batch, key, step, train):
         return batch, 1.0
 
-    def loss_fn(trainable, frozen, batch, key, norms):
-        return jnp.sum(batch["x"] * trainable["bias"]), {}
+    def loss(params, batch, key, norms, train):
+        return jnp.sum(batch["x"] * params["bias"]), {}
 
     optimizer = build_optimizer(OptimizerConfig(no_decay=""), {"bias": jnp.zeros(4)}, None)
     with jax.set_mesh(mesh):
         state = new_state({"bias": jnp.zeros(4)}, optimizer.init, OptimizerConfig(), jax.random.key(0))
         batch = place_batch({"x": np.ones((64, 4), np.float32)}, mesh)
-        step = make_train_step(Objective(prepare, loss_fn), optimizer, schedule(OptimizerConfig(), 10), accumulation=4)
+        step = make_train_step(Objective(prepare, loss), optimizer, schedule(OptimizerConfig(), 10), accumulation=4)
         text = jax.jit(step).lower(state, batch).compile().as_text() or ""
     assert "all-reduce" in text
     for moving in ("all-gather", "all-to-all", "collective-permute"):
@@ -115,7 +115,7 @@ def test_micro_batches_are_cut_without_communication():
 
 def test_every_step_draws_anew_and_the_key_stays():
     noisy = toy.objective(noise=0.5)
-    same = Objective(lambda batch, key, step: (toy.batch(0), jnp.float32(1)), noisy.loss_fn)
+    same = Objective(lambda *_: (toy.batch(0), jnp.float32(1)), noisy.loss)
     state, first, second = stepped(objective=same)
     assert state.step == 2
     np.testing.assert_array_equal(state.key, jax.random.key_data(jax.random.key(2)))
@@ -146,7 +146,7 @@ def test_evaluation_divides_once_after_all_batches():
     batches = [toy.batch(i) for i in range(3)]
     batches[0]["loss_weights"][:] = 0
     batches[0]["loss_weights"][0, 0] = 1
-    keep = Objective(lambda batch, key, step: (batch, jnp.float32(1)), toy.objective().loss_fn)
+    keep = Objective(lambda batch, *_: (batch, jnp.float32(1)), toy.objective().loss)
     mesh = build_mesh(MeshConfig(4, 2, 1))
     with jax.set_mesh(mesh):
         evaluate = make_evaluate(keep, batches, mesh, lambda m: m | {"perplexity": float(np.exp(m["loss"]))})
@@ -157,20 +157,25 @@ def test_evaluation_divides_once_after_all_batches():
     assert got == again
 
 
-def test_evaluation_drops_nothing_out_and_masks_each_batch_anew():
-    keys = []
+def test_evaluation_does_not_train_and_draws_anew_for_each_batch_and_micro_batch():
+    """A generator samples in evaluation too: the key is there, and is another than that of the masks."""
 
-    def prepare(batch, key, step):
-        keys.append(key)
-        return batch | {"draw": jax.random.uniform(key, (toy.ROWS,))}, 1.0
+    def prepare(batch, key, step, train):
+        assert not train
+        return batch | {"masks": jax.random.uniform(key, (toy.ROWS,))}, 1.0
 
-    def loss_fn(trainable, frozen, batch, key, norms):
-        assert key is None and frozen == {}
-        return jnp.float32(0), {"draw": (batch["draw"].sum(), jnp.float32(1))}
+    def loss(params, batch, key, norms, train):
+        assert not train
+        rows = batch["masks"].shape
+        sums = {"masks": batch["masks"].sum(), "samples": jax.random.uniform(key, rows).sum()}
+        return jnp.float32(0), {name: (total, jnp.float32(rows[0])) for name, total in sums.items()}
 
-    seen = []
-    for count in (1, 2):
-        mesh = build_mesh(MeshConfig())
-        with jax.set_mesh(mesh):
-            seen.append(make_evaluate(Objective(prepare, loss_fn), [toy.batch(0)] * count, mesh)({})["draw"])
-    assert seen[1] != pytest.approx(seen[0], rel=1e-3)
+    mesh = build_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        seen = [
+            make_evaluate(Objective(prepare, loss), [toy.batch(0)] * count, mesh, accumulation=accumulation)({})
+            for count, accumulation in ((1, 1), (2, 1), (1, 2))
+        ]
+    assert seen[0]["masks"] == pytest.approx(seen[2]["masks"])
+    values = [seen[0]["masks"], seen[1]["masks"], *(metrics["samples"] for metrics in seen)]
+    assert len({round(value, 4) for value in values}) == len(values)

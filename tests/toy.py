@@ -61,26 +61,25 @@ def matrix_axes(params):
 def objective(noise: float = 0.0) -> Objective:
     """Predict each label; a random part of them, drawn in prepare, counts (so that weights are uneven)."""
 
-    def prepare(batch, key, step):
+    def prepare(batch, key, step, train):
         chosen = jax.random.bernoulli(key, 0.5, batch["labels"].shape) * batch["loss_weights"]
         return batch | {"loss_weights": chosen}, jnp.maximum(chosen.sum(), 1.0)
 
-    def loss_fn(trainable, frozen, batch, key, norms):
-        params = trainable | frozen
+    def loss(params, batch, key, norms, train):
         x = params["embeddings"]["token"]["embedding"][batch["input_ids"]]
         mlp = params["layers"]["period"]["0"]["mlp"]
         for layer in range(2):
             hidden = jax.nn.relu(x @ mlp["up"]["kernel"][layer] + mlp["up"]["bias"][layer])
             x = x + hidden @ mlp["down"]["kernel"][layer]
-        if noise and key is not None:
+        if noise and train:
             x = x * jax.random.bernoulli(key, 1 - noise, x.shape)
         logits = x @ params["head"]["causal_lm"]["kernel"].T
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], -1)[..., 0]
-        loss, weight = -jnp.sum(picked * batch["loss_weights"]), batch["loss_weights"].sum()
+        total, weight = -jnp.sum(picked * batch["loss_weights"]), batch["loss_weights"].sum()
         hits = jnp.sum((logits.argmax(-1) == batch["labels"]) * batch["loss_weights"])
-        return loss / norms, {"loss": (loss, weight), "accuracy": (hits, weight)}
+        return total / norms, {"loss": (total, weight), "accuracy": (hits, weight)}
 
-    return Objective(prepare, loss_fn)
+    return Objective(prepare, loss)
 
 
 def batch(step: int, rows: int = ROWS) -> dict:

@@ -24,7 +24,7 @@ def make_evaluate(
     finalize: Callable[[dict[str, float]], dict[str, float]] = dict,
     accumulation: int = 1,
 ) -> Callable[[Any], dict[str, float]]:
-    """params → metrics over all `batches` (this process's rows, NumPy); they are gone through at every call.
+    """Complete params → metrics over all `batches` (this process's rows, NumPy); they are gone through at every call.
 
     finalize: metrics → metrics with what follows from them (perplexity = exp loss).
     """

@@ -23,7 +23,7 @@ from espalier.training.introduction import UNKNOWN, About, introduce
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
 from espalier.training.start import Origin, beginning, check_fork, first_state
-from espalier.training.state import TrainState
+from espalier.training.state import TrainState, combined
 from espalier.training.step import Objective, jit_train_step
 from espalier.training.tracker import Tracker
 from sharding.mesh import place_batch
@@ -111,7 +111,7 @@ def train(
 
         def evaluated(state: TrainState, step: int) -> dict[str, float]:
             with tracker.paused():
-                metrics = evaluate(state.params)
+                metrics = evaluate(combined(state.params, state.frozen))
                 gc.collect()
             tracker.evaluation(step, metrics)
             return metrics

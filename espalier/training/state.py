@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -32,10 +32,26 @@ class TrainState:
     """Raw key data (uint32) of the run's random key; never split, only folded with the step."""
     rates: dict[str, jax.Array]
     """learning_rate, muon_learning_rate (peaks) and weight_decay, float32 scalars."""
+    frozen: Any = field(default_factory=dict)
+    """Parameters that do not change (the base under adapters, a reference model), laid out like `params`; often none.
+    Paths are their own, within the same tree as those of `params` or beside it: see `combined`."""
 
 
-def new_state(params: Any, init_opt_state: Callable[[Any], Any], config: OptimizerConfig, key: jax.Array) -> TrainState:
-    """The state at step 0 around `params`."""
+def combined(params: Any, frozen: Any) -> Any:
+    """Trainable and frozen parameters as the one tree that a model is applied to; no leaf may be in both."""
+    return _merged(params, frozen, "") if frozen else params
+
+
+def _merged(params: Any, frozen: Any, path: str) -> Any:
+    assert isinstance(params, Mapping) and isinstance(frozen, Mapping), f"{path} is both trained and frozen"
+    shared = {name: _merged(params[name], frozen[name], f"{path}/{name}") for name in params.keys() & frozen.keys()}
+    return {**params, **frozen, **shared}
+
+
+def new_state(
+    params: Any, init_opt_state: Callable[[Any], Any], config: OptimizerConfig, key: jax.Array, frozen: Any = None
+) -> TrainState:
+    """The state at step 0 around `params`; frozen: parameters that stay as they are."""
     rates = {name: getattr(config, name) for name in ("learning_rate", "muon_learning_rate", "weight_decay")}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -43,6 +59,7 @@ def new_state(params: Any, init_opt_state: Callable[[Any], Any], config: Optimiz
         opt_state=init_opt_state(params),
         key=jax.random.key_data(key),
         rates={name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()},
+        frozen={} if frozen is None else frozen,
     )
 
 
@@ -52,6 +69,7 @@ def shard_state(shapes: TrainState, mesh: Mesh) -> TrainState:
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, shapes),
         params=shard_params(shapes.params, mesh),
+        frozen=shard_params(shapes.frozen, mesh),
         opt_state=shard_like_params(shapes.opt_state, shapes.params, mesh),
     )
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from espalier.training.optimizer import Optimizer
-from espalier.training.state import TrainState
+from espalier.training.state import TrainState, combined
 from sharding.mesh import constrain
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, weight): they add up over micro-batches, hosts and batches, and are divided once at the end."""
+LOSSES = 2**32 - 1
+"""Folded into an evaluation's key: no row has this number, so what losses draw is apart from what `prepare` draws."""
 
 
-class Objective(NamedTuple):
-    """What is minimised, as two pure functions.
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, as pure functions. The key is always there; whether the model trains (drops out) is `train`,
+    a Python bool: an evaluation may have to sample."""
 
-    prepare(batch, key, step) → (batch, norms) sees the global batch: it draws masks and counts the denominators.
-    loss_fn(trainable, frozen, batch, key, norms) → (loss, Sums) sees a micro-batch of it and returns its sum over
-    the global norms, so that losses and gradients of micro-batches add up to those of the whole. key=None: no dropout.
-    """
-
-    prepare: Callable[..., tuple[dict, Any]]
-    loss_fn: Callable[..., tuple[jax.Array, Sums]]
+    prepare: Callable[[dict, jax.Array, jax.Array, bool], tuple[dict, Any]]
+    """(batch, key, step, train) → (batch, norms). It sees the global batch: it draws masks, counts the denominators."""
+    loss: Callable[[Any, dict, jax.Array, Any, bool], tuple[jax.Array, Sums]]
+    """(params, batch, key, norms, train) → (loss, Sums). It sees complete parameters and a micro-batch, and returns
+    the sum over the global norms, so that losses and gradients of micro-batches add up to those of the whole."""
+    divisible: bool = True
+    """Whether that holds: False for losses in which rows meet each other (in-batch negatives)."""
+    collect: Callable[[TrainState, dict, jax.Array], dict] | None = None
+    """(state, batch, key) → batch with what current or frozen parameters must compute first."""
 
 
 def make_train_step(
@@ -41,12 +48,14 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         prepare_key, loss_key = jax.random.split(key)
-        batch, norms = objective.prepare(batch, prepare_key, state.step)
+        batch, norms = objective.prepare(batch, prepare_key, state.step, True)
 
         def gradient(index, micro_batch):
-            micro_key = jax.random.fold_in(loss_key, index)
-            grad = jax.value_and_grad(objective.loss_fn, has_aux=True)
-            return grad(state.params, {}, micro_batch, micro_key, norms)
+            def loss(params):
+                micro_key = jax.random.fold_in(loss_key, index)
+                return objective.loss(combined(params, state.frozen), micro_batch, micro_key, norms, True)
+
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
 
         if accumulation == 1:
             (loss, sums), grads = gradient(0, batch)
@@ -65,21 +74,45 @@ def make_train_step(
 
 def jit_train_step(
     objective: Objective, optimizer: Optimizer, factor_fn: Callable[[Any], jax.Array], accumulation: int, state: Any
-) -> Any:
-    """The train step as the loop calls it: the old state's memory is taken for the new one, which lies like `state`."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+) -> JittedStep:
+    """The train step as the loop calls it: the old state's memory is taken for the new one, which lies like `state`.
+
+    That of frozen parameters is not: others may hold them too.
+    """
     step = make_train_step(objective, optimizer, factor_fn, accumulation)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+    def apart(state: TrainState, frozen: Any, batch: dict):
+        state, metrics = step(dataclasses.replace(state, frozen=frozen), batch)
+        return dataclasses.replace(state, frozen={}), metrics
+
+    layout = jax.tree.map(lambda leaf: leaf.sharding, dataclasses.replace(state, frozen={}))
+    return JittedStep(jax.jit(apart, donate_argnums=0, out_shardings=(layout, None)))
+
+
+class JittedStep(NamedTuple):
+    """(state, batch) → (state, metrics), compiled."""
+
+    jitted: Any
+    """(state without frozen parameters, those, batch) → (state without them, metrics)"""
+
+    def __call__(self, state: TrainState, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        new, metrics = self.jitted(dataclasses.replace(state, frozen={}), state.frozen, batch)
+        return dataclasses.replace(new, frozen=state.frozen), metrics
+
+    def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
+        """As `jax.jit(…).lower`."""
+        return self.jitted.lower(dataclasses.replace(state, frozen={}), state.frozen, batch)
 
 
 def make_eval_step(objective: Objective, accumulation: int = 1) -> Callable[[Any, dict, jax.Array], Sums]:
-    """(params, batch, key) → Sums, without dropout; micro-batches as in training, for memory's sake."""
+    """(complete params, batch, key) → Sums, without dropout; micro-batches as in training, for memory's sake."""
 
     def eval_step(params: Any, batch: dict, key: jax.Array) -> Sums:
-        batch, norms = objective.prepare(batch, key, jnp.zeros((), jnp.int32))
+        batch, norms = objective.prepare(batch, key, jnp.zeros((), jnp.int32), False)
+        loss_key = jax.random.fold_in(key, LOSSES)
 
         def measured(index, micro_batch):
-            return objective.loss_fn(params, {}, micro_batch, None, norms)[1]
+            return objective.loss(params, micro_batch, jax.random.fold_in(loss_key, index), norms, False)[1]
 
         return measured(0, batch) if accumulation == 1 else _accumulate(measured, batch, accumulation)
 

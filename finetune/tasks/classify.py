@@ -97,11 +97,11 @@ def classification_objective(model: ModelConfig, *, execution: Execution) -> Obj
     batch: also `labels` int32 [B] and `example_weights` float32 [B], 0 for rows that count nothing.
     """
 
-    def prepare(batch, key, step):
+    def prepare(batch, key, step, train):
         return batch, jnp.maximum(jnp.sum(batch["example_weights"]), 1.0)
 
-    def loss_fn(trainable, frozen, batch, key, norms):
-        logits_BC = class_logits(model, trainable | frozen, batch, execution, key)
+    def loss(params, batch, key, norms, train):
+        logits_BC = class_logits(model, params, batch, execution, key if train else None)
         labels_B, weights_B = batch["labels"], batch["example_weights"]
         logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BC), labels_B[:, None], axis=1)[:, 0]
         correct_B = (jnp.argmax(logits_BC, axis=1) == labels_B).astype(jnp.float32)
@@ -109,7 +109,7 @@ def classification_objective(model: ModelConfig, *, execution: Execution) -> Obj
         metrics = {"loss": (loss_sum, weight), "accuracy": (jnp.sum(weights_B * correct_B), weight)}
         return loss_sum / norms, jax.lax.stop_gradient(metrics)
 
-    return Objective(prepare, loss_fn)
+    return Objective(prepare, loss)
 
 
 def class_probabilities(
