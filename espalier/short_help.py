@@ -26,6 +26,15 @@ def often(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={OFTEN: True})
 
 
+OTHER_BASES = """In place of PRESET:
+  FILE.py:NAME         a function of yours that returns the configuration; or package.module:NAME
+  --from-config FILE   a saved configuration: a run directory, its config.json, or what --print-config printed; all its
+                       settings but run_dir, stop_at, export, json and debug
+
+Flags change what the preset, function or file says. `{prog} PRESET --help` shows the flags that people set,
+`--help-all` every flag; `--print-config` prints all settings as JSON and ends."""
+
+
 class Setting(NamedTuple):
     """A setting as the short help shows it."""
 
@@ -83,7 +92,8 @@ def short_help(config: Any, prog: str, description: str | None) -> str:
         lines += textwrap.wrap(
             words, width, initial_indent=head.ljust(left), subsequent_indent=" " * left, break_on_hyphens=False
         )
-    return "\n".join([*lines, "", f"`{prog} --help-all` lists every flag."])
+    end = f"`{prog} --help-all` lists every flag, `--print-config` their values."
+    return "\n".join([*lines, "", *textwrap.wrap(end, width, break_on_hyphens=False)])
 
 
 def preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, description: str) -> str:
@@ -95,7 +105,7 @@ def preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, description
         lines += textwrap.wrap(
             f"  {name}".ljust(width) + summary, 118, subsequent_indent=" " * width, break_on_hyphens=False
         )
-    return "\n".join([*lines, "", f"`{prog} PRESET --help` shows the flags that people set, `--help-all` every flag."])
+    return "\n".join([*lines, "", OTHER_BASES.format(prog=prog)])
 
 
 def _takes(hint: Any) -> str:

@@ -22,7 +22,7 @@ import finetune.presets
 import finetune.train
 import mlm.presets
 import mlm.pretrain
-from espalier import cli
+from espalier import cli, saved_config
 from espalier.commands.convert import ExportConfig, ImportConfig, export_model, import_model
 from espalier.data.tokenizer import framed_tokenizer, load_tokenizer, save_tokenizer, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
@@ -278,6 +278,12 @@ def test_import_then_every_door(published_bert, corpus, tmp_path):
         row = json.loads(line)
         (found,) = classify([row["text"]])
         assert found["label"] == row["prediction"] and found["score"] == pytest.approx(row["probability"], abs=1e-4)
+
+    # What config.json records beside the settings is known to --from-config.
+    again = saved_config.read(str(tmp_path / "more"), [mlm.presets.PretrainConfig], "mlm")
+    assert (again.config.data, again.config.run_dir, again.name) == (config.data, None, "more-again")
+    again = saved_config.read(str(tmp_path / "tuned"), [finetune.presets.FinetuneConfig], "finetune")
+    assert again.config.data == data and again.config.init_from == tuning.init_from
 
     with pytest.raises(UserError, match="weights and no optimizer state"):
         mlm.pretrain.main(dataclasses.replace(config, run_dir=str(tmp_path / "fork"), init_optimizer=True, seed=1))

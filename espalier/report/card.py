@@ -84,7 +84,7 @@ def _results(task: TaskReport, summary: dict) -> dict[str, str]:
     measured = (summary.get("eval") or {}) | (summary.get("metrics") or {})
     names = {"loss": f"loss (nats per {task.unit})", **task.metric_names}
     return {
-        names.get(name, name.replace("_", " ")): f"{value:.4g}"
+        names.get(str(name), str(name).replace("_", " ")): f"{value:.4g}"
         for name, value in measured.items()
         if isinstance(value, int | float)
     }

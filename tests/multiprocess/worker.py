@@ -15,6 +15,7 @@ import sys
 import time
 
 from espalier import cli, library_log
+from espalier.exits import one_line_errors
 from sharding.processes.coordination import collected, joined
 from sharding.processes.discovery import DistributedConfig
 
@@ -102,5 +103,5 @@ def main(config: Jobs) -> dict:
 if __name__ == "__main__":
     library_log.begin()
     jobs = Jobs([json.loads(argument) for argument in sys.argv[1:]])
-    with cli._one_line_errors(debug=False):
+    with one_line_errors(debug=False):
         cli._call(main, jobs)

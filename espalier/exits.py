@@ -1,0 +1,59 @@
+"""Errors that are no bugs → one line on standard error and an exit code; bugs keep their traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+
+from espalier.errors import MachineError, UserError
+
+REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
+"""What the machine may answer to a sound program: no permission, no space left, a file where a folder should be."""
+
+OUT_OF_MEMORY = (
+    "the device has too little memory ({}); try --accumulation 2 or more, --execution.remat full, a shorter "
+    "--data.sequence-length, or --mesh.fsdp -1 on several devices; what was saved stays"
+)
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        # A terminal that is no UTF-8 gets \u4e2d for a character that it does not have, not a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (UserError, MachineError, KeyboardInterrupt, OSError, RuntimeError) as error:
+        refused = isinstance(error, OSError) and error.errno in REFUSALS
+        full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        if not (refused or full or isinstance(error, UserError | MachineError | KeyboardInterrupt)):
+            raise
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
+        # Which of several processes it was (sharding/processes).
+        who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))
+        print(f"error: {who}{message}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has gone (`| head`); if so, nothing more is written there, at exit neither."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

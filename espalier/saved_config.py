@@ -1,0 +1,168 @@
+"""A configuration as JSON: what --print-config prints and --from-config reads, the settings of a run's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from espalier import progress
+from espalier.errors import UserError
+from espalier.flags import fields_given, flags_of, nearest, spelled_out
+
+NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug"))
+"""Settings of one call, which a file does not hand on: where it writes, where it pauses and how it prints."""
+FACTS = frozenset(("command", "fingerprints", "imported_from", "labels", "model", "published", "task", "words"))
+"""What config.json records of a run beside its settings, where the configuration has no field of that name."""
+INSTEAD = {"steps": "epochs"}
+"""A flag → the setting of a file or preset that would win over it, and therefore goes."""
+LISTED = 4
+
+
+class Saved(NamedTuple):
+    """A configuration that was read."""
+
+    config: Any
+    given: frozenset[str]
+    """Fields that flags had set when it was made, nested ones as `outer.inner`."""
+    name: str
+    """For the run directory of what starts from it."""
+
+
+def as_json(config: Any, command: str) -> str:
+    """The text of --print-config. command: recorded as in config.json, it tells which settings were asked for."""
+    return json.dumps(dataclasses.asdict(config) | {"command": command}, indent=1, ensure_ascii=False)
+
+
+def read(given: str, config_types: Iterable[type], prog: str) -> Saved:
+    """The configuration in `given`: a run directory, its config.json, or a file that --print-config wrote.
+
+    config_types: of the entry point; that which fits the file best is taken. A setting that the file does
+    not have gets the default of its class, and a line tells of it. UserError for an unknown setting or a wrong value.
+    """
+    path, values = _read(given)
+    config_type = min(config_types, key=lambda kind: (len(_unknown(kind, values)), len(_names(kind) - values.keys())))
+    if unknown := _unknown(config_type, values):
+        hint = nearest(unknown[0], _names(config_type))
+        by = f" (it was made by `{values['command']}`)" if values.get("command") else ""
+        raise UserError(
+            f"{path} has {', '.join(unknown[:LISTED])}, which {prog} does not know{hint}{by}; "
+            "correct or delete it, or use the command and the version that wrote it"
+        )
+    missing: list[str] = []
+    config = _dataclass(config_type, values, str(path), "", missing)
+    if missing:
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        progress.say(f"{path} does not have {', '.join(missing[:LISTED])}{more}: left at the default")
+    name = f"{path.parent.name}-again" if path.name == "config.json" else f"{prog}-{path.stem}"
+    return Saved(config, _given(values.get("command"), config_type), name)
+
+
+def without_overridden(config: Any, given: Iterable[str]) -> Any:
+    """The configuration without what would win over the flags that are given."""
+    gone = {INSTEAD[flag]: None for flag in given if flag in INSTEAD and hasattr(config, INSTEAD[flag])}
+    return dataclasses.replace(config, **gone)
+
+
+def _read(given: str) -> tuple[Path, dict]:
+    path = Path(given).expanduser().absolute()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"--from-config {given}: there is no {path}; accepted is a run directory, its config.json, or a file that "
+            "--print-config wrote"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--from-config {given}: {path} is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--from-config {given}: {path} holds no JSON object of settings")
+    return path, values
+
+
+def _unknown(config_type: type, values: dict) -> list[str]:
+    return sorted(values.keys() - _names(config_type) - FACTS)
+
+
+def _names(config_type: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config_type)}
+
+
+def _given(command: Any, config_type: type) -> frozenset[str]:
+    """The fields that the flags of a recorded command set."""
+    if not isinstance(command, str):
+        return frozenset()
+    flags, words = flags_of(config_type), shlex.split(command)
+    found = frozenset(fields_given(spelled_out(words, flags), flags))
+    for at, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag == "--from-config":
+            try:
+                found |= _given(_read(value if equals else words[at + 1])[1].get("command"), config_type)
+            except (UserError, IndexError):
+                continue
+    return found
+
+
+def _dataclass(kind: type, values: Any, path: str, prefix: str, missing: list[str]) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {prefix.rstrip('.')}={values!r} must be an object of settings")
+    fields, hints = _names(kind), typing.get_type_hints(kind)
+    if prefix and (unknown := sorted(values.keys() - fields)):
+        raise UserError(
+            f"{path} has {prefix}{unknown[0]}, which is no setting here{nearest(unknown[0], fields)}; correct or "
+            "delete it, or use the version that wrote it"
+        )
+    arguments = {}
+    for field in dataclasses.fields(kind):
+        name, hint = prefix + field.name, hints[field.name]
+        if name in NOT_TAKEN:
+            continue
+        if field.name not in values:
+            missing.append(name)
+        elif dataclasses.is_dataclass(hint):
+            arguments[field.name] = _dataclass(typing.cast(type, hint), values[field.name], path, f"{name}.", missing)
+        elif not _fits(hint, values[field.name]):
+            raise UserError(f"{path}: {name}={values[field.name]!r} must be {_words(hint)}")
+        else:
+            arguments[field.name] = _tuples(values[field.name])
+    return kind(**arguments)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON value is one of this type."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(part, value) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
+        if not isinstance(value, list):
+            return False
+        each = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(each) == len(value) and all(map(_fits, each, value))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _words(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, parts))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if origin is tuple:
+        return f"a list, each {_words(parts[0])}"
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,121 @@
+"""Code of the user's own, named on a command line as FILE.py:NAME or package.module:NAME."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from espalier.errors import UserError
+from espalier.flags import nearest
+
+FORMS = "FILE.py:NAME or package.module:NAME"
+
+
+def load(given: str) -> Any:
+    """What `FILE.py:NAME` or `package.module:NAME` names. A file is run once in a process, however often it is named.
+
+    Modules beside the file (for the other form: in the working directory) can be imported by it; they hide no module
+    that is installed. UserError where there is no such file, module or name, and where it raises.
+    """
+    place, _, name = given.rpartition(":")
+    if not place or not name:
+        raise UserError(
+            f"{given!r} names nothing in a file; accepted is {FORMS}, for instance my_file.py:{name or 'x'}"
+        )
+    module = _file(given, place) if place.endswith(".py") or os.sep in place else _module(given, place)
+    if not hasattr(module, name):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise UserError(f"{given}: {place} has no {name}{nearest(name, own)}; it defines {', '.join(own) or 'nothing'}")
+    return getattr(module, name)
+
+
+def preset(given: str, config_types: tuple[type, ...]) -> tuple[Callable[[], Any], Any]:
+    """A user's preset and the configuration that it returns; UserError unless that is one of `config_types`."""
+    function = load(given)
+    kinds = " or ".join(map(_name, config_types))
+    if not callable(function):
+        raise UserError(
+            f"{given} is a {_name(type(function))}; accepted is a function without arguments that returns {kinds}"
+        )
+    with one_line(given, getattr(getattr(function, "__code__", None), "co_filename", None)):
+        config = function()
+    if not isinstance(config, config_types):
+        raise UserError(
+            f"{given} returns a {_name(type(config))}; accepted is {kinds}: begin with one, or with a preset and "
+            "dataclasses.replace"
+        )
+    return function, config
+
+
+@contextlib.contextmanager
+def one_line(given: str, file: str | None) -> Iterator[None]:
+    """Errors of the user's code become a UserError that says where they are in `file`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []
+        where = f" in line {lines[-1]} of {file}" if lines else ""
+        words = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        raise UserError(
+            f"{given}: {type(error).__name__}{where}: {words}; correct it there (--debug shows the traceback)"
+        ) from error
+
+
+def _file(given: str, place: str) -> ModuleType:
+    path = Path(place).expanduser().absolute()
+    if not path.is_file():
+        raise UserError(
+            f"{given}: there is no file {path}; paths are seen from where you are, and NAME follows a colon"
+        )
+    # A name that no package has, so that a file may be called as it likes (data.py, models.py).
+    name = f"espalier_user_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{given}: {path} is no Python file (.py)")
+    _importable(path.parent)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        with one_line(given, str(path)):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _module(given: str, place: str) -> ModuleType:
+    _importable(Path.cwd())
+    try:
+        with one_line(given, None):
+            return importlib.import_module(place)
+    except UserError as error:
+        missing = getattr(error.__cause__, "name", None)
+        if isinstance(error.__cause__, ModuleNotFoundError) and f"{place}.".startswith(f"{missing}."):
+            raise UserError(
+                f"{given}: no module {missing}, neither here nor installed; accepted is {FORMS}"
+            ) from error.__cause__
+        raise
+
+
+def _name(kind: type) -> str:
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _importable(folder: Path) -> None:
+    # At the end: a data.py of the user's must not take the place of an installed one.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
