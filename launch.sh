@@ -4,24 +4,27 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 min_python=3.11
-commands=(demo mlm clm finetune plan generate prepare import export report test setup python)
+
+# The library's commands, from the table that espalier/__main__.py reads too: names, and a line of help for each.
+commands=() library_help=""
+read_commands() {
+  local name takes meaning
+  while IFS='|' read -r name takes meaning _; do
+    [[ $name != \#* ]] || continue
+    read -r name <<<"$name"
+    read -r takes <<<"$takes"
+    read -r meaning <<<"$meaning"
+    commands+=("$name")
+    library_help+=$(printf '  %-36s%s' "./launch.sh $name $takes" " $meaning")$'\n'
+  done <"$root/espalier/commands/table.txt"
+}
 
 usage() {
-  cat <<'HELP'
+  cat <<HELP
 usage: ./launch.sh [COMMAND] [arguments]
 
   ./launch.sh                          install what is missing, then run the demo
-  ./launch.sh demo [flags]             the demo: pretrain, fine-tune and compare on this machine
-  ./launch.sh mlm PRESET [flags]       masked-LM pretraining (BERT, ModernBERT)
-  ./launch.sh clm PRESET [flags]       causal-LM pretraining (GPT-2, Llama)
-  ./launch.sh finetune PRESET [flags]  fine-tune a checkpoint on labelled data
-  ./launch.sh plan PRESET [flags]      memory, time and cost of a run before any chip is rented; `plan budget`: how much
-                                       data and compute a model takes
-  ./launch.sh generate [flags]         continue text with a causal-LM run
-  ./launch.sh prepare [flags]          train a tokenizer and tokenize text without training a model
-  ./launch.sh import SRC DST [flags]   make a run directory of a model in Hugging Face format (folder or Hub id)
-  ./launch.sh export RUN DST [flags]   write a run's model in Hugging Face format
-  ./launch.sh report [flags]           write the report of a run again
+${library_help%$'\n'}
   ./launch.sh test [pytest arguments]  install what the tests need and run them (paths as seen from this folder)
   ./launch.sh setup                    install only
   ./launch.sh python [arguments]       the environment's Python, which finds Espalier from everywhere
@@ -30,7 +33,7 @@ Each command has its own --help; after a PRESET, --help-all lists every flag. Pa
 from where you are.
 
 The environment is the active virtualenv, the active conda environment (other than base), Colab's own Python, or
-else .venv beside this script, made by $PYTHON (unset = python3; 3.11 or newer). An installed JAX is kept as it is;
+else .venv beside this script, made by \$PYTHON (unset = python3; 3.11 or newer). An installed JAX is kept as it is;
 where there is none, the build that fits the hardware is chosen (CPU, CUDA 12 or 13, TPU).
 HELP
 }
@@ -244,66 +247,18 @@ setup() {
   [[ -x $python && -e $stamps/$name && $(<"$stamps/$name") == "$(cat "${files[@]}")" ]] || install_locked "$name" "${files[@]}"
 }
 
-# On CPUs, XLA takes and returns its large buffers at every step, and glibc would hand each back to the system: kept in
-# one arena, there are 16 times fewer page faults and a third more tokens a second (mlm demo on 2 cores). Tokenizing
-# alone is faster without.
-keep_memory() {
-  export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX-1} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0}
-  export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-8589934592} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-67108864}
-}
-
-# Where compiled programs are kept: in a folder by processor, for they hold its instructions and a home may be shared
-# among many kinds, and by version.
-compiled_programs() {
-  local line name versions="" file
-  name=$({
-    uname -m
-    # The first processor stands for all.
-    while IFS= read -r line && [[ -n $line ]]; do
-      [[ ! $line =~ ^(vendor_id|cpu family|model|flags|CPU|Features|isa|cpu[[:space:]]*:) ]] || printf '%s\n' "$line"
-    done </proc/cpuinfo || sysctl machdep.cpu || true
-  } 2>/dev/null | cksum)
-  for file in "$prefix"/{,local/}lib*/python3*/*-packages/jax{,lib}-[0-9]*.dist-info; do
-    [[ ! -e $file ]] || file=${file##*/} file=${file%.dist-info}
-    [[ $file == */* || $versions == *"$file-"* ]] || versions+=$file-
-  done
-  printf '%s/compiled/%scpu-%s\n' "${ESPALIER_CACHE:-$HOME/.cache/espalier}" "$versions" "${name/ /-}"
-}
-
-run_python() {
-  setup run
+# What the environment needs before JAX is loaded (memory, the cache of compiled programs) is set in espalier/__main__.py.
+run() {
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-  [[ -z ${training:-} || $hardware != cpu ]] || keep_memory
-  # Compiled programs are kept, so that a resumed or repeated run starts at once.
-  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$(compiled_programs)}
-  exec "$python" "$@"
+  # -P: a json.py where the user happens to be must not hide Python's.
+  exec "$python" -P -m espalier "$@"
 }
 
-run_module() {
-  # -P: a espalier/cli.py or data/ where the user happens to be must not hide ours.
-  run_python -P -m "$@"
-}
-
+read_commands
 command=${1:-demo}
 [[ $# -eq 0 ]] || shift
 case $command in
   -h | --help | help) usage ;;
-  demo) training=yes run_module espalier.commands.demo "$@" ;;
-  mlm) training=yes run_module mlm.pretrain "$@" ;;
-  clm) training=yes run_module clm.pretrain "$@" ;;
-  finetune) training=yes run_module finetune.train "$@" ;;
-  generate) run_module clm.generate "$@" ;;
-  prepare) run_module espalier.data.prepare "$@" ;;
-  plan)
-    if [[ " $*" == *" --topology"* ]]; then
-      setup run
-      install_libtpu_locked
-    fi
-    run_module espalier.commands.plan "$@"
-    ;;
-  import | export) run_module espalier.commands.convert "$command" "$@" ;;
-  report) run_module espalier.commands.report "$@" ;;
-  python) run_python "$@" ;;
   setup)
     setup run
     say "ready: $python"
@@ -316,7 +271,17 @@ case $command in
     # Processes of their own for the tests, since most of them wait for compilers that use one core.
     exec "$python" -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"
     ;;
+  python)
+    setup run
+    run python "$@"
+    ;;
   *)
+    if [[ " ${commands[*]} " == *" $command "* ]]; then
+      setup run
+      [[ $command != plan || " $*" != *" --topology"* ]] || install_libtpu_locked
+      run "$command" "$@"
+    fi
+    commands+=(test setup python)
     nearest=$("${PYTHON:-python3}" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' \
       "$command" "${commands[@]}" 2>/dev/null || true)
     fail "unknown command '$command'${nearest:+; did you mean $nearest?}; \`./launch.sh --help\` lists ${commands[*]}"

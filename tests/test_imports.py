@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import pytest
 
@@ -44,7 +45,10 @@ KNOWN_ONLY_IN = {
 }
 """Libraries behind one place; the last two are never needed at run time."""
 
-LEAVES = set("cli errors exits files flags library_log progress saved_config short_help speakers user_code".split())
+LEAVES = set(
+    "__main__ cli errors exits files flags library_log neighbours progress saved_config short_help speakers "
+    "user_code".split()
+)
 """Which every module may import."""
 
 HEAVY = "jax flax numpy transformers tokenizers datasets optax orbax matplotlib sklearn".split()
@@ -83,7 +87,7 @@ def violations(path: str, source: str) -> list[str]:
     for module, name in imports(source):
         top = room(module)
         may = MAY_IMPORT.get(own, set())
-        allowed = may | {own} | LEAVES | ({"data"} if path == "espalier/models/hub.py" else set())
+        allowed = may | {own, "__version__"} | LEAVES | ({"data"} if path == "espalier/models/hub.py" else set())
         if module.split(".")[0] in TOP and top not in allowed:
             bad.append(f"{path} imports {module}: {own} may import {sorted(may) or 'only the leaves'}")
         if own == "models" and top == "sharding" and path not in LAYING_OUT and name not in MODELS_MAY_TAKE:
@@ -122,6 +126,14 @@ def test_every_package_is_in_the_table():
     rooms = {path.stem for path in ROOT.glob("espalier/*.py")}
     rooms |= {path.parent.name for path in ROOT.glob("espalier/*/*.py")}
     assert rooms - {"__init__"} == MAY_IMPORT.keys() - set(TOP) | LEAVES
+
+
+def test_every_package_is_installed():
+    """The list in pyproject.toml, without what only a checkout needs."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in sources()}
+    there = {".".join(folder.parts) for folder in folders} - {"cluster"}
+    assert listed == sorted(there), "write the folders of packages into pyproject.toml"
 
 
 @pytest.mark.parametrize("name", ["datasets", "tokenizers", "evaluate"])

@@ -6,6 +6,7 @@ installs anything; questions about versions (`-c`, `-`) are answered by the real
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import sys
 import time
 
 import pytest
+
+from espalier.__main__ import commands
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -46,8 +49,6 @@ case "$1 ${{2:-}} ${{3:-}}" in
   "-c"* | "- "*) exec {sys.executable} -S "$@" ;;
 esac
 echo "$0 PYTHONPATH=$PYTHONPATH cwd=$PWD: $*" >>"$FAKE_LOG"
-echo "${{MALLOC_ARENA_MAX:-default}}" >"$FAKE_LOG.arenas"
-echo "$JAX_COMPILATION_CACHE_DIR" >"$FAKE_LOG.compiled"
 [[ $1 != -P ]] || echo "ran ${{*:3}}"
 """
 
@@ -59,7 +60,8 @@ class Place:
         self.root, self.log, self.bin = folder / "checkout", folder / "log", folder / "bin"
         self.root.mkdir()
         self.bin.mkdir()
-        for name in ("launch.sh", "requirements.txt", "requirements-test.txt"):
+        (self.root / "espalier/commands").mkdir(parents=True)
+        for name in ("launch.sh", "requirements.txt", "requirements-test.txt", "espalier/commands/table.txt"):
             shutil.copy(ROOT / name, self.root / name)
         self.tool("python3", PYTHON)
         # Only what launch.sh may expect everywhere: nvidia-smi of this machine stays out of sight.
@@ -117,77 +119,27 @@ def test_first_launch_installs_and_second_only_runs(place):
     pip, run = place.asked()
     assert pip.startswith("-m pip install ") and f"--requirement {place.root}/requirements.txt" in pip
     where = f"PYTHONPATH={place.root} cwd={place.root}"
-    assert run == f"{place.root}/.venv/bin/python {where}: -P -m espalier.commands.demo"
-    assert out == "ran espalier.commands.demo\n"
+    assert run == f"{place.root}/.venv/bin/python {where}: -P -m espalier demo"
+    assert out == "ran espalier demo\n"
     assert "Downloading something" in err and "already satisfied" not in err
 
     start = time.monotonic()
     out, err = place.launch()
     assert time.monotonic() - start < 3
-    assert (out, err) == ("ran espalier.commands.demo\n", "")
+    assert (out, err) == ("ran espalier demo\n", "")
     assert len(place.asked()) == 1
 
 
-@pytest.mark.parametrize(
-    "command, module",
-    [
-        ("demo", "espalier.commands.demo"),
-        ("mlm", "mlm.pretrain"),
-        ("clm", "clm.pretrain"),
-        ("finetune", "finetune.train"),
-        ("generate", "clm.generate"),
-        ("prepare", "espalier.data.prepare"),
-        ("report", "espalier.commands.report"),
-    ],
-)
-def test_commands_run_their_module_where_the_user_is(place, tmp_path, command, module):
+def test_commands_run_where_the_user_is(place, tmp_path):
     here = tmp_path / "my texts"
     here.mkdir()
-    out, _ = place.launch(command, "preset", "--files", "a b", cwd=here, PYTHONPATH="/else")
-    assert out == f"ran {module} preset --files a b\n"
-    assert f"PYTHONPATH={place.root}:/else cwd={here}: -P -m {module}" in place.asked()[-1]
+    out, _ = place.launch("mlm", "preset", "--files", "a b", cwd=here, PYTHONPATH="/else")
+    assert out == "ran espalier mlm preset --files a b\n"
+    assert f"PYTHONPATH={place.root}:/else cwd={here}: -P -m espalier mlm" in place.asked()[-1]
     listed, _ = place.launch("--help")
-    assert f"./launch.sh {command} " in listed
-
-
-@pytest.mark.parametrize(
-    "command, hardware, given, arenas",
-    [
-        ("mlm", "cpu", {}, "1"),
-        ("demo", "cpu", {"MALLOC_ARENA_MAX": "3"}, "3"),
-        ("prepare", "cpu", {}, "default"),
-        ("clm", "gpu", {}, "default"),
-    ],
-)
-def test_training_on_cpus_keeps_its_memory(place, command, hardware, given, arenas):
-    if hardware == "gpu":
-        place.gpu("580.1, 9.0")
-    place.launch(command, **given)
-    assert place.log.with_name("log.arenas").read_text() == f"{arenas}\n"
-
-
-def test_compiled_programs_are_kept_by_processor_and_version(place, tmp_path):
-    """A home that many kinds of processors share: none meets what was compiled for another."""
-
-    def folder(*, flags: str = "fpu avx2 avx512f", mhz: str = "2000", command: str = "mlm", **env: str) -> str:
-        cpuinfo.write_text(
-            f"processor\t: 0\nmodel name\t: Xeon\ncpu MHz\t: {mhz}\nflags\t: {flags}\n\nprocessor\t: 1\n"
-        )
-        place.launch(command, **env)
-        return place.log.with_name("log.compiled").read_text().strip()
-
-    cpuinfo, script = tmp_path / "cpuinfo", place.root / "launch.sh"
-    text = script.read_text()
-    assert text.count("/proc/cpuinfo") == 1
-    script.write_text(text.replace("/proc/cpuinfo", str(cpuinfo)))
-    here = folder()
-    assert pathlib.Path(here).parent == place.root / ".cache/espalier/compiled"
-    assert folder(mhz="3100") == here == folder(command="python")
-    assert folder(flags="fpu avx2") != here
-    (place.root / ".venv/lib/python3.11/site-packages/jaxlib-0.10.1.dist-info").mkdir(parents=True)
-    assert "/jaxlib-0.10.1-cpu-" in folder() and folder() != here
-    assert folder(ESPALIER_CACHE="/cache").startswith("/cache/compiled/jaxlib-0.10.1-cpu-")
-    assert folder(JAX_COMPILATION_CACHE_DIR="/mine") == "/mine"
+    for command in commands():
+        assert re.search(rf"^  ./launch.sh {command.name} .* {re.escape(command.meaning)}$", listed, re.M)
+        assert place.launch(command.name)[0] == f"ran espalier {command.name}\n"
 
 
 def test_an_environment_whose_interpreter_has_gone_is_made_again(place):
@@ -195,7 +147,7 @@ def test_an_environment_whose_interpreter_has_gone_is_made_again(place):
     (place.root / ".venv/bin/python").unlink()
     place.asked()
     out, err = place.launch("mlm")
-    assert out == "ran mlm.pretrain\n" and "making" in err
+    assert out == "ran espalier mlm\n" and "making" in err
     assert [line for line in place.asked() if "pip install" in line]
 
 
@@ -217,7 +169,7 @@ def test_plan_for_a_topology_brings_the_compiler_once(place):
     assert not [line for line in place.asked() if "libtpu" in line]
     place.launch("plan", "gpt2", "--topology", "v5e:4x4", PYTHONPATH=jax)
     compiler, run = place.asked()
-    assert "libtpu==0.0.41.*" in compiler and run.endswith("-P -m espalier.commands.plan gpt2 --topology v5e:4x4")
+    assert "libtpu==0.0.41.*" in compiler and run.endswith("-P -m espalier plan gpt2 --topology v5e:4x4")
     place.launch("plan", "gpt2", "--topology=v5e:4x4", PYTHONPATH=jax)
     assert len(place.asked()) == 1
     (place.root / ".venv/.espalier/libtpu/version").unlink()
@@ -229,7 +181,8 @@ def test_python_is_that_of_the_environment(place):
     place.launch("setup")
     place.asked()
     place.launch("python", "-m", "ruff", "check")
-    assert place.asked() == [f"{place.root}/.venv/bin/python PYTHONPATH={place.root} cwd={place.root}: -m ruff check"]
+    where = f"PYTHONPATH={place.root} cwd={place.root}"
+    assert place.asked() == [f"{place.root}/.venv/bin/python {where}: -P -m espalier python -m ruff check"]
 
 
 def test_changed_requirements_are_installed(place):
@@ -291,20 +244,20 @@ def test_a_virtualenv_without_pip_is_made_again(place):
     (place.root / ".venv" / "bin").mkdir(parents=True)
     (place.root / ".venv" / "bin" / "python").symlink_to("/nowhere/python")
     out, _ = place.launch()
-    assert out == "ran espalier.commands.demo\n"
+    assert out == "ran espalier demo\n"
 
 
 def test_a_python_without_ensurepip_serves_too(place):
     out, _ = place.launch(FAKE_NO_ENSUREPIP="1")
-    assert out == "ran espalier.commands.demo\n" and (place.root / ".venv" / "pip").exists()
+    assert out == "ran espalier demo\n" and (place.root / ".venv" / "pip").exists()
 
 
 def test_a_second_launch_waits_for_the_first(place):
     first = place.start("mlm", "first", FAKE_SECONDS="2")
     wait_for(pathlib.Path(f"{place.log}.installing"))
     out, err = place.launch("mlm", "second")
-    assert first.communicate(timeout=60)[0] == "ran mlm.pretrain first\n"
-    assert out == "ran mlm.pretrain second\n"
+    assert first.communicate(timeout=60)[0] == "ran espalier mlm first\n"
+    assert out == "ran espalier mlm second\n"
     assert err == "espalier: another launch is installing; waiting for it\n"
     assert sum("pip install" in line for line in place.asked()) == 1
 
@@ -334,7 +287,7 @@ def test_python_chooses_the_interpreter(place, tmp_path):
     _, err = place.launch(code=2)
     assert "python3 not found; Python 3.11 or newer is needed" in err and err.count("\n") == 1
     out, _ = place.launch(PYTHON="python9")
-    assert out == "ran espalier.commands.demo\n"
+    assert out == "ran espalier demo\n"
 
 
 def test_an_old_python_is_refused_in_one_line(place):
@@ -426,7 +379,7 @@ def test_the_demo_takes_signals_itself(place):
     script = place.bin / "python3"
     script.write_text(script.read_text() + "[[ $1 != -P ]] || { echo pid $$; exec sleep 60; }\n")
     process = place.start()
-    assert process.stdout.readline() == "ran espalier.commands.demo\n"
+    assert process.stdout.readline() == "ran espalier demo\n"
     assert process.stdout.readline() == f"pid {process.pid}\n"
     process.terminate()
     process.communicate(timeout=20)
