@@ -30,6 +30,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+pytest_plugins = ["cpu_seconds"]
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
