@@ -8,15 +8,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
+from quick import xla_flags
+
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could ask for eight CPU devices"
-DEVICES = "--xla_force_host_platform_device_count={}"
-# Tiny programs are compiled far more often than they are run: unoptimised code makes the suite several times faster.
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # The processes of pytest-xdist inherit all this from the first one.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES.format(8)} {QUICK_COMPILE}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Some hundred processes are started: each would compile the sources anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # Many tests start the same small program in a process of its own: it is compiled once a session.
     COMPILED = tempfile.TemporaryDirectory(prefix="espalier-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
@@ -69,8 +70,7 @@ def start_cli(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *map(str, arguments)],
             cwd=cwd or tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{DEVICES.format(devices)} {QUICK_COMPILE}"}
-            | (env or {}),
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices)} | (env or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """Where the suite's time goes: CPU seconds of each test, and a table of them by file.
 
-tests/conftest.py loads this as a plugin. A run with `--junitxml FILE` holds a property `cpu_seconds` for every test, its
-fixtures and processes that it waited for included: unlike seconds on the wall they hardly depend on what else runs.
+tests/conftest.py loads this as a plugin: a run with `--junitxml FILE` writes a property `cpu_seconds` for every test,
+including its fixtures and the processes that it waited for. Seconds on the wall depend on what else runs, these less.
 
     ./launch.sh test --junitxml times.xml
     python -P tests/cpu_seconds.py times.xml [more.xml …] [--write docs/testing.md]
@@ -37,7 +37,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def table(files: list[pathlib.Path], shown: float = 10.0) -> str:
-    """Markdown: a row for each test file above `shown` CPU seconds, one for the rest, and the sum; the dearest first."""
+    """Markdown: a row for each test file above `shown` CPU seconds, the dearest first, one for the rest, the sum."""
     tests, seconds = collections.Counter(), collections.Counter()
     dearest: dict[str, tuple[float, str]] = {}
     for file in files:

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import toy
+from quick import xla_flags
 
 from espalier import cli, library_log
 
@@ -116,11 +117,7 @@ def test_native_lines_go_to_the_log_and_those_of_python_to_the_terminal(program,
     assert logs(tmp_path) == ["E0000 cpu_aot_loader.cc\n[Gloo] Rank 0\nbuffered\n"]
 
 
-QUICK = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}
+QUICK = {"XLA_FLAGS": xla_flags(2), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def test_in_a_run_they_lie_in_its_directory(program, tmp_path):

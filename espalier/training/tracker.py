@@ -64,12 +64,10 @@ class Tracker:
         self._evaluated: set[int] = set()
         self._compiled: set[tuple] = set()
         if not quiet:
-            from tensorboardX import SummaryWriter
-
             kept = cut_metrics(run, start_step, within_interval=carried is not None)
             self._evaluated = {record["step"] for record in kept if "eval/loss" in record}
             self._metrics = run.metrics.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
+            self._board = _board(run, start_step)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -194,6 +192,20 @@ class Tracker:
     def _show(self, line: str, keep: bool) -> None:
         if not self._quiet:
             (progress.say if keep else progress.show)(line)
+
+
+def _board(run: RunDirectory, start_step: int):
+    """The TensorBoard writer of a run; what an earlier session wrote after `start_step` is hidden."""
+    # tensorboardX imports PyTorch where it is installed, which takes seconds, and needs it for tensors alone.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
 
 
 def cut_metrics(run: RunDirectory, step: int, within_interval: bool = False) -> list[dict]:

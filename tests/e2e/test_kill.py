@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from quick import xla_flags
 
 pytestmark = pytest.mark.corner
 TESTS = pathlib.Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def start(tmp_path):
     """start(run directory, seconds a step): a process that trains the toy for 40 steps."""
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

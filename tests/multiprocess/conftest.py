@@ -11,14 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from quick import xla_flags
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# As the tests themselves compile (tests/conftest.py, tests/toy.py), so that equal programs give equal bits.
-XLA_FLAGS = (
-    "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
 
 
 def free_port() -> int:
@@ -107,7 +103,7 @@ def start(tmp_path) -> Iterator[Callable[..., Group]]:
             command += [*map(str, arguments), *map(str, more.get("arguments", ()))]
             environment = os.environ | {
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE.parent}",
-                "XLA_FLAGS": XLA_FLAGS.format(devices),
+                "XLA_FLAGS": xla_flags(devices),
                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
