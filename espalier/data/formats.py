@@ -6,27 +6,21 @@ it is, and reading goes on behind it; memory does not depend on the size of a fi
 
 from __future__ import annotations
 
-import csv
 import functools
 import io
-import json
-import shutil
-import tempfile
-from collections import deque
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from espalier.data.documents import Item, Reject, from_text
 from espalier.data.encodings import SAMPLE_BYTES, Guess, detect, label, other_unicode
 from espalier.data.recode import Recoded, fault
+from espalier.data.records import delimited_records, json_records, no_column, not_utf8, parquet_records
 from espalier.data.storage import damaged_errors, open_file, plain_name
 
 PLAIN, TABLES = (".txt", ".md"), (".jsonl", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
 TEXT_BYTES = 2**24
 """Longer text files become several documents, cut at a blank line where there is one."""
-READ_BYTES, ROWS = 2**20, 16
-"""What is read of a table at a time, as it is stored and as rows."""
 
 
 def kind_of(path: str) -> str | None:
@@ -106,13 +100,9 @@ def _decoded(content: bytes, name: str, path: str, line: int) -> Iterator[Item]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield _not_utf8(f"{path}:{line + content.count(bytes([10]), 0, error.start)}", content, error)
+        yield not_utf8(f"{path}:{line + content.count(bytes([10]), 0, error.start)}", content, error)
         return
     yield from from_text(text.replace("\r\n", "\n"), name)
-
-
-def _not_utf8(name: str, content: bytes, error: UnicodeDecodeError) -> Reject:
-    return Reject(name, "utf-8", f"byte {content[error.start]:#04x} is not valid UTF-8")
 
 
 def _advice(path: str, encoding: str) -> str:
@@ -127,170 +117,44 @@ def _advice(path: str, encoding: str) -> str:
 
 
 def _jsonl(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
-    number = 0
-    while line := file.readline(max_bytes + 1):
-        number += 1
-        if len(line) > max_bytes:
-            yield number, _long(f"{path}:{number}", _rest_of_line(file, line), max_bytes)
-        elif not line.isspace():
-            for item in _record(line, f"{path}:{number}", text_field):
+    for number, record in json_records(file, path, max_bytes):
+        if isinstance(record, Reject):
+            yield number, record
+        elif text_field not in record.columns:
+            there = ", ".join(map(repr, record.columns[:10])) or "none"
+            message = f"no field {text_field!r}; it has {there} (--data.text-field NAME chooses another)"
+            yield number, Reject(record.name, "field", message.encode(errors="replace").decode())
+        elif (text := record.values[record.columns.index(text_field)]) is None:
+            yield number, Reject(record.name, "type", f"field {text_field!r} is null; expected a string")
+        else:
+            for item in from_text(text, record.name, text_field):
                 yield number, item
 
 
-def _rest_of_line(file: IO[bytes], line: bytes) -> int:
-    """Read on to the end of a line that began with `line`, keeping nothing; returns the bytes of it all."""
-    length = len(line)
-    while line and not line.endswith(b"\n"):
-        line = file.readline(2**20)
-        length += len(line)
-    return length
-
-
-def _long(name: str, length: int, max_bytes: int) -> Reject:
-    return Reject(name, "long", f"a line of {length:,} bytes; at most {max_bytes:,} (--data.max-document-bytes)")
-
-
-def _record(line: bytes, name: str, text_field: str) -> Iterator[Item]:
-    try:
-        content = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield _not_utf8(name, line, error)
-        return
-    if content.startswith("\ufeff"):
-        content = content.lstrip("\ufeff")
-        yield Reject(name, "bom", "begins with a byte-order mark; it was removed", dropped=False)
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        kind = "nul" if "\0" in content else "json"
-        yield Reject(name, kind, f"not JSON ({error}); each line holds one object, {{…}}")
-        return
-    if not isinstance(record, dict):
-        yield Reject(name, "json", f"JSON of type {type(record).__name__}; each line holds one object, {{…}}")
-    elif text_field not in record:
-        there = ", ".join(map(repr, list(record)[:10])) or "none"
-        message = f"no field {text_field!r}; it has {there} (--data.text-field NAME chooses another)"
-        yield Reject(name, "field", message.encode(errors="replace").decode())
-    elif record[text_field] is None:
-        yield Reject(name, "type", f"field {text_field!r} is null; expected a string")
-    else:
-        yield from from_text(record[text_field], name, text_field)
-
-
 def _csv(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
-    csv.field_size_limit(max(max_bytes, 1))
-    lines = _Lines(file, max_bytes)
-    columns: list[str] | None = None
-    while first := lines.take():
-        number, content, length = first
-        name = f"{path}:{number}"
-        if content is None:
-            yield number, _long(name, length, max_bytes)
-            continue
-        if number == 1 and content.startswith("\ufeff"):
-            first = number, content.lstrip("\ufeff"), length
-            yield 1, Reject(name, "bom", "begins with a byte-order mark; it was removed", dropped=False)
-        taken = [first]
-        try:
-            cells = next(csv.reader(lines.record(taken), strict=True))
-        except csv.Error as error:
-            # Mostly a quote that is never closed: it costs its line, and what it has swallowed is read again.
-            lines.give_back(taken[1:])
-            yield number, Reject(name, "table", f"{error} (in what begins on this line)")
-            continue
-        last = taken[-1][0]
-        if columns is None:
-            columns = cells
-            if text_field not in columns:
-                yield last, Reject(name, "field", _no_column(text_field, columns))
+    column: int | None = None
+    for last, record in delimited_records(file, path, max_bytes):
+        if isinstance(record, Reject):
+            yield last, record
+        elif column is None:
+            if text_field not in record.columns:
+                yield last, Reject(record.name, "field", no_column(text_field, record.columns))
                 return
-        elif len(cells) != len(columns):
-            if cells:
-                message = f"{len(cells)} columns, but the first line names {len(columns)}"
-                yield last, Reject(name, "table", message)
+            column = record.columns.index(text_field)
+        elif any("\udc80" <= character <= "\udcff" for character in record.values[column]):
+            yield last, Reject(record.name, "utf-8", "bytes that are not valid UTF-8")
         else:
-            text = cells[columns.index(text_field)]
-            if any("\udc80" <= character <= "\udcff" for character in text):
-                yield last, Reject(name, "utf-8", "bytes that are not valid UTF-8")
-                continue
-            for item in from_text(text, name, text_field):
+            for item in from_text(record.values[column], record.name, text_field):
                 yield last, item
 
 
-class _Lines:
-    """The lines of a file, which can be given back: (number, text, bytes); no text where a line is too long.
-
-    Bytes that are no UTF-8 pass as lone surrogates, so that their row alone is rejected.
-    """
-
-    def __init__(self, file: IO[bytes], max_bytes: int):
-        self._file, self._max_bytes = file, max_bytes
-        self._number, self._again = 0, deque[tuple[int, str | None, int]]()
-
-    def take(self) -> tuple[int, str | None, int] | None:
-        """The next one; None at the end."""
-        if self._again:
-            return self._again.popleft()
-        line = self._file.readline(self._max_bytes + 1)
-        if not line:
-            return None
-        self._number += 1
-        if len(line) > self._max_bytes:
-            return self._number, None, _rest_of_line(self._file, line)
-        return self._number, line.decode("utf-8", "surrogateescape"), len(line)
-
-    def give_back(self, lines: list[tuple[int, str | None, int]]) -> None:
-        self._again.extendleft(reversed(lines))
-
-    def record(self, taken: list[tuple[int, str | None, int]]) -> Iterator[str]:
-        """The text of the line in `taken`, then of as many as are asked for, which go there too.
-
-        csv.Error where they are more than max_bytes together.
-        """
-        size = 0
-        line = taken[0]
-        while line:
-            _, content, length = line
-            size += length
-            if content is None or size > self._max_bytes:
-                self.give_back([taken.pop()])
-                raise csv.Error(f"a row of more than {self._max_bytes:,} bytes (--data.max-document-bytes)")
-            yield content
-            line = self.take()
-            taken += [line] if line else []
-
-
 def _parquet(file: IO[bytes], path: str, text_field: str, max_bytes: int) -> Iterator[tuple[int, Item]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    if not file.seekable():
-        # Tables are read from their end.
-        with tempfile.TemporaryFile() as unpacked:
-            shutil.copyfileobj(file, unpacked)
-            yield from _parquet(unpacked, path, text_field, max_bytes)
-        return
-    number = 0
-    try:
-        # In parts, of the file and of its rows: a table may be one group of rows, and a row a book. (A page, which is
-        # 1,024 rows where Arrow wrote it, is unpacked as a whole.)
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
-        columns = table.schema_arrow.names
-        if text_field not in columns:
-            yield 1, Reject(path, "field", _no_column(text_field, columns))
-            return
-        for group in range(table.num_row_groups):
-            for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[text_field]):
-                for value in batch.column(0):
-                    number += 1
-                    for item in from_arrow(value, f"{path}:{number}", text_field, max_bytes):
-                        yield number, item
-    except (pyarrow.ArrowException, OSError) as error:
-        # What Arrow cannot make sense of it calls an OSError, too, but not as the system and data.storage do.
-        if isinstance(error, OSError) and error.strerror is not None:
-            raise
-        message = " ".join(str(error).split())[:200]
-        yield number, Reject(f"{path}:{number + 1}", "damaged", f"damaged after {number} rows ({message})")
+    for number, record in parquet_records(file, path, [text_field]):
+        if isinstance(record, Reject):
+            yield number, record
+        else:
+            for item in from_arrow(record.values[0], record.name, text_field, max_bytes):
+                yield number, item
 
 
 def from_arrow(value, name: str, text_field: str, max_bytes: int) -> Iterator[Item]:
@@ -314,7 +178,7 @@ def from_bytes(content, name: str, text_field: str, max_bytes: int) -> Iterator[
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        reject, guess = _not_utf8(name, content, error), detect(content)
+        reject, guess = not_utf8(name, content, error), detect(content)
         seems = f"; it looks like {label(guess.codec)}" if guess.codec not in (None, "utf-8") else ""
         yield reject._replace(message=reject.message + seems)
     else:
@@ -323,8 +187,3 @@ def from_bytes(content, name: str, text_field: str, max_bytes: int) -> Iterator[
 
 def too_long(name: str, size: int, max_bytes: int) -> Reject:
     return Reject(name, "long", f"a text of {size:,} bytes; at most {max_bytes:,} (--data.max-document-bytes)")
-
-
-def _no_column(text_field: str, columns: list[str]) -> str:
-    there = ", ".join(map(repr, columns[:10]))
-    return f"no column {text_field!r}; there are {there} (--data.text-field NAME chooses another)"
