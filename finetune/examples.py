@@ -10,7 +10,6 @@ from espalier import progress
 from espalier.data.description import listed
 from espalier.data.labelled import Encoded, Labelled, encode_pairs, read_labelled
 from espalier.errors import UserError
-from espalier.files import sha256_of_file
 from finetune.labels import class_names, in_order, quoted
 
 if TYPE_CHECKING:
@@ -55,11 +54,11 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
     for name in ("train", "validation"):
         path = getattr(data, name)
         if path is None:
-            raise UserError(f"no --data.{name} FILE given: name a .tsv, .csv, .jsonl or .json file of labelled texts")
+            raise UserError(f"no --data.{name} FILE given: name labelled texts (.tsv, .csv, .jsonl, hf:…)")
         path = os.path.expanduser(path)
         with progress.waiting(f"reading {path}"):
             files[name] = _read(path, data)
-            fingerprints[name] = sha256_of_file(path)
+            fingerprints[name] = files[name].fingerprint
     train, validation = files["train"], files["validation"]
     names = class_names(train.labels, f"{data.train}, column {train.label_column!r}", data.label_kind)
     unseen = in_order(set(validation.labels) - set(names))

@@ -1,9 +1,16 @@
 """Labelled files in the forms people have them, and batches that keep every example and waste little."""
 
+import csv
+import gzip
+import hashlib
 import json
+import pathlib
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from espalier.data.labelled import Encoded, LabelledBatches, encode_pairs, read_labelled
 from espalier.data.tokenizer import special_ids
@@ -131,7 +138,7 @@ def test_what_leaves_no_doubt_is_read_and_said(tmp_path, case):
         ("a.xlsx", b"PK\x03\x04", "is a spreadsheet; open it and save it as CSV in UTF-8"),
         ("a.csv", b"PK\x03\x04\x14", "is an Excel file or another archive"),
         ("a.csv", b"PAR1\x15\x04", "is a Parquet file"),
-        ("a.csv", b"\x1f\x8b\x08", "is packed by gzip; unpack it with `gunzip`"),
+        ("a.csv", b"\x1f\x8b\x08", "is packed by gzip; add .gz to its name"),
         ("a.csv", b"", "holds no rows: it is empty"),
         ("a.csv", b"\xef\xbb\xbf\r\n", "holds no rows: it is empty"),
     ],
@@ -140,6 +147,64 @@ def test_what_was_found_is_said_with_what_to_do(tmp_path, name, content, message
     with pytest.raises(UserError, match=message) as error:
         read_labelled(write(tmp_path / name, content))
     assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / name))
+
+
+TEXTS, NAMES = ["很好 看,\n“真”的", 'said "no"', "third"], ["good", "bad", "good"]
+
+
+def written(folder: pathlib.Path, way: str) -> str:
+    """The labelled rows TEXTS and NAMES, named as --data.train names them."""
+    rows = [{"text": text, "label": name} for text, name in zip(TEXTS, NAMES, strict=True)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if way.startswith("hf"):
+        features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
+        data = datasets.Dataset.from_list(rows + [{"text": "unlabelled", "label": -1}], features)
+        data.save_to_disk(folder / "saved")
+        return f"hf:{folder}/saved"
+    path = folder / f"rows{way.removeprefix('file://')}"
+    if ".parquet" in way:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return str(path)
+    if ".csv" in way:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["text", "label"], *map(dict.values, rows)])
+        lines = path.read_bytes()
+    packed = gzip.compress(lines) if way.endswith(".gz") else zstandard.compress(lines) if ".zst" in way else lines
+    path.write_bytes(packed)
+    return f"file://{path}" if way.startswith("file://") else str(path)
+
+
+@pytest.mark.parametrize("way", [".jsonl", ".csv", ".jsonl.gz", ".csv.zst", ".parquet", "file://.csv.gz"])
+def test_every_kind_of_file_holds_the_same_rows(tmp_path, way):
+    path = written(tmp_path, way)
+    found = read_labelled(path)
+    assert found[:3] == (TEXTS, None, NAMES) and found.columns == ("text", "label")
+    if "://" not in path:
+        assert found.fingerprint == hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def test_data_sets_of_hugging_face_have_labels_with_names(tmp_path):
+    with pytest.raises(UserError, match="saved:4: no string or number under 'label'"):
+        read_labelled(written(tmp_path, "hf"))
+    (tmp_path / "b").mkdir()
+    data = datasets.load_from_disk(str(tmp_path / "saved"))
+    data.select([2, 1, 0]).save_to_disk(tmp_path / "b" / "saved")
+    data.select([0, 1, 2]).save_to_disk(tmp_path / "whole")
+    turned, whole = (read_labelled(f"hf:{path}") for path in (tmp_path / "b" / "saved", tmp_path / "whole"))
+    assert whole[:3] == (TEXTS, None, NAMES) and turned[:3] == (TEXTS[::-1], None, NAMES[::-1])
+    assert whole.fingerprint and whole.fingerprint != turned.fingerprint
+    with pytest.raises(UserError, match="builtin:pydoc has no labels"):
+        read_labelled("builtin:pydoc")
+    with pytest.raises(UserError, match="data.encoding=cp1252 is of files"):
+        read_labelled(f"hf:{tmp_path}/whole", encoding="cp1252")
+
+
+@pytest.mark.parametrize("way", [".jsonl.gz", ".csv.zst", ".parquet"])
+def test_a_file_that_is_cut_off_is_named(tmp_path, way):
+    path = pathlib.Path(written(tmp_path, way))
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=f"{path}.* damaged"):
+        read_labelled(path)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 from espalier.data.config import MAX_DOCUMENT_BYTES
 from espalier.data.documents import Item, from_text
 from espalier.data.formats import from_arrow, too_long
+from espalier.data.records import Record
 from espalier.data.storage import digest
 from espalier.errors import UserError
 from espalier.files import sha256_of_lines, sha256_of_text
@@ -25,7 +26,7 @@ class HfSource:
     The data set is downloaded and mapped; with streaming=true only its first `take` documents are fetched.
     """
 
-    def __init__(self, spec: str, text_field: str = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
+    def __init__(self, spec: str, text_field: str | None = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
         self.path, _, query = spec.partition("?")
         options = dict(parse_qsl(query))
         self._split = options.pop("split", "train")
@@ -53,11 +54,30 @@ class HfSource:
         for number, value in enumerate(self._values(), 1):
             name = f"{self.path}:{number}"
             if not self._streaming:
-                yield from from_arrow(value, name, self._field, self._max_bytes)
+                yield from from_arrow(value, name, self._text_field(), self._max_bytes)
             elif isinstance(value, str) and (size := len(value.encode(errors="replace"))) > self._max_bytes:
                 yield too_long(name, size, self._max_bytes)
             else:
-                yield from from_text(value, name, self._field)
+                yield from from_text(value, name, self._text_field())
+
+    def records(self) -> Iterator[Record]:
+        """All columns of each row; a class label of `datasets` by its name, None where it is -1 (no label)."""
+        import datasets
+
+        data = self._data()
+        features = data.features or {}
+        names = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+        if self._streaming:
+            rows = iter(data.take(self._take))
+        else:
+            # As Arrow has them, for `datasets` would decode images and sounds.
+            batches = data.with_format("arrow").iter(1000)
+            rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            for name, classes in names.items():
+                index = row[name]
+                row[name] = classes[index] if isinstance(index, int) and index >= 0 else None
+            yield Record(f"{self.path}:{number}", list(row), list(row.values()))
 
     def fingerprint(self) -> str:
         """Over the content of the Arrow files; of a stream, over what was asked for."""
@@ -67,15 +87,24 @@ class HfSource:
         else:
             data = self._data()
             files = [entry["filename"] for entry in data.cache_files]
-            parts = map(digest, files) if files else (str(value.as_py()) for value in self._values())
+            if files:
+                parts = map(digest, files)
+            elif self._field is None:
+                parts = (repr(record.values) for record in self.records())
+            else:
+                parts = (str(value.as_py()) for value in self._values())
             if data._indices is not None:
                 order = repr(data._indices.column(0).to_pylist())
                 parts = chain(parts, [sha256_of_text(order)])
         limit = [] if self._max_bytes == MAX_DOCUMENT_BYTES else [str(self._max_bytes)]
-        return sha256_of_lines(chain(["hf 1", self._split, self._field, *limit], parts))
+        return sha256_of_lines(chain(["hf 1", self._split, self._field or "all columns", *limit], parts))
 
     def size(self) -> int | None:
-        return None if self._streaming else self._data().data.column(self._field).nbytes
+        return None if self._streaming else self._data().data.column(self._text_field()).nbytes
+
+    def _text_field(self) -> str:
+        assert self._field is not None, "a source of records alone"
+        return self._field
 
     def _values(self) -> Iterator[Any]:
         """Values of the text column: Arrow's, which lie in the mapped files; of a stream, Python's."""
@@ -86,7 +115,7 @@ class HfSource:
                     raise self._no_column(list(record))
                 yield record[self._field]
             return
-        column = data.data.column(self._field)
+        column = data.data.column(self._text_field())
         if data._indices is None:
             for chunk in column.chunks:
                 yield from chunk
@@ -125,7 +154,7 @@ class HfSource:
             if self._split not in data:
                 raise UserError(f"hf:{self.path} has no split {self._split!r}; there are {', '.join(map(str, data))}")
             data = data[self._split]
-        if not self._streaming and self._field not in data.column_names:
+        if self._field is not None and not self._streaming and self._field not in data.column_names:
             raise self._no_column(data.column_names)
         return data
 

@@ -44,6 +44,8 @@ class Labelled(NamedTuple):
     """All of the file."""
     notes: tuple[str, ...] = ()
     """What people should know about the file, a sentence each."""
+    fingerprint: str = ""
+    """SHA-256 of the file, or what stands for the content of something remote."""
 
 
 class Encoded(NamedTuple):
@@ -56,7 +58,8 @@ class Encoded(NamedTuple):
 def read_labelled(
     path: str | os.PathLike, text: tuple[str, ...] = (), label: str | None = None, encoding: str = "utf-8"
 ) -> Labelled:
-    """Rows of a .tsv (tabs; quotes are ordinary characters), .csv (with quoting), .jsonl or .json file (data.tables).
+    """Rows of a .tsv (tabs; quotes are ordinary characters), .csv (with quoting), .jsonl, .json or .parquet file, also
+    packed or behind a URL, or of a data set: hf:…, tfds:… (data.tables).
 
     text: one or two columns; label: the column of labels; unset = guessed from the names, else from what the columns
     hold. Raises UserError naming file and line where the content is not as expected.
@@ -82,9 +85,9 @@ def read_labelled(
     def column(name: str) -> list[str]:
         at = columns.index(name)
         for row in rows:
-            if row.cells[at] is None:
-                raise UserError(f"{path}:{row.number}: no string or number under {name!r}; correct or remove the line")
-        return [row.cells[at] or "" for row in rows]
+            if row.values[at] is None:
+                raise UserError(f"{row.name}: no string or number under {name!r}; correct or remove it")
+        return [row.values[at] or "" for row in rows]
 
     return Labelled(
         texts_a=column(text[0]),
@@ -94,6 +97,7 @@ def read_labelled(
         label_column=label,
         columns=tuple(columns),
         notes=table.notes,
+        fingerprint=table.fingerprint,
     )
 
 
@@ -221,7 +225,7 @@ def _guess_text(table: Table, label: str | None) -> tuple[str, ...]:
     others = [
         name
         for at, name in enumerate(columns)
-        if name != label and not all(is_number(row.cells[at] or "0") for row in rows)
+        if name != label and not all(is_number(row.values[at] or "0") for row in rows)
     ]
     if not 1 <= len(others) <= 2:
         raise UserError(

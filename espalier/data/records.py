@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from espalier.data.documents import Reject
@@ -32,20 +32,15 @@ Records = Iterator[tuple[int, Record | Reject]]
 """With the number of the line (row of a parquet file) where each ends."""
 
 
-def json_records(
-    file: IO[bytes],
-    path: str,
-    max_bytes: int,
-    made: Callable[[list[tuple[str, Any]]], dict] | None = None,
-) -> Records:
-    """An object a line. made: what json.loads makes of an object's fields (object_pairs_hook)."""
+def json_records(file: IO[bytes], path: str, max_bytes: int, unique: bool = False) -> Records:
+    """An object a line. unique: one that has a field twice is rejected; else the last one counts."""
     number = 0
     while line := file.readline(max_bytes + 1):
         number += 1
         if len(line) > max_bytes:
             yield number, _long(f"{path}:{number}", _rest_of_line(file, line), max_bytes)
         elif not line.isspace():
-            for item in _object(line, f"{path}:{number}", made):
+            for item in _object(line, f"{path}:{number}", unique):
                 yield number, item
 
 
@@ -123,6 +118,20 @@ def parquet_records(file: IO[bytes], path: str, wanted: Sequence[str] | None = N
         yield number, Reject(f"{path}:{number + 1}", "damaged", f"damaged after {number} rows ({message})")
 
 
+class FieldTwiceError(Exception):
+    """An object has a field twice; its text says which, and what to do."""
+
+
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict:
+    """For json.loads (object_pairs_hook). FieldTwiceError where a name is not unique."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        raise FieldTwiceError(f"the field {twice!r} is there twice in an object; remove one of the two")
+    return record
+
+
 def no_column(name: str, columns: Sequence[str]) -> str:
     """What is wrong where a column of text is missing."""
     there = ", ".join(map(repr, columns[:10]))
@@ -133,7 +142,7 @@ def not_utf8(name: str, content: bytes, error: UnicodeDecodeError) -> Reject:
     return Reject(name, "utf-8", f"byte {content[error.start]:#04x} is not valid UTF-8")
 
 
-def _object(line: bytes, name: str, made: Callable[[list[tuple[str, Any]]], dict] | None) -> Iterator[Record | Reject]:
+def _object(line: bytes, name: str, unique: bool) -> Iterator[Record | Reject]:
     try:
         content = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -143,7 +152,10 @@ def _object(line: bytes, name: str, made: Callable[[list[tuple[str, Any]]], dict
         content = content.lstrip("\ufeff")
         yield Reject(name, "bom", "begins with a byte-order mark; it was removed", dropped=False)
     try:
-        record = json.loads(content, object_pairs_hook=made)
+        record = json.loads(content, object_pairs_hook=unique_fields if unique else None)
+    except FieldTwiceError as error:
+        yield Reject(name, "json", str(error))
+        return
     except (ValueError, RecursionError) as error:
         kind = "nul" if "\0" in content else "json"
         yield Reject(name, kind, f"not JSON ({error}); each line holds one object, {{…}}")

@@ -26,6 +26,8 @@ from espalier.files import hash_of_text, sha256_of_lines, sha256_of_text
 
 if TYPE_CHECKING:
     from espalier.data.filters import Decisions
+    from espalier.data.hf import HfSource
+    from espalier.data.tfds import TfdsSource
 
 MIN_HASHED_DOCUMENTS = 100
 """From this many documents on, each falls on a side by its own hash alone."""
@@ -90,19 +92,28 @@ def open_source(patterns: tuple[str, ...], config: DataConfig, cache: Path | Non
     if len(patterns) > 1:
         raise UserError(f"{named[0][0]} beside other text; give each a name: --data.sources 'a={named[0][0]}' 'b=…'")
     library, spec = named[0].groups()
+    if library != "builtin":
+        return open_library(library, spec, config.text_field, config.max_document_bytes)
     if not spec.partition("?")[0]:
         raise UserError(f"{named[0][0]!r} names no text; expected {EXPECTED[library]}")
-    if library == "hf":
-        from espalier.data.hf import HfSource
-
-        return HfSource(spec, config.text_field, config.max_document_bytes)
-    if library == "tfds":
-        from espalier.data.tfds import TfdsSource
-
-        return TfdsSource(spec, config.text_field, config.max_document_bytes)
     if spec not in ("pydoc", "packages"):
         raise UserError(f"builtin:{spec} is unknown; there are builtin:pydoc and builtin:packages")
     return BuiltinSource(spec)
+
+
+def open_library(
+    library: str, spec: str, text_field: str | None = None, max_document_bytes: int = MAX_DOCUMENT_BYTES
+) -> HfSource | TfdsSource:
+    """A data set of "hf" or "tfds". text_field: None where it is read by `records` alone, with all columns."""
+    if not spec.partition("?")[0]:
+        raise UserError(f"'{library}:{spec}' names no text; expected {EXPECTED[library]}")
+    if library == "hf":
+        from espalier.data.hf import HfSource
+
+        return HfSource(spec, text_field, max_document_bytes)
+    from espalier.data.tfds import TfdsSource
+
+    return TfdsSource(spec, text_field, max_document_bytes)
 
 
 def _open_train(config: DataConfig, cache: Path | None) -> dict[str, Source]:

@@ -1,74 +1,78 @@
-"""Files of labelled rows: .tsv, .csv, .jsonl and .json, and what people call so.
+"""Tables with named columns as a whole, for fine-tuning: files (data.records) and data sets of libraries.
 
 What a file is other than its ending says is found out and said. It is read where that leaves no doubt (semicolons
-under a proper header, an array of JSON objects); else a UserError says what was found and what to do.
+under a proper header, an array of JSON objects); else a UserError says what was found and what to do. The first bad
+record is an error, with its line.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import IO, NamedTuple, cast
 
 from espalier.data.encodings import Guess, detect, label, other_unicode
+from espalier.data.formats import PACKED
 from espalier.data.recode import Recoded, fault
+from espalier.data.records import (
+    FieldTwiceError,
+    Record,
+    Records,
+    delimited_records,
+    json_records,
+    parquet_records,
+    unique_fields,
+)
+from espalier.data.remote import is_remote
+from espalier.data.sources import SPEC, open_library
+from espalier.data.storage import damaged_errors, digest, open_file, plain_name
 from espalier.errors import UserError
+from espalier.files import sha256_of_file
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+KINDS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+EXPECTED = f"{', '.join(KINDS)} (each also as .gz or .zst; paths or URLs) or hf:ID_OR_FOLDER?split=train"
 FOREIGN = (
     (b"PK\x03\x04", "an Excel file or another archive; open it and save it as CSV in UTF-8"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file; open it and save it as CSV in UTF-8"),
-    (b"PAR1", "a Parquet file; write it as .jsonl, in Python: pandas.read_parquet(…).to_json(…, lines=True, "
-     "orient='records')"),
-    (b"\x1f\x8b", "packed by gzip; unpack it with `gunzip`"),
-    (b"\x28\xb5\x2f\xfd", "packed by Zstandard; unpack it with `unzstd`"),
-)  # fmt: skip
+    (b"PAR1", "a Parquet file; name it .parquet"),
+    (b"\x1f\x8b", "packed by gzip; add .gz to its name, or unpack it with `gunzip`"),
+    (b"\x28\xb5\x2f\xfd", "packed by Zstandard; add .zst to its name, or unpack it with `unzstd`"),
+)
 """How files begin that are no text, and what they are."""
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
-
-
-class Row(NamedTuple):
-    number: int
-    """Line in the file (element of a JSON array)."""
-    cells: list[str | None]
-    """By column; None where a JSON object has no string or number."""
+LONGEST = 2**31 - 1
+"""Bytes of a record, which here is in memory anyway."""
 
 
 class Table(NamedTuple):
     path: str
     columns: list[str]
-    rows: list[Row]
+    rows: list[Record]
+    """Their values are strings, in the order of `columns`; None where there is no string or number."""
     delimiter: str | None
-    """None where it is of JSON."""
+    """None where it is not a file of delimited cells."""
     notes: tuple[str, ...]
     """What people should know about the file, a sentence each."""
+    fingerprint: str = ""
+    """SHA-256 of the file, or what stands for the content of something remote (data.storage.digest)."""
 
 
 def read_table(path: str, encoding: str = "utf-8") -> Table:
-    """The rows of a file with named columns. encoding: as data.encodings.codec names it."""
-    kind = os.path.splitext(path)[1]
-    if kind in SPREADSHEETS:
-        raise UserError(f"{path} is a spreadsheet; open it and save it as CSV in UTF-8")
-    if kind not in (".tsv", ".csv", ".jsonl", ".json"):
-        raise UserError(f"{path}: unknown kind of file; labelled text is read from .tsv, .csv, .jsonl, .json")
-    if not os.path.isfile(path):
-        raise UserError(f"no file {path}; check the path (now in {os.getcwd()})")
-    text, notes = _text(path, encoding)
-    if not text.strip():
-        raise UserError(
-            f"{path} holds no rows: it is empty; expected a line of column names and one line for each example"
-        )
-    table = _read_json(path, text) if kind.startswith(".json") else _read_delimited(path, text, kind)
+    """The rows of a file, a URL or a data set (hf:…, tfds:…). encoding: as data.encodings.codec names it."""
+    if match := SPEC.fullmatch(path):
+        table = _read_library(path, match[1], match[2], encoding)
+    else:
+        table = _read_file(path, encoding)
     if not table.rows:
         raise UserError(f"{path} holds no rows; expected a line of column names and one line for each example")
     for at, name in enumerate(table.columns):
         if name and name in table.columns[:at]:
             raise UserError(f"{path}: the column {name!r} is there twice; rename or remove one of the two")
-    return table._replace(notes=(*notes, *table.notes))
+    return table
 
 
 def looks_like_data(table: Table) -> bool:
@@ -79,7 +83,7 @@ def looks_like_data(table: Table) -> bool:
     if table.delimiter is None or table.columns == [str(at) for at in range(len(table.columns))]:
         return False
     for at, name in enumerate(table.columns):
-        below = [row.cells[at] for row in table.rows]
+        below = [row.values[at] for row in table.rows]
         if is_number(name) or len(name.split()) > 5 or len(name) > 60 or re.search("[.!。！？]$", name):
             return True
         if below.count(name) > 1 and len(set(below)) <= len(below) / 2:
@@ -96,11 +100,97 @@ def is_number(value: str) -> bool:
     return True
 
 
-def _text(path: str, encoding: str) -> tuple[str, list[str]]:
-    """The content, its lines ended by line feeds alone."""
+def _read_file(path: str, encoding: str) -> Table:
+    kind = _kind(path)
+    if not is_remote(path) and not os.path.isfile(path):
+        raise UserError(f"no file {path}; check the path (now in {os.getcwd()})")
+    try:
+        with open_file(path) as file:
+            if kind == ".parquet":
+                table = _of_records(path, _all(parquet_records(file, path), ""))
+            else:
+                table = _of_text(path, file.read(), kind, encoding)
+        found = digest(path) if is_remote(path) else sha256_of_file(path)
+    except damaged_errors() as error:
+        raise UserError(f"{path} is cut off or damaged ({error}); fetch it again") from error
+    except OSError as error:
+        why = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read: {why}; check the path and its permissions") from error
+    return table._replace(fingerprint=found)
+
+
+def _kind(path: str) -> str:
+    name = plain_name(path)
+    packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
+    kind = os.path.splitext(name.removesuffix(packing))[1]
+    if kind in SPREADSHEETS:
+        raise UserError(f"{path} is a spreadsheet; open it and save it as CSV in UTF-8")
+    if kind not in KINDS:
+        raise UserError(f"{path}: unknown kind of file; labelled text is read from {EXPECTED}")
+    return kind
+
+
+def _read_library(path: str, library: str, spec: str, encoding: str) -> Table:
+    if library == "builtin":
+        raise UserError(f"{path} has no labels; labelled text is read from {EXPECTED}")
+    if encoding != "utf-8":
+        raise UserError(f"data.encoding={encoding} is of files, and {path} is a data set; leave it out")
+    source = open_library(library, spec)
+    records = list(source.records())
+    notice = getattr(source, "approximate", None)
+    return _of_records(path, records, (notice,) if notice else ())._replace(fingerprint=source.fingerprint())
+
+
+def _of_text(path: str, content: bytes, kind: str, encoding: str) -> Table:
+    text, notes = _text(path, content, encoding)
+    if not text.strip():
+        raise UserError(
+            f"{path} holds no rows: it is empty; expected a line of column names and one line for each example"
+        )
+    table = _read_json(path, text) if kind.startswith(".json") else _read_delimited(path, text, kind)
+    return table._replace(notes=(*notes, *table.notes))
+
+
+def _of_records(path: str, records: Sequence[Record], notes: tuple[str, ...] = ()) -> Table:
+    """The columns are those of the first record."""
+    columns = list(records[0].columns) if records else []
+    rows = []
+    for record in records:
+        values = dict(zip(record.columns, record.values, strict=True))
+        cells = [_cell(values.get(name)) for name in columns]
+        for name, value in values.items():
+            try:
+                f"{name}{value if isinstance(value, str) else ''}".encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{record.name}: half a surrogate pair (\\ud800 …) is no character; remove it"
+                ) from error
+        rows.append(Record(record.name, columns, cells))
+    return Table(path, columns, rows, None, notes)
+
+
+def _cell(value: object) -> str | None:
+    if hasattr(value, "as_py"):
+        value = value.as_py()  # type: ignore[attr-defined]
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, int | float) else None
+
+
+def _all(records: Records, advice: str) -> list[Record]:
+    """The records; UserError for the first that is bad. advice: what to do where the message does not say."""
+    found = []
+    for _, record in records:
+        if isinstance(record, Record):
+            found.append(record)
+        elif record.dropped:
+            raise UserError(f"{record.name}: {record.message}{advice * (record.kind == 'table')}")
+    return found
+
+
+def _text(path: str, content: bytes, encoding: str) -> tuple[str, list[str]]:
+    """The text of a file, its lines ended by line feeds alone, and what people should know about it."""
     notes = []
-    with open(path, "rb") as raw:
-        content = raw.read()
     for beginning, what in FOREIGN:
         if content.startswith(beginning):
             raise UserError(f"{path} is {what}")
@@ -133,10 +223,6 @@ def _text(path: str, encoding: str) -> tuple[str, list[str]]:
     return text.replace("\r\n", "\n"), notes
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    return enumerate(text.removesuffix("\n").split("\n"), 1)
-
-
 def _read_delimited(path: str, text: str, kind: str) -> Table:
     """By the delimiter that the ending promises; by another where that makes a table and the promised one does not."""
     expected = "\t" if kind == ".tsv" else ","
@@ -147,7 +233,7 @@ def _read_delimited(path: str, text: str, kind: str) -> Table:
     error: UserError | None = None
     table = None
     try:
-        table = _with_header(path, _cells(path, text, expected, kind), expected)
+        table = _cells(path, text, expected, kind)
     except UserError as caught:
         error = caught
     if table is None or len(table.columns) == 1:
@@ -159,7 +245,7 @@ def _read_delimited(path: str, text: str, kind: str) -> Table:
         seen = next((sign for sign in DELIMITERS if sign != expected and table and sign in table.columns[0]), None)
         if seen:
             # One column with such a name is no table that anyone meant: say why it is none of several.
-            _with_header(path, _cells(path, text, seen, kind), seen)
+            _cells(path, text, seen, kind)
     if error:
         raise error
     assert table
@@ -169,68 +255,50 @@ def _read_delimited(path: str, text: str, kind: str) -> Table:
 def _attempt(path: str, text: str, delimiter: str, kind: str) -> Table | None:
     """The table of several columns that this delimiter makes; None where it makes none."""
     try:
-        table = _with_header(path, _cells(path, text, delimiter, kind), delimiter)
+        table = _cells(path, text, delimiter, kind)
     except UserError:
         return None
     return table if len(table.columns) > 1 and table.rows else None
 
 
-def _cells(path: str, text: str, delimiter: str, kind: str) -> list[Row]:
-    if kind == ".tsv" and delimiter == "\t":
-        # Quotes are ordinary characters, as in GLUE's files.
-        return [Row(number, list(line.split("\t"))) for number, line in _lines(text) if line.strip()]
-    csv.field_size_limit(2**31 - 1)  # by default a long text is an error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    try:
-        return [Row(reader.line_num, list(cells)) for cells in reader if cells]
-    except csv.Error as error:
-        raise UserError(f'{path}:{reader.line_num}: {error}; quote fields with ", and a " inside them as ""') from error
-
-
-def _with_header(path: str, rows: list[Row], delimiter: str) -> Table:
-    columns = [(cell or "").strip() for cell in rows[0].cells]
-    for row in rows[1:]:
-        if len(row.cells) != len(columns):
-            raise UserError(
-                f"{path}:{row.number}: {len(row.cells)} columns, but the first line names {len(columns)}; "
-                "correct or remove the line"
-            )
-    return Table(path, columns, rows[1:], delimiter, ())
+def _cells(path: str, text: str, delimiter: str, kind: str) -> Table:
+    # In GLUE's files, which are .tsv, quotes are ordinary characters.
+    quoted = not (kind == ".tsv" and delimiter == "\t")
+    advice = "; correct or remove the line"
+    if quoted:
+        advice += ' (cells that hold a delimiter or a " need quotes, and " inside them is written "")'
+    records = delimited_records(cast(IO[bytes], io.BytesIO(text.encode())), path, LONGEST, delimiter, quoted)
+    header, *rows = _all(records, advice)
+    return Table(path, [name.strip() for name in header.values], rows, delimiter, ())
 
 
 def _read_json(path: str, text: str) -> Table:
     """Objects, one a line; or all in one array, which is said."""
-    notes: tuple[str, ...] = ()
-    records: list[tuple[int, dict]] | None = None
     if text.lstrip()[0] == "[":
-        records = _array(path, text)
-        notes = (f"{path} is a JSON array of {len(records):,} objects; read as that",) if records else ()
+        if records := _array(path, text):
+            return _of_records(path, records, (f"{path} is a JSON array of {len(records):,} objects; read as that",))
     elif not _is_json(text.lstrip().split("\n")[0]) and _is_json(text):
         fields = ", ".join(map(repr, list(json.loads(text))[:8]))
         raise UserError(
             f"{path} is one JSON object, with the fields {fields}; write the examples as objects, one a line (.jsonl) "
             "or in an array"
         )
-    if not records:
-        records = [(number, _parse_object(line, f"{path}:{number}")) for number, line in _lines(text) if line.strip()]
-    columns = list(records[0][1]) if records else []
-    rows = [Row(number, [_scalar(record.get(name)) for name in columns]) for number, record in records]
-    return Table(path, columns, rows, None, notes)
+    return _of_records(path, _all(json_records(io.BytesIO(text.encode()), path, LONGEST, unique=True), ""))
 
 
-def _array(path: str, text: str) -> list[tuple[int, dict]] | None:
+def _array(path: str, text: str) -> list[Record] | None:
     """The objects of a JSON array, by number; None where the text is something else."""
     try:
-        values = json.loads(text, object_pairs_hook=_unique(path))
-    except UserError:
-        raise
+        values = json.loads(text, object_pairs_hook=unique_fields)
+    except FieldTwiceError as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         if "\n" in text.strip():
             raise UserError(f"{path} begins like a JSON array and is none ({error}); correct it") from error
         return None
     if not all(isinstance(value, dict) for value in values):
         return None
-    return [(number, _checked(value, f"{path}:{number}")) for number, value in enumerate(values, 1)]
+    return [Record(f"{path}:{number}", list(value), list(value.values())) for number, value in enumerate(values, 1)]
 
 
 def _is_json(text: str) -> bool:
@@ -244,39 +312,3 @@ def _scalar(value: object) -> str | None:
     if isinstance(value, str):
         return value
     return json.dumps(value) if isinstance(value, int | float) else None
-
-
-def _parse_object(line: str, place: str) -> dict:
-    """The JSON object on a line; raises UserError with file:line where there is none, or text that no UTF-8 holds."""
-    try:
-        record = json.loads(line, object_pairs_hook=_unique(place))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error}); each line holds one object, {{…}}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: JSON of type {type(record).__name__}; each line holds one object, {{…}}")
-    return _checked(record, place)
-
-
-def _unique(place: str) -> Callable[[list[tuple[str, object]]], dict]:
-    """For json.loads: objects whose fields have a name each."""
-
-    def made(pairs: list[tuple[str, object]]) -> dict:
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for at, name in enumerate(names) if name in names[:at])
-            raise UserError(f"{place}: the field {twice!r} is there twice in an object; remove one of the two")
-        return record
-
-    return made
-
-
-def _checked(record: dict, place: str) -> dict:
-    for name, value in record.items():
-        try:
-            f"{name}{value if isinstance(value, str) else ''}".encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{place}: half a surrogate pair (\\ud800 …) is no character; remove it") from error
-    return record

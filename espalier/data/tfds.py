@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl
 from espalier.data.config import MAX_DOCUMENT_BYTES
 from espalier.data.documents import Item, from_text
 from espalier.data.formats import from_bytes
+from espalier.data.records import Record
 from espalier.data.storage import digest
 from espalier.errors import UserError
 from espalier.files import sha256_of_lines
@@ -23,7 +24,7 @@ class TfdsSource:
     array_record and parquet are read by their own libraries; tfrecord needs an installed TensorFlow.
     """
 
-    def __init__(self, spec: str, text_field: str = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
+    def __init__(self, spec: str, text_field: str | None = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
         self.name, _, query = spec.partition("?")
         options = dict(parse_qsl(query))
         self._split, self._data_dir = options.pop("split", "train"), options.pop("data_dir", None)
@@ -33,6 +34,7 @@ class TfdsSource:
         self._opened: Any = None
 
     def __iter__(self) -> Iterator[Item]:
+        assert self._field is not None, "a source of records alone"
         for number, record in enumerate(self._records(), 1):
             name, value = f"{self.name}:{number}", record[self._field]
             if isinstance(value, bytes):
@@ -40,13 +42,25 @@ class TfdsSource:
             else:
                 yield from from_text(value, name, self._field)
 
+    def records(self) -> Iterator[Record]:
+        """All features of each example; bytes are UTF-8, a class label is its name, None where it is -1 (no label)."""
+        names = {name: kind.names for name, kind in self._builder().info.features.items() if hasattr(kind, "int2str")}
+        for number, example in enumerate(self._records(), 1):
+            row = {name: value.item() if hasattr(value, "item") else value for name, value in example.items()}
+            for name, value in row.items():
+                if name in names:
+                    row[name] = names[name][value] if value >= 0 else None
+                elif isinstance(value, bytes):
+                    row[name] = value.decode(errors="surrogateescape")
+            yield Record(f"{self.name}:{number}", list(row), list(row.values()))
+
     def fingerprint(self) -> str:
         """Over the content of the split's files."""
         builder = self._builder()
         split = self._split.partition("[")[0]
         parts = [digest(str(path)) for path in builder.info.splits[split].filepaths]
         limit = [] if self._max_bytes == MAX_DOCUMENT_BYTES else [str(self._max_bytes)]
-        return sha256_of_lines(["tfds 1", self._split, self._field, *limit, *parts])
+        return sha256_of_lines(["tfds 1", self._split, self._field or "all columns", *limit, *parts])
 
     def size(self) -> int | None:
         return self._builder().info.splits[self._split].num_bytes or None
@@ -109,7 +123,7 @@ class TfdsSource:
         if self._split.partition("[")[0] not in splits:
             raise UserError(f"tfds:{self.name} has no split {self._split!r}; there are {', '.join(splits)}")
         features: dict = dict(builder.info.features or {})  # type: ignore[arg-type]
-        if self._field not in features:
+        if self._field is not None and self._field not in features:
             raise UserError(
                 f"tfds:{self.name} has no feature {self._field!r}; there are {', '.join(map(repr, features))} "
                 "(--data.text-field NAME chooses another)"
