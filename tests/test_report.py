@@ -14,6 +14,7 @@ from clm.report import texts
 from espalier import cli
 from espalier.commands.report import ReportConfig, main
 from espalier.errors import UserError
+from espalier.report import tables
 from espalier.report.figures import PALETTES, Bar, Curve, draw, legend
 from espalier.report.page import entries, settings
 from espalier.report.render import write_report
@@ -276,6 +277,30 @@ def test_long_settings_are_folded():
     files = [f"text/{number:04}.txt" for number in range(300)]
     assert f"<summary>300 values</summary>{', '.join(files)}</details>" in settings({"data": {"files": files}})
     assert "<details" not in settings({"files": files[:3]})
+
+
+def test_a_run_as_tables(run):
+    """Counted by hand from METRICS; what pandas is given has one name for a metric, and no nested value."""
+    records = tables.metrics(run)
+    assert len(records) == 42 and [record["split"] for record in records[-3:]] == [
+        "training",
+        "evaluation",
+        "evaluation",
+    ]
+    assert records[-1] == {"step": 40, "split": "evaluation", "loss": 3.5, "accuracy": 0.5}
+    assert records[0] == {"step": 1, "split": "training", "loss": 6.9, "learning_rate": 1e-3}
+    write(run, config=CONFIG | {"data": {"files": ["a.txt"], "filters": {"near": None}}, "published": {"config": {}}})
+    assert tables.settings(run) == {
+        "task": "masked_lm",
+        "steps": 40,
+        "init_from": None,
+        "optimizer.learning_rate": 0.0003,
+        "optimizer.name": "adamw",
+        "data.files": ["a.txt"],
+        "data.filters.near": None,
+    }
+    with pytest.raises(UserError, match="no run in"):
+        tables.metrics(run / "nowhere")
 
 
 def test_a_run_that_was_extended_is_not_finished(run):
