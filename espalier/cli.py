@@ -1,8 +1,8 @@
-"""Presets → command line: what every command does between its arguments and its `main`.
+"""Presets → command line: everything between the arguments of a command and its `main`.
 
 An entry point with presets calls `run`, a command without presets `run_config`. Both make one flag of every field of
-the configuration's dataclasses (flags.py), call `main(config)`, print what it returns as JSON under `--json`, and end
-with one line where the user or the machine is at fault (exits.py).
+the configuration's dataclasses (flags.py), call `main(config)`, print its result as JSON under `--json`, and report an
+error of the user or the machine in one line (exits.py).
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Call:
     command: str | None = None
     """The command line."""
     given: frozenset[str] = frozenset()
-    """Fields that flags have set, nested ones as `outer.inner`."""
+    """The fields that flags set, nested ones as `outer.inner`."""
 
     def greet(self) -> None:
-        """The first line of a command, before it imports what takes seconds."""
+        """Print the first line of a command, before imports that take seconds."""
         if self.command:
             words = shlex.split(self.command)[1:]
             progress.say(f"{' '.join(words[: 3 if FROM in words[1:2] else 2])}: loading JAX …")
 
     def settings_of(self, name: str) -> frozenset[str]:
-        """The fields that were set within the nested configuration `name`."""
+        """The fields that flags set in the nested configuration `name`."""
         return frozenset(field.removeprefix(f"{name}.") for field in self.given if field.startswith(f"{name}."))
 
 
@@ -61,9 +61,9 @@ def run(
 
     PRESET is a name in `presets`, or FILE.py:NAME or package.module:NAME of a user's own (user_code.py). In its place,
     --from-config takes a saved configuration (saved_config.py); --print-config prints the configuration and ends.
-    A configuration whose `run_dir` is unset gets `runs/<prog>-<preset>`. Where this is the program, and not a part of
-    another, what libraries say goes to a log (library_log.py). Leaves by SystemExit where it fails:
-    2 for what the user gave, 1 for what the machine refused, 128 + n where a signal n (Ctrl-C: 2) ended it early.
+    A configuration whose `run_dir` is unset gets `runs/<prog>-<preset>`. If this is the program that was started,
+    library output goes to a log (library_log.py). Exit codes, by SystemExit: 2 for an error of the user, 1 for one of
+    the machine, 128 + n if signal n (Ctrl-C: 2) ended it early.
     """
     _take_the_terminal()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -92,7 +92,7 @@ def run(
 
 
 class _Base(NamedTuple):
-    """What the flags change."""
+    """The configuration that flags change."""
 
     config: Any
     prog: str
@@ -101,7 +101,7 @@ class _Base(NamedTuple):
     name: str
     """Of its run directory."""
     given: frozenset[str] = frozenset()
-    """Fields that were set when it was saved."""
+    """The fields that flags had set when it was saved."""
 
 
 def _base(presets: Mapping[str, Callable[[], Any]], prog: str, arguments: list[str]) -> tuple[_Base, list[str]]:
@@ -136,7 +136,7 @@ def _base(presets: Mapping[str, Callable[[], Any]], prog: str, arguments: list[s
 
 
 def _refuse_contradictions(config: Any, called: Call) -> None:
-    """UserError where a group of settings is to be chosen automatically and was chosen too."""
+    """UserError if a group of settings is to be chosen automatically and one of them was given too."""
     for group in (name.removesuffix(".auto") for name in called.given if name.endswith(".auto")):
         chosen = getattr(config, group, None)
         if chosen is not None and chosen.auto and (others := sorted(called.settings_of(group) - {"auto"})):
@@ -146,7 +146,7 @@ def _refuse_contradictions(config: Any, called: Call) -> None:
 def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: Sequence[str] | None = None) -> None:
     """`prog [flags]`: call `main` with a `config_type` made from the flags; exit codes as in `run`.
 
-    The values of fields without default may stand first, in their order and without the flag: `prog RUN [flags]`.
+    Fields without default may come first, in their order and without the flag: `prog RUN [flags]`.
     """
     _take_the_terminal()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -164,7 +164,7 @@ def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: S
 
 
 def _take_the_terminal() -> None:
-    """Send what libraries say to a log, where `run` or `run_config` was called by the program that was started."""
+    """Send library output to a log, if `run` or `run_config` was called by the program that was started."""
     if sys._getframe(2).f_globals.get("__name__") == "__main__":
         library_log.begin()
 
@@ -175,14 +175,14 @@ def _call(main: Callable[[Any], Any], config: Any) -> None:
         print(_json_line(_plain(result)))
     sys.stdout.flush()
     if isinstance(result, dict) and result.get("stopped_by"):
-        # As shells have it, so that what should follow a finished run does not follow an interrupted one.
+        # The convention of shells, so that a script does not go on after an interrupted run as after a finished one.
         raise SystemExit(128 + result["stopped_by"])
 
 
 def _json_line(value: Any) -> str:
-    """As people read it, or escaped where the encoding of standard output cannot show every character."""
+    """One line of JSON; escaped if the encoding of standard output cannot show every character."""
     line = json.dumps(value, allow_nan=False, ensure_ascii=False)
-    # Where Python ends lines, and JSON does not.
+    # Python ends lines at these characters, JSON does not.
     line = re.sub("[\x85\u2028\u2029]", lambda end: f"\\u{ord(end[0]):04x}", line)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
@@ -192,7 +192,7 @@ def _json_line(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: not-finite numbers are null (JSON has no NaN), paths are strings, NumPy scalars are numbers."""
+    """JSON values: NaN and infinity become null (JSON has neither), paths strings, NumPy scalars numbers."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Errors that are no bugs → one line on standard error and an exit code; bugs keep their traceback."""
+"""Errors of the user and the machine → one line on standard error and an exit code; bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from espalier.errors import MachineError, UserError
 
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
-"""What the machine may answer to a sound program: no permission, no space left, a file where a folder should be."""
+"""Errors that a correct program may get from the machine: no permission, no space left, a file instead of a folder."""
 
 OUT_OF_MEMORY = (
     "the device has too little memory ({}); try --accumulation 2 or more, --execution.remat full, a shorter "
@@ -26,7 +26,7 @@ OUT_OF_MEMORY = (
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        # A terminal that is no UTF-8 gets \u4e2d for a character that it does not have, not a traceback.
+        # A terminal without UTF-8 gets \u4e2d for a character that it cannot show, not a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -43,14 +43,14 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
-        # Which of several processes it was (sharding/processes).
+        # Which of several processes failed (sharding/processes).
         who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))
         print(f"error: {who}{message}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 
 def _nobody_reads() -> bool:
-    """Whether the reader of stdout has gone (`| head`); if so, nothing more is written there, at exit neither."""
+    """Whether the reader of stdout has gone (`| head`); if so, nothing more is written there, not even at exit."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,4 +1,4 @@
-"""Command-line arguments → a configuration of nested dataclasses (tyro); what is mistaken is said in one line."""
+"""Command-line arguments → a configuration of nested dataclasses (tyro). A mistake is a UserError of one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAIN_WORDS = (
     (r"could not convert string to float: ('.*?')", r"\1 is not a number"),
     (r"no type matching (\S+) could be instantiated from \[(.*)\]", r"\2 is not \1"),
 )
-"""Messages of tyro and Python, and what people understand; one that is not listed stays as it is."""
+"""Messages of tyro and Python → plain words; a message that is not listed stays as it is."""
 
 
 def parse(
@@ -34,9 +34,10 @@ def parse(
     default: Any = None,
     also: Sequence[str] = (),
 ) -> Any:
-    """The configuration that the flags describe; UserError in one line where tyro would draw a box of many.
+    """The configuration that the flags describe; UserError in one line where tyro would draw a box.
 
-    default: what flags change; None = a `config_type` of its own defaults. also: flags that the caller has taken out.
+    default: the base that flags change; None = the defaults of `config_type`. also: further flags, which the caller has
+    removed from the arguments.
     """
     import tyro
 
@@ -52,7 +53,7 @@ def parse(
         flag = given.replace("_", "-")
         if not re.fullmatch(r"--[A-Za-z][\w.-]*", given) or flag in ("--help", "--tyro-print-completion"):
             continue
-        # tyro would find these two itself, but count what follows the flag as unknown too.
+        # tyro finds these mistakes too, but also calls the arguments after the flag unknown.
         if flag not in flags:
             known = [*flags, *also]
             raise UserError(f"unknown flag {flag}{nearest(flag, known)}; `{prog} {helping}` lists all")
@@ -96,7 +97,7 @@ def flags_of(config_type: type, prefix: str = "--") -> dict[str, Any]:
 
 
 def spelled_out(arguments: Sequence[str], flags: Mapping[str, Any]) -> list[str]:
-    """`--mesh auto` as `--mesh.auto`: a group of flags with a switch `auto` takes that word for all of them."""
+    """`--mesh auto` as `--mesh.auto`: the word `auto` after a group of flags that has such a switch."""
     line: list[str] = []
     for argument in arguments:
         if argument == "auto" and line and f"{line[-1]}.auto" in flags:
@@ -127,7 +128,7 @@ def _switch(flag: str) -> str:
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """'; did you mean …?' with up to three names: given without their group or by initials, else spelled alike."""
+    """'; did you mean …?' with up to three names: given without the group or by initials, else similarly spelled."""
     known = sorted(known)
     wanted = given.lstrip("-").split(".")[-1]
     near = []

@@ -1,13 +1,13 @@
-"""What libraries say goes to a file, and the terminal belongs to our lines and the user's. A leaf, beside cli.py.
+"""Library output goes to a log file; the terminal shows only our lines and the user's. A leaf.
 
-Native code writes to file descriptors 1 and 2: these are made a log file. `sys.stdout` and `sys.stderr` write to the
-terminal under other descriptors, unless it is a library that writes there (`speakers.py`).
+Native code writes to file descriptors 1 and 2, so these are redirected to the log. `sys.stdout` and `sys.stderr` write
+to the terminal through other descriptors, unless a library is writing (`speakers.py`).
 
-The log begins in the cache, moves into the run directory once that is written (`move_to`), and is removed where nothing
-was said. A small process (/bin/sh on a pipe) outlives this one for a moment: should it end without `ended()`, by a
-signal or an abort in native code, that process shows the last lines of the log.
+The log starts in the cache, moves into the run directory once that exists (`move_to`), and is removed if it is empty. A
+small process (/bin/sh on a pipe) outlives this one for a moment: if this one ends without `ended()`, by a signal or an
+abort in native code, it prints the last lines of the log.
 
-Only commands do so (`cli.run`, started as a program); nothing of this happens where Python calls.
+Only commands do this (`cli.run`, started as a program), not code that is called from Python.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from typing import Any
 from espalier.speakers import has_part, speaker
 
 SHOWN = 20
-"""Lines of the log that an abnormal end shows."""
+"""Lines of the log that are printed after an abnormal end."""
 WIDTH = 300
-"""Characters of each; those of XLA may have thousands."""
+"""Characters of each line; lines of XLA may have thousands."""
 NO_HINT = r"^Extension modules: |cpu_aot_loader.*\+prefer-no-"
-"""Lines that an abnormal end leaves out: the end of faulthandler's, and tuning preferences that the loader of compiled
-programs takes for instructions of the processor (jax#38445), 2 kB a line and several a program."""
+"""Lines that are not printed: the end of faulthandler's output, and tuning preferences that the loader of compiled
+programs mistakes for processor features (jax#38445), 2 kB per line and several lines per program."""
 KEPT = 50
-"""Logs that stay in the cache, besides those of the last hour."""
+"""Logs that are kept in the cache, besides those of the last hour."""
 
 WATCHER = """
 trap '' HUP INT QUIT TERM
@@ -50,7 +50,7 @@ while IFS= read -r line; do
 done
 exec "$2" -P -E -s -S -c "$3" "$4" "$log"
 """
-"""Reads the log's path wherever it moves to; any other line means that the end was asked for."""
+"""Reads the current path of the log; any other line means that the end was expected."""
 SHOW_LAST = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -65,25 +65,25 @@ class _Log:
     path: str
     descriptor: int
     terminal: dict[int, int]
-    """Descriptors of what 1 and 2 were."""
+    """The original files of descriptors 1 and 2, under their new numbers."""
     provisional: bool
     """Not yet in a run directory."""
     watcher: int
-    """Write end of the watching process's pipe, -1 where there is none."""
+    """Write end of the pipe to the watching process; -1 = none."""
     process: int
     lent: bool = False
-    """Whether a debugger has 1 and 2 back."""
+    """Whether a debugger currently has 1 and 2 on the terminal."""
 
 
 _log: _Log | None = None
 
 
 def begin() -> None:
-    """From here on, what libraries say goes to a log. Nothing happens where others hold the streams (a notebook)."""
+    """Send library output to a log from here on. Does nothing if the streams were replaced already (a notebook)."""
     global _log
     if _log is not None or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
         return
-    # A file that is opened while one of 0, 1, 2 is closed would get its number.
+    # A file opened while 0, 1 or 2 is closed would get that number.
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
@@ -98,11 +98,11 @@ def begin() -> None:
     sys.stdout = sys.__stdout__ = _terminal_stream(sys.stdout, 1)
     sys.stderr = sys.__stderr__ = _terminal_stream(sys.stderr, 2)
     _hand_over_handlers(dict(zip(before, (sys.stdout, sys.stderr), strict=True)))
-    # 2 is the log, wherever it moves.
+    # Descriptor 2 is the log, wherever it moves.
     faulthandler.enable(file=2, all_threads=False)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if _log.watcher >= 0 and signal.getsignal(number) == signal.SIG_DFL:
-            # At once, also within native code: who ends the process so needs no lines from its log.
+            # Immediately, also within native code: whoever ends the process this way needs no lines of its log.
             faulthandler.register(number, file=_log.watcher, all_threads=False, chain=True)
     sys.excepthook = _uncaught
     sys.unraisablehook = _unraisable
@@ -110,20 +110,20 @@ def begin() -> None:
     os.register_at_fork(after_in_child=_forget_watcher)
     for name in ("HF_HUB", "HF_DATASETS"):
         os.environ.setdefault(f"{name}_DISABLE_PROGRESS_BARS", "1")
-    # Registered first, so that it comes last.
+    # Registered first, so that it runs last.
     atexit.register(ended)
 
 
 def terminal(number: int) -> int:
-    """The descriptor of what was standard output (1) or standard error (2) when the program began."""
+    """The descriptor of the original standard output (1) or standard error (2)."""
     return number if _log is None else _log.terminal[number]
 
 
 def move_to(path: str | os.PathLike[str]) -> None:
-    """Go on in another file, at its end; what was said before any run directory was there moves along."""
+    """Continue at the end of another file; output from before the run directory existed moves along."""
     if _log is None or os.fspath(path) == _log.path:
         return
-    # A log that cannot be moved goes on where it is.
+    # A log that cannot be moved stays where it is.
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         old, provisional = _log.path, _log.provisional
@@ -134,7 +134,7 @@ def move_to(path: str | os.PathLike[str]) -> None:
             os.close(descriptor)
             if not _log.lent:
                 _take()
-            # What came in between.
+            # Output since the first read.
             _append(_log.descriptor, said.read())
         if provisional or not os.path.getsize(old):
             os.unlink(old)
@@ -143,7 +143,7 @@ def move_to(path: str | os.PathLike[str]) -> None:
 
 
 def ended() -> None:
-    """This process is about to end, for a reason that was told. To be called before `os._exit`."""
+    """Announce an expected end of this process. Call it before `os._exit`."""
     if _log is None or os.getpid() != _log.process:
         return
     _tell_watcher("ended")
@@ -153,7 +153,7 @@ def ended() -> None:
 
 
 def last_lines(path: str) -> str:
-    """The end of a log as an abnormal end shows it, below a line that names the file; "" where nothing was said."""
+    """The last lines of a log as printed after an abnormal end, below a line that names the file; "" if it is empty."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 200_000))
@@ -162,15 +162,15 @@ def last_lines(path: str) -> str:
         return ""
     lines = [line for line in lines if line.strip() and not re.search(NO_HINT, line)]
     fatal = next((number for number, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
-    # The outer frames would be all that is seen.
+    # Otherwise only the outer frames would be shown.
     lines = lines[: fatal + 8][-SHOWN:]
     lines = [line if len(line) <= WIDTH else f"{line[:WIDTH]} …" for line in lines]
-    head = f"the last of what libraries said; all of it is in {path}"
+    head = f"the last lines of library output; all of it is in {path}"
     return "\n".join([head, *lines, ""]) if lines else ""
 
 
 class _Terminal(io.TextIOWrapper):
-    """`sys.stdout` or `sys.stderr` on the terminal; what a library says goes to the log."""
+    """`sys.stdout` or `sys.stderr` on the terminal; library output goes to the log."""
 
     number = 0
 
@@ -179,7 +179,7 @@ class _Terminal(io.TextIOWrapper):
         if _log is not None and (who == "debugger") != _log.lent:
             _log.lent = not _log.lent
             if _log.lent:
-                # Line editing is native code; `input` asks for it where the streams are 0 and 1.
+                # Line editing is native code, which `input` uses only if the streams are descriptors 0 and 1.
                 os.dup2(_log.terminal[1], 1)
                 os.dup2(_log.terminal[2], 2)
             else:
@@ -194,7 +194,7 @@ class _Terminal(io.TextIOWrapper):
 
 
 def _terminal_stream(stream: Any, number: int) -> Any:
-    """A stream like this one, on the descriptor that the terminal has now; into nothing where it was closed (None)."""
+    """A stream like this one on the terminal's new descriptor. stream: None if it was closed."""
     assert _log is not None
     raw = io.FileIO(_log.terminal[number], "wb", closefd=False)
     if stream is None:
@@ -215,7 +215,7 @@ def _terminal_stream(stream: Any, number: int) -> Any:
 
 
 def _open_first() -> tuple[str, int]:
-    """A log in the cache, or where that cannot be written among the temporary files: path and descriptor."""
+    """Path and descriptor of a new log in the cache, or among the temporary files if the cache is not writable."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     cache = os.environ.get("ESPALIER_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "espalier")
     folder = os.path.join(os.path.abspath(cache), "logs")
@@ -242,21 +242,21 @@ def _remove_old(folder: str) -> None:
 
 
 def _take() -> None:
-    """Let 1 and 2 be the log."""
+    """Redirect descriptors 1 and 2 to the log."""
     assert _log is not None
     os.dup2(_log.descriptor, 1)
     os.dup2(_log.descriptor, 2)
 
 
 def _append(descriptor: int, data: bytes) -> None:
-    # On a full disk there is no log.
+    # A full disk must not end the run.
     with contextlib.suppress(OSError):
         while data:
             data = data[os.write(descriptor, data) :]
 
 
 def _watched(path: str, stderr: int) -> int:
-    """Start the watching process; the pipe on which it listens."""
+    """Start the watching process; returns the write end of its pipe."""
     there, here = os.pipe()
     files = [(os.POSIX_SPAWN_DUP2, there, 0), (os.POSIX_SPAWN_DUP2, stderr, 2)]
     files += [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
@@ -279,14 +279,14 @@ def _tell_watcher(line: str) -> None:
 
 
 def _forget_watcher() -> None:
-    """In a forked child, whose end says nothing about the parent's."""
+    """In a forked child, whose end must not look like the end of the parent."""
     if _log is not None and _log.watcher >= 0:
         os.close(_log.watcher)
         _log.watcher = -1
 
 
 def _hand_over_handlers(streams: dict[Any, Any]) -> None:
-    """Handlers of logging that were made before keep the terminal."""
+    """Logging handlers that were created before stay on the terminal."""
     logging = sys.modules.get("logging")
     if logging is None:
         return
@@ -298,7 +298,7 @@ def _hand_over_handlers(streams: dict[Any, Any]) -> None:
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What libraries said, then the traceback: it stays last, where people look for it."""
+    """Print the last library output, then the traceback, last, where people look for it."""
     if _log is not None and not issubclass(kind, KeyboardInterrupt):
         os.write(_log.terminal[2], last_lines(_log.path).encode("utf-8", "replace"))
     sys.__excepthook__(kind, error, trace)

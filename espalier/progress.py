@@ -1,7 +1,7 @@
-"""What a person sees while a command runs: lines, a line that changes in its place, and what is being waited for.
+"""What a person sees while a command runs: lines, a line that is updated in place, and waits.
 
-Everything goes to standard output through Python, safe from threads. Where that is no terminal, nothing changes in its
-place: a wait is one line, said again more and more seldom. A leaf: every module may import it.
+Everything goes to standard output through Python; threads may print too. If standard output is not a terminal, nothing
+is updated in place: a wait is one line, repeated at growing intervals. A leaf: every module may import it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 
 PATIENCE = 1.5
-"""Seconds that pass before a wait is told of."""
+"""Seconds before a wait is reported."""
 AGAIN = 60.0
-"""Seconds until a wait is told of again where lines cannot change; then twice as long, and so on."""
+"""Seconds until a wait is reported again without a terminal; then twice as long, and so on."""
 WIDEST = 100
 
 _lock = threading.RLock()
@@ -31,12 +31,12 @@ def say(line: str = "") -> None:
 
 
 def show(line: str) -> None:
-    """Print a line that the next one replaces; where standard output is no terminal, an ordinary line."""
+    """Print a line that the next one replaces; an ordinary line if standard output is not a terminal."""
     _write(line, keep=not _terminal())
 
 
 def end() -> None:
-    """Leave a line that would be replaced where it is."""
+    """Keep the line that the next one would replace."""
     with _lock:
         if _changing:
             _write("", keep=True, over=False)
@@ -44,10 +44,10 @@ def end() -> None:
 
 @contextlib.contextmanager
 def waiting(what: str, *, bar: bool = False) -> Iterator[Callable[[str], None]]:
-    """Tell what the block does ("tokenizing train.tsv") once it takes longer than PATIENCE.
+    """Report what the block does ("tokenizing train.tsv") once it takes longer than PATIENCE.
 
-    Yields a function that takes how far it is ("12 of 128 batches"). bar: the block draws a bar on standard error,
-    which is enough where that is a terminal.
+    Yields a function that takes its progress ("12 of 128 batches"). bar: the block draws a progress bar on standard
+    error, which is enough if that is a terminal.
     """
     far, told, began, ended = "", 0, time.monotonic(), threading.Event()
     if bar and sys.stderr.isatty():
@@ -62,7 +62,7 @@ def waiting(what: str, *, bar: bool = False) -> Iterator[Callable[[str], None]]:
         nonlocal told
         pause = PATIENCE
         while not ended.wait(pause):
-            # Of waits within each other, the innermost is what happens.
+            # Of nested waits, only the innermost is reported.
             if not _waits or _waits[-1] is not ended:
                 pause = PATIENCE
                 continue
@@ -87,7 +87,7 @@ def waiting(what: str, *, bar: bool = False) -> Iterator[Callable[[str], None]]:
 
 
 def block(rows: Mapping[str, str]) -> None:
-    """Print names and values in two columns, the values wrapped at blanks to the width of the terminal."""
+    """Print names and values in two columns, the values wrapped at spaces to the width of the terminal."""
     room = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
     left = 4 + max(map(len, rows))
     lines = []
@@ -98,7 +98,7 @@ def block(rows: Mapping[str, str]) -> None:
 
 
 def wrapped(text: str, room: int) -> list[str]:
-    """The text in lines of at most so many columns, broken at blanks; a longer word has a line of its own."""
+    """The text in lines of at most `room` columns, broken at spaces; a longer word has a line of its own."""
     lines: list[str] = []
     for word in text.split(" "):
         if lines and columns(lines[-1]) + 1 + columns(word) <= room:
@@ -109,7 +109,7 @@ def wrapped(text: str, room: int) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """How wide a terminal shows the text: Chinese characters and their like take two columns, marks none."""
+    """The width of the text on a terminal: East Asian wide characters take two columns, combining marks none."""
     return sum(
         0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text
     )
@@ -145,7 +145,7 @@ def _write(line: str, keep: bool, over: bool = True) -> None:
 
 
 def _fitting(line: str) -> str:
-    """As much of the line as one line of the terminal holds: one that breaks cannot be replaced."""
+    """The line cut to one line of the terminal: a line that wraps cannot be replaced."""
     room = shutil.get_terminal_size((WIDEST, 24)).columns - 1
     while columns(line) > room:
         line = line[:-1]

@@ -1,6 +1,6 @@
-"""What `--help` shows of a command with hundreds of settings: those that people set, on one screen.
+"""The `--help` of a command with hundreds of settings: those that people change, on one screen.
 
-A field of a configuration is one of them if it is declared by `often`. A leaf: configurations import it.
+A configuration declares such a field by `often`. A leaf: configurations import it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 OFTEN = "often"
 WIDEST = 100
 LONGEST_FLAG = 34
-"""A flag that is longer has a line of its own."""
+"""A longer flag has a line of its own."""
 
 
 def often(default: Any = dataclasses.MISSING) -> Any:
-    """The field of a dataclass that people set often, with this default: the short help lists it."""
+    """A dataclass field that people often set, with this default: the short help lists it."""
     return dataclasses.field(default=default, metadata={OFTEN: True})
 
 
@@ -31,22 +31,22 @@ OTHER_BASES = """In place of PRESET:
   --from-config FILE   a saved configuration: a run directory, its config.json, or what --print-config printed; all its
                        settings but run_dir, stop_at, export, json and debug
 
-Flags change what the preset, function or file says. `{prog} PRESET --help` shows the flags that people set,
-`--help-all` every flag; `--print-config` prints all settings as JSON and ends."""
+Flags change what the preset, function or file says. `{prog} PRESET --help` shows the flags that people
+change, `--help-all` every flag; `--print-config` prints all settings as JSON and exits."""
 
 
 class Setting(NamedTuple):
     """A setting as the short help shows it."""
 
     flag: str
-    """With what it takes: `--steps INT`."""
+    """With its value: `--steps INT`."""
     meaning: str
-    """The first sentence of its documentation, with what it means to leave it out."""
+    """The first sentence of its documentation, with the meaning of leaving it unset."""
     default: Any
 
 
 def settings(config: Any, prefix: str = "--") -> Iterator[Setting]:
-    """The settings of a configuration that are declared by `often`, nested ones as `--outer.inner`."""
+    """The settings that a configuration declares by `often`, nested ones as `--outer.inner`."""
     hints, meanings = typing.get_type_hints(type(config)), documentation(type(config))
     for field in dataclasses.fields(config):
         name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
@@ -60,7 +60,7 @@ def settings(config: Any, prefix: str = "--") -> Iterator[Setting]:
 
 
 def documentation(config_type: type) -> dict[str, str]:
-    """The string below each field of a dataclass, those of its bases included."""
+    """The docstring below each field of a dataclass and its bases."""
     found = {}
     for parent in reversed(config_type.__mro__):
         if not dataclasses.is_dataclass(parent):
@@ -75,12 +75,12 @@ def documentation(config_type: type) -> dict[str, str]:
 
 
 def short_help(config: Any, prog: str, description: str | None) -> str:
-    """The page: what the command is, the settings that people set, and where the others are."""
+    """The page: what the command does, the settings that people change, and where the others are listed."""
     width = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
     lines = [f"usage: {prog} [flags]", ""]
     for paragraph in (description or "").split("\n\n"):
         lines += textwrap.wrap(paragraph, width, break_on_hyphens=False, break_long_words=False) + [""]
-    # What is learnt from comes first.
+    # The training data comes first.
     shown = sorted(settings(config), key=lambda setting: not setting.flag.startswith("--data."))
     left = 4 + max(len(setting.flag) for setting in shown if len(setting.flag) <= LONGEST_FLAG)
     for flag, meaning, default in shown:
@@ -97,7 +97,7 @@ def short_help(config: Any, prog: str, description: str | None) -> str:
 
 
 def preset_help(presets: Mapping[str, Callable[[], Any]], prog: str, description: str) -> str:
-    """The page of a command that takes a preset: what it is, and the presets."""
+    """The page of a command that takes a preset: what it does, its presets, and other forms of a configuration."""
     width = max(map(len, presets)) + 4
     lines = [f"usage: {prog} PRESET [flags]", "", description, "", "presets:"]
     for name, preset in presets.items():

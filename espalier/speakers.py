@@ -1,8 +1,8 @@
-"""Who writes to the terminal: our code or the user's, a library, or a debugger. Told by the frames of the call.
+"""Who writes to the terminal: our code or the user's, a library, or a debugger. The call stack tells.
 
-Inwards from the line that is written, the standard library and what only prints for others (tqdm, rich) speak for who
-called them. A library that our code calls speaks for itself; one that the user's code calls was asked to. Records of
-logging and warnings have an author of their own; what the standard library reports (asyncio) is said by a library.
+Walking up from the write, the standard library and pure printers (tqdm, rich) count as their caller. A library called
+by our code counts as a library; a library called by the user's code counts as the user, who asked for it. Records of
+logging and warnings have an author of their own; a report of the standard library (asyncio) counts as a library.
 """
 
 from __future__ import annotations

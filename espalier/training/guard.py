@@ -1,4 +1,4 @@
-"""Leaving well: a request to stop becomes a save at the end of the step, not a death in the middle of it."""
+"""Graceful shutdown: on a signal to stop, a run finishes its step, saves and exits."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from sharding.processes.coordination import gather
 
 
 class StopSignal:
-    """Context in which the first SIGTERM, SIGHUP (a lost terminal) or Ctrl-C only asks to stop; a second Ctrl-C
-    interrupts at once. A signal that is ignored already (nohup) stays so.
+    """Context in which the first SIGTERM, SIGHUP (a lost terminal) or Ctrl-C only requests a stop; a second Ctrl-C
+    interrupts at once. A signal that is already ignored (nohup) stays ignored.
 
-    With several processes all must stop at the same step: JAX listens for SIGTERM from its start on, spreads the word
-    and names that step (it does none of this for a single process).
+    Several processes must all stop at the same step: JAX listens for SIGTERM from the start, passes it on to the other
+    processes and names that step (it does nothing of this for a single process).
     """
 
     def __init__(self):
         self.requested: int | None = None
-        """The number of the signal that asked."""
+        """The number of the signal that requested the stop."""
         self._before: dict[int, Any] = {}
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            # With several processes, what JAX does on SIGTERM must stay.
+            # With several processes, the handler of JAX for SIGTERM must stay.
             numbers = (signal.SIGHUP, signal.SIGINT, *(signal.SIGTERM,) * self._alone)
             for number in numbers:
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -44,18 +44,18 @@ class StopSignal:
             signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked by every process at every step."""
+        """Whether to stop after this step. Every process must call it at every step."""
         return bool(self.requested) if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def number(self) -> int | None:
-        """The signal that ended the loop early, the same in every process; to be asked by every process, once."""
+        """The signal that ended the loop early, the same in every process. Every process must call it once."""
         asked = [number for number in gather("stopped by", self.requested) if number]
         return asked[0] if asked else signal.SIGTERM
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # os.write, because print may be what was interrupted; a lost terminal takes no message.
+        # os.write, because the signal may have interrupted print; a lost terminal takes no message.
         with contextlib.suppress(OSError):
             line = f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once\n"
             os.write(library_log.terminal(2), line.encode())

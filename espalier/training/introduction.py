@@ -1,4 +1,4 @@
-"""How a run introduces itself before its first step and what it says at its end: for people, by the first process."""
+"""What process 0 prints for people before the first step of a run and at its end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sharding.mesh import AXES
 
 
 class About(NamedTuple):
-    """What a door knows of its run, in words."""
+    """What an entry point knows of its run, in words."""
 
     model: Mapping[str, str] = {}
-    """Rows on the model and its precision."""
+    """Rows about the model and its precision."""
     data: Mapping[str, str] = {}
-    """Rows on what is learnt from and what is measured on."""
+    """Rows about the training data and the held-out data."""
     row: str = ""
     """How long the rows of a batch are."""
     epochs: str = ""
-    """How often the schedule goes through the data."""
+    """How many passes over the data the schedule makes."""
 
 
 UNKNOWN = About()
@@ -37,13 +37,13 @@ FIGURES = {
     "f1": ("F1", "{:.1%}"),
     "matthews": ("Matthews correlation", "{:.3f}"),
 }
-"""Metric → its name in a result and how it is written, in their order."""
+"""Metric → its name and format in a result, in the order in which they are printed."""
 
 
 def introduce(
-    about: About, config: TrainConfig, mesh: Mesh, whence: str, start: int, last: int, tokens_per_step: int
+    about: About, config: TrainConfig, mesh: Mesh, origin_message: str, start: int, last: int, tokens_per_step: int
 ) -> None:
-    """Print what is about to happen: model, devices, text, batch, steps, run directory and where it starts."""
+    """Print what is about to run: model, devices, data, batch, steps, run directory, and what it starts from."""
     if jax.process_index():
         return
     shape = " × ".join(f"{name}={mesh.shape[name]}" for name in AXES if mesh.shape[name] > 1)
@@ -59,7 +59,7 @@ def introduce(
         until = f", pausing at {last:,}" if last < config.steps else ""
         steps += f"; {max(last - start, 0):,} to come{until}"
     progress.block(
-        {"run": str(config.run_dir), "start": whence, **about.model, "devices": devices}
+        {"run": str(config.run_dir), "start": origin_message, **about.model, "devices": devices}
         | {**about.data, "batch": batch, "steps": steps}
     )
 
@@ -69,8 +69,8 @@ def conclude(
 ) -> None:
     """Print the result, the time, the report, and the command that comes next.
 
-    summary: of training.run.summarise. command: the one that this was; None = called from Python, where no command
-    follows. following: what to do with a finished run, as words of a command line.
+    summary: as training.run.summarise returns it. command: the command line of this run; None = called from Python,
+    where no command follows. following: the command for a finished run, as words of a command line.
     """
     if jax.process_index():
         return
@@ -93,7 +93,7 @@ def conclude(
 
 
 def result_words(summary: dict) -> str:
-    """The figures of a run on held-out data: "accuracy 81.5 % (majority class 50.9 %), F1 82.3 %"."""
+    """The metrics of a run on held-out data: "accuracy 81.5 % (majority class 50.9 %), F1 82.3 %"."""
     values = summary.get("metrics") or summary.get("eval") or {}
     words = {key: f"{name} {form.format(values[key])}" for key, (name, form) in FIGURES.items() if key in values}
     if "majority" in values:
@@ -102,7 +102,7 @@ def result_words(summary: dict) -> str:
 
 
 def without_stop(command: str) -> list[str]:
-    """The words of a command line without --stop-at: what goes on after a pause."""
+    """The words of a command line without --stop-at: the command that resumes a paused run."""
     words, kept = iter(shlex.split(command)), []
     for word in words:
         flag, _, value = word.replace("_", "-").partition("=")

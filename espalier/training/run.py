@@ -28,7 +28,7 @@ from sharding.processes.coordination import LONG_WAIT, from_first, gather
 
 
 class RunDirectory:
-    """Where the files of one run lie."""
+    """The paths of the files of one run."""
 
     def __init__(self, path: str | os.PathLike[str]):
         if "://" in str(path):
@@ -45,7 +45,7 @@ class RunDirectory:
         self.report = self.path / "report.html"
 
     def check_shared(self) -> None:
-        """UserError unless every process sees the folder on the same disk."""
+        """UserError unless every process sees the same folder."""
         if jax.process_count() == 1:
             return
         there = next(path for path in (self.path, *self.path.parents) if path.is_dir())
@@ -66,12 +66,12 @@ class RunDirectory:
             )
 
     def check(self, config: dict, defaults: dict, done: int = 0, schedules: Sequence[Schedule] = ()) -> None:
-        """UserError where the folder holds another run or other things, or processes other settings; writes nothing.
+        """UserError if the folder holds another run or other files, or if processes differ in settings; writes nothing.
 
-        config: JSON values, with the fingerprints of tokenizer and data. Its identity must be that of the run there,
-        but for a schedule that is the same so far (training.identity). defaults: what fields mean that the run there
-        was not asked for, because they are younger than it. done: steps of the run there. schedules: what depends on
-        its length beside the learning rate.
+        config: JSON values, with the fingerprints of tokenizer and data. Its identity must be that of the existing run,
+        except for a schedule that is the same so far (training.identity). defaults: the values of fields that the
+        existing run lacks because it is older than they are. done: steps of the existing run. schedules: what depends
+        on the length of the run besides the learning rate.
         """
         _check_same_everywhere(json.loads(json.dumps(config)))
         if self.path.exists() and not self.path.is_dir():
@@ -84,9 +84,9 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def writing(self, config: dict) -> Iterator[None]:
-        """Write config.json and keep other processes from training here until the block or this process ends.
+        """Write config.json and lock the folder against other trainings until the block or this process ends.
 
-        From here on, what libraries say goes to log.txt there; those of further processes to log-1.txt and so on.
+        From then on, library output goes to log.txt in the folder, that of further processes to log-1.txt and so on.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as lock:
@@ -108,7 +108,7 @@ class RunDirectory:
             there = completed(json.loads(self.config.read_text(encoding="utf-8")), defaults)
         except ValueError as error:
             raise UserError(f"{self.config} is damaged ({error}); give another --run-dir") from None
-        # A run that failed before its first step has nothing to lose: its settings may be corrected.
+        # A run that failed before its first step has nothing to lose, so its settings may be corrected.
         begun = self.metrics.exists() and self.metrics.stat().st_size or any(self.checkpoints.glob("*"))
         change = check_same_run(self.path, there, config, done, schedules) if begun else None
         if change and jax.process_index() == 0:
@@ -118,7 +118,7 @@ class RunDirectory:
 def _check_same_everywhere(config: dict) -> None:
     """UserError unless every process has the same settings and, by their fingerprints, the same text and tokenizer."""
     config = without(config, HOST_FIELDS, FINGERPRINTED_FIELDS)
-    # Where the hosts have caches of their own, one may have prepared its text long before another.
+    # Hosts with caches of their own may prepare their text at very different speeds.
     first = from_first("settings", config, LONG_WAIT)
     for number, changes in enumerate(gather("settings", list(differences(first, config))[:4], LONG_WAIT)):
         if changes:
@@ -129,10 +129,10 @@ def _check_same_everywhere(config: dict) -> None:
 
 
 def _appears(path: Path, seconds: float = 30) -> bool:
-    """Whether a file is there, with the time that network disks take to show what another host wrote."""
+    """Whether a file exists, after the time that network disks take to show what another host wrote."""
     end = time.monotonic() + seconds
     while True:
-        # A listing, for network disks remember for a while that a name was not there.
+        # A listing, because network disks cache for a while that a name did not exist.
         with contextlib.suppress(OSError):
             if path.name in os.listdir(path.parent):
                 return True
@@ -148,7 +148,7 @@ class Result:
     state: TrainState
     step: int
     finished: bool
-    """Whether the schedule was completed, rather than paused or stopped."""
+    """Whether the schedule was completed, not paused or stopped."""
     loss: float | None
     """Training loss of the last step; None if there was nothing left to do."""
     eval: dict[str, float]
@@ -156,23 +156,23 @@ class Result:
     tokens: int
     """Tokens trained on since step 0."""
     tokens_per_second: float | None
-    """Without the first step and evaluations."""
+    """The first step and evaluations excluded."""
     seconds: float | None
     """From the initialisation to the last checkpoint; None if there was nothing left to do."""
     first_step_seconds: float | None
     """Compilation included."""
     mfu: float | None
     data_wait: float | None
-    """The part of the time that the device waited for batches at most; first step and evaluations left out."""
+    """The fraction of time in which the device waited for batches, at most; first step and evaluations excluded."""
     stopped_by: int | None
-    """The number of the signal that ended it early."""
+    """The number of the signal that ended the session early."""
 
 
 def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
     """The `--json` object of a training session; summary.json holds it and the environment.
 
-    What a session without a step could not measure stays as the last one left it.
-    more: what the door adds (metrics of a classifier).
+    A session without a step keeps what the session before it measured.
+    more: what the task adds (the metrics of a classifier).
     """
     names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "data_wait")
     names += ("seconds", "finished")
@@ -187,7 +187,7 @@ def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
 
 
 def environment() -> dict[str, str]:
-    """Where this process runs, in words: versions and hardware."""
+    """Versions and hardware of this process, in words."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     devices = {
@@ -199,9 +199,9 @@ def environment() -> dict[str, str]:
 
 
 def settings(config: Any, model: Any, **more: Any) -> tuple[dict, dict]:
-    """A run's settings as JSON values: dataclasses `config` and `model`, and `more`. Also the defaults for `check`.
+    """A run's settings as JSON values: dataclasses `config` and `model`, and `more`; and the defaults for `check`.
 
-    A field that is younger than a run means there what its class has as default, never what a preset says today.
+    A field that was added after a run has the default of its class there, never what a preset says today.
     """
     values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model)} | more
     return values, dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: the progress line, metrics.jsonl and TensorBoard. One place that logs."""
+"""Logging of a run: the progress line, metrics.jsonl and TensorBoard. The only place that logs."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from espalier.training.run import RunDirectory
 
 
 class Interval(TypedDict):
-    """The steps since the last multiple of log_every, as a checkpoint keeps them (JSON)."""
+    """The steps since the last multiple of log_every, as a checkpoint stores them (JSON)."""
 
     steps: int
     sums: dict[str, float]
-    """Of each metric over these steps; exact, for float32 values are added up as doubles."""
+    """Of each metric over these steps; exact, because float32 values are added up as doubles."""
 
 
 class Tracker:
-    """Logs one run from `start_step` on; speeds leave out the first step (it compiles) and evaluations.
+    """Logs one run from `start_step` on; speeds exclude the first step (it compiles) and evaluations.
 
-    What is logged and shown of training at a step is the mean over the steps since the last multiple of log_every, each
-    step counting the same (loss, accuracy, gradient norm), and the learning rate of that step. An interval that a pause
-    cuts is taken up again, so that the log of a resumed run is that of an uninterrupted one.
+    A training record holds means over the steps since the last multiple of log_every, each step with the same weight
+    (loss, accuracy, gradient norm), and the learning rate of its own step. An interval that was cut by a pause is
+    continued, so that the log of a resumed run equals that of an uninterrupted one.
 
-    total_steps: of the schedule. last_step: where this session ends, for the time left. interval: that of the
-    checkpoint at start_step.
-    flops_per_step, peak_flops: of the whole mesh; MFU is left out where one of them is None.
-    quiet: measure only (all processes but the first).
+    total_steps: of the schedule. last_step: the last of this session, for the time left. interval: from the checkpoint
+    at start_step.
+    flops_per_step, peak_flops: of the whole mesh; no MFU if one of them is None.
+    quiet: only measure (all processes but the first).
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Tracker:
         interval: Interval | None = None,
     ):
         self.first_step_seconds: float | None = None
-        # One that ends here by a new log_every has its record already.
+        # An interval that ends here under a new log_every has its record already.
         carried = interval if interval and interval["steps"] and start_step % log_every else None
         self.interval: Interval = carried or {"steps": 0, "sums": {}}
         self._waited = 0.0
@@ -76,17 +76,17 @@ class Tracker:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOP/s over the peak of the hardware (PaLM, Chowdhery et al. 2022, app. B), as tokens_per_second."""
+        """Model FLOP/s over the peak of the hardware (PaLM, Chowdhery et al. 2022, app. B), over the same steps."""
         return self._utilisation(self.tokens_per_second)
 
     @property
     def data_wait(self) -> float | None:
-        """The part of the steps' time that went by waiting for batches, as tokens_per_second."""
+        """The fraction of the time spent waiting for batches, over the same steps."""
         passed = self._seen - self._clock
         return self._waited / passed if self._step > self._start + 1 and passed > 0 else None
 
     def compiling(self, batch: dict) -> contextlib.AbstractContextManager:
-        """Tells of a long step inside if it is the first with arrays of these shapes, for which it is compiled."""
+        """A context that reports a wait for compilation if this is the first batch with arrays of these shapes."""
         shapes = tuple(sorted((name, array.shape) for name, array in batch.items()))
         if self._quiet or shapes in self._compiled:
             return contextlib.nullcontext()
@@ -95,14 +95,14 @@ class Tracker:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside is waiting for a batch."""
+        """Time spent inside counts as waiting for a batch."""
         began = time.perf_counter()
         yield
         if self.first_step_seconds is not None:
             self._waited += time.perf_counter() - began
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """To be called for every step once its metrics are known; writes the first, the last, every log_every-th."""
+        """Call it for every step once its metrics are known; it writes the first, the last and every log_every-th."""
         self._step, self._seen = step, time.perf_counter()
         first = self.first_step_seconds is None
         if first:
@@ -114,7 +114,7 @@ class Tracker:
         if ends:
             self.interval = {"steps": 0, "sums": {}}
         written = ends or step in (1, self._last)
-        # A terminal shows that it goes on, however seldom there is something to write.
+        # A terminal shows progress even when records are rare.
         if not (written or first or sys.stdout.isatty() and self._seen - self._shown >= 1):
             return
         self._shown = self._seen
@@ -135,11 +135,11 @@ class Tracker:
         self._show(line, keep=step == self._last)
 
     def _means(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Take the metrics of a step into the interval; its means."""
+        """Add the metrics of a step to the interval; returns the means over it."""
         before, steps = self.interval["sums"], self.interval["steps"] + 1
         sums = {name: before.get(name, 0.0) + value for name, value in metrics.items()}
         self.interval = {"steps": steps, "sums": sums}
-        # A learning rate is no measurement but a setting of this step.
+        # A learning rate is a setting of this step, not a measurement.
         return {
             name: metrics[name] if name.endswith("learning_rate") else total / steps for name, total in sums.items()
         }
@@ -156,12 +156,12 @@ class Tracker:
         return step in self._evaluated
 
     def say(self, line: str) -> None:
-        """Print a line of its own; safe from other threads."""
+        """Print a line; other threads may call it too."""
         self._show(line, keep=True)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Time spent inside is excluded from speeds."""
         began = time.perf_counter()
         yield
         gap = time.perf_counter() - began
@@ -209,9 +209,10 @@ def _board(run: RunDirectory, start_step: int):
 
 
 def cut_metrics(run: RunDirectory, step: int, within_interval: bool = False) -> list[dict]:
-    """Drop the lines of metrics.jsonl after `step`, and one that was not written to its end; returns the others.
+    """Drop the lines of metrics.jsonl after `step`, and an incomplete last line; returns the records that stay.
 
-    within_interval: also the one of training at `step`, of an interval that goes on, for an uninterrupted run has none.
+    within_interval: also drop the training record at `step`, within an interval that continues: an uninterrupted run
+    has none there.
     """
     if not run.metrics.exists():
         return []
