@@ -300,7 +300,7 @@ def test_an_abnormal_end_shows_the_last_lines(program, tmp_path, end, code):
     "end, code, line",
     [
         ("pass", 0, ""),
-        ("raise UserError('not so')", 2, "error: not so\n"),
+        ("from espalier.errors import UserError; raise UserError('not so')", 2, "error: not so\n"),
         ("library_log.ended(); os._exit(1)", 1, ""),
         ("os.kill(os.getpid(), 15)", -signal.SIGTERM, ""),
         ("os.kill(os.getpid(), 1)", -signal.SIGHUP, ""),
