@@ -1,7 +1,38 @@
-"""Espalier: language models pretrained, fine-tuned and looked into with JAX."""
+"""Espalier: language models pretrained, fine-tuned and looked into with JAX.
+
+    import espalier
+
+    model = espalier.load("runs/demo")  # or "hf:bert-base-uncased"
+    model.logits(["To be, or not to be"])
+
+Importing it is light: JAX is loaded by the first of these that is used. docs/python.md shows them at work.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from espalier import neighbours
 
+if TYPE_CHECKING:
+    from espalier.loading import LoadedModel, load
+
 __version__ = "0.1.0"
 
+_FRONT = {"LoadedModel": "espalier.loading", "load": "espalier.loading"}
+"""Name → the module that has it."""
+
+__all__ = ["LoadedModel", "load"]
+
 neighbours.take()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FRONT:
+        raise AttributeError(f"module 'espalier' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_FRONT[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,8 +23,11 @@ MAY_IMPORT = {
     "sharding": set(),
     "commands": DOOR | {"mlm", "clm", "finetune"},
     "cluster": {"data"},
+    "loading": {"models", "data", "training"},
+    "__init__": {"loading", "training", "report", "assembly", "commands"},
 }
-"""Besides itself and the LEAVES. A door never imports another door, nothing imports `commands`."""
+"""Besides itself and the LEAVES. A door never imports another door, nothing imports `commands` but the front.
+`__init__` is that front, `import espalier`, which imports on demand."""
 
 TOP = ("mlm", "clm", "finetune", "sharding", "cluster", "espalier")
 """Packages at the top; the rooms of the library are within `espalier`."""
@@ -125,7 +128,7 @@ def test_every_package_is_in_the_table():
     assert not list(ROOT.glob("*.py"))
     rooms = {path.stem for path in ROOT.glob("espalier/*.py")}
     rooms |= {path.parent.name for path in ROOT.glob("espalier/*/*.py")}
-    assert rooms - {"__init__"} == MAY_IMPORT.keys() - set(TOP) | LEAVES
+    assert rooms == MAY_IMPORT.keys() - set(TOP) | LEAVES
 
 
 def test_every_package_is_installed():
