@@ -63,7 +63,8 @@ def documentation(config_type: type) -> dict[str, str]:
     """The docstring below each field of a dataclass and its bases."""
     found = {}
     for parent in reversed(config_type.__mro__):
-        if not dataclasses.is_dataclass(parent):
+        # One that only joins others has no source where a function made it.
+        if not dataclasses.is_dataclass(parent) or not inspect.get_annotations(parent):
             continue
         (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(parent))).body)  # type: ignore
         for field, below in zip(body, body[1:], strict=False):

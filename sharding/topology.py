@@ -47,7 +47,7 @@ class Chip:
     aliases: tuple[str, ...] = ()
     sustained_clock: float = 1.0
     """Base clock ÷ boost clock, where a power limit far below the other chips' keeps the peak from being held; 1 where
-    the fitted efficiency of the architecture (commands/plan/roofline.py) already contains it."""
+    the fitted efficiency of the architecture (plan/time/roofline.py) already contains it."""
 
 
 # TPU: peaks, HBM and its bandwidth per chip from the Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/

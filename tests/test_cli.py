@@ -214,7 +214,7 @@ def test_the_short_help_shows_what_is_declared_to_be_set_often(capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    "module", ["mlm.presets", "clm.presets", "finetune.presets", "espalier.commands.plan.__main__"]
+    "module", ["mlm.presets", "clm.presets", "finetune.presets", "espalier.commands.plan.settings"]
 )
 def test_the_short_help_of_every_preset_fits_on_a_screen(module, capsys, monkeypatch):
     """45 lines of 80 columns, each setting with its meaning, the files first; every flag it names is one."""

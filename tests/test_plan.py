@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from espalier import cli
-from espalier.commands.plan.__main__ import PRESETS, main
-from espalier.commands.plan.compiled import devices_of, parse_topology
-from espalier.commands.plan.plan import make_plan
-from espalier.commands.plan.settings import as_tokens
+from espalier.commands.plan.__main__ import main
+from espalier.commands.plan.compile.slices import devices_of, parse_topology
+from espalier.commands.plan.planner import make_plan
+from espalier.commands.plan.settings import PRESETS, PlanSettings, as_tokens
 from espalier.errors import UserError
 from sharding.advice import Task, advise, layouts
 from sharding.mesh import MeshConfig, build_mesh, slice_count
@@ -32,7 +32,8 @@ def planned(preset: str, **changes):
             outer, inner = name.split("__")
             nested.setdefault(outer, {})[inner] = changes.pop(name)
     parts = {outer: dataclasses.replace(getattr(config, outer), **inner) for outer, inner in nested.items()}
-    return make_plan(dataclasses.replace(config, **changes, **parts))
+    asked = {field.name: changes.pop(field.name) for field in dataclasses.fields(PlanSettings) if field.name in changes}
+    return make_plan(dataclasses.replace(config, **changes, **parts), PlanSettings(**asked))
 
 
 def run(capsys, tmp_path, *arguments: str) -> str:
@@ -96,7 +97,7 @@ def test_memory_of_the_state_is_sixteen_bytes_a_parameter_split_by_the_mesh():
     """Float32 parameters, two moments and the gradient, with the vocabulary padded to 128."""
     params = 85_056_000 + 50_304 * 768 + 1024 * 768
     for mesh, ways in ((MeshConfig(data=8), 1), (MeshConfig(data=1, fsdp=8), 8)):
-        memory = planned("gpt2", chip="h100", chips=8, mesh=mesh, accumulation=1).asked.memory
+        memory = planned("gpt2", chip="h100", chips=8, mesh=mesh, accumulation=1, search=False).asked.memory
         assert (memory.parameters + memory.optimizer + memory.gradients) * ways / params == pytest.approx(16, rel=0.01)
 
 
@@ -119,13 +120,18 @@ def test_muon_keeps_one_moment_of_a_matrix():
     assert adamw - muon == 4 * matrices
 
 
-def test_xla_attention_keeps_scores():
-    fused, scores = (
-        planned("gpt2", chip="h100", chips=8, accumulation=4, execution__attention=kind, search=False).asked.memory.kept
-        for kind in ("auto", "xla")
+def test_a_plan_follows_the_attention_that_would_run():
+    """Splash on TPU; on GPUs, for which there is no kernel, XLA's: it keeps probabilities, and moves its scores."""
+    fused, asked, gpu = (
+        planned("gpt2", chip=chip, chips=8, accumulation=4, execution__attention=kind, search=False)
+        for chip, kind in (("v5p", "auto"), ("v5p", "xla"), ("h100", "auto"))
     )
+    assert [plan.asked.attention for plan in (fused, asked, gpu)] == ["splash", "xla", "xla"]
+    assert "no attention kernel for this device" in gpu.attention_reason
     # At least the probabilities of 12 layers, 12 heads, 16 rows: bfloat16 [T, T].
-    assert scores - fused > 12 * 12 * 16 * 1024 * 1024 * 2
+    assert asked.asked.memory.kept - fused.asked.memory.kept > 12 * 12 * 16 * 1024 * 1024 * 2
+    assert asked.asked.time.memory > 2 * fused.asked.time.memory
+    assert gpu.asked.memory.kept == asked.asked.memory.kept
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_bad_input_is_one_line_before_any_compilation(capsys, monkeypatch, argum
     def compiled(*_):
         raise AssertionError("it compiles")
 
-    monkeypatch.setattr("espalier.commands.plan.plan.compile_step", compiled)
+    monkeypatch.setattr("espalier.commands.plan.planner.compile_step", compiled)
     assert message in refused(capsys, *arguments.split())
 
 
@@ -198,8 +204,7 @@ def test_compiling_for_absent_devices_leaves_the_cache_of_programs_alone(tmp_pat
             jax.config.update(name, value)
         jax.jit(lambda x: x + 1)(1.0)
         before = len(list(tmp_path.iterdir()))
-        config = dataclasses.replace(PRESETS["mlm-debug"](), topology="v5e:2x2", search=False)
-        plan = make_plan(config)
+        plan = planned("mlm-debug", topology="v5e:2x2", search=False)
         assert before and not list(tmp_path.glob("*train_step*")) and plan.asked.fits
         assert plan.asked.compiled and plan.asked.compiled.collectives.keys() == {"all-reduce"}
         jax.jit(lambda x: x + 2)(1.0)

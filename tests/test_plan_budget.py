@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from espalier import cli
-from espalier.commands.plan import scaling_laws as laws
-from espalier.commands.plan.budget import BudgetConfig, doors, main, plan, sizes
-from espalier.commands.plan.budget_text import as_text, short
+from espalier.commands.plan.budget import scaling_laws as laws
+from espalier.commands.plan.budget.__main__ import main
+from espalier.commands.plan.budget.budget import plan, sizes
+from espalier.commands.plan.budget.settings import BudgetConfig
+from espalier.commands.plan.budget.text import as_text
+from espalier.commands.plan.numbers import short
+from espalier.commands.plan.objectives import OBJECTIVES
 from espalier.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -123,7 +127,8 @@ def test_batches_and_repetition():
 
 
 @pytest.mark.parametrize(
-    "given", [dict(params="124M"), dict(flops="1e21"), dict(gb="10"), dict(params="10M", door="mlm"), dict(params="2T")]
+    "given",
+    [dict(params="124M"), dict(flops="1e21"), dict(gb="10"), dict(params="10M", objective="mlm"), dict(params="2T")],
 )
 def test_the_figures_of_a_plan_fit_together(given):
     b = plan(BudgetConfig(**given, chip="v5p", chips=16, mfu=0.5, sequence_length=2048, bytes_per_token=4.0))
@@ -157,27 +162,28 @@ def test_text_at_hand_is_read_four_times():
 
 
 @pytest.mark.parametrize(
-    "preset, door, parameters, length", [("gpt2", "clm", 124_439_808, 1024), ("bert-base", "mlm", 109_514_298, 512)]
+    "preset, objective, parameters, length",
+    [("gpt2", "clm", 124_439_808, 1024), ("bert-base", "mlm", 109_514_298, 512)],
 )
-def test_a_preset_brings_its_size_door_and_length(preset, door, parameters, length):
+def test_a_preset_brings_its_size_objective_and_length(preset, objective, parameters, length):
     b = plan(BudgetConfig(preset=preset))
-    assert (b.door, b.parameters, b.sequence_length) == (door, pytest.approx(parameters), length)
-    assert f"./launch.sh {door} {preset} " in b.command
+    assert (b.objective, b.parameters, b.sequence_length) == (objective, pytest.approx(parameters), length)
+    assert f"./launch.sh {objective} {preset} " in b.command
 
 
 def test_encoders_are_told_that_there_is_no_law():
     b = plan(BudgetConfig(preset="bert-base"))
     assert b.loss is None and "no compute-optimal law" in as_text(b)
     assert b.tokens == pytest.approx(131e9, rel=0.01)  # what BERT-base had
-    assert "nothing here tells what lies beyond" in as_text(plan(BudgetConfig(params="10B", door="mlm")))
+    assert "nothing here tells what lies beyond" in as_text(plan(BudgetConfig(params="10B", objective="mlm")))
 
 
-@pytest.mark.parametrize("given", [dict(params="124M", sequence_length=2048), dict(flops="1e20", door="mlm")])
+@pytest.mark.parametrize("given", [dict(params="124M", sequence_length=2048), dict(flops="1e20", objective="mlm")])
 def test_the_suggested_command_is_one(given):
     b = plan(BudgetConfig(**given))
-    _, door, *arguments = shlex.split(b.command)
+    _, command, *arguments = shlex.split(b.command)
     seen = []
-    cli.run(lambda config, call: seen.append(config), doors()[b.door], door, "", arguments)
+    cli.run(lambda config, call: seen.append(config), OBJECTIVES[b.objective].presets, command, "", arguments)
     config = seen[0]
     assert (config.steps, config.batch_size) == (b.steps, b.batch_size)
     config.model.fitted(config.model.vocab_size, config.data.sequence_length)  # positions suffice
@@ -214,8 +220,8 @@ def test_json_is_one_object(capsys):
         ("--hours soon --chip h100", "hours=soon is not a number"),
         ("--hours 24 --chip h1000", "unknown chip 'h1000'; did you mean h100?; known are"),
         ("--preset gtp2", "unknown preset 'gtp2'; did you mean gpt2?; known are clm: debug, demo, gpt2"),
-        ("--preset demo", "preset demo is in clm and mlm; add --door clm or --door mlm"),
-        ("--preset gpt2 --door mlm", "known are mlm: debug"),
+        ("--preset demo", "preset demo is in clm and mlm; add --objective clm or --objective mlm"),
+        ("--preset gpt2 --objective mlm", "known are mlm: debug"),
         ("--params 7B --mfu 40", "mfu=40.0"),
         ("--params 7B --chips 0", "chips=0"),
         ("--params 7B --sequence-length 0", "sequence_length=0"),
@@ -258,6 +264,7 @@ def test_the_example_in_the_docs_is_what_is_printed(capsys):
 
 
 def test_help_comes_without_anything_heavy():
-    code = "import commands.plan.budget, sys; print(*({'jax', 'flax', 'numpy', 'transformers'} & set(sys.modules)))"
+    heavy = {"jax", "flax", "numpy", "transformers"}
+    code = f"import espalier.commands.plan.budget.__main__, sys; print(*({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from espalier.commands.plan.__main__ import PRESETS
-from espalier.commands.plan.plan import make_plan
+from espalier.commands.plan.planner import make_plan
+from espalier.commands.plan.settings import PRESETS, PlanSettings
 from sharding.mesh import MeshConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -25,8 +25,8 @@ MESHES = {"llama-8b": {"mesh": MeshConfig(data=4, fsdp=16)}}
 
 
 def compiled(name: str, **changes):
-    changes = {"topology": FITS[name], "search": False, **MESHES.get(name, {}), **changes}
-    return make_plan(dataclasses.replace(PRESETS[name](), **changes))
+    config = dataclasses.replace(PRESETS[name](), **MESHES.get(name, {}), **changes)
+    return make_plan(config, PlanSettings(topology=FITS[name], search=False))
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -1,13 +1,17 @@
 """The time model: against published runs, limits that are known, and what must hold of any such model. No compiling."""
 
 import dataclasses
+import json
+import pathlib
+import re
 
 import pytest
 
-from espalier.commands.plan.amounts import Job, parameters
-from espalier.commands.plan.published import FIT_HALF, HELD_OUT, documented, error, errors, fit, table
-from espalier.commands.plan.roofline import FITTED, SPREAD, bill, step_time
-from espalier.commands.plan.runs import LLAMA_405B, RUNS, SOURCES, maxtext_model
+from espalier.commands.plan import time as plan_time
+from espalier.commands.plan.time.amounts import Job, parameters
+from espalier.commands.plan.time.published import FIT_HALF, HELD_OUT, documented, error, errors, fit, table
+from espalier.commands.plan.time.roofline import FITTED, SPREAD, bill, step_time
+from espalier.commands.plan.time.runs import UNITS, models, runs, sources
 from espalier.errors import UserError
 from espalier.models.counts import count_params, flops_per_token
 from espalier.models.families.bert import BERT_BASE
@@ -28,7 +32,7 @@ def test_held_out_runs_are_predicted():
     """The targets of the plan; the fit half is there only so that nobody mistakes which is which."""
     found = errors(HELD_OUT)
     assert found.median < 0.15 and found.worst < 0.35
-    assert set(map(id, FIT_HALF)).isdisjoint(map(id, HELD_OUT)) and len(FIT_HALF) + len(HELD_OUT) == len(RUNS) >= 20
+    assert set(map(id, FIT_HALF)).isdisjoint(map(id, HELD_OUT)) and len(FIT_HALF) + len(HELD_OUT) == len(runs()) >= 20
 
 
 def test_the_printed_range_holds_nine_of_ten_held_out_runs():
@@ -47,32 +51,71 @@ def test_the_efficiencies_are_those_of_the_fit():
 
 
 def test_the_docs_have_the_table_of_the_code():
-    assert documented() == table(), "run `python -m espalier.commands.plan.published --write`"
+    assert documented() == table(), "run `python -m espalier.commands.plan.time.published --write`"
 
 
-def test_every_run_has_a_source():
-    assert {run.source for run in RUNS} == set(SOURCES)
-    assert all(url.startswith("https://") for url in SOURCES.values())
+def test_the_table_of_runs_is_complete_and_has_no_stray_key():
+    table = json.loads((pathlib.Path(plan_time.__file__).parent / "runs.json").read_text())
+    needed = {"model", "source", "chip", "mesh", "rows", "length", "head", "speed"}
+    others = {"micro_batches", "recomputed", "predicted", "attention", "scan", "says", "steps"}
+    others |= {"fast_domain", "slow_bandwidth", "memory_bandwidth"}
+    used = {"sources": set(), "models": set(), "recomputed": set()}
+    for row in table["runs"]:
+        assert needed <= row.keys() <= needed | others, row
+        value, unit = row["speed"]
+        assert unit in UNITS and value > 0 and row.keys() >= ({"steps"} if unit == "hours" else set()), row
+        used["sources"].add(row["source"])
+        used["models"].add(row["model"])
+        used["recomputed"] |= {row["recomputed"]} if "recomputed" in row else set()
+    assert used == {part: set(table[part]) for part in used}
+    assert all(url.startswith("https://") for url in sources().values())
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name}-{run.job.chip.name}-{run.job.devices}")
-def test_parts_add_up_and_nothing_beats_the_peak(run):
-    time = step_time(run.job)
-    assert sum(time.parts.values()) == pytest.approx(time.step, rel=1e-12)
-    assert all(seconds >= 0 for seconds in time.parts.values())
-    assert 0 < time.mfu < 1
-    assert 0 <= time.network <= sum(time.communication.values())
-    chips = run.job.devices / run.job.chip.devices_per_chip
-    assert time.tokens_per_second_per_chip * chips * time.step == pytest.approx(run.job.tokens)
+def test_units_of_published_speeds():
+    """By hand: 8 GPUs, steps of 512 rows of 1,024 tokens."""
+    job = changed(LLAMA, sequence_length=1024, batch_rows=512, mesh={"data": 8})
+    assert UNITS["tokens/s/chip"](905, job, {}) == 905
+    assert UNITS["sequences/s"](100, job, {}) == 100 * 1024 / 8
+    assert UNITS["s/step"](0.5, job, {}) == 2 * 512 * 1024 / 8
+    assert UNITS["hours"](2, job, {"steps": 7200}) == 512 * 1024 / 8
+    # MaxText's convention: 6 × the parameters in products, and all keys of a causal row.
+    flops = 6 * (parameters(LLAMA_8B) - 128_256 * 4096) + 12 * 32 * 4096 * 1024
+    assert UNITS["TFLOP/s/chip"](400, job, {}) == pytest.approx(400e12 / flops, rel=1e-3)
+
+
+def test_parts_add_up_and_nothing_beats_the_peak():
+    for run in runs():
+        time = step_time(run.job)
+        assert sum(time.parts.values()) == pytest.approx(time.step, rel=1e-12), run
+        assert all(seconds >= 0 for seconds in time.parts.values()), run
+        assert 0 < time.mfu < 1 and 0 <= time.network <= sum(time.communication.values()), run
+        assert time.tokens_per_second_per_chip * run.job.chips * time.step == pytest.approx(run.job.tokens), run
+
+
+def test_models_have_the_parameters_of_their_names():
+    """MPT-70b, Llama-3.1-405B, GPT-2 774M … Names of MPT models leave out their 65,536 positions, and 1b means 1.3."""
+    sizes = {name: re.search(r"(\d+)([BM])$", name.upper()) for name in models() if "MaxText" not in name}
+    found = {name: float(size[1]) * {"B": 1e9, "M": 1e6}[size[2]] for name, size in sizes.items() if size}
+    assert len(found) >= 18
+    for name, size in (found | {"MPT-1b": 1.3e9}).items():
+        config = models()[name]
+        positions = config.max_position_embeddings * config.hidden_size if "MPT" in name else 0
+        assert parameters(config) - positions == pytest.approx(size, rel=0.15), name
 
 
 @pytest.mark.parametrize("scale", [16, 32, 64, 128, 256, 512, 1024])
-def test_models_of_maxtext_have_the_parameters_of_their_names(scale):
-    assert parameters(maxtext_model(scale)) / 1e9 == pytest.approx(scale, rel=0.03)
+def test_models_of_maxtext_follow_its_rule(scale):
+    """`get_individual_scales` of `global_parameter_scale`: width, depth, heads and MLP double in turn."""
+    base, rest = divmod(scale.bit_length() - 1, 3)
+    found = models()[f"MaxText-{scale}B"]
+    assert parameters(found) / 1e9 == pytest.approx(scale, rel=0.03)
+    assert (found.hidden_size, found.num_hidden_layers) == (2048 << (base + (rest > 1)), 16 << base)
+    wide = base + (rest > 0)
+    assert (found.num_attention_heads, found.intermediate_size) == (16 << wide, 7168 << wide)
 
 
 def test_parameters_equal_those_of_the_model():
-    assert parameters(LLAMA_405B) / 1e9 == pytest.approx(405.8, rel=1e-3)
+    assert parameters(models()["Llama-3.1-405B"]) / 1e9 == pytest.approx(405.8, rel=1e-3)
     for config, head in ((GPT2, "causal_lm"), (LLAMA_1B, "causal_lm"), (BERT_BASE, None), (MODERNBERT_BASE, None)):
         assert parameters(config) == pytest.approx(count_params(config, head), rel=2e-3)
 
@@ -135,7 +178,7 @@ def test_bytes_over_the_links():
 
 def test_what_is_written_to_memory_costs():
     time = step_time(LLAMA).step
-    assert step_time(changed(LLAMA, attention="xla")).step > time
+    assert step_time(changed(LLAMA, attention="stored")).step > time
     assert step_time(changed(LLAMA, accumulation=4)).step > time
     assert step_time(changed(LLAMA, scan=True)).step > time
     assert step_time(changed(LLAMA, head="stored")).step < time

@@ -34,7 +34,7 @@ MODULES = {
     "prepare": "espalier.data.prepare",
     "report": "espalier.commands.report",
     "plan": "espalier.commands.plan.__main__",
-    "budget": "espalier.commands.plan.budget",
+    "budget": "espalier.commands.plan.budget.__main__",
     "import": "espalier.commands.convert",
     "export": "espalier.commands.convert",
 }

@@ -10,8 +10,8 @@ import pytest
 
 import clm.presets
 import mlm.presets
-from espalier.commands.plan.compiled import collectives, shapes_of
-from espalier.commands.plan.step import lower_step
+from espalier.commands.plan.compile.hlo import collectives, shapes_of
+from espalier.commands.plan.compile.step import lower_step
 from espalier.models.config import Execution
 from sharding.mesh import MeshConfig, build_mesh
 

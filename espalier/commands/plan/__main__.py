@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from espalier import cli, progress
-from espalier.commands.plan.settings import CausalPlan, MaskedPlan
+from espalier.commands.plan.settings import PRESETS
 
 DESCRIPTION = """Memory, time and cost of a pretraining run before any chip is rented. With --topology v5e:4x4 the train
 step is compiled by the TPU's own compiler on this machine; with --chip h100 --chips 8 it is worked out by analysis.
 All flags of the preset may follow. `plan budget --help`: from a model size, a compute budget or a time limit to
 tokens."""
-
-
-def presets() -> dict[str, Callable[[], Any]]:
-    """The presets of both pretraining doors, with the settings of a plan; names that both have begin with the door."""
-    import clm.presets
-    import mlm.presets
-
-    doors = {"mlm": (mlm.presets.PRESETS, MaskedPlan), "clm": (clm.presets.PRESETS, CausalPlan)}
-    found: dict[str, Callable[[], Any]] = {}
-    for door, (there, plan) in doors.items():
-        others = {name for other, (named, _) in doors.items() if other != door for name in named}
-        for name, preset in there.items():
-            found[f"{door}-{name}" if name in others else name] = _planned(preset, plan)
-    return found
-
-
-def _planned(preset: Callable[[], Any], plan: type) -> Callable[[], Any]:
-    def make() -> Any:
-        config = preset()
-        return plan(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
-
-    make.__doc__ = preset.__doc__
-    return make
-
-
-PRESETS = presets()
 
 
 def main(config: Any, call: cli.Call) -> dict:
@@ -50,11 +22,11 @@ def main(config: Any, call: cli.Call) -> dict:
     os.environ["JAX_PLATFORMS"] = "cpu"
     with progress.waiting("compiling for the slice" if config.topology else "working it out"):
         from espalier.commands.plan.page import write_plan
-        from espalier.commands.plan.plan import make_plan
+        from espalier.commands.plan.planner import make_plan
         from espalier.commands.plan.text import as_text
 
-        plan = make_plan(config)
-        path = write_plan(config, plan, call.command)
+        plan = make_plan(config, config)
+        path = write_plan(config.run_dir, plan, call.command)
     if not config.json:
         print(as_text(plan))
         print(f"picture: {path}")
@@ -63,7 +35,7 @@ def main(config: Any, call: cli.Call) -> dict:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["budget"]:
-        from espalier.commands.plan import budget
+        from espalier.commands.plan.budget import __main__ as budget
 
         cli.run_config(budget.main, budget.BudgetConfig, prog="plan budget", argv=sys.argv[2:])
     else:

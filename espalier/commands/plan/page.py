@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from espalier.commands.plan.numbers import short
 from espalier.commands.plan.plan import Layout, Plan
@@ -26,9 +26,9 @@ class Part(NamedTuple):
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#97bbf5")
 
 
-def write_plan(config: Any, plan: Plan, command: str | None) -> Path:
+def write_plan(run_dir: str | None, plan: Plan, command: str | None) -> Path:
     """Write plan.html and plan.json into the folder of the plan; returns the page."""
-    folder = Path(config.run_dir or "runs/plan").expanduser().absolute()
+    folder = Path(run_dir or "runs/plan").expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "plan.json", plan.as_json())
     title = f"Plan: {short(plan.params)} parameters on {plan.hardware.name}"

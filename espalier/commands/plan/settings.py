@@ -1,13 +1,14 @@
-"""The settings of a plan beside those of the run it is for. Imports no JAX."""
+"""The settings of a plan, alone and beside those of the run it is for. Imports no JAX."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import clm.presets
-import mlm.presets
 from espalier.commands.plan import numbers
+from espalier.commands.plan.objectives import OBJECTIVES, Planned
 from espalier.errors import UserError
 from espalier.short_help import often
 
@@ -32,8 +33,8 @@ class PlanSettings:
     """If it does not fit, look for a layout, micro-batches and rematerialisation that do."""
 
     def __post_init__(self):
-        parent: Any = super()
-        parent.__post_init__()
+        # Beside a run's settings (`PRESETS`), those are checked first.
+        getattr(super(), "__post_init__", lambda: None)()
         if self.chips < 1 or self.slices < 1:
             raise UserError(f"chips={self.chips} and slices={self.slices} must be at least 1")
         if self.price is not None and self.price < 0:
@@ -50,11 +51,30 @@ def as_tokens(text: str) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class MaskedPlan(PlanSettings, mlm.presets.PretrainConfig):
-    """Plan a masked-LM pretraining run."""
+def _presets() -> dict[str, Callable[[], Any]]:
+    names = [name for planned in OBJECTIVES.values() for name in planned.presets]
+    return {
+        f"{planned.command}-{name}" if names.count(name) > 1 else name: _with_settings(preset, _combined(planned))
+        for planned in OBJECTIVES.values()
+        for name, preset in planned.presets.items()
+    }
 
 
-@dataclass(frozen=True)
-class CausalPlan(PlanSettings, clm.presets.PretrainConfig):
-    """Plan a causal-LM pretraining run."""
+def _combined(planned: Planned) -> type:
+    """Settings of a plan and of a run of this objective in one class, as a command line needs them."""
+    doc = f"Plan a run of `{planned.command}`."
+    bases = (PlanSettings, planned.config)
+    return dataclass(frozen=True)(type(f"{planned.command.title()}Plan", bases, {"__doc__": doc}))
+
+
+def _with_settings(preset: Callable[[], Any], combined: type) -> Callable[[], Any]:
+    def make() -> Any:
+        config = preset()
+        return combined(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+    make.__doc__ = preset.__doc__
+    return make
+
+
+PRESETS = _presets()
+"""The presets of all objectives with PlanSettings added; a name that several have begins with the command."""

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from espalier.commands.plan import scaling_laws as laws
+from espalier.commands.plan.budget import scaling_laws as laws
+from espalier.commands.plan.budget.budget import Budget, Row
 from espalier.commands.plan.numbers import short
-
-if TYPE_CHECKING:
-    from espalier.commands.plan.budget import Budget, Row
+from espalier.commands.plan.objectives import OBJECTIVES
 
 WIDTH = 110
 MASKED = {model.name for model in laws.PUBLISHED if model.task == "masked"}
 
 
 def as_text(b: Budget) -> str:
-    """The whole plan; `b` as `commands.plan.budget.plan` returns it."""
+    """The whole plan; `b` as `budget.plan` returns it."""
     parts = [
         f"plan budget: {b.given}",
-        table("causal LM, by law" if b.door == "clm" else "masked LM, as published encoders", b.laws, b.law),
+        table(laws.guide(OBJECTIVES[b.objective].causal).title, b.laws, b.law),
         paragraph(
             f"* {b.law}: {short(b.parameters)} parameters on {short(b.tokens)} tokens, {b.flops:.2e} FLOPs"
             + (f", loss {b.loss:.2f}" if b.loss else "")
@@ -33,7 +31,7 @@ def as_text(b: Budget) -> str:
 
 def cautions(b: Budget) -> list[str]:
     """What to keep in mind before the figures are believed."""
-    if b.door == "mlm":
+    if not OBJECTIVES[b.objective].causal:
         published = [row.parameters for row in b.published if row.name in MASKED]
         inside = min(published) <= b.parameters <= max(published)
         known = f"{short(min(published))} to {short(max(published))} parameters"
@@ -48,7 +46,7 @@ def cautions(b: Budget) -> list[str]:
 
 def needs(b: Budget) -> str:
     """Batch, text and time."""
-    causal = b.door == "clm"
+    causal = OBJECTIVES[b.objective].causal
     tokens = b.batch_size * b.sequence_length
     batch = f"batch  {b.batch_size:,} rows of {b.sequence_length:,}: {short(tokens)} tokens, for {b.steps:,} steps"
     rows = [batch, *(f"       {short(row.tokens):>6}  {row.name}" for row in b.batches)]

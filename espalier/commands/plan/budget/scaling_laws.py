@@ -142,6 +142,42 @@ ENCODER_HABITS = tuple(
 )
 """No law: tokens per parameter that published encoders had."""
 
+
+@dataclass(frozen=True)
+class Guide:
+    """What a plan goes by for one kind of model."""
+
+    title: str
+    laws: tuple[Law, ...]
+    followed: Law
+    why: str
+    """Why that one."""
+    length: int
+    """Tokens of a row, where nothing else says."""
+
+
+def guide(causal: bool) -> Guide:
+    """The laws for causal or for masked language models."""
+    return CAUSAL if causal else MASKED
+
+
+CAUSAL = Guide(
+    "causal LM, by law",
+    CAUSAL_LAWS,
+    BESIROGLU,
+    "Hoffmann's runs fitted anew; unlike their own fit it agrees with their approaches 1 and 2, and it predicts a loss",
+    1024,
+)
+MASKED = Guide(
+    "masked LM, as published encoders",
+    ENCODER_HABITS,
+    ENCODER_HABITS[0],
+    "no compute-optimal law of like standing is known for masked LM; these ratios are what published encoders had, and "
+    "the plan follows BERT-base",
+    512,
+)
+
+
 ZHANG_ROW = 512
 """Tokens in the rows by which Zhang et al. count batches."""
 

@@ -1,6 +1,6 @@
 """What one device computes and moves in a training step: FLOPs and bytes that follow from the model and the layout.
 
-Times are commands/plan/roofline.py. Imports no JAX at the top.
+Times are roofline.py. Imports no JAX at the top.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Job:
     remat: Literal["none", "dots", "full"] = "none"
     scan: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
-    attention: Literal["flash", "xla"] = "flash"
-    """flash: scores stay in the chip (splash, cuDNN); xla: they are written to memory, all pairs of them."""
+    attention: Literal["fused", "stored"] = "fused"
+    """fused: a kernel whose scores stay in the chip; stored: scores of all pairs are written to memory."""
     head: Literal["chunked", "stored", "fused"] = "chunked"
     """How scores over the vocabulary are treated: chunked = float32 and, beyond CHUNK_ELEMENTS, formed anew in the
     backward pass (models/vocabulary.py); stored = float32, formed once; fused = bfloat16, turned into their gradient in
@@ -63,6 +63,11 @@ class Job:
     @property
     def devices(self) -> int:
         return math.prod(self.mesh.get(axis, 1) for axis in AXES)
+
+    @property
+    def chips(self) -> int:
+        """As they are rented."""
+        return self.devices // self.chip.devices_per_chip
 
     @property
     def tokens(self) -> int:
@@ -122,7 +127,7 @@ def attention_flops(job: Job, again: Mapping[str, float], tensor: int) -> float:
         size = math.ceil(size / 128) * 128  # the lanes of the vector unit and the edge of the systolic array
     total = 0.0
     for kind in c.layers:
-        if job.attention == "flash":
+        if job.attention == "fused":
             keys = min(visible_keys(c, kind, length) + ATTENTION_BLOCK, length)
             passes = 1 + 2.5 + again.get("attention", 0.0)
         else:
@@ -158,7 +163,7 @@ def layer_bytes(job: Job, again: Mapping[str, float], tensor: int) -> float:
     """Of one token on one device in all layers, forward and backward (twice as much); scores where they are stored."""
     c = job.model
     total = _elementwise_bytes(c, tensor) * (3 + again.get("elementwise", 0.0))
-    if job.attention == "xla":
+    if job.attention == "stored":
         # Float32 scores written and read twice, probabilities written and read: 16 bytes; backward 18, dropout 6.
         pair = 16 * (1 + again.get("attention", 0.0)) + 18 + 6 * (c.attention_dropout > 0)
         total += c.num_attention_heads / tensor * job.sequence_length * pair

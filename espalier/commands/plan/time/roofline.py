@@ -3,7 +3,7 @@
 A roofline in the sense of Williams et al. 2009 and of "How to Scale Your Model" (Austin et al. 2025): every part is an
 amount (FLOPs, bytes) that follows from the model, divided by a rate (the chip's, sharding/topology.py) times an
 efficiency. The efficiencies are the seven numbers of `Efficiency`, fitted on half of the published runs in
-commands/plan/runs.py and tested on the other half. Imports no JAX at the top.
+runs.json and tested on the other half. Imports no JAX at the top.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from espalier.commands.plan import amounts
-from espalier.commands.plan.amounts import Job, parameters
+from espalier.commands.plan.time import amounts
+from espalier.commands.plan.time.amounts import Job, parameters
 from espalier.models.counts import flops_per_token
 from sharding.mesh import AXES
 from sharding.topology import Chip
@@ -21,7 +21,7 @@ from sharding.topology import Chip
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is reached of what the data sheet says. Fitted: `python -m espalier.commands.plan.published --fit`."""
+    """What is reached of what the data sheet says. Fitted: `python -m espalier.commands.plan.time.published --fit`."""
 
     tpu: float = 0.94
     """Of the peak, in a large matrix product on a TPU."""
@@ -147,7 +147,7 @@ def step_time(job: Job, efficiency: Efficiency = FITTED) -> StepTime:
 def bill(time: StepTime, job: Job, total_tokens: float, price_per_chip_hour: float | None = None) -> Bill:
     """Days, chip-hours and cost of training on total_tokens without a pause."""
     hours = total_tokens / time.tokens_per_second / 3600
-    chip_hours = hours * job.devices / job.chip.devices_per_chip
+    chip_hours = hours * job.chips
     cost = None if price_per_chip_hour is None else chip_hours * price_per_chip_hour
     return Bill(hours / 24, chip_hours, cost)
 

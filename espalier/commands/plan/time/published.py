@@ -1,8 +1,8 @@
 """How good the times are: predictions beside published runs, the fit of the efficiencies on half of them.
 
-python -m espalier.commands.plan.published           # every run with its prediction, and the errors of both halves
-python -m espalier.commands.plan.published --fit     # fit the efficiencies anew
-python -m espalier.commands.plan.published --write   # write the table into docs/plan.md
+python -m espalier.commands.plan.time.published           # every run with its prediction, and the errors of both halves
+python -m espalier.commands.plan.time.published --fit     # fit the efficiencies anew
+python -m espalier.commands.plan.time.published --write   # write the table into docs/plan.md
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
-from espalier.commands.plan.roofline import FITTED, Efficiency, step_time
-from espalier.commands.plan.runs import RUNS, SOURCES, Run
+from espalier.commands.plan.time.roofline import FITTED, Efficiency, step_time
+from espalier.commands.plan.time.runs import Run, runs, sources
 
-FIT_HALF, HELD_OUT = RUNS[::2], RUNS[1::2]
-DOCS = pathlib.Path(__file__).parents[3] / "docs" / "plan.md"
+FIT_HALF, HELD_OUT = runs()[::2], runs()[1::2]
+DOCS = pathlib.Path(__file__).parents[4] / "docs" / "plan.md"
 BEGIN, END = "<!-- published runs: begin -->", "<!-- published runs: end -->"
 
 
@@ -41,26 +41,26 @@ def error(run: Run, efficiency: Efficiency = FITTED) -> float:
     return predicted_speed(run, efficiency) / run.speed - 1
 
 
-def errors(runs: Sequence[Run], efficiency: Efficiency = FITTED) -> Errors:
+def errors(some: Sequence[Run], efficiency: Efficiency = FITTED) -> Errors:
     """Median, ninth decile and worst of some runs."""
-    sizes = sorted(abs(error(run, efficiency)) for run in runs)
+    sizes = sorted(abs(error(run, efficiency)) for run in some)
     return Errors(statistics.median(sizes), sizes[math.ceil(0.9 * len(sizes)) - 1], sizes[-1])
 
 
-def fit(runs: Sequence[Run], start: Efficiency = FITTED) -> Efficiency:
-    """The efficiencies with the least loss over `runs`, each at most 1.
+def fit(some: Sequence[Run], start: Efficiency = FITTED) -> Efficiency:
+    """The efficiencies with the least loss over some runs, each at most 1.
 
     Loss: squared logarithm of predicted ÷ published, linear beyond 15 % so that a few unusual programs do not decide
     (Huber 1964). By steps along each number in turn, halved from 10 % to 0.3 % where none helps.
     """
-    best, least, step = start, _loss(runs, start), 0.1
+    best, least, step = start, _loss(some, start), 0.1
     while step > 0.003:
         improved = False
         for field in dataclasses.fields(Efficiency):
             for factor in (1 + step, 1 / (1 + step)):
                 value = min(1.0, getattr(best, field.name) * factor)
                 tried = dataclasses.replace(best, **{field.name: value})
-                loss = _loss(runs, tried)
+                loss = _loss(some, tried)
                 if loss < least - 1e-9:
                     best, least, improved = tried, loss, True
         if not improved:
@@ -71,19 +71,19 @@ def fit(runs: Sequence[Run], start: Efficiency = FITTED) -> Efficiency:
 def table() -> str:
     """All runs as Markdown, the errors of both halves above them."""
     lines = ["| | runs | median error | 9 of 10 within | worst |", "|---|---|---|---|---|"]
-    for name, runs in (("fitted on", FIT_HALF), ("held out", HELD_OUT)):
-        found = errors(runs)
+    for name, half in (("fitted on", FIT_HALF), ("held out", HELD_OUT)):
+        found = errors(half)
         sizes = " | ".join(f"{100 * size:.1f} %" for size in dataclasses.astuple(found))
-        lines.append(f"| {name} | {len(runs)} | {sizes} |")
+        lines.append(f"| {name} | {len(half)} | {sizes} |")
     lines += [
         "",
         "| half | run | chips | layout | published, tokens/s a chip | predicted | error | source |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for number, run in enumerate(RUNS):
-        chips = f"{run.job.devices // run.job.chip.devices_per_chip} {run.job.chip.name}"
+    for number, run in enumerate(runs()):
+        chips = f"{run.job.chips} {run.job.chip.name}"
         speeds = f"{run.speed:,.0f} | {predicted_speed(run):,.0f} | {100 * error(run):+.0f} %"
-        source = f"[{run.source}]({SOURCES[run.source]})" + (f": {run.says}" if run.says else "")
+        source = f"[{run.source}]({sources()[run.source]})" + (f": {run.says}" if run.says else "")
         half = "held out" if number % 2 else "fit"
         lines.append(f"| {half} | {run.name} | {chips} | {_layout(run)} | {speeds} | {source} |")
     return "\n".join(lines)
@@ -97,7 +97,7 @@ def documented() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above."""
-    parser = argparse.ArgumentParser(prog="python -m espalier.commands.plan.published", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m espalier.commands.plan.time.published", description=__doc__)
     parser.add_argument("--fit", action="store_true", help="fit the efficiencies anew on the first half")
     parser.add_argument("--write", action="store_true", help="write the table into docs/plan.md")
     arguments = parser.parse_args(argv)
@@ -126,9 +126,9 @@ def _layout(run: Run) -> str:
     return "; ".join(parts)
 
 
-def _loss(runs: Sequence[Run], efficiency: Efficiency) -> float:
+def _loss(some: Sequence[Run], efficiency: Efficiency) -> float:
     total = 0.0
-    for run in runs:
+    for run in some:
         off = abs(math.log1p(error(run, efficiency)))
         total += off**2 if off < 0.15 else 0.3 * off - 0.15**2
     return total

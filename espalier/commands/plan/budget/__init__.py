@@ -1,0 +1,1 @@
+"""How much data and compute a model takes, by published scaling laws."""

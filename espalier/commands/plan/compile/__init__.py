@@ -1,0 +1,1 @@
+"""The train step compiled for TPU slices that are not here, and what the compiler says of its memory."""

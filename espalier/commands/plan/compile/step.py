@@ -1,0 +1,48 @@
+"""The train step of a preset as a program: exactly what training runs, on a mesh of devices that need not be here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from espalier.commands.plan.objectives import objective_of
+from espalier.models.transformer import init_params, matrix_axes
+from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.start import abstract_state
+from espalier.training.step import jit_train_step
+from sharding.mesh import batch_sharding
+
+
+class Program(NamedTuple):
+    """A train step that is ready to be compiled."""
+
+    lowered: jax.stages.Lowered
+    arguments: tuple[Any, dict]
+    """(state, batch): shapes, types and shardings."""
+
+
+def lower_step(config: Any, mesh: Mesh) -> Program:
+    """The train step of a pretraining configuration, lowered for `mesh`.
+
+    UserError where the layout does not fit the model, before anything is compiled.
+    """
+    model = config.model.fitted(config.model.vocab_size, config.data.sequence_length)
+    planned = objective_of(config)
+    objective = planned.build(config, model)
+
+    def init(key):
+        return init_params(model, key, heads=(planned.head,))
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
+        state = abstract_state(config, init, optimizer, mesh)
+        step = jit_train_step(
+            objective, optimizer, schedule(config.optimizer, config.steps), config.accumulation, state
+        )
+        shape = (config.batch_size, config.data.sequence_length)
+        layout = batch_sharding(shape, mesh)
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in planned.batch.items()}
+        return Program(step.lower(state, batch), (state, batch))

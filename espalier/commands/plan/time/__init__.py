@@ -1,0 +1,1 @@
+"""How long a training step takes, by analysis, and how good that is against published runs."""
