@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -20,7 +21,8 @@ def main(config: Any, call: cli.Call) -> dict:
     import os
 
     os.environ["JAX_PLATFORMS"] = "cpu"
-    with progress.waiting("compiling for the slice" if config.topology else "working it out"):
+    what = "compiling for the slice" if config.topology else "working it out"
+    with contextlib.nullcontext() if config.json else progress.waiting(what):
         from espalier.commands.plan.page import write_plan
         from espalier.commands.plan.planner import make_plan
         from espalier.commands.plan.text import as_text
