@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from espalier.data.config import DataConfig
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.gpt2 import GPT2, GPT2_MEDIUM
 from espalier.models.families.llama import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B
-from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from espalier.pretraining.config import TextConfig
+from espalier.training.config import CheckpointConfig, OptimizerConfig
 from sharding.mesh import MeshConfig
 
 
 @dataclass(frozen=True)
-class PretrainConfig(TrainConfig):
+class PretrainConfig(TextConfig):
     """A causal-LM pretraining run."""
 
+    task: ClassVar[str] = "causal_lm"
     model: ModelConfig = field(default_factory=lambda: GPT2)
     data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer_kind="bpe"))
-    execution: Execution = field(default_factory=Execution)
-    eval_rows: int = 512
-    """Rows of held-out text in an evaluation (always the same)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -29,8 +29,6 @@ class PretrainConfig(TrainConfig):
             raise UserError(
                 "model.no_causal: a model that sees what it must predict learns nothing; leave it out, or use `mlm`"
             )
-        if self.eval_rows < 1:
-            raise UserError(f"eval_rows={self.eval_rows} must be at least 1")
 
 
 def debug() -> PretrainConfig:

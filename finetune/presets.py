@@ -9,6 +9,7 @@ from espalier.data.encodings import codec
 from espalier.errors import UserError
 from espalier.models.config import Execution
 from espalier.short_help import often
+from espalier.task import TASKS
 from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 
@@ -52,8 +53,8 @@ class FinetuneOptimizer(OptimizerConfig):
 class FinetuneConfig(TrainConfig):
     """A fine-tuning run; model and tokenizer are those of the checkpoint."""
 
-    task: Literal["sequence_classification"] = "sequence_classification"
-    """What is learnt (finetune/tasks), and the head that learns it (models.heads.HEADS)."""
+    task: str = "sequence_classification"
+    """What is learnt: one of finetune/tasks."""
     steps: int | None = None  # type: ignore[assignment]
     """Length of the schedule in optimizer steps; unset = three epochs, but at least 200 steps (Mosbach et al. 2021)."""
     epochs: float | None = often(None)
@@ -72,6 +73,9 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        tasks = [name for name, place in TASKS.items() if place.startswith("finetune.")]
+        if self.task not in tasks:
+            raise UserError(f"task={self.task!r} is not one of {', '.join(tasks)}")
         if self.epochs is not None and self.epochs <= 0:
             raise UserError(f"epochs={self.epochs} must be greater than 0; try 3")
         if not 0 <= self.dropout < 1:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from espalier.data.config import DataConfig
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.bert import BERT_BASE, BERT_LARGE
 from espalier.models.families.modernbert import MODERNBERT_BASE
+from espalier.pretraining.config import TextConfig
 from espalier.short_help import often
-from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from espalier.training.config import CheckpointConfig, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,17 @@ class MaskingConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(TrainConfig):
+class PretrainConfig(TextConfig):
     """A masked-LM pretraining run."""
 
+    task: ClassVar[str] = "masked_lm"
     model: ModelConfig = field(default_factory=lambda: BERT_BASE)
-    data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
-    execution: Execution = field(default_factory=Execution)
-    eval_rows: int = 512
-    """Rows of held-out text in an evaluation (always the same; batches of one size see the same masks)."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.model.causal:
             raise UserError("model.causal: masked LM fills blanks from both sides; leave it out, or train by `clm`")
-        if self.eval_rows < 1:
-            raise UserError(f"eval_rows={self.eval_rows} must be at least 1")
 
 
 def debug() -> PretrainConfig:

@@ -27,8 +27,9 @@ from espalier.training.state import new_state
 from finetune import evaluate
 from finetune.examples import describe_examples, read_examples
 from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
+from finetune.tasks import resolved
 from finetune.tasks.classify import classification_objective
-from finetune.train import main, resolved
+from finetune.train import main
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
 

@@ -17,7 +17,7 @@ def model_card(run_dir: str | Path) -> str:
     """The card: what the model is, how to load it, its data, settings, results, and the command that made it."""
     run = read_run(run_dir)
     config, summary = run.config, run.summary
-    task = report_of(config["task"])
+    task = report_of(config)
     base = config.get("imported_from") or config.get("init_from") or ""
     front = ["library_name: transformers", f"pipeline_tag: {task.pipeline}", "tags:", "- espalier", "- jax"]
     if base.startswith("hf:") and not Path(base[3:]).expanduser().exists():
@@ -82,7 +82,7 @@ def _data(config: dict) -> dict[str, str]:
 
 def _results(task: TaskReport, summary: dict) -> dict[str, str]:
     measured = (summary.get("eval") or {}) | (summary.get("metrics") or {})
-    names = {"loss": f"loss (nats per {task.unit})", **task.metric_names}
+    names: dict[str, str] = {"loss": f"loss (nats per {task.unit})", **task.metric_names}
     return {
         names.get(str(name), str(name).replace("_", " ")): f"{value:.4g}"
         for name, value in measured.items()

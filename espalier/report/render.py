@@ -24,7 +24,7 @@ def write_report(run_dir: str | Path) -> Path:
     sections = [
         *comparison_sections(run),
         *loss_sections(run),
-        *report_of(run.config.get("task", "")).sections(run),
+        *report_of(run.config).sections(run),
         *compared_run_sections(run),
         *curve_sections(run),
         *settings_sections(run),
@@ -46,7 +46,7 @@ def loss_sections(run: RunFiles) -> list[Section]:
     loss = [run.curve("loss", "training"), run.curve("eval/loss", "held-out", marked=True)]
     if not any(loss):
         return []
-    task = report_of(run.config.get("task", ""))
+    task = report_of(run.config)
     bar, note = task.baseline(run) or (None, "")
     return [Section("Loss", _picture(loss, f"nats per {task.unit}", bar=bar), note)]
 
@@ -62,7 +62,7 @@ def compared_run_sections(run: RunFiles) -> list[Section]:
             pictures.append(_picture(curves, label, wide=False))
     sections = [Section("The compared runs", page.grid(pictures))] if pictures else []
     for name, other in others[:1]:
-        shown = report_of(other.config.get("task", "")).sections(other)
+        shown = report_of(other.config).sections(other)
         sections += [part._replace(title=f"{part.title}: {name}") for part in shown]
     return sections
 
@@ -93,7 +93,7 @@ def settings_sections(run: RunFiles) -> list[Section]:
 def subtitle(run: RunFiles) -> str:
     """What was trained, from what, and how far it is."""
     config, summary = run.config, run.summary
-    text = report_of(config.get("task", "")).title(config)
+    text = report_of(config).title(config)
     if config.get("init_from"):
         text += f", {'the architecture' if config.get('scratch') else 'from the weights'} of {config['init_from']}"
         text += " with random weights" if config.get("scratch") else ""
@@ -107,7 +107,7 @@ def subtitle(run: RunFiles) -> str:
 
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
     """The figures at the head of the page: (name, value)."""
-    summary, own = run.summary, report_of(run.config.get("task", "")).tiles(run)
+    summary, own = run.summary, report_of(run.config).tiles(run)
     held_out = summary.get("eval") or {}
     candidates: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("held-out loss", held_out.get("loss"), lambda x: f"{x:.3f}"),

@@ -6,13 +6,14 @@ generated text, a confusion matrix) and how its model is loaded is in a `TaskRep
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from espalier.report.figures import Bar
 from espalier.report.page import Section
 from espalier.report.run_files import RunFiles
+from espalier.task import TASKS, find
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,6 @@ class TaskReport:
     """Further rows of the card's settings, from config.json; None is left out."""
 
 
-TASKS = {
-    "masked_lm": "mlm.report:REPORT",
-    "causal_lm": "clm.report:REPORT",
-    "sequence_classification": "finetune.tasks.classify_report:REPORT",
-}
-"""`task` in config.json → module:name of its TaskReport."""
-
 IMPORTED = {
     "token_classification": TaskReport(
         pipeline="token-classification", loader="AutoModelForTokenClassification", words="that classifies tokens"
@@ -62,9 +56,20 @@ IMPORTED = {
 """Heads with which a model can be imported and exported, though no task here trains them."""
 
 
-def report_of(task: str) -> TaskReport:
-    """The record of the task that config.json names; the plain one for a task that is not known here."""
-    if task not in TASKS:
-        return IMPORTED.get(task, TaskReport())
-    module, _, name = TASKS[task].partition(":")
-    return getattr(importlib.import_module(module), name)
+def report_of(config: Mapping[str, Any]) -> TaskReport:
+    """What the task of this config.json adds; of a task that is not known here, the words that the run has kept."""
+    name = config.get("task", "")
+    if name in TASKS:
+        return find(name).report or TaskReport()
+    if "report" in config:
+        title, words = config["report"]["title"], {key: config["report"][key] for key in KEPT}
+        return TaskReport(title=lambda config: title, **words)
+    return IMPORTED.get(name, TaskReport())
+
+
+def kept(report: TaskReport) -> dict[str, Any]:
+    """What config.json holds of the report of a task that `report_of` could not find: its words."""
+    return {"title": report.title({})} | {key: getattr(report, key) for key in KEPT}
+
+
+KEPT = ("unit", "pipeline", "loader", "words", "metric_names")

@@ -1,10 +1,14 @@
-"""What can be fine-tuned: one file a task, with a class that is a `Task`, named in TASKS and by a preset."""
+"""What can be fine-tuned: one file a task, with the class that reads its data and the record that names it."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+from espalier.errors import UserError
+from espalier.task import Start, Task, TaskRecord, Trained
 
 if TYPE_CHECKING:
     import jax
@@ -12,16 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from espalier.models.config import ModelConfig
+    from espalier.models.published import Published
     from espalier.training.run import RunDirectory
+    from espalier.training.start import Origin
     from espalier.training.step import Objective
     from finetune.presets import FinetuneConfig
 
-TASKS = {"sequence_classification": ("finetune.tasks.classify", "Classification")}
-"""Name in FinetuneConfig.task → module and class."""
 
-
-class Task(Protocol):
-    """The labelled data of a task, what is learnt from it, and what is written at the end."""
+class Labelled(Protocol):
+    """The labelled data of a task, what is learnt from it, and how well it was learnt."""
 
     model: ModelConfig
     """With the labels of this task."""
@@ -40,10 +43,6 @@ class Task(Protocol):
     about: dict[str, str]
     """Rows on the files and what is to be learnt, for the introduction."""
 
-    def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
-        """Read the files of config.data; UserError where they will not do."""
-        ...
-
     def init_params(self, key: jax.Array) -> dict:
         """Fresh parameters with the head of this task."""
         ...
@@ -57,7 +56,88 @@ class Task(Protocol):
         ...
 
 
-def open_task(config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh) -> Task:
-    """The task that the configuration names, with its data read."""
-    module, name = TASKS[config.task]
-    return getattr(importlib.import_module(module), name)(config, model, tokenizer, mesh)
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTask(TaskRecord):
+    """A task that is learnt from labelled files, on top of a pretrained model."""
+
+    reads: Callable[[FinetuneConfig, ModelConfig, PreTrainedTokenizerFast, Mesh], Labelled]
+    """Reads the files of config.data; UserError where they will not do."""
+
+    def architecture(
+        self, config: FinetuneConfig, origin: Origin | None, given: frozenset[str]
+    ) -> tuple[ModelConfig, int]:
+        from espalier.models.config import ModelConfig
+        from finetune.examples import max_length
+
+        if origin is None or not config.init_from:
+            raise UserError(
+                "no --init-from given: name the run directory of the model that is to be fine-tuned, or hf:PATH_OR_ID"
+            )
+        model = ModelConfig.from_dict(origin.config["model"])
+        model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
+        return model, max_length(config.data, model)
+
+    def open(self, config: FinetuneConfig, start: Start) -> Task:
+        from espalier.data.description import epochs_words
+        from espalier.data.tokenizer import fingerprint, framed_tokenizer
+        from espalier.models.counts import flops_per_token
+        from finetune.examples import max_length
+
+        tokenizer, causal = start.tokenizer, start.model.causal
+        assert tokenizer is not None
+        data = self.reads(config, start.model, tokenizer, start.mesh)
+        config = resolved(config, data.examples, start.model.hidden_size)
+        assert config.steps is not None
+        tokens, longest = data.tokens_per_row, max_length(config.data, start.model)
+
+        def finish(trained: Trained) -> dict[str, Any]:
+            return {"metrics": data.finish(trained.run, trained.params, trained.mesh)}
+
+        def exported(published: Published | None):
+            as_trained = framed_tokenizer(tokenizer, causal)
+            return as_trained, published.padded_by(as_trained) if published and causal else published
+
+        return Task(
+            config=config,
+            model=data.model,
+            tokenizer=tokenizer,
+            init_params=data.init_params,
+            objective=data.objective,
+            eval_objective=data.objective,
+            batch=data.batch,
+            eval_batches=data.eval_batches,
+            fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,
+            settings=data.settings,
+            scratch=config.scratch,
+            tokens_per_step=config.batch_size * tokens,
+            flops_per_step=config.batch_size * tokens * flops_per_token(start.model, round(tokens), 0.0),
+            longest=longest,
+            facts=data.facts,
+            data=data.about,
+            row=f"up to {longest} tokens, {tokens:.0f} on average",
+            epochs=epochs_words(config.steps * config.batch_size / data.examples),
+            finish=finish,
+            summary=lambda step: {"metrics": {}},
+            exported=exported,
+            following=None
+            if config.export
+            else ("./launch.sh", "export", str(config.run_dir), f"exported/{start.run.path.name}"),
+        )
+
+
+def resolved(config: FinetuneConfig, examples: int, width: int) -> FinetuneConfig:
+    """The configuration with everything filled in that depends on the data (examples) or the model (width D)."""
+    epoch = math.ceil(examples / config.batch_size)
+    steps = config.steps or max(200, math.ceil(3 * examples / config.batch_size))
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * examples / config.batch_size)
+    rate = config.optimizer.learning_rate
+    if rate is None:
+        # Wide models want small rates: about 1/D under Adam (Yang et al. 2022); 5e-5 is BERT-base's.
+        rate = min(3e-4, 5e-5 * 768 / width)
+    return replace(
+        config,
+        steps=steps,
+        eval_every=config.eval_every or max(epoch, math.ceil(steps / 10)),
+        optimizer=replace(config.optimizer, learning_rate=rate),
+    )

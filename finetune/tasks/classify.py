@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Classification:
-    """A finetune.tasks.Task."""
+    """A finetune.tasks.Labelled."""
 
     def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         self._execution = config.execution
@@ -44,7 +44,7 @@ class Classification:
         self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=None)
         self.settings = {"labels": self._names}
         self.fingerprints = self._examples.fingerprints
-        self.facts = self._examples.facts
+        self.facts: Sequence[str] = self._examples.facts
         self._batches, held_out = (
             LabelledBatches(
                 part.encoded,
@@ -56,7 +56,7 @@ class Classification:
             )
             for part in (self._examples.train, self._examples.validation)
         )
-        self.eval_batches = held_out.fixed(self._rows)
+        self.eval_batches: Sequence[dict] = held_out.fixed(self._rows)
         self.examples = len(self._batches)
         self.tokens_per_row = sum(len(example.ids) for example in self._examples.train.encoded) / self.examples
         self.about = describe_examples(config.data, self._examples)

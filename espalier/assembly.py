@@ -1,0 +1,116 @@
+"""How a run goes, whatever it trains: read it once and every run is known.
+
+origin → architecture → mesh → data → settings checked → training loop → what is written at the end → summary → report →
+export. What is trained is a `Task` (espalier/task.py); nothing here knows which.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from espalier import cli, progress
+from espalier import task as tasks
+from espalier.data.loader import prefetch
+from espalier.data.tokenizer import save_tokenizer, tokenizer_of
+from espalier.models.counts import count_params
+from espalier.models.description import describe
+from espalier.models.hub import Pretrained, check_export, save_pretrained
+from espalier.models.layout import open_mesh
+from espalier.models.pretrained import export_to, load_weights
+from espalier.models.published import Published, published_beside
+from espalier.models.transformer import matrix_axes
+from espalier.report.card import model_card
+from espalier.report.render import write_report
+from espalier.report.task import kept
+from espalier.task import Start, Task, TaskRecord, Trained
+from espalier.training import loop
+from espalier.training.introduction import About, conclude
+from espalier.training.run import RunDirectory, settings, summarise
+from espalier.training.start import Origin, find_origin
+
+
+def train(config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FROM_PYTHON) -> dict:
+    """Run, or resume, what `config` describes; returns the `--json` object.
+
+    config: a training.config.TrainConfig with its run_dir. record: of what is trained; unset = what config.task names.
+    call: how the run was asked for. With config.init_from, the settings of the model that `call` names change that of
+    the weights.
+    """
+    assert config.run_dir is not None
+    record = (record or tasks.find(config.task)).chosen(config)
+    run = RunDirectory(config.run_dir)
+    origin = find_origin(config, run, Pretrained)
+    model, longest = record.architecture(config, origin, call.settings_of("model"))
+    mesh = open_mesh(config, model, record.head, longest, split=record.splits_rows)
+    tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
+    task = record.open(config, Start(run, origin, model, tokenizer, mesh))
+    return fit(record, task, run, mesh, origin, call)
+
+
+def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: Origin | None, call: cli.Call) -> dict:
+    """Train an open task to its end and write what a person needs of it. All that can be refused is refused first."""
+    config, model, head = task.config, task.model, record.head
+    fresh = origin is None or task.scratch and not origin.resumed
+    handed_on = published_beside(origin.config if origin and not task.scratch else None)
+    published, tokenizer = Published.beside(handed_on), task.tokenizer
+    exporting = export_to(config.export, run.path, origin, config.steps)
+    if exporting:
+        check_export(exporting, model, head, tokenizer, published)
+    recorded = {"task": record.name, "fingerprints": dict(task.fingerprints), "command": call.command}
+    if record.name not in tasks.TASKS:
+        recorded |= {"head": head} | ({"report": kept(record.report)} if record.report else {})
+    config_dict, defaults = settings(config, model, **recorded, **task.settings, **handed_on)
+    run.check(config_dict, defaults, origin.done if origin else 0, task.schedules)
+    first = jax.process_index() == 0
+    if first:
+        for fact in task.facts:
+            progress.say(fact)
+
+    about = About(
+        model=describe(model, head, config.execution, task.longest, mesh),
+        data=task.data,
+        row=task.row,
+        epochs=task.epochs,
+    )
+    result = loop.train(
+        config,
+        init_params=task.init_params,
+        matrix_axes=matrix_axes,
+        objective=task.objective,
+        eval_objective=task.eval_objective,
+        batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
+        eval_batches=task.eval_batches,
+        finalize_eval=task.finalize_eval,
+        run=run,
+        config_dict=config_dict,
+        save_tokenizer=partial(save_tokenizer, tokenizer),
+        origin=None if fresh else origin,
+        load_params=None
+        if fresh or origin is None
+        else load_weights(origin, model, head, task.init_params, config.seed),
+        mesh=mesh,
+        tokens_per_step=round(task.tokens_per_step),
+        flops_per_step=task.flops_per_step,
+        about=about,
+    )
+
+    # From here on every process takes part where parameters are asked for, and the first writes.
+    trained, ended = Trained(run, result, mesh), not result.stopped_by
+    found = task.finish(trained) if ended else {}
+    summary = summarise(run, result, parameters=count_params(model, head), **(task.summary(result.step) | found))
+    params = trained.collected if exporting and result.finished else None
+    if first and ended:
+        with progress.waiting("drawing the report"):
+            write_report(run.path)
+    if exporting and params is not None:
+        if task.exported:
+            tokenizer, published = task.exported(published)
+        with progress.waiting(f"exporting to {config.export}"):
+            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
+        progress.say(f"exported to {config.export}")
+    conclude(summary, run, config, call.command, list(task.following) if task.following else None)
+    return summary

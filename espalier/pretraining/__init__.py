@@ -1,0 +1,1 @@
+"""Pretraining on packed text: what all of its objectives share."""

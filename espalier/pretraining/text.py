@@ -1,0 +1,80 @@
+"""A pretraining task with its text at hand: text → tokens → rows → batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from espalier import progress
+from espalier.data.description import describe_epochs, describe_text
+from espalier.data.loader import Batches, Rows
+from espalier.data.packing import pack_best_fit, pack_split
+from espalier.data.prepare import prepare
+from espalier.data.token_tables import token_bytes
+from espalier.data.tokenizer import special_ids, vocabulary_size
+from espalier.models.counts import flops_per_token
+from espalier.models.transformer import init_params
+from espalier.pretraining.objective import HeldOut, Setup, TextObjective
+from espalier.task import Start, Task
+from sharding.mesh import host_rows
+
+
+def open_text(record: TextObjective, config: Any, start: Start) -> Task:
+    """Prepare the text that `config` names, and pack it into rows."""
+    length, framed, origin = config.data.sequence_length, record.layout == "framed", start.origin
+    prepared = prepare(
+        config.data,
+        config.model.vocab_size,
+        for_masked_lm=framed,
+        of_weights=start.tokenizer,
+        whole_words=record.word_starts(config),
+        words=origin.config.get("words", {}) if origin and origin.resumed else None,
+    )
+    tokenizer = prepared.tokenizer
+    specials = special_ids(tokenizer, need=record.needs)
+    # Published models have spare rows in their vocabulary.
+    size = start.model.vocab_size if config.init_from else vocabulary_size(tokenizer)
+    model = start.model.fitted(size, length)
+
+    def rows_of(store):
+        if framed:
+            by_words = record.word_starts(config) and bool(prepared.words)
+            plan = pack_best_fit(store.offsets, length)
+            return Rows(store, plan, length, specials, kind="masked_lm", word_starts=by_words)
+        plan = pack_split(store.offsets, length)
+        return Rows(store, plan, length, specials, kind="causal_lm", token_bytes=bytes_V)
+
+    bytes_V = None if framed else token_bytes(tokenizer)
+    with progress.waiting("packing rows"):
+        rows, held_out = (
+            {name: rows_of(store) for name, store in stores.items()} for stores in (prepared.train, prepared.validation)
+        )
+    mine, weights = host_rows(config.batch_size, start.mesh), config.data.weights()
+    batches = Batches(rows, config.batch_size, config.seed, weights)
+    of_held_out = None if "validation" in held_out else weights
+    eval_batches = Batches(held_out, config.batch_size, weights=of_held_out).fixed(config.eval_rows, mine)
+
+    setup, text = Setup(config, model, tokenizer), HeldOut(prepared, eval_batches)
+    tokens = config.batch_size * length
+    return Task(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        init_params=lambda key: init_params(model, key, heads=(record.head,)),
+        objective=record.build(setup, True),
+        eval_objective=record.build(setup, False),
+        batch=lambda step: batches.batch(step, mine),
+        eval_batches=eval_batches,
+        finalize_eval=record.finalize,
+        fingerprints=prepared.fingerprints,
+        settings={"words": prepared.words} if prepared.words else {},
+        schedules=[schedule() for schedule in record.schedules],
+        tokens_per_step=tokens,
+        flops_per_step=tokens * flops_per_token(model, length, record.predicted(config)),
+        longest=length,
+        data=describe_text(config.data, prepared, rows, held_out, config.eval_rows),
+        row=f"{length} tokens",
+        epochs=describe_epochs(batches, config.steps),
+        finish=lambda trained: record.finish(setup, text, trained) or {},
+        summary=lambda step: {"data": batches.epochs(step)},
+        following=record.following(config.run_dir),
+    )

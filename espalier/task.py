@@ -1,0 +1,158 @@
+"""The contract of everything that is trained, and the table of what there is. Imports nothing heavy.
+
+A `TaskRecord` says what is known before any data is read: its names in reports, cards and plans, the head that it
+trains, and how it is opened. Opening reads the data and gives a `Task`: model, objective, batches, and what is written
+at the end. `espalier.assembly.train` trains any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from espalier.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+    from transformers import PreTrainedTokenizerFast
+
+    from espalier.models.config import ModelConfig
+    from espalier.models.published import Published
+    from espalier.report.task import TaskReport
+    from espalier.training.identity import Schedule
+    from espalier.training.run import Result, RunDirectory
+    from espalier.training.start import Origin
+    from espalier.training.step import Objective
+
+TASKS = {
+    "masked_lm": "mlm.record:MASKED_LM",
+    "causal_lm": "clm.record:CAUSAL_LM",
+    "sequence_classification": "finetune.tasks.classify_record:CLASSIFICATION",
+}
+"""`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What is known of a task before it is opened. Whoever trains, plans or describes a run asks its record.
+
+    A kind of task is a subclass that can open: pretraining.objective.TextObjective, finetune.tasks.FinetuneTask.
+    """
+
+    name: str
+    """`task` in config.json."""
+    head: str
+    """The head that it trains (models.heads.HEADS)."""
+    splits_rows: bool = True
+    """Whether rows may be split over the mesh axis `sequence`."""
+    report: TaskReport | None = None
+    """What it adds to report and card of its runs; None = nothing."""
+
+    def chosen(self, config: Any) -> TaskRecord:
+        """The record that this configuration means: this one, or one with code of the user's own."""
+        return self
+
+    def architecture(self, config: Any, origin: Origin | None, given: frozenset[str]) -> tuple[ModelConfig, int]:
+        """The model before its vocabulary is known, and the tokens of the longest row, by which the mesh is chosen.
+
+        given: settings of the model that the user named. UserError where the origin will not do.
+        """
+        raise NotImplementedError
+
+    def open(self, config: Any, start: Start) -> Task:
+        """Read the data; UserError where it will not do."""
+        raise NotImplementedError
+
+
+class Start(NamedTuple):
+    """What is settled when a task is opened."""
+
+    run: RunDirectory
+    origin: Origin | None
+    """Where the run goes on from; None = scratch."""
+    model: ModelConfig
+    """Of TaskRecord.architecture."""
+    tokenizer: PreTrainedTokenizerFast | None
+    """That of the origin."""
+    mesh: Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, with its data at hand."""
+
+    config: Any
+    """A training.config.TrainConfig in which nothing is left open."""
+    model: ModelConfig
+    tokenizer: PreTrainedTokenizerFast
+    init_params: Callable[[jax.Array], dict]
+    """key → fresh parameters, head included."""
+    objective: Objective
+    eval_objective: Objective
+    batch: Callable[[int], dict]
+    """step → this process's rows of that step's batch, NumPy."""
+    eval_batches: Sequence[dict]
+    finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict
+    """Adds what follows from the metrics of an evaluation."""
+
+    fingerprints: Mapping[str, str]
+    """SHA-256 of tokenizer, data, and code of the user's own."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values that make the run what it is besides its flags."""
+    schedules: Sequence[Schedule] = ()
+    """What depends on the length of the run, beside the learning rate."""
+    scratch: bool = False
+    """Whether the weights of the origin are left alone, for architecture and tokenizer were all that was asked."""
+
+    tokens_per_step: float
+    flops_per_step: float
+    longest: int
+    """Tokens of the longest row."""
+    facts: Sequence[str] = ()
+    """What was read and what it was taken for, a line each."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Rows on what is learnt from and what is measured on, for the introduction."""
+    row: str = ""
+    """How long the rows of a batch are, in words."""
+    epochs: str = ""
+    """How often the schedule goes through the data, in words."""
+
+    finish: Callable[[Trained], dict[str, Any]] = lambda trained: {}
+    """Writes what a person looks at; what it returns joins summary.json. Every process calls it."""
+    summary: Callable[[int], dict[str, Any]] = lambda step: {}
+    """Steps done → what joins summary.json, also of a run that was stopped."""
+    exported: Callable[[Published | None], tuple[PreTrainedTokenizerFast, Published | None]] | None = None
+    """What is written beside exported weights, where it is not the tokenizer as it is."""
+    following: Sequence[str] | None = None
+    """The command that comes next, as words of a command line."""
+
+
+class Trained:
+    """A run at its end, for Task.finish."""
+
+    def __init__(self, run: RunDirectory, result: Result, mesh: Mesh):
+        self.run, self.result, self.mesh = run, result, mesh
+
+    @property
+    def params(self) -> Any:
+        """On the mesh."""
+        return self.result.state.params
+
+    @functools.cached_property
+    def collected(self) -> Any:
+        """The parameters as NumPy arrays in process 0, None in the others, all of which must ask."""
+        from sharding.processes.coordination import collected
+
+        return collected(self.params)
+
+
+def find(name: str) -> TaskRecord:
+    """The record of a task in TASKS; UserError for another."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,107 @@
+"""What masked LM is: the record from which runs, reports, cards and plans read it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from espalier import progress
+from espalier.files import write_json
+from espalier.pretraining.objective import HeldOut, Setup, TextObjective
+from espalier.task import Trained
+from mlm.report import REPORT
+
+if TYPE_CHECKING:
+    from espalier.training.identity import Schedule
+    from espalier.training.step import Objective
+    from mlm.masking import Vocabulary
+    from mlm.presets import PretrainConfig
+
+
+def build(setup: Setup, train: bool) -> Objective:
+    """The objective with the mask rate of its step; evaluations mask at the last step's."""
+    from mlm.loss import masked_lm_objective
+    from mlm.masking import rate_at
+
+    config: PretrainConfig = setup.config
+    return masked_lm_objective(
+        setup.model,
+        config.masking,
+        vocabulary(setup),
+        rate=lambda step: rate_at(config.masking, step if train else config.steps, config.steps),
+        execution=setup.execution,
+    )
+
+
+def vocabulary(setup: Setup) -> Vocabulary:
+    """What masking must know of the tokenizer; of none, something of the same shapes."""
+    import numpy as np
+
+    from espalier.data.token_tables import word_table
+    from espalier.data.tokenizer import special_ids, vocabulary_size
+    from mlm.masking import Vocabulary
+
+    ids_V = np.arange(setup.model.vocab_size)
+    if setup.tokenizer is None:
+        return Vocabulary(4, ids_V >= 5, np.zeros(len(ids_V), np.uint8))
+    specials = special_ids(setup.tokenizer, need=MASKED_LM.needs)
+    assert specials.mask is not None
+    ordinary_V = ~np.isin(ids_V, specials.all) & (ids_V < vocabulary_size(setup.tokenizer))
+    return Vocabulary(specials.mask, ordinary_V, word_table(setup.tokenizer))
+
+
+def mean_rate(config: PretrainConfig) -> float:
+    """The part of the tokens that is predicted, over the whole run."""
+    return (config.masking.rate + (config.masking.final_rate or config.masking.rate)) / 2
+
+
+def mask_rates() -> Schedule:
+    from mlm.masking import mask_rates
+
+    return mask_rates
+
+
+def finish(setup: Setup, text: HeldOut, trained: Trained) -> None:
+    """Write samples.json: masked words with guesses, and the loss of knowing word frequencies alone."""
+    import numpy as np
+
+    from espalier.data.token_tables import token_texts
+    from mlm.samples import masked_samples, unigram_entropy
+
+    params, tokenizer = trained.collected, setup.tokenizer
+    if params is None:
+        return
+    assert tokenizer is not None
+    config, size = setup.config, setup.model.vocab_size
+    known = vocabulary(setup)
+    texts = token_texts(tokenizer)
+    texts += ["?"] * (size - len(texts))
+    with progress.waiting("filling in masked words"):
+        samples = masked_samples(
+            setup.model, params, text.batches[0], texts, known, config.masking, setup.execution, seed=config.seed
+        )
+    train_V, held_out_V = (
+        np.sum([store.counts(size) for store in stores.values()], axis=0)
+        for stores in (text.prepared.train, text.prepared.validation)
+    )
+    entropy = unigram_entropy(train_V, held_out_V, known)
+    write_json(trained.run.path / "samples.json", {"samples": samples, "unigram_entropy": entropy})
+
+
+MASKED_LM = TextObjective(
+    name="masked_lm",
+    head="masked_lm",
+    report=REPORT,
+    command="mlm",
+    causal=False,
+    layout="framed",
+    specials=("mask",),
+    build=build,
+    predicted=mean_rate,
+    schedules=(mask_rates,),
+    word_starts=lambda config: config.masking.whole_words,
+    finish=finish,
+    following=lambda run_dir: (
+        *("./launch.sh", "finetune", "classify", "--init-from", run_dir),
+        *("--data.train", "TRAIN.tsv", "--data.validation", "VALIDATION.tsv"),
+    ),
+)
