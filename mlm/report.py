@@ -1,8 +1,8 @@
-"""The report of a masked-LM run: hidden words with the guesses of the model, and the loss of word frequencies alone.
+"""The report of a masked-LM run: masked words with the model's guesses, and the loss of word frequencies alone.
 
 samples.json       {"samples": [{"tokens": [str], "masked": [{"index": int, "truth": str, "guesses":
-                   [[str, probability]]}]}], "unigram_entropy": nats}, a token with the blank before it (" word",
-                   "ing")
+                   [[str, probability]]}]}], "unigram_entropy": nats}, a token includes the space before it
+                   (" word", "ing")
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from espalier.report.task import TaskReport
 
 
 def sections(run: RunFiles) -> list[Section]:
-    """Held-out text with hidden words."""
+    """Held-out text with masked words."""
     samples = run.json("samples.json").get("samples")
     if not samples:
         return []
     masked = [slot for sample in samples for slot in sample["masked"]]
     right = sum(slot["guesses"][:1] != [] and slot["guesses"][0][0] == slot["truth"] for slot in masked)
     note = (
-        "Held-out text with hidden words, written as they stood; green where the first guess is right "
-        f"({right} of {len(masked)}). Below each text: the hidden word, then the guesses with their probability."
+        "Held-out text with masked words, shown with the original words; green if the model's first guess is right "
+        f"({right} of {len(masked)}). Below each text, the guesses for each masked word with their probabilities."
     )
-    return [Section("Hidden words", masked_words(samples), note, STYLE)]
+    return [Section("Masked words", masked_words(samples), note, STYLE)]
 
 
 def baseline(run: RunFiles) -> tuple[Bar, str] | None:
-    """The loss of guessing by word frequencies."""
+    """The loss of guessing by word frequencies, over the same held-out text."""
     entropy = run.json("samples.json").get("unigram_entropy")
-    note = "The dashed line: what a model reaches that has learnt only how frequent each token is."
+    note = "Dashed line: the loss of a model that has learnt only the frequency of each token."
     return (Bar(f"word frequencies alone: {entropy:.2f}", entropy), note) if entropy else None
 
 
 def masked_words(samples: Sequence[dict]) -> str:
-    """Excerpts with hidden words: what stood there, green where the first guess is right, and the guesses.
+    """Excerpts with masked words: the original words, green if the first guess is right, and the guesses.
 
-    Beyond SHOWN excerpts, or SHOWN words of one, the rest is folded away.
+    The excerpts beyond SHOWN, and the words beyond SHOWN of each, are folded.
     """
     cards = []
     for sample in samples:
@@ -69,7 +69,7 @@ def masked_words(samples: Sequence[dict]) -> str:
         shown_rows, others = page.split(rows)
         tables = f"<table class=guesses>{shown_rows}</table>"
         if others:
-            tables += page.folded(f"{len(rows) - SHOWN} more hidden words", f"<table class=guesses>{others}</table>")
+            tables += page.folded(f"{len(rows) - SHOWN} more masked words", f"<table class=guesses>{others}</table>")
         cards.append(f"<article{language}><p>{''.join(text)}</p>{tables}</article>")
     first, others = page.split(cards)
     body = f"<div class=samples>{first}</div>"
@@ -79,7 +79,7 @@ def masked_words(samples: Sequence[dict]) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token without the blank before it; one that is nothing but blanks or line breaks by signs."""
+    """A token without the space before it; a token of spaces or line breaks as signs."""
     return token.strip(" ").replace("\n", "↵") or "␣"
 
 

@@ -14,7 +14,7 @@ from clm.report import texts
 from espalier import cli
 from espalier.commands.report import ReportConfig, main
 from espalier.errors import UserError
-from espalier.report import tables
+from espalier.report import render, tables
 from espalier.report.figures import PALETTES, Bar, Curve, draw, legend
 from espalier.report.page import entries, settings
 from espalier.report.render import write_report
@@ -88,6 +88,18 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture
+def drawings():
+    """For tests that look at the pictures themselves."""
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Elsewhere none is drawn: that takes most of the time."""
+    if "drawings" not in request.fixturenames:
+        monkeypatch.setattr(render, "draw", lambda curves, label, **form: ("", ""))
+
+
+@pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "walk"
     folder.mkdir()
@@ -105,7 +117,7 @@ def test_a_pretraining_run_shows_what_happened(run):
     page = Page(write_report(run))
     for words in (
         "walk", "Masked language model. Finished at step 40 of 40.", "held-out loss 3.500", "perplexity 33.1",
-        "held-out accuracy 50.0 %", "163,840", "15,235", "green where the first guess is right (1 of 2)",
+        "held-out accuracy 50.0 %", "163,840", "15,235", "green if the model's first guess is right (1 of 2)",
         "flies 50 %", "sings 25 %", "wren <1 %", "learning_rate 0.0003", "8 × cpu",
     ):  # fmt: skip
         assert words in page.words, words
@@ -116,7 +128,7 @@ def test_a_pretraining_run_shows_what_happened(run):
     assert "robin s <b> sings" in page.words
 
 
-def test_the_page_needs_nothing_but_itself(run):
+def test_the_page_needs_nothing_but_itself(run, drawings):
     page = Page(write_report(run))
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
     for link in page.links:
@@ -134,18 +146,18 @@ def base64_of(page):
     return "|".join(page.links)
 
 
-def test_a_classifier_shows_its_confusions_and_surest_mistakes(run):
+def test_a_classifier_shows_its_confusions_and_most_confident_mistakes(run):
     config = CONFIG | {"task": "sequence_classification", "labels": CONFUSION["labels"], "init_from": "runs/demo"}
     metrics = {"accuracy": 0.9, "f1": 0.875, "matthews": 0.79, "majority": 0.6}
     write(run, config=config, summary=SUMMARY | {"metrics": metrics}, confusion=CONFUSION, samples={})
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in PREDICTIONS)
     (run / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     page = Page(write_report(run))
-    assert "The surest of 2 mistakes among 3" in page.words
+    assert "The most confident of 2 mistakes in 3 predictions" in page.words
     assert "Classifier with 2 labels, from the weights of runs/demo." in page.words
     assert "accuracy 90.0 % majority class 60.0 % F1 of maybe 87.5 % Matthews 0.790" in page.words
     assert "10 held-out examples" in page.words and "75 %" in page.words and "100 %" in page.words
-    assert page.words.index("yes & no, taken for maybe 95 %") < page.words.index("maybe, taken for yes & no 80 %")
+    assert page.words.index("yes & no, predicted maybe 95 %") < page.words.index("maybe, predicted yes & no 80 %")
     assert "odd <script> / second" in page.words and "fine" not in page.words
     assert "script" not in [tag for tag, _ in page.elements]
 
@@ -189,7 +201,7 @@ def test_a_task_that_is_not_known_here_has_all_but_its_own_section(run):
     lines = [{"step": 2, "loss": 1.0, "found": 0.5, "mfu": 0.4}, {"step": 2, "eval/loss": 2.0, "eval/found": 0.25}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = Page(write_report(run))
-    assert "Run. Finished at step 40 of 40." in page.words and "Hidden words" not in page.words
+    assert "Run. Finished at step 40 of 40." in page.words and "Masked words" not in page.words
     assert page.pictures() == [
         "nats per example over the steps; last: training 1, held-out 2",
         "found over the steps; last: training 0.5, held-out 0.25",
@@ -197,19 +209,19 @@ def test_a_task_that_is_not_known_here_has_all_but_its_own_section(run):
 
 
 def many_words(count):
-    """A sample with so many hidden words."""
+    """A sample with `count` masked words."""
     masked = [{"index": at, "truth": f" word{at}", "guesses": [[" guess", 0.5]]} for at in range(count)]
     return {"tokens": [" [MASK]"] * count, "masked": masked}
 
 
 @pytest.mark.parametrize(("words", "folded"), [(4, 0), (5, 0), (6, 2), (9, 5)])
-def test_long_lists_of_hidden_words_are_folded(words, folded):
+def test_long_lists_of_masked_words_are_folded(words, folded):
     """All are on the page, the first ones at sight; what opens the others needs no script and one click or key."""
     text = masked_words([many_words(words)] + SAMPLES["samples"] * 7)
     card, _, _ = text.partition("</article>")
     shown, _, hidden = card.partition("<details>")
     assert [shown.count("<tr>"), hidden.count("<tr>")] == [words - folded, folded]
-    assert (f"<summary>{folded} more hidden words</summary>" in hidden) == bool(folded)
+    assert (f"<summary>{folded} more masked words</summary>" in hidden) == bool(folded)
     before, _, others = text.partition("<details><summary>4 more texts</summary>")
     assert [before.count("<article"), others.count("<article")] == [4, 4] and "<script" not in text
 
@@ -228,7 +240,7 @@ def test_what_lines_are_is_said_beside_the_picture_where_it_covers_none(run):
     assert legend(curves[:1]) == [] and legend(curves, Bar("a", 1)) == [("训练", 0), ("x" * 300, 1), ("a", None)]
 
 
-def test_a_phone_gets_a_picture_that_it_can_read(run):
+def test_a_phone_gets_a_picture_that_it_can_read(run, drawings):
     """The wide one would be shrunk to a half: there is another for narrow screens, before it, for light and dark."""
     page = Page(write_report(run))
     sources = [attrs for tag, attrs in page.elements if tag == "source"][:3]

@@ -1,4 +1,4 @@
-"""Write the report of a run again, from the files in its directory: `./launch.sh report --run-dir RUN`."""
+"""Render the report of a run again, from the files in its directory: `./launch.sh report RUN`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReportConfig:
 
 
 def main(config: ReportConfig) -> dict:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     with progress.waiting("drawing the report"):
         from espalier.report.render import write_report
 

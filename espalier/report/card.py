@@ -1,4 +1,4 @@
-"""The model card of a run: README.md beside exported weights, as the Hub shows it, from the run's own files."""
+"""The model card of a run: the README.md beside exported weights, made from the files of the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from espalier.report.run_files import RunFiles, read_run
 from espalier.report.task import TaskReport, report_of
 
 PIPELINES = ("fill-mask", "text-generation", "text-classification", "token-classification")
-"""Of transformers, with which the card shows how to load the model; else it shows the class."""
+"""Pipelines of transformers that the card shows for loading the model; for others it shows the class."""
 
 
 def model_card(run_dir: str | Path) -> str:
@@ -55,7 +55,7 @@ def model_card(run_dir: str | Path) -> str:
         "",
         "## Limits",
         "",
-        "It repeats what its data holds, mistakes and prejudices included; it was checked for neither.",
+        "The model reproduces what its data contains, errors and biases included; it was evaluated for neither.",
     ]
     if config.get("command"):
         text += ["", "## Command"] + _code(config["command"], "")
@@ -69,7 +69,7 @@ def _data(config: dict) -> dict[str, str]:
         if data.get(key):
             rows[name] = ", ".join(data[key]) if isinstance(data[key], list | tuple) else data[key]
     if "builtin" in data and "text" not in rows:
-        rows["text"] = f"built-in: {data.get('builtin')}"
+        rows["text"] = f"built-in: {data['builtin']}"
     if data.get("validation_files"):
         rows["held-out text"] = ", ".join(data["validation_files"])
     if config.get("labels"):
@@ -109,7 +109,7 @@ def _settings(task: TaskReport, run: RunFiles) -> dict[str, Any]:
 
 
 def _code(*lines: str) -> list[str]:
-    """A block of code; the last argument is its language."""
+    """A code block; the last argument is its language."""
     return ["", f"```{lines[-1]}", *lines[:-1], "```"]
 
 

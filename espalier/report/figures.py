@@ -1,7 +1,6 @@
 """Curves as PNG, drawn twice: for light and for dark pages.
 
-No name is written into them, for a name may be in any script and must not cover a curve: `legend` says for the page
-which colour each has.
+Names are not drawn: they may be in any script and must not cover a curve. `legend` gives the page the colour of each.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SMOOTHED_FROM = 60
-"""Curves of more points than this get a moving mean, and the points themselves turn pale."""
+"""Curves of more points get a moving mean, and the points themselves are drawn pale."""
 
 PALETTES = (
     {"ink": "#1d2321", "soft": "#5d6864", "line": "#dfe3df", "colours": ("#1b6e53", "#c8540f", "#3f63b5", "#8a5a9e")},
     {"ink": "#e6ebe8", "soft": "#9aa7a1", "line": "#333c38", "colours": ("#6cc5a1", "#f0954f", "#8aa8f0", "#c79ad8")},
 )
-"""Light and dark; curves take the colours in order, told apart also by people who see no red and green."""
+"""Light and dark. Curves take the colours in order; people with red-green colour blindness can tell them apart."""
 
 
 class Curve(NamedTuple):
@@ -31,19 +30,19 @@ class Curve(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A horizontal line to compare with, and what it is."""
+    """A horizontal reference line and its name."""
 
     name: str
     value: float
 
 
 def draw(curves: Sequence[Curve], ylabel: str, *, bar: Bar | None = None, wide: bool = True) -> tuple[str, str]:
-    """(light, dark) base64 PNGs of the curves over steps. wide: for the width of the page, else for a phone or half."""
+    """(light, dark) base64 PNGs of the curves over steps. wide: full width of the page, else a phone or half of it."""
     return tuple(base64.b64encode(_png(curves, ylabel, bar, wide, palette)).decode() for palette in PALETTES)  # type: ignore[return-value]
 
 
 def legend(curves: Sequence[Curve], bar: Bar | None = None) -> list[tuple[str, int | None]]:
-    """(name, number of its colour; None = the dashed line) of what `draw` draws, where there are several."""
+    """(name, number of its colour; None = the dashed line) of what `draw` draws; [] if that is one curve."""
     colours = len(PALETTES[0]["colours"])
     entries: list[tuple[str, int | None]] = [(curve.name, number % colours) for number, curve in enumerate(curves)]
     entries += [(bar.name, None)] if bar else []
@@ -51,7 +50,7 @@ def legend(curves: Sequence[Curve], bar: Bar | None = None) -> list[tuple[str, i
 
 
 def _png(curves: Sequence[Curve], ylabel: str, bar: Bar | None, wide: bool, palette: dict) -> bytes:
-    # The object interface: pyplot would keep a global state and look for a display.
+    # The object interface: pyplot has global state and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

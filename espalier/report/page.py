@@ -1,7 +1,7 @@
-"""The building blocks of a report: one self-contained HTML page, readable on a phone, in light and in dark.
+"""The building blocks of a report: one self-contained HTML page for desktops and phones, light and dark.
 
-A section is a title and a piece of HTML; `write_page` makes a file of them. What comes from a run is escaped by whoever
-makes HTML of it: here, and where a task makes its sections.
+A section is a title and a piece of HTML; `write_page` makes a file of them. Whoever turns values of a run into HTML
+escapes them: this module, and the sections of a task.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from espalier.report.style import COLOURS, STYLE
 
 NARROW, DARK = "(max-width:34rem)", "(prefers-color-scheme:dark)"
 SHOWN = 4
-"""How many texts, and hidden words of each, stand there unfolded."""
+"""How many items of a long list are shown unfolded."""
 LONG = 160
 """Characters beyond which the value of a setting is folded."""
 
@@ -31,11 +31,11 @@ class Section(NamedTuple):
     note: str = ""
     """Plain text under the title."""
     style: str = ""
-    """CSS of elements that only such sections have; it stands on the page once."""
+    """CSS of elements that only such sections have; a page includes it once."""
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Iterable[Section], tiles: str = "") -> Path:
-    """Write the page whole or not at all. title, subtitle: plain text. tiles: from `tiles`, above the first section."""
+    """Write the page atomically. title, subtitle: plain text. tiles: from `tiles`, above the first section."""
     head = f"<p class=mark>Espalier</p><h1>{escape(title)}</h1><p class=sub>{escape(subtitle)}</p>"
     parts, styles = [f"<header>{head}{tiles}</header>"], [STYLE, COLOURS]
     for section in sections:
@@ -66,10 +66,10 @@ def picture(
     legend: Sequence[tuple[str, int | None]] = (),
     on_phones: tuple[str, str] | None = None,
 ) -> str:
-    """A drawing as base64 PNGs, for light and for dark, and below it what its lines are.
+    """A drawing as base64 PNGs for light and dark pages, with its legend below.
 
-    description: what a person who cannot see it is told. legend: as figures.legend has it. on_phones: the
-    same in a form that stays legible on a narrow screen.
+    description: the alternative text. legend: from figures.legend. on_phones: the same drawing, legible on a narrow
+    screen.
     """
     png = "data:image/png;base64,"
     light, dark = drawn
@@ -87,12 +87,12 @@ def picture(
 
 
 def grid(bodies: Sequence[str]) -> str:
-    """Pieces of HTML side by side where there is room."""
+    """Pieces of HTML side by side, as far as the width allows."""
     return f"<div class=grid>{''.join(f'<div>{body}</div>' for body in bodies)}</div>"
 
 
 def entries(items: Iterable[tuple[str, str, str]]) -> str:
-    """A list of (title, small remark, text)."""
+    """A list of (title, remark in small print, text)."""
     parts = (
         f"<li><strong>{escape(title)}</strong> <small>{escape(remark)}</small>{marked('p', text)}</li>"
         for title, remark, text in items
@@ -115,7 +115,7 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> str:
 
 
 def settings(config: dict) -> str:
-    """A configuration, its groups (nested dictionaries) folded away under the settings of the run itself."""
+    """A configuration: first its own settings, then its groups (nested dictionaries), folded."""
     plain = [(name, value) for name, value in config.items() if not isinstance(value, dict)]
     parts = [_definitions(plain)] if plain else []
     for name, values in config.items():
@@ -125,7 +125,7 @@ def settings(config: dict) -> str:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number as people write it: 12,345, 0.0003, 3.142, 1.2 M; anything else as it is."""
+    """A number for people: 12,345, 0.0003, 3.142, 1.2 M; anything else unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -134,7 +134,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def percent(part: float, digits: int = 1) -> str:
-    """A part of 1 in percent, with the narrow blank before the sign that keeps both on one line."""
+    """A fraction in percent, with a narrow no-break space before the sign."""
     shown = f"{100 * part:.{digits}f}"
     return f"{'<1' if shown == '0' and part > 0 else shown}\u202f%"
 
@@ -152,26 +152,26 @@ def _definitions(items: Iterable[tuple[str, Any]]) -> str:
 
 
 def folded(title: str, body: str) -> str:
-    """HTML that a click or the space key shows; no script."""
+    """HTML that a click or the space key unfolds, without a script."""
     return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def split(parts: Sequence[str]) -> tuple[str, str]:
-    """The first SHOWN of them and the others, unless that is a single one, for which nobody should have to click."""
+    """The first SHOWN parts and the others; a single further one is not worth a click and joins the first."""
     count = SHOWN if len(parts) > SHOWN + 1 else len(parts)
     return "".join(parts[:count]), "".join(parts[count:])
 
 
 def marked(tag: str, text: str) -> str:
-    """An element with text of a run, which may be in any language and direction."""
+    """An element with text of a run, in any language and direction."""
     return f"<{tag}{language(text)}>{escape(text)}</{tag}>"
 
 
 def language(text: str) -> str:
-    """The attributes of text of which only the script tells the language: what fonts, line breaks and voices go by.
+    """The attributes `lang` and `dir` for text whose language only its script tells: for fonts, line breaks and voices.
 
-    Han characters without others of their neighbours count as Chinese. Where few are East Asian, the language is
-    unknown (""), and not the page's English.
+    Han characters without kana or hangul count as Chinese. With few East Asian characters, the language is unknown
+    (""), not English, the language of the page.
     """
     kana, hangul, han = (
         sum(low <= character <= high for character in text)

@@ -1,4 +1,4 @@
-"""report.html: a run as a page that a person can read, rendered from the files of its run directory alone."""
+"""report.html: a run as a page for people, rendered from the files of its run directory alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def comparison_sections(run: RunFiles) -> list[Section]:
-    """This run beside others and beside baselines, as bars."""
+    """This run, other runs and baselines as bars."""
     rows = run.comparison.get("rows", [])
     if not rows:
         return []
@@ -42,7 +42,7 @@ def comparison_sections(run: RunFiles) -> list[Section]:
 
 
 def loss_sections(run: RunFiles) -> list[Section]:
-    """The loss with the held-out one, and the baseline of the task as a dashed line."""
+    """Training and held-out loss, and the baseline of the task as a dashed line."""
     loss = [run.curve("loss", "training"), run.curve("eval/loss", "held-out", marked=True)]
     if not any(loss):
         return []
@@ -52,7 +52,7 @@ def loss_sections(run: RunFiles) -> list[Section]:
 
 
 def compared_run_sections(run: RunFiles) -> list[Section]:
-    """Curves of the runs in the comparison, and what the task of the first of them shows."""
+    """Curves of the runs in the comparison, and the sections of the first of them."""
     rows = run.comparison.get("rows", [])
     others = [(row["name"], read_run(run.path / row["run"])) for row in rows if row.get("run")]
     pictures = []
@@ -79,7 +79,7 @@ def curve_sections(run: RunFiles) -> list[Section]:
 
 
 def settings_sections(run: RunFiles) -> list[Section]:
-    """What was asked, and where it ran."""
+    """Settings and environment."""
     sections = []
     if run.summary.get("data"):
         sections.append(Section("Text", page.settings(run.summary["data"])))
@@ -91,7 +91,7 @@ def settings_sections(run: RunFiles) -> list[Section]:
 
 
 def subtitle(run: RunFiles) -> str:
-    """What was trained, from what, and how far it is."""
+    """What was trained, from which weights, and how far."""
     config, summary = run.config, run.summary
     text = report_of(config).title(config)
     if config.get("init_from"):
@@ -100,7 +100,7 @@ def subtitle(run: RunFiles) -> str:
     if not summary:
         return f"{text}. Not finished."
     steps = config.get("steps", summary["step"])
-    # Less than the steps of a run that was extended since.
+    # A run that was extended later has not reached its steps.
     state = "Finished" if summary.get("finished", True) and summary["step"] >= steps else "Paused"
     return f"{text}. {state} at step {summary['step']:,} of {steps:,}."
 

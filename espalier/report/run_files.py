@@ -1,13 +1,13 @@
-"""The files of a run directory, as far as they are there.
+"""The files of a run directory, as far as they exist.
 
-    config.json        what was asked
+    config.json        the settings
     metrics.jsonl      training and evaluation over the steps
-    summary.json       how it ended, and in which environment
-    comparison.json    {"title", "note", "rows": [{"name", "note", "value", "run"}]}: other runs (run = their path from
-                       here, or null) and baselines beside this one; the first is shown in detail
+    summary.json       the results and the environment
+    comparison.json    {"title", "note", "rows": [{"name", "note", "value", "run"}]}: other runs (run = their path,
+                       relative to this run, or null) and baselines; the first is shown in detail
 
-All but config.json may be missing. A task adds files of its own (samples.json, predictions.jsonl), which its section
-reads by `RunFiles.json` and `RunFiles.jsonl`.
+All but config.json may be missing. A task adds files of its own (samples.json, predictions.jsonl), which its sections
+read by `RunFiles.json` and `RunFiles.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from espalier.report.figures import Curve
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the files of a run directory hold; empty where a file is missing."""
+    """The contents of the files of a run directory; empty if a file is missing."""
 
     path: Path
     config: dict
@@ -32,11 +32,11 @@ class RunFiles:
     comparison: dict
 
     def json(self, name: str) -> dict:
-        """The object in a file of the run; {} where there is none, UserError where it is damaged."""
+        """The object in a file of the run; {} if there is no file, UserError if it is damaged."""
         return _json(self.path / name)
 
     def jsonl(self, name: str) -> list[dict]:
-        """The objects in the lines of a file of the run, without lines that were cut off; [] where there is none."""
+        """The objects in the lines of a file of the run, without incomplete lines; [] if there is no file."""
         return _jsonl(self.path / name)
 
     def curve(self, metric: str, name: str, *, marked: bool = False) -> Curve | None:
@@ -47,7 +47,7 @@ class RunFiles:
 
 
 def read_run(run_dir: str | Path) -> RunFiles:
-    """The files of a run; UserError where there is no run or a file of it is damaged."""
+    """The files of a run; UserError if there is no run or one of its files is damaged."""
     path = Path(run_dir).expanduser().absolute()
     if not (path / "config.json").is_file():
         raise UserError(f"no run in {path} (it has no config.json); give a run directory, for instance runs/demo")
@@ -63,8 +63,8 @@ def _json(path: Path) -> dict:
 
 
 def _jsonl(path: Path) -> list[dict]:
-    """The lines of the file, without those that were not written to their end."""
-    # Not splitlines: JSON strings may hold other line separators of Unicode.
+    """The objects in the lines of the file, without incomplete lines."""
+    # Not splitlines: JSON strings may contain other line separators of Unicode.
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     records = []
     for line in lines:

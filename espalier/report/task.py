@@ -1,7 +1,7 @@
 """What a task adds to the report and the model card of its runs.
 
-The report itself knows curves, settings, speed, environment and evaluation. What only a task can show (hidden words,
-generated text, a confusion matrix) and how its model is loaded is in a `TaskReport`, beside the code of the task.
+The report itself knows curves, settings, speed, environment and evaluation. A `TaskReport`, beside the code of
+the task, holds what only the task knows: masked words, generated text, a confusion matrix, and how its model is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from espalier.task import TASKS, find
 
 @dataclass(frozen=True)
 class TaskReport:
-    """The words and sections of a task. Its functions return nothing where the files of a run are missing."""
+    """The words and sections of a task. Its functions return nothing if the files of a run are missing."""
 
     title: Callable[[dict], str] = lambda config: "Run"
     """What was trained, from config.json: the first words under the name of the run."""
@@ -29,7 +29,7 @@ class TaskReport:
     tiles: Callable[[RunFiles], list[tuple[str, str]]] = lambda run: []
     """Key figures as (name, value), at the head of the page before those of the evaluation."""
     baseline: Callable[[RunFiles], tuple[Bar, str] | None] = lambda run: None
-    """A loss to compare with, drawn as a dashed line, and what it means."""
+    """A reference loss, drawn as a dashed line, and its explanation."""
 
     pipeline: str = "feature-extraction"
     """The pipeline of transformers that the Hub names."""
@@ -40,18 +40,18 @@ class TaskReport:
     metric_names: Mapping[str, str] = field(default_factory=dict)
     """Metric → its name in the card, where that is more than the name itself."""
     card_settings: Callable[[dict], Mapping[str, object]] = lambda config: {}
-    """Further rows of the card's settings, from config.json; None is left out."""
+    """Further rows for the settings of the card, from config.json; rows of None are omitted."""
 
 
 IMPORTED = {
     "token_classification": TaskReport(
-        pipeline="token-classification", loader="AutoModelForTokenClassification", words="that classifies tokens"
+        pipeline="token-classification", loader="AutoModelForTokenClassification", words="for token classification"
     ),
     "question_answering": TaskReport(
-        pipeline="question-answering", loader="AutoModelForQuestionAnswering", words="that finds answers in a text"
+        pipeline="question-answering", loader="AutoModelForQuestionAnswering", words="for extractive question answering"
     ),
-    "replaced_token_detection": TaskReport(loader="AutoModelForPreTraining", words="that finds replaced tokens"),
-    "embedding": TaskReport(words="that embeds texts"),
+    "replaced_token_detection": TaskReport(loader="AutoModelForPreTraining", words="for replaced token detection"),
+    "embedding": TaskReport(words="for text embeddings"),
 }
 """Heads with which a model can be imported and exported, though no task here trains them."""
 

@@ -1,4 +1,4 @@
-"""The report of a classifier: metrics, confusion matrix and the surest mistakes.
+"""The report of a classifier: metrics, confusion matrix and the most confident mistakes.
 
 confusion.json     {"labels": [str], "matrix": [[int]]}: rows are true labels
 predictions.jsonl  {"text", "text_b" for pairs, "label", "prediction", "probability"} a line
@@ -16,22 +16,23 @@ from espalier.report.task import TaskReport
 MISTAKES = 8
 """How many mistakes are shown."""
 LARGEST_MATRIX = 24
-"""Labels beyond this make a confusion matrix that nobody reads."""
+"""A confusion matrix of more labels is not shown."""
 
 
 def sections(run: RunFiles) -> list[Section]:
-    """Confusion matrix and the surest mistakes."""
+    """Confusion matrix and the most confident mistakes."""
     found = []
     confusion, predictions = run.json("confusion.json"), run.jsonl("predictions.jsonl")
     labels = confusion.get("labels", [])
     if 0 < len(labels) <= LARGEST_MATRIX:
         total = sum(map(sum, confusion["matrix"]))
-        note = f"{total:,} held-out examples: how many of each true label (row) were given each label (column)."
+        note = f"{total:,} held-out examples by true label (row) and predicted label (column)."
         found.append(Section("Confusion matrix", confusion_table(labels, confusion["matrix"]), note, STYLE))
     wrong = [p for p in predictions if p["label"] != p["prediction"]]
     if wrong:
         wrong = sorted(wrong, key=lambda p: -p["probability"])
-        note = f"The surest of {len(wrong):,} mistakes among {len(predictions):,}; all are in predictions.jsonl."
+        counted = f"{len(wrong):,} mistakes in {len(predictions):,} predictions"
+        note = f"The most confident of {counted}; predictions.jsonl holds all."
         found.append(Section("Mistakes", page.entries(map(_mistake, wrong[:MISTAKES])), note))
     return found
 
@@ -54,7 +55,7 @@ def title(config: dict) -> str:
 
 
 def confusion_table(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
-    """Rows are true labels, columns predicted ones; the shade is the part of the row."""
+    """Rows are true labels, columns predicted labels; the shade is the fraction of the row."""
     head = "".join(f"<th>{page.marked('span', label)}</th>" for label in labels)
     turned = " class=tall" if len(labels) > 5 or max(map(len, labels)) > 12 else ""
     rows = []
@@ -74,8 +75,8 @@ def confusion_table(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> s
 
 def _mistake(prediction: dict) -> tuple[str, str, str]:
     text = " / ".join(_short(prediction[name]) for name in ("text", "text_b") if prediction.get(name))
-    # Isolated, so that a label that is written from right to left does not turn the words around it.
-    title = "\u2068{label}\u2069, taken for \u2068{prediction}\u2069".format(**prediction)
+    # Isolated, so that a right-to-left label does not reorder the words around it.
+    title = "\u2068{label}\u2069, predicted \u2068{prediction}\u2069".format(**prediction)
     return title, page.percent(prediction["probability"], 0), text
 
 

@@ -20,7 +20,7 @@ def test_the_demo_end_to_end(run_cli, tmp_path):
     assert out["step"] == 6
     run = tmp_path / "runs" / "demo"
     report = (run / "report.html").read_text()
-    assert "What is the pretraining worth?" in report and "Hidden words" in report and "data:image/png" in report
+    assert "What is the pretraining worth?" in report and "Masked words" in report and "data:image/png" in report
     assert "TF-IDF" in report and "src=http" not in report
 
     held_out = set(json.loads((run / "config.json").read_text())["data"]["builtin_exclude"])
