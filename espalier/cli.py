@@ -106,6 +106,7 @@ class _Base(NamedTuple):
 
 def _base(presets: Mapping[str, Callable[[], Any]], prog: str, arguments: list[str]) -> tuple[_Base, list[str]]:
     """The preset or saved configuration that the arguments name, and the flags."""
+    kinds = tuple(dict.fromkeys(type(preset()) for preset in presets.values()))
     name = "" if not arguments or arguments[0].startswith("-") else arguments[0]
     at = next((at for at, argument in enumerate(arguments) if argument.partition("=")[0] == FROM), None)
     if at is not None:
@@ -117,7 +118,7 @@ def _base(presets: Mapping[str, Callable[[], Any]], prog: str, arguments: list[s
             raise UserError(
                 f"{name} and {FROM} {path} are each a whole configuration; give one of them, and flags for what changes"
             )
-        saved = saved_config.read(path, dict.fromkeys(type(preset()) for preset in presets.values()), prog)
+        saved = saved_config.read(path, kinds, prog)
         rest = arguments[:at] + arguments[at + (1 if equals else 2) :]
         description = f"The settings of {path}, and what flags change."
         return _Base(saved.config, f"{prog} {FROM} {path}", description, saved.name, saved.given), rest
@@ -125,7 +126,7 @@ def _base(presets: Mapping[str, Callable[[], Any]], prog: str, arguments: list[s
         preset = presets[name]
         return _Base(preset(), f"{prog} {name}", inspect.getdoc(preset), f"{prog}-{name}"), arguments[1:]
     if ":" in name:
-        preset, config = user_code.preset(name, tuple(dict.fromkeys(type(made()) for made in presets.values())))
+        preset, config = user_code.preset(name, kinds)
         own = f"{prog}-{name.rpartition(':')[2]}"
         return _Base(config, f"{prog} {name}", inspect.getdoc(preset), own), arguments[1:]
     said = f"unknown preset {name!r}{nearest(name, presets)}" if name else "no preset given"

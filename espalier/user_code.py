@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -39,21 +40,27 @@ def load(given: str) -> Any:
 
 
 def preset(given: str, config_types: tuple[type, ...]) -> tuple[Callable[[], Any], Any]:
-    """A user's preset and the configuration that it returns; UserError unless that is one of `config_types`."""
+    """A user's preset and its configuration, as one of `config_types`; UserError if it returns something else.
+
+    A configuration of a base class gets the defaults of the rest: `plan` adds settings of its own to those of a run.
+    """
     function = load(given)
-    kinds = " or ".join(map(_name, config_types))
+    kinds = " or ".join(dict.fromkeys(map(_name, config_types)))
     if not callable(function):
         raise UserError(
             f"{given} is a {_name(type(function))}; accepted is a function without arguments that returns {kinds}"
         )
     with one_line(given, getattr(getattr(function, "__code__", None), "co_filename", None)):
         config = function()
-    if not isinstance(config, config_types):
-        raise UserError(
-            f"{given} returns a {_name(type(config))}; accepted is {kinds}: begin with one, or with a preset and "
-            "dataclasses.replace"
-        )
-    return function, config
+    if isinstance(config, config_types):
+        return function, config
+    for kind in config_types:
+        if dataclasses.is_dataclass(config) and issubclass(kind, type(config)):
+            return function, kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    raise UserError(
+        f"{given} returns a {_name(type(config))}; accepted is {kinds}: begin with one, or with a preset and "
+        "dataclasses.replace"
+    )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ ENTRIES = {
     "mlm": "mlm.presets",
     "clm": "clm.presets",
     "finetune": "finetune.presets",
-    "plan": "espalier.commands.plan.__main__",
+    "plan": "espalier.commands.plan.settings",
 }
 
 
@@ -198,6 +198,8 @@ def test_a_preset_of_a_users_own(own, capsys):
         assert config == dataclasses.replace(mlm.presets.debug(), steps=7, seed=3, run_dir="runs/mlm-tiny")
         assert call.command == f"./launch.sh mlm {given} --seed 3" and call.given == {"seed"}
     assert called("mlm", "mine.presets:small")[0].run_dir == "runs/mlm-small"
+    plan, _ = called("plan", "models.py:tiny", "--chip", "h100")
+    assert (plan.steps, plan.chip, plan.run_dir) == (7, "h100", "runs/plan-tiny")
     assert printed(capsys, "mlm", "models.py:tiny")["steps"] == 7
     with pytest.raises(SystemExit):
         called("mlm", "models.py:tiny", "--help")

@@ -54,8 +54,9 @@ def as_tokens(text: str) -> float:
 def _presets() -> dict[str, Callable[[], Any]]:
     names = [name for planned in OBJECTIVES.values() for name in planned.presets]
     return {
-        f"{planned.command}-{name}" if names.count(name) > 1 else name: _with_settings(preset, _combined(planned))
+        f"{planned.command}-{name}" if names.count(name) > 1 else name: _with_settings(preset, kind)
         for planned in OBJECTIVES.values()
+        for kind in (_combined(planned),)
         for name, preset in planned.presets.items()
     }
 
