@@ -1,0 +1,114 @@
+"""Seeds × learning rates in one compiled program: the train step of a single run under two `vmap`s.
+
+Learning rate and key are values in the state, so runs that differ in them share a step. Every run is what it would be
+alone, with the initial weights, data order, masks and dropout of its seed; sums of a batched product may be taken in
+another order, so that losses agree to float32 rounding and not bit by bit. All runs stand in memory at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from espalier.errors import UserError
+from espalier.training.config import TrainConfig
+from espalier.training.evaluation import make_evaluate
+from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.start import _keys as run_keys
+from espalier.training.state import TrainState, new_state
+from espalier.training.step import Objective, make_train_step
+
+
+class Sweep(NamedTuple):
+    """What came of S seeds × R learning rates in `steps` steps."""
+
+    rows: list[dict[str, float]]
+    """A row for each run: seed, learning_rate, train_loss (of the last step) and the metrics of the evaluation."""
+    loss_SRs: np.ndarray
+    """Training loss of every step, float32 [S, R, steps]; not finite where a run diverged."""
+    params: Any
+    """The parameters at the end, each leaf [S, R, …]."""
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The row with the lowest evaluation loss (training loss where nothing was evaluated)."""
+        finite = [row for row in self.rows if math.isfinite(row.get("loss", row["train_loss"]))]
+        if not finite:
+            raise UserError("every run of the sweep diverged; try lower learning rates")
+        return min(finite, key=lambda row: row.get("loss", row["train_loss"]))
+
+
+def sweep(
+    config: TrainConfig,
+    *,
+    seeds: Sequence[int],
+    learning_rates: Sequence[float],
+    params_of: Callable[[int], Any],
+    matrix_axes: Callable[[Any], Any],
+    objective: Objective,
+    batch_of: Callable[[int, int], dict],
+    mesh: Mesh,
+    eval_objective: Objective | None = None,
+    eval_batches: Iterable[dict] = (),
+    finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
+) -> Sweep:
+    """Train every seed with every rate for config.steps, and evaluate each at the end. Nothing is written.
+
+    params_of: seed → first parameters. batch_of: (seed, step) → that step's batch, NumPy. The rest as in
+    training.loop.train. A rate is the peak of the schedule; under Muon its own rate changes in proportion.
+    """
+    if not seeds or not learning_rates:
+        raise UserError("a sweep needs one or more seeds and one or more learning_rates")
+    if objective.collect is not None:
+        raise UserError("a sweep has no place for what an objective collects from its state; train the runs one by one")
+    if jax.process_count() > 1:
+        raise UserError("a sweep runs in one process; start it on one host")
+    peak = config.optimizer.learning_rate
+    assert peak is not None and config.steps is not None
+    with jax.set_mesh(mesh):
+        first_S = [params_of(seed) for seed in seeds]
+        shapes = jax.eval_shape(lambda params: params, first_S[0])
+        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
+
+        def begin(params: Any, key: jax.Array, rate: jax.Array) -> TrainState:
+            state = new_state(params, optimizer.init, config.optimizer, jax.random.wrap_key_data(key))
+            muon = state.rates["muon_learning_rate"] * (rate / peak)
+            return dataclasses.replace(state, rates=state.rates | {"learning_rate": rate, "muon_learning_rate": muon})
+
+        step = make_train_step(objective, optimizer, schedule(config.optimizer, config.steps), config.accumulation)
+        # A batch belongs to a seed and serves all rates.
+        step_SR = jax.jit(jax.vmap(jax.vmap(step, in_axes=(0, None))), donate_argnums=0)
+        keys_S = jnp.stack([jax.random.key_data(run_keys(seed)[1]) for seed in seeds])
+        rates_R = jnp.asarray(learning_rates, jnp.float32)
+        begin_SR = jax.vmap(jax.vmap(begin, in_axes=(None, None, 0)), in_axes=(0, 0, None))
+        state = jax.jit(begin_SR)(_stacked(first_S), keys_S, rates_R)
+        del first_S
+
+        losses = []
+        for number in range(config.steps):
+            batch_S = _stacked([batch_of(seed, number) for seed in seeds])
+            state, metrics = step_SR(state, batch_S)
+            losses.append(metrics["loss"])
+        loss_SRs = np.stack([np.asarray(loss_SR) for loss_SR in losses], axis=-1)
+
+        evaluate = make_evaluate(eval_objective or objective, eval_batches, mesh, finalize_eval, config.accumulation)
+        rows = []
+        for s, seed in enumerate(seeds):
+            for r, rate in enumerate(learning_rates):
+                row = {"seed": seed, "learning_rate": rate, "train_loss": float(loss_SRs[s, r, -1])}
+                if eval_batches:
+                    row |= evaluate(jax.tree.map(lambda leaf, s=s, r=r: leaf[s, r], state.params))
+                rows.append(row)
+        return Sweep(rows, loss_SRs, state.params)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    """One tree with a leading axis, of many alike."""
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
