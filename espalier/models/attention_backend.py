@@ -55,12 +55,11 @@ class Use:
     ) -> Use:
         """The use of a model on rows of `length` tokens. platform, parts: default: those of the mesh in use."""
         mesh = jax.sharding.get_abstract_mesh()
-        if parts is None:
-            parts = 1 if mesh.empty else mesh.shape["sequence"]
+        in_use = 1 if mesh.empty else mesh.shape["sequence"]
         return cls(
             platform=platform or mesh_platform(),
             length=length,
-            parts=parts,
+            parts=in_use if parts is None else parts,
             heads=config.num_attention_heads,
             kv_heads=config.kv_heads,
             head_size=config.head_size,

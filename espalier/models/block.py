@@ -1,4 +1,4 @@
-"""One transformer layer: attention and MLP with their residuals and norms, as the config asks.
+"""One transformer layer: attention, cross-attention where the config has it, and MLP, with residuals and norms.
 
 Pre-norm: x + f(norm(x)) (Xiong et al. 2020). Post-norm: norm(x + f(x)) (Vaswani et al. 2017, BERT). Both:
 x + norm(f(norm(x))) (Gemma Team 2024, section 2). Output: x + norm(f(x)) (OLMo Team 2025, section 3.2).
@@ -10,6 +10,7 @@ as much is exchanged as in Megatron's first form, where sums travel whole.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -23,10 +24,16 @@ from espalier.models.config import LayerKind, ModelConfig
 from espalier.models.layers import Einsum, Norm, activation, dropout, gated, make_norm, rotate
 from sharding.mesh import constrain
 
-DROPOUTS = 3
-"""Random keys a layer needs: attention probabilities, attention output, MLP output."""
 LayerCache = dict[str, jax.Array]
 """k, v [B, S, K, H] of one layer."""
+
+
+class Memory(NamedTuple):
+    """Another text that cross-attention reads, such as the states of an encoder."""
+
+    x_BSD: jax.Array
+    segment_ids_BS: jax.Array
+    """A token of segment i of a row reads segment i of the memory's row; 0 = padding."""
 
 
 class Context(NamedTuple):
@@ -37,15 +44,23 @@ class Context(NamedTuple):
     """Rotary tables by kind of layer; kinds that do not turn queries and keys are not in it."""
     end: jax.Array | None
     """Where in the cache this pass writes; None without a cache."""
+    memory: Memory | None = None
+
+
+def dropouts(config: ModelConfig) -> int:
+    """Random keys that a layer needs: attention probabilities, attention output, MLP output; cross-attention's two."""
+    return 5 if config.cross_attention else 3
 
 
 class Attention(nn.Module):
-    """Multi-head attention with grouped key/value heads."""
+    """Multi-head attention with grouped key/value heads, over the tokens themselves or over a memory."""
 
     config: ModelConfig
     kind: LayerKind
     dtype: jnp.dtype
     backend: Backend
+    cross: bool = False
+    """Keys and values are of context.memory; positions play no part."""
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache: LayerCache | None, key: jax.Array | None):
@@ -57,14 +72,21 @@ class Attention(nn.Module):
 
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         q_BTNH = constrain(linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD), "batch", "sequence", "tensor", None)
-        kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", x_BTD)
+        source_BTD, spec, places = x_BTD, spec_for(c, self.kind), context.places
+        if self.cross:
+            assert context.memory is not None
+            source_BTD = constrain(context.memory.x_BSD, "batch", "sequence", None)
+            spec = dataclasses.replace(spec, causal=False, left=None, right=None)
+            index_1S = jnp.arange(source_BTD.shape[1], dtype=jnp.int32)[None, :]
+            places = Places(places.q_segments_BT, context.memory.segment_ids_BS, places.q_index_BT, index_1S)
+        kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", source_BTD)
         kv_BTCKH = constrain(kv_BTCKH, "batch", "sequence", None, "tensor", None)
         k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
         if c.qk_norm:
             settings = ("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, 2 if c.qk_norm_over == "all" else 1)
             q_BTNH = Norm(*settings, name="q_norm")(q_BTNH)
             k_BTKH = Norm(*settings, name="k_norm")(k_BTKH)
-        if self.kind in context.rotary:
+        if self.kind in context.rotary and not self.cross:
             q_BTNH = rotate(q_BTNH, context.rotary[self.kind])
             k_BTKH = rotate(k_BTKH, context.rotary[self.kind])
         q_BTNH = constrain(q_BTNH, "batch", "sequence", "tensor", None)
@@ -80,11 +102,11 @@ class Attention(nn.Module):
             }
             k_BTKH, v_BTKH = cache["k"].astype(self.dtype), cache["v"].astype(self.dtype)
         out_BTNH = attend(
-            spec_for(c, self.kind),
+            spec,
             q_BTNH,
             k_BTKH,
             v_BTKH,
-            context.places,
+            places,
             backend=self.backend,
             dropout_rate=c.attention_dropout,
             dropout_key=key,
@@ -122,7 +144,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of the stack; returns (x_BTD, its cache). keys [DROPOUTS]: turn dropout on."""
+    """A layer of the stack; returns (x_BTD, its cache). keys [dropouts(config)]: turn dropout on."""
 
     config: ModelConfig
     kind: LayerKind
@@ -136,29 +158,34 @@ class Block(nn.Module):
         c = self.config
         attention = Attention(c, self.kind, self.dtype, self.backend, name="attention")
         mlp = MLP(c, self.dtype, name="mlp")
-        mlp_norm = make_norm(c, self.dtype, "mlp_norm")
-        attention_norm = make_norm(c, self.dtype, "attention_norm")
-        if self.first and not c.first_attention_norm:
-            attention_norm = _identity
-        key = [None] * DROPOUTS if keys is None else keys
+        key = [None] * dropouts(c) if keys is None else keys
+        first_norm = not self.first or c.first_attention_norm
 
-        if c.norm_position != "post":
-            attention_post_norm, mlp_post_norm = _identity, _identity
-            if c.norm_position == "output":
-                attention_norm, mlp_norm = _identity, _identity
-            if c.norm_position != "pre":
-                attention_post_norm = make_norm(c, self.dtype, "attention_post_norm")
-                mlp_post_norm = make_norm(c, self.dtype, "mlp_post_norm")
-            y_BTD, cache = attention(attention_norm(x_BTD), context, cache, key[0])
-            x_BTD = x_BTD + dropout(attention_post_norm(y_BTD), c.hidden_dropout, key[1])
-            x_BTD = constrain(x_BTD, "batch", "tokens", None)
-            x_BTD = x_BTD + dropout(mlp_post_norm(mlp(mlp_norm(x_BTD))), c.hidden_dropout, key[2])
-        else:
-            y_BTD, cache = attention(x_BTD, context, cache, key[0])
-            x_BTD = attention_norm(x_BTD + dropout(y_BTD, c.hidden_dropout, key[1]))
-            x_BTD = constrain(x_BTD, "batch", "tokens", None)
-            x_BTD = mlp_norm(x_BTD + dropout(mlp(x_BTD), c.hidden_dropout, key[2]))
-        return constrain(x_BTD, "batch", "tokens", None), cache
+        y_BTD, cache = attention(self._before("attention", x_BTD, first_norm), context, cache, key[0])
+        x_BTD = self._after("attention", x_BTD, y_BTD, key[1], first_norm)
+        if c.cross_attention:
+            cross = Attention(c, self.kind, self.dtype, self.backend, cross=True, name="cross_attention")
+            y_BTD, _ = cross(self._before("cross_attention", x_BTD), context, None, key[3])
+            x_BTD = self._after("cross_attention", x_BTD, y_BTD, key[4])
+        x_BTD = self._after("mlp", x_BTD, mlp(self._before("mlp", x_BTD)), key[2])
+        return x_BTD, cache
+
+    def _before(self, name: str, x_BTD: jax.Array, normed: bool = True) -> jax.Array:
+        """What attention or the MLP takes of the residual stream."""
+        c = self.config
+        if c.norm_position not in ("pre", "both") or not normed:
+            return x_BTD
+        return make_norm(c, self.dtype, f"{name}_norm")(x_BTD)
+
+    def _after(self, name: str, x_BTD: jax.Array, y_BTD: jax.Array, dropout_key, normed: bool = True) -> jax.Array:
+        """The residual stream with what attention or the MLP gave."""
+        c = self.config
+        if c.norm_position in ("both", "output"):
+            y_BTD = make_norm(c, self.dtype, f"{name}_post_norm")(y_BTD)
+        x_BTD = x_BTD + dropout(y_BTD, c.hidden_dropout, dropout_key)
+        if c.norm_position == "post" and normed:
+            x_BTD = make_norm(c, self.dtype, f"{name}_norm")(x_BTD)
+        return constrain(x_BTD, "batch", "tokens", None)
 
 
 def output_stddev(config: ModelConfig) -> float:
@@ -166,7 +193,3 @@ def output_stddev(config: ModelConfig) -> float:
     if config.norm_position in ("post", "output"):
         return config.initializer_range
     return config.initializer_range * (2 * config.num_hidden_layers) ** -0.5
-
-
-def _identity(x):
-    return x

@@ -69,6 +69,9 @@ class ModelConfig:
     """Attention scores are squashed to ± this by tanh (Gemma 2); unset = not."""
     final_logit_softcapping: float | None = None
     """Scores over the vocabulary are squashed to ± this by tanh (Gemma 2); unset = not."""
+    cross_attention: bool = False
+    """Between attention and MLP every layer reads a memory, as decoders of encoder-decoders do (Vaswani et al. 2017);
+    the caller gives it (models.transformer.stack)."""
     mlp_bias: bool = True
     qk_norm: bool = False
     """RMS-normalise queries and keys."""

@@ -65,6 +65,7 @@ class Product:
 
 def products(config: ModelConfig, predicted_fraction: float = 1.0) -> tuple[Product, ...]:
     """All products with parameters; the head's for the predicted_fraction of the tokens that reach it."""
+    assert not config.cross_attention, "the length of a memory is not known here"
     c = config
     D, F, E, L = c.hidden_size, c.intermediate_size, c.embedding_width, c.num_hidden_layers
     heads = c.num_attention_heads * c.head_size

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from espalier.models.attention import BACKENDS
 from espalier.models.attention_backend import Backend, Use
 from espalier.models.attention_spec import Places
-from espalier.models.block import Block, Context
+from espalier.models.block import Block, Context, dropouts
 from espalier.models.config import ModelConfig
 from espalier.models.heads import LANGUAGE_MODELS
 from espalier.models.layers import rotary_by_kind
@@ -133,6 +133,7 @@ def _row_bytes(
     remat: str,
 ) -> float:
     """Bytes that a layer of this kind keeps of a row on one device between its forward and its backward pass."""
+    assert not config.cross_attention, "the length of a memory is not known here"
     local = dataclasses.replace(
         config,
         num_attention_heads=max(1, config.num_attention_heads // tensor),
@@ -149,7 +150,7 @@ def _row_bytes(
         context = Context(Places(ids_BT, ids_BT, ids_BT, ids_BT), rotary, None)
         x_BTD = jnp.zeros((1, tokens, local.hidden_size), dtype)
         params = block.init(jax.random.key(0), x_BTD, context)["params"]
-        keys = jax.random.split(key, 3) if local.hidden_dropout or local.attention_dropout else None
+        keys = jax.random.split(key, dropouts(local)) if local.hidden_dropout or local.attention_dropout else None
 
         def run(params, x_BTD):
             return block.apply({"params": params}, x_BTD, context, None, keys)[0]

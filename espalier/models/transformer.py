@@ -1,12 +1,13 @@
 """The stack: embeddings, prefix layers, a period of layers repeated R times, suffix layers, final norm.
 
 The repeated layers' parameters are stacked `[R, …]`; the tree is the same whether they run by `lax.scan` or unrolled.
-`init_params` and `apply` are all that the rest of the project sees of a model; both are pure.
+`init_params`, `apply` and `stack` are all that the rest of the project sees of a model; all are pure.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 from espalier.models.attention import XLA, choose_backend
 from espalier.models.attention_backend import Use
 from espalier.models.attention_spec import Places
-from espalier.models.block import DROPOUTS, Block, Context
+from espalier.models.block import Block, Context, Memory, dropouts
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import init_heads
+from espalier.models.inputs import completed
 from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key, rotary_by_kind
 from sharding.mesh import constrain, mesh_platform
 
@@ -35,7 +37,8 @@ def init_params(config: ModelConfig, key: jax.Array, heads: tuple[str, ...] | No
     """
     ids_BT = jnp.zeros((1, 1), jnp.int32)
     x_BTD = jnp.zeros((1, 1, config.hidden_size), jnp.float32)
-    context = _context(config, {"segment_ids": ids_BT, "positions": ids_BT}, None)
+    memory = Memory(x_BTD, ids_BT) if config.cross_attention else None
+    context = _context(config, ids_BT, ids_BT, None, memory)
 
     layers = {}
     for section, kinds in _sections(config):
@@ -70,26 +73,52 @@ def apply(
     execution: Execution = DEFAULT_EXECUTION,
     key: jax.Array | None = None,
     cache: dict | None = None,
+    memory: Memory | None = None,
 ) -> Any:
-    """Final hidden states x_BTD of a batch (`input_ids`, `segment_ids`, `positions`, optional `token_type_ids`).
+    """Final hidden states x_BTD of a batch.
 
-    key: turns dropout on. cache: from `init_cache`; then the batch continues what the cache holds, and
-    (x_BTD, cache) is returned. The cache must have room for T more tokens: past its end, writes would land on
-    its last entries, and no error could be raised.
+    batch: `input_ids`; `segment_ids` and `positions`, or `attention_mask`, or neither (`models.inputs.completed` fills
+    in); optional `token_type_ids`. The rest as in `stack`.
     """
+    batch = completed(batch, cached=cache is not None)
+    embedding_key = None if key is None else _dropout_keys(config, key)[0]
+    embeddings: Any = Embeddings(config, compute_dtype(execution))
+    inputs = (batch["input_ids"], batch["positions"], batch.get("token_type_ids"), embedding_key)
+    x_BTD = embeddings.apply({"params": params["embeddings"]}, *inputs)
+    places = (batch["segment_ids"], batch["positions"])
+    return stack(config, params, x_BTD, *places, execution=execution, key=key, cache=cache, memory=memory)
+
+
+def stack(
+    config: ModelConfig,
+    params: dict,
+    x_BTD: jax.Array,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
+    key: jax.Array | None = None,
+    cache: dict | None = None,
+    memory: Memory | None = None,
+) -> Any:
+    """The layers and the final norm over any vectors x_BTD, as `apply` runs them over the embeddings.
+
+    segment_ids_BT: 0 = padding; a document never attends to another. positions_BT: for rotary positions; they restart
+    in each document. key: turns dropout on. cache: from `init_cache`; then the vectors continue what the cache holds,
+    and (x_BTD, cache) is returned. The cache must have room for T more tokens: past its end, writes would land on
+    its last entries, and no error could be raised. memory: what the layers read where config.cross_attention is set.
+    """
+    assert (memory is not None) == config.cross_attention, "a memory belongs to config.cross_attention, and only to it"
     dtype = compute_dtype(execution)
     dropping = key is not None and config.attention_dropout > 0
-    length = batch["input_ids"].shape[1]
-    keys = "row" if cache is None else "cache"
+    length = x_BTD.shape[1]
+    keys = "memory" if memory is not None else "row" if cache is None else "cache"
     use = Use.of(config, length, dtype=dtype.name, dropping=dropping, keys=keys)
     backend, _ = choose_backend(execution.attention, use)
     scan = scans(config, execution)
-    context = _context(config, batch, cache)
-    embedding_key, layer_keys = (None, {}) if key is None else _dropout_keys(config, key)
-
-    embeddings = Embeddings(config, dtype)
-    inputs = (batch["input_ids"], batch["positions"], batch.get("token_type_ids"), embedding_key)
-    x_BTD = constrain(embeddings.apply({"params": params["embeddings"]}, *inputs), "batch", "tokens", None)
+    context = _context(config, segment_ids_BT, positions_BT, cache, memory)
+    layer_keys = {} if key is None else _dropout_keys(config, key)[1]
+    x_BTD = constrain(x_BTD.astype(dtype), "batch", "tokens", None)
 
     new_layers = {}
     for section, kinds in _sections(config):
@@ -116,7 +145,8 @@ def apply(
             x_BTD, new_layers[section] = _unrolled(step, x_BTD, inputs, config.repeats)
 
     if config.final_norm:
-        x_BTD = make_norm(config, dtype).apply({"params": params["final_norm"]}, x_BTD)
+        norm: Any = make_norm(config, dtype)
+        x_BTD = norm.apply({"params": params["final_norm"]}, x_BTD)
     x_BTD = constrain(x_BTD, "batch", "sequence", None)
     if cache is None:
         return x_BTD
@@ -183,34 +213,40 @@ def _sections(config: ModelConfig):
     return [(section, kinds) for section, kinds in sections if kinds]
 
 
-def _context(config: ModelConfig, batch: dict[str, jax.Array], cache: dict | None) -> Context:
-    segments_BT, positions_BT = batch["segment_ids"], batch["positions"]
+def _context(
+    config: ModelConfig,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: dict | None,
+    memory: Memory | None,
+) -> Context:
     rotary = rotary_by_kind(config, positions_BT)
     places = Places.of_rows(segments_BT)
     if cache is None:
-        return Context(places, rotary, None)
+        return Context(places, rotary, None, memory)
     end = cache["end"]
     capacity = cache["segment_ids"].shape[1]
     assert segments_BT.shape[1] <= capacity, f"{segments_BT.shape[1]} tokens do not fit a cache of {capacity}"
     segments_BS = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BT, (0, end))
     index_1S = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    return Context(Places(segments_BT, segments_BS, places.q_index_BT + end, index_1S), rotary, end)
+    return Context(Places(segments_BT, segments_BS, places.q_index_BT + end, index_1S), rotary, end, memory)
 
 
 def _dropout_keys(config: ModelConfig, key: jax.Array):
     """(key of the embeddings, keys of the layers laid out like their parameters), all from a single split."""
-    keys = jax.random.split(key, (config.num_hidden_layers + 1, DROPOUTS))
+    count = dropouts(config)
+    keys = jax.random.split(key, (config.num_hidden_layers + 1, count))
     layers, start = {}, 1
     for section, kinds in _sections(config):
         stack = (config.repeats,) if section == "period" else ()
         end = start + math.prod(stack) * len(kinds)
-        section_keys = keys[start:end].reshape(*stack, len(kinds), DROPOUTS)
+        section_keys = keys[start:end].reshape(*stack, len(kinds), count)
         layers[section] = {str(j): section_keys[..., j, :] for j in range(len(kinds))}
         start = end
     return keys[0, 0], layers
 
 
-def _pure(block: Block):
+def _pure(block: Block) -> Callable[..., Any]:
     return lambda params, *inputs: block.apply({"params": params}, *inputs)
 
 
