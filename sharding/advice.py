@@ -1,4 +1,4 @@
-"""Which mesh to take: the simplest layout that fits the memory of the chips. What `--mesh auto` follows.
+"""Chooses a mesh for `--mesh auto`: the simplest layout that fits the memory of the chips.
 
 Copies of the model cost one all-reduce a step, splitting it by ZeRO-3 an all-gather a layer, splitting tokens one of
 keys and values a layer, splitting heads two exchanges of activations a layer (Rajbhandari et al. 2020; Grattafiori et
@@ -15,23 +15,23 @@ from espalier.errors import UserError
 from sharding.mesh import MeshConfig
 
 KEPT_FREE = 0.1
-"""Of the memory: for what an estimate does not see, fragments and the network's buffers."""
+"""Part of the memory, for what the estimate leaves out: fragmentation and buffers of the network."""
 MOST_TENSOR = 8
-"""Devices that share a layer's heads: more are farther apart than the exchanges allow."""
+"""Largest axis `tensor`: more devices are too far apart for its exchanges in each layer."""
 
 
 class Task(NamedTuple):
-    """What a mesh must divide evenly."""
+    """The sizes that a mesh must divide evenly."""
 
     devices: int
     slices: int
-    """Groups of devices with a slower network between them; the axis replica reaches across."""
+    """Groups of devices with a slower network between them, which the axis replica crosses."""
     batch_size: int
     """Rows of a step."""
     accumulation: int
     """Micro-batches of a step."""
     length: int
-    """Tokens of a row; 1 = rows that are not to be split."""
+    """Tokens of a row; 1 = rows must not be split."""
     heads: int
     """What tensor must divide: key/value heads and MLP width, as one number."""
     width: int
@@ -53,7 +53,7 @@ def layouts(task: Task) -> Iterator[MeshConfig]:
 
 
 def advise(task: Task, need: Callable[[MeshConfig], float], limit: float | None) -> tuple[MeshConfig, str]:
-    """(mesh, why): the first layout that needs less than the limit but for KEPT_FREE.
+    """(mesh, why): the first layout that fits the limit with KEPT_FREE of it left.
 
     need: bytes of a device. limit: of a device; None = unknown, then copies of the whole model. UserError where no mesh
     divides the task or holds it.

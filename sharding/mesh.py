@@ -1,7 +1,7 @@
-"""The one place that builds device meshes and lays batches on them.
+"""The one place that builds device meshes and places batches on them.
 
-Axes, from the slowest network to the fastest: `replica` holds copies on slices or nodes that are far from each other,
-`data` copies near each other, `fsdp` splits parameters, optimizer state and batch (ZeRO-3, Rajbhandari et al. 2020),
+Axes, from the slowest network to the fastest: `replica` holds copies of the model on distant slices or nodes,
+`data` copies on near devices, `fsdp` splits parameters, optimizer state and batch (ZeRO-3, Rajbhandari et al. 2020),
 `sequence` splits the tokens of a row (each device gathers the keys and values of the whole row, as in Grattafiori et
 al. 2024, section 3.3.2), `tensor` splits heads, MLP width and vocabulary (Shoeybi et al. 2019). Imports JAX inside the
 functions only, because presets import `MeshConfig` for the command line.
@@ -39,17 +39,17 @@ class MeshConfig:
     replica: int = 1
     """Copies on slices or nodes with a slower network between them."""
     auto: bool = often(False)
-    """Choose the axes and say why. It goes by the model's size, the chips' memory and how they are connected."""
+    """Choose the axes and say why, by the model's size, the chips' memory and how they are connected."""
 
     def sizes(self, device_count: int) -> tuple[int, ...]:
-        """Axis sizes in the order of AXES on `device_count` devices, the -1 filled in; UserError where they do not fit.
+        """Axis sizes in the order of AXES on `device_count` devices, the -1 filled in; UserError if they do not fit.
 
         Their product may be smaller than device_count: then some devices stay idle.
         """
         assert not self.auto, "the axes are not chosen yet (sharding.advice)"
         sizes = [getattr(self, name) for name in AXES]
         if self.data == -1 and sizes.count(-1) == 2:
-            # Only one is written down: the other is the default of `data`.
+            # The user set only one of them: the other is the default of `data`.
             sizes[AXES.index("data")] = 1
         given = " × ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size != 1) or "data=1"
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
@@ -75,7 +75,7 @@ class MeshConfig:
 
     @property
     def flags(self) -> str:
-        """As it is written on the command line; the sizes must be known."""
+        """As command-line flags; the sizes must be known."""
         sizes = {name: getattr(self, name) for name in AXES if getattr(self, name) != 1 or name == "data"}
         return " ".join(f"--mesh.{name} {size}" for name, size in sizes.items())
 
@@ -88,10 +88,10 @@ def _divisors(n: int) -> list[int]:
 
 
 def build_mesh(config: MeshConfig, devices=None):
-    """The mesh over `devices` (default: all of all processes; fewer are used if the product is smaller).
+    """The mesh over `devices` (default: all devices of all processes; fewer are used if the product is smaller).
 
-    Devices are ordered so that the axes to the right have the shorter ways between them; over several TPU slices, only
-    `replica` reaches from one to the next.
+    Devices are ordered so that the axes to the right connect the nearest ones. With several TPU slices, only `replica`
+    crosses from one to the next.
     """
     import jax
     import numpy as np
@@ -102,15 +102,15 @@ def build_mesh(config: MeshConfig, devices=None):
     count = math.prod(sizes)
     if count < len(devices) and jax.process_count() > 1:
         raise UserError(
-            f"mesh {config} has {count} of the {len(devices)} devices, and of several processes each must have a part; "
+            f"mesh {config} has {count} of the {len(devices)} devices, but all processes need devices in it; "
             "set one axis to -1 = the rest"
         )
     slices = slice_count(devices)
     if slices > 1:
         if sizes[0] % slices:
             raise UserError(
-                f"mesh {config}: the devices are {slices} slices, and only the axis replica reaches from one to the "
-                f"next; try --mesh.replica {slices}"
+                f"mesh {config}: the devices are {slices} slices, and only the axis replica crosses from one to "
+                f"the next; try --mesh.replica {slices}"
             )
         within = (sizes[0] // slices, *sizes[1:])
         across = (slices, *(1,) * (len(AXES) - 1))
@@ -118,7 +118,7 @@ def build_mesh(config: MeshConfig, devices=None):
     elif devices[0].platform == "tpu" and count == len(devices):
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
-        # In their order: devices of one process, and so of one node, stand together.
+        # In JAX's order, so that devices of one process, and so of one node, are adjacent.
         grid = np.array(devices[:count]).reshape(sizes)
     return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
@@ -150,9 +150,9 @@ def check_batch(
 
 
 def batch_sharding(shape: tuple[int, ...], mesh):
-    """How an array [B,T,…] of the batch lies on the mesh: rows over the batch axes, tokens over `sequence`.
+    """The sharding of an array [B,T,…] of the batch: rows over the batch axes, tokens over `sequence`.
 
-    Tokens that the axis does not divide stay together.
+    A number of tokens that the axis does not divide is not split.
     """
     import jax
 
@@ -161,7 +161,7 @@ def batch_sharding(shape: tuple[int, ...], mesh):
 
 
 def host_rows(batch_size: int, mesh) -> np.ndarray:
-    """The rows of the global batch that devices of this process hold, in order: what it has to load."""
+    """The rows of the global batch that the devices of this process hold, in order: what it has to load."""
     import numpy as np
 
     indices = batch_sharding((batch_size,), mesh).addressable_devices_indices_map((batch_size,)).values()
@@ -169,7 +169,7 @@ def host_rows(batch_size: int, mesh) -> np.ndarray:
 
 
 def place_batch(batch: dict, mesh) -> dict:
-    """Lay a batch on the mesh. batch: NumPy arrays of the rows `host_rows`; returns global `jax.Array`s."""
+    """Place a batch on the mesh. batch: NumPy arrays of the rows `host_rows`; returns global `jax.Array`s."""
     import jax
     import numpy as np
 
@@ -190,9 +190,9 @@ def place_batch(batch: dict, mesh) -> dict:
 
 
 def mesh_platform() -> str:
-    """Platform of the mesh in use ("cpu", "gpu", "tpu"), without one that of this process.
+    """Platform ("cpu", "gpu", "tpu") of the current mesh; without one, that of this process.
 
-    A mesh may be of devices that are not here: a program is then compiled for them.
+    A mesh may consist of absent devices: a program is then compiled for them.
     """
     import jax
 
@@ -204,7 +204,7 @@ def mesh_platform() -> str:
 
 
 def constrain(x, *axes):
-    """Ask XLA to keep activation `x` split like this; a no-op without a mesh.
+    """Ask XLA to keep activation `x` split over these axes; a no-op without a mesh.
 
     axes: one entry a dimension: "batch" (= replica × data × fsdp), "sequence", "tensor", "tokens" (= sequence × tensor)
     or None. A dimension that its axis does not divide (one prompt, two key/value heads) is left to XLA; tokens are then

@@ -1,4 +1,4 @@
-"""The one table that says how every parameter is split over the mesh.
+"""The table of sharding rules: how every parameter is split over the mesh.
 
 A rule is a regular expression over the end of the parameter's path and the mesh axes of its last dimensions;
 leading dimensions (the stack of repeated layers) stay whole. Exactly one rule must match each parameter, so that a new
@@ -52,7 +52,7 @@ def path_of(key_path: tuple) -> str:
 
 
 def param_spec(path: str, ndim: int) -> PartitionSpec:
-    """The split of one parameter; raises ValueError unless exactly one rule matches its path."""
+    """The PartitionSpec of one parameter; ValueError unless exactly one rule matches its path."""
     matches = [axes for pattern, axes in RULES if re.search(rf"(^|/){pattern}$", path)]
     if len(matches) != 1:
         count = "no rule" if not matches else f"{len(matches)} rules"

@@ -1,6 +1,6 @@
-"""What each kind of chip can do at most: arithmetic, memory and the links between chips, per JAX device.
+"""Peak performance of each kind of chip, per JAX device: arithmetic, memory, and links between chips.
 
-The one table that training takes its peak from and `./launch.sh plan` its times and memory. Imports no JAX.
+Training takes the peak for its MFU from this table, and `./launch.sh plan` its times and memory. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ class Chip:
     flops: float
     """Dense bfloat16 FLOP/s at the highest clock; float16 where there is no bfloat16 (V100, T4)."""
     memory: float
-    """Bytes that a program may fill. On TPU the compiler's limit, the "hbm" of its messages "Used … of … hbm"."""
+    """Bytes available to a program. On TPU the compiler's limit, from its messages "Used … of … hbm"."""
     memory_bandwidth: float
     fast_bandwidth: float
-    """What a device can send to its neighbours, all links together and one direction counted: NVLink, PCIe, or ICI
-    (links of a chip × bandwidth of one link one way ÷ devices of the chip)."""
+    """Of a device to its neighbours, all links together, in one direction: NVLink, PCIe, or ICI (links of a chip ×
+    bandwidth of one link in one direction ÷ devices of the chip)."""
     slow_bandwidth: float
-    """What a device can send beyond the fast domain, one direction: its share of the host's network cards."""
+    """Of a device beyond the fast domain, in one direction: its share of the host's network cards."""
     fast_domain: int | None
-    """Devices that fast links join: GPUs of a node or rack; None = a whole TPU slice, however large."""
+    """Devices connected by fast links: GPUs of a node or rack; None = a whole TPU slice, however large."""
     torus_dimensions: int = 0
-    """Dimensions of a TPU slice's torus; 0 = a switch, through which any group of devices has the whole bandwidth."""
+    """Of a TPU slice's torus; 0 = a switch, where any group of devices has the whole bandwidth."""
     devices_per_chip: int = 1
-    """JAX shows each half of some TPU chips as a device; rented and paid are chips."""
+    """JAX shows each half of some TPU chips as a device; what is rented and billed is the chip."""
     aliases: tuple[str, ...] = ()
     sustained_clock: float = 1.0
-    """Base clock ÷ boost clock, where a power limit far below the other chips' keeps the peak from being held; 1 where
-    the fitted efficiency of the architecture (plan/time/roofline.py) already contains it."""
+    """Base clock ÷ boost clock, for chips whose low power limit keeps them from holding the peak; 1 where the fitted
+    efficiency of the architecture (plan/time/roofline.py) already contains it."""
 
 
 # TPU: peaks, HBM and its bandwidth per chip from the Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/
@@ -96,7 +96,7 @@ CHIPS: tuple[Chip, ...] = (
     Chip("v100", r"V100", "volta", 125e12, 32_510 * MIB, 900 * GB, 150 * GB, 12.5 * GB, 8),
     Chip("t4", r"T4", "turing", 65e12, 15_360 * MIB, 320 * GB, 16 * GB, 3.125 * GB, 1, sustained_clock=585 / 1590),
 )
-"""Of the patterns, the first that matches whole words counts."""
+"""A device is the first chip whose pattern matches whole words of its `device_kind`."""
 
 
 def chip_named(name: str) -> Chip:
@@ -112,7 +112,7 @@ def chip_named(name: str) -> Chip:
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The kind of a `jax.Device`; None where it is not in the table (CPUs)."""
+    """The chip of a `jax.Device`; None if it is not in the table (CPUs)."""
     for chip in CHIPS:
         if re.search(rf"(?<!\w)(?:{chip.device_kind})(?!\w)", device.device_kind):
             return chip
@@ -120,6 +120,6 @@ def chip_of(device: Any) -> Chip | None:
 
 
 def peak_flops(device: Any) -> float | None:
-    """Peak of one `jax.Device`, None for a kind that is not in the table (CPUs)."""
+    """Peak FLOP/s of a `jax.Device`; None if it is not in the table (CPUs)."""
     chip = chip_of(device)
     return chip and chip.flops

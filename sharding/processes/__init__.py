@@ -1,1 +1,1 @@
-"""The processes of one run: which there are, how they wait for each other, and how the end of one ends all."""
+"""The processes of one run: discovery, coordination (barriers, broadcasts), and a watchdog that ends all with one."""

@@ -1,7 +1,7 @@
-"""One program in several processes: start, waiting for each other, and the end.
+"""One program in several processes: start, exchange of small values, barriers, and shutdown.
 
-A door's `main` is decorated with `joined`, which starts `jax.distributed` where there are several processes. Whatever
-waits for others is bounded: by a time-out, and by `watchdog.py`, which ends all processes when one has ended.
+The `main` of training is decorated with `joined`, which starts `jax.distributed` where there are several processes.
+Every wait is bounded: by a time-out, and by `watchdog.py`, which ends all processes when one has ended.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from sharding.processes.discovery import Place, find_place
 from sharding.processes.watchdog import rendezvous
 
 WAIT = 600.0
-"""Seconds in which all processes come to the same point, where nothing long stands before it."""
+"""Time-out in seconds of a barrier before which no process does long work."""
 LONG_WAIT = 24 * 3600.0
-"""The same where one may prepare text, hash or export for hours; that it lives meanwhile, is watched."""
+"""The same where one process may prepare text, hash or export for hours; the watchdog sees that it is alive."""
 HEARTBEAT = 60
-"""Seconds without a heartbeat after which JAX gives a process up, should `watchdog.py` not have noticed."""
+"""Seconds without a heartbeat after which JAX gives up on a process, should `watchdog.py` have missed its end."""
 
 R = TypeVar("R")
 
 
 def joined(main: Callable[..., R]) -> Callable[..., R]:
-    """A door's main(config, …) that joins the other processes first, where there are any, and leaves them at its end.
+    """A main(config, …) that first joins the other processes of the run, if there are any, and leaves them at its end.
 
     config.distributed: a sharding.processes.discovery.DistributedConfig. Only process 0 writes to standard output.
     """
@@ -52,9 +52,9 @@ def joined(main: Callable[..., R]) -> Callable[..., R]:
 
 
 def gather(name: str, value: Any = None, timeout: float = WAIT) -> list:
-    """What every process gives under this name, in their order; also a barrier. Values are JSON.
+    """The values that all processes give under this name, in process order; also a barrier. Values are JSON.
 
-    Every process calls it equally often with a name. MachineError where one does not come within `timeout` seconds.
+    Every process calls it equally often with a name. MachineError if one does not within `timeout` seconds.
     """
     import jax
 
@@ -66,21 +66,21 @@ def gather(name: str, value: Any = None, timeout: float = WAIT) -> list:
     key, written = f"espalier/{name}/{turn}", json.dumps(value)
     if mine:
         store.key_value_set(f"{key}/{mine}", written)
-        # Process 0 gives up first, and says whom it missed.
-        return json.loads(_value(f"{key}/all", end + 30, f"process 0 did not come to {name!r} within {timeout:g} s"))
+        # Process 0 times out first, and names the missing one.
+        return json.loads(_value(f"{key}/all", end + 30, f"process 0 did not reach {name!r} within {timeout:g} s"))
     values = [written]
     for number in range(1, count):
-        missing = f"process {number} of {count} did not come to {name!r} within {timeout:g} s"
+        missing = f"process {number} of {count} did not reach {name!r} within {timeout:g} s"
         values.append(_value(f"{key}/{number}", end, missing))
     store.key_value_set(f"{key}/all", f"[{','.join(values)}]")
     if turn > 1:
-        # All have read it, for all have come to this turn.
+        # All processes have reached this turn, so all have read the previous one.
         store.key_value_delete(f"espalier/{name}/{turn - 1}/")
     return [json.loads(value) for value in values]
 
 
 def from_first(name: str, value: Any = None, timeout: float = WAIT) -> Any:
-    """The value that process 0 gives under this name; the others wait for it."""
+    """Broadcast: the value that process 0 gives under this name; the others wait for it."""
     import jax
 
     if jax.process_count() == 1:
@@ -90,14 +90,14 @@ def from_first(name: str, value: Any = None, timeout: float = WAIT) -> Any:
     if jax.process_index() == 0:
         _store().key_value_set(key, json.dumps(value))
         return value
-    missing = f"process 0 did not come to {name!r} within {timeout:g} s"
+    missing = f"process 0 did not reach {name!r} within {timeout:g} s"
     return json.loads(_value(key, time.monotonic() + timeout, missing))
 
 
 def collected(tree: Any) -> Any:
-    """A tree of arrays as NumPy arrays in process 0, None in the others, all of which must take part.
+    """A tree of arrays as NumPy arrays in process 0, None in the others. All processes must call it.
 
-    One leaf at a time is on every device whole, so that what is split over hosts need not fit on one.
+    Leaves are gathered one at a time, so that a device never holds more than one of them whole.
     """
     import jax
 
@@ -126,7 +126,7 @@ def _same(x):
 def _store():
     from jax._src import distributed
 
-    # JAX has no public way to it; Orbax goes this one too.
+    # JAX has no public access to its key-value store; Orbax takes the same way.
     client = distributed.global_state.client
     assert client is not None, "several processes and no jax.distributed"
     return client
@@ -134,7 +134,7 @@ def _store():
 
 def _value(key: str, end: float, missing: str) -> str:
     while (left := end - time.monotonic()) > 0:
-        # In parts, so that Ctrl-C is heard meanwhile.
+        # In short waits, so that Ctrl-C is handled between them.
         try:
             return _store().blocking_key_value_get(key, int(min(left, 5.0) * 1000) + 1)
         except Exception as error:
@@ -146,7 +146,7 @@ def _value(key: str, end: float, missing: str) -> str:
 @contextlib.contextmanager
 def _membership(place: Place, timeout: float) -> Iterator[None]:
     if place.process_id:
-        # The descriptor: where Python calls, libraries write to it from C++.
+        # The file descriptor and not sys.stdout: libraries write to it from C++.
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), library_log.terminal(1))
     watch = rendezvous(place, timeout)
@@ -158,14 +158,14 @@ def _membership(place: Place, timeout: float) -> Iterator[None]:
         gather("the end", timeout=LONG_WAIT)
     except BaseException as error:
         if not isinstance(error, UserError | MachineError | KeyboardInterrupt | SystemExit):
-            # Where another process ends, what failed here is a collective; the word of the cause comes after it.
+            # When another process ends, a collective fails here, and the message about the cause arrives later.
             cause = watch.failure(3.0)
             if cause:
                 error = MachineError(cause)
         who = f"process {place.process_id} of {place.processes}"
         code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         watch.fail(_one_line(error), code)
-        _leave_soon(code)
+        _exit_soon(code)
         error.add_note(who)
         raise error
     watch.leave()
@@ -178,12 +178,12 @@ def _initialize(place: Place, timeout: float) -> None:
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
-        # All are there: what is awaited now is JAX itself.
+        # All processes are connected: only JAX itself is awaited now.
         "initialization_timeout": max(60, round(timeout)),
         "heartbeat_timeout_seconds": HEARTBEAT,
         "shutdown_timeout_seconds": HEARTBEAT,
     }
-    # The last came after JAX 0.7.
+    # The last option is newer than JAX 0.7.
     known = inspect.signature(jax.distributed.initialize).parameters
     host = f"[{place.host}]" if ":" in place.host else place.host
     try:
@@ -206,8 +206,8 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def _leave_soon(code: int) -> None:
-    """End this process once its error is told, without waiting for the others as JAX would at its exit."""
+def _exit_soon(code: int) -> None:
+    """End this process once its error is printed, without waiting for the others as JAX would at exit."""
 
     def end():
         sys.stdout.flush()
@@ -219,7 +219,7 @@ def _leave_soon(code: int) -> None:
         os._exit(code)
 
     atexit.register(end)
-    # Threads that wait for others would keep it from coming so far.
+    # Threads that wait for other processes could keep Python from reaching its exit handlers.
     timer = threading.Timer(20.0, leave)
     timer.daemon = True
     timer.start()

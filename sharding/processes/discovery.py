@@ -1,4 +1,4 @@
-"""Which processes a run has and which of them this one is: from flags, or from what launchers leave in the environment.
+"""How many processes a run has and which one this is: from flags, or from the environment that launchers set.
 
     explicit     --distributed.coordinator HOST:PORT --distributed.processes N --distributed.process-id I, or
                  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (of an indexed Job on Kubernetes,
@@ -7,9 +7,9 @@
     TPU on GKE   TPU_WORKER_HOSTNAMES and TPU_WORKER_ID; with several slices MEGASCALE_*
     TPU VMs      the metadata server of Google Cloud
 
-JAX finds the last three itself. It is done here because its start waits for minutes and then ends the process with a
-stack of C++ where something is amiss, and because under Slurm it gives one GPU to a task that has a whole node.
-Imports no JAX: only what is known before any device is touched.
+JAX can detect the last three itself. This module does it instead because JAX, when something is wrong, waits for
+minutes and then aborts with a C++ stack trace, and because under Slurm it gives one GPU to a task that has a whole
+node. Imports no JAX: no device is touched before the processes are known.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ COORDINATOR_PORT = 8482
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """The processes of a run on several hosts; unset = as the launcher says (Slurm, GKE, TPU), else one."""
+    """The processes of a run on several hosts; unset = as the launcher sets them (Slurm, GKE, TPU), else one."""
 
     coordinator: str | None = None
     """HOST:PORT where process 0 listens, the same in every process."""
     processes: int | None = None
-    """How many there are; 1 = this one alone, whatever the launcher says."""
+    """How many there are; 1 = this one alone, whatever the launcher sets."""
     process_id: int | None = None
     """Which of them this is, from 0."""
     timeout: float = 300.0
-    """Seconds in which all must have started."""
+    """Seconds within which all must have started."""
 
     def __post_init__(self):
         if self.processes is not None and self.processes < 1:
@@ -51,7 +51,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """One process among several."""
+    """The place of one process among several."""
 
     host: str
     port: int
@@ -63,7 +63,7 @@ class Place:
 
 
 def find_place(config: DistributedConfig, environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place of this process, None where it is alone. UserError where flags or environment contradict themselves."""
+    """The place of this process; None if it is alone. UserError if settings are incomplete or contradict."""
     if config.processes == 1 and not config.process_id:
         return None
     return _explicit(config, environment) or _slurm(environment) or _gke_tpu(environment) or _tpu_vm(environment)
@@ -116,7 +116,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
     # node7 | node7,node9 | node[007-009,12],other3: the first is where task 0 runs.
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
     if not first:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes} is no list of nodes")
+        raise UserError(f"SLURM_STEP_NODELIST={nodes} is not a list of nodes; start the program with srun")
     # Steps of a job may run side by side.
     port = 61440 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID") or 0)) % 4096
     return Place(first[1] + (first[2] or ""), port, tasks, int(environment["SLURM_PROCID"]), _gpus_of_task(environment))
@@ -145,7 +145,7 @@ def _gke_tpu(environment: Mapping[str, str]) -> Place | None:
 
 
 def _tpu_vm(environment: Mapping[str, str]) -> Place | None:
-    # The server is asked only where it may be: elsewhere its name takes seconds not to be found.
+    # Only asked on machines with TPUs: elsewhere it takes seconds until the server's name is not found.
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     asked = environment.get("GCE_METADATA_IP") or chips and importlib.util.find_spec("libtpu")
     if not asked or environment.get("TPU_SKIP_MDS_QUERY") or "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu"):
@@ -156,13 +156,13 @@ def _tpu_vm(environment: Mapping[str, str]) -> Place | None:
         return None
     lines = (line.partition(":") for line in (ask("tpu-env") or "").splitlines())
     settings = {name.strip(): value.strip().strip("'") for name, _, value in lines}
-    # A host, or name:number:address as it was written before.
+    # HOST, or in the older format name:number:address.
     hosts = [worker.split(":")[2] if worker.count(":") == 2 else worker for worker in workers.split(",")]
     return _tpu(hosts, number, settings | {k: v for k, v in environment.items() if k.startswith("MEGASCALE_")})
 
 
 def _tpu(hosts: list[str], worker: str | None, slices: Mapping[str, str]) -> Place | None:
-    """hosts: of this slice. Several slices are counted one after the other, and process 0 is in the first."""
+    """hosts: of this slice. Processes are numbered slice by slice, and process 0 is in the first slice."""
     count = int(slices.get("MEGASCALE_NUM_SLICES") or 1)
     if len(hosts) * count < 2:
         return None
@@ -174,7 +174,7 @@ def _tpu(hosts: list[str], worker: str | None, slices: Mapping[str, str]) -> Pla
 
 
 def _metadata(server: str) -> Callable[[str], str | None]:
-    # Not through a proxy, which does not know the server.
+    # Without a proxy, which could not reach this link-local server.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(name: str) -> str | None:

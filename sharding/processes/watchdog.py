@@ -1,9 +1,9 @@
-"""The processes of a run find each other, and the end of one is known to all at once.
+"""Rendezvous of the processes of a run, and a watchdog: when one process ends, the others end within seconds.
 
-Each process connects to process 0 at the coordinator's port before JAX listens there, so that one that does not come,
-comes twice or was told other numbers is named in one line. The connections stay: the kernel closes those of a process
-that is killed, whatever it was doing, and process 0 passes the word on. JAX would notice by its heartbeats, a minute
-later and with a stack of C++; it still does where a connection is no more than silent.
+Before JAX listens on the coordinator's port, each process connects to process 0 there, so that a process that is
+missing, started twice or given a different count is named in one line. The connections stay open. The kernel closes
+those of a process that is killed, whatever it was doing, and process 0 informs the others. JAX's own heartbeats would
+notice a minute later, with a C++ stack trace; they remain the fallback for a connection that is open and silent.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from sharding.processes.discovery import Place
 
 HELLO = "espalier 1"
 GRACE = 1.0
-"""Seconds in which the main thread of a process may tell itself why it ends, before the watching one ends it."""
+"""Seconds that the main thread has to report the failure itself before the watchdog thread ends the process."""
 LINGER = 5.0
-"""Seconds that process 0 stays for the others to hear why it ends."""
+"""Seconds that process 0 stays alive so that the others receive the reason of its end."""
 SILENCE = 30
-"""Seconds after which a machine that no longer answers counts as gone."""
+"""Seconds after which a machine that no longer answers counts as dead."""
 
 
 class Failure(NamedTuple):
-    """Why the run ends."""
+    """Why a process ended, and with it the run."""
 
     process_id: int
     message: str | None
-    """None: it ended without a word."""
+    """None: it died without reporting a reason."""
     code: int
     """Exit code."""
 
 
 class Watch:
-    """Connections between process 0 and each of the others; made by `rendezvous`."""
+    """The connections between process 0 and each other process; made by `rendezvous`."""
 
     def __init__(self, place: Place, peers: dict[int, socket.socket]):
         self._place, self._peers = place, peers
@@ -55,18 +55,18 @@ class Watch:
         self._thread.start()
 
     def fail(self, message: str, code: int) -> None:
-        """Tell all that this process ends, and why."""
+        """Tell all processes that this one ends, and why."""
         self._leaving.set()
         self._send({"failed": [self._place.process_id, message, code]})
         self._linger()
 
     def failure(self, seconds: float) -> str | None:
-        """What another process ended of, in words, if that is known within so many seconds."""
+        """Why another process ended, as a message; None if no failure arrives within so many seconds."""
         self._leaving.set()
-        return self._words(self._failure) if self._failed.wait(seconds) and self._failure else None
+        return self._message(self._failure) if self._failed.wait(seconds) and self._failure else None
 
     def leave(self) -> None:
-        """End well: from now on, others may go."""
+        """Graceful shutdown: from now on the end of another process is no failure."""
         self._leaving.set()
         self._send({"left": True})
 
@@ -91,7 +91,7 @@ class Watch:
                 *lines, unread[number] = (unread.get(number, b"") + data).split(b"\n")
                 for line in lines:
                     message = json.loads(line)
-                    # Either way it will close, and that says no more.
+                    # It closes the connection next, which then is no further failure.
                     self._gone.add(number)
                     if "failed" in message:
                         self._end(Failure(*message["failed"]), number)
@@ -111,42 +111,42 @@ class Watch:
         threading.Thread(target=self._leave_with, args=(failure,), daemon=True).start()
 
     def _leave_with(self, failure: Failure) -> None:
-        # Without process 0, JAX is about to abort this one.
+        # JAX aborts this process as soon as it notices that process 0 is gone.
         orphaned = failure.message is None and failure.process_id == 0
         if not self._leaving.wait(0 if orphaned else GRACE):
-            os.write(library_log.terminal(2), f"error: {self._words(failure)}\n".encode())
-            # JAX may still abort before the end; why this process ends is told.
+            os.write(library_log.terminal(2), f"error: {self._message(failure)}\n".encode())
+            # JAX may abort before `os._exit`: the reason is on the terminal already.
             library_log.ended()
             self._linger()
             os._exit(failure.code)
 
     def _linger(self) -> None:
         if self._place.process_id == 0:
-            # With this process ends JAX's service, and without it the others would not live to tell.
+            # JAX's coordination service ends with this process, and JAX would abort the others before they can report.
             end = time.monotonic() + LINGER
             while len(self._gone) < len(self._peers) and time.monotonic() < end:
                 time.sleep(0.05)
 
-    def _words(self, failure: Failure) -> str:
+    def _message(self, failure: Failure) -> str:
         who = f"process {failure.process_id} of {self._place.processes}"
         if failure.message is not None:
             return f"{who}: {failure.message}"
         return (
-            f"{who} ended without a word: it was killed, ran out of memory, or its machine is gone; the same command "
-            "in all processes goes on from the last checkpoint"
+            f"{who} died without an error message: it was killed, ran out of memory, or its machine failed; start the "
+            "same command in all processes to resume from the last checkpoint"
         )
 
 
 def rendezvous(place: Place, timeout: float) -> Watch:
-    """Wait until all processes are there; UserError, in every process that can know it, where they will not be."""
+    """Wait until all processes are connected. UserError in every process that can know that they will not be."""
     end = time.monotonic() + timeout
     if place.process_id == 0:
-        return Watch(place, _gather(place, end, timeout))
-    return Watch(place, {0: _call(place, end, timeout)})
+        return Watch(place, _accept_all(place, end, timeout))
+    return Watch(place, {0: _connect(place, end, timeout)})
 
 
-def _gather(place: Place, end: float, timeout: float) -> dict[int, socket.socket]:
-    """Connections of all the others, at process 0."""
+def _accept_all(place: Place, end: float, timeout: float) -> dict[int, socket.socket]:
+    """Process 0: the connections of all other processes."""
     peers: dict[int, socket.socket] = {}
     try:
         both = socket.has_dualstack_ipv6()
@@ -155,7 +155,7 @@ def _gather(place: Place, end: float, timeout: float) -> dict[int, socket.socket
         )
     except OSError as error:
         raise UserError(
-            f"process 0 cannot listen on port {place.port} ({error.strerror}); give all processes another one"
+            f"process 0 cannot listen on port {place.port} ({error.strerror}); give all processes another port"
         ) from None
     told = time.monotonic() + 5
     with server:
@@ -166,52 +166,52 @@ def _gather(place: Place, end: float, timeout: float) -> dict[int, socket.socket
                 fault = _admit(peer, place, peers)
                 if fault:
                     for waiting in (peer, *peers.values()):
-                        _answer(waiting, fault)
+                        _reply(waiting, fault)
                     raise UserError(fault)
             missing = [number for number in range(1, place.processes) if number not in peers]
             if missing and time.monotonic() > end:
                 fault = (
-                    f"{_listed(missing)} of {place.processes} did not come within {timeout:g} s: see their output, or "
-                    "wait longer with --distributed.timeout"
+                    f"{_listed(missing)} of {place.processes} did not connect within {timeout:g} s: see their "
+                    "output, or wait longer with --distributed.timeout"
                 )
                 for waiting in peers.values():
-                    _answer(waiting, fault)
+                    _reply(waiting, fault)
                 raise UserError(fault)
             if missing and time.monotonic() > told:
                 told = end
                 print(f"waiting for {_listed(missing)} of {place.processes}", flush=True)
     for peer in peers.values():
-        _answer(peer, "")
+        _reply(peer, "")
     return peers
 
 
 def _admit(peer: socket.socket, place: Place, peers: dict[int, socket.socket]) -> str | None:
-    """Take up a connection that speaks for a process; a fault that no waiting mends, in words."""
+    """Add the connection of a process to `peers`; returns an error that waiting cannot mend, as a message."""
     try:
         hello = json.loads(_line(peer, 5))
         assert hello["hello"] == HELLO
         number, processes = int(hello["process_id"]), int(hello["processes"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        # Something else that came by; a process would come again.
+        # Not one of ours (a port scanner, say); a process of ours would try again.
         peer.close()
         return None
     if processes != place.processes:
-        return f"process 0 was told of {place.processes} processes and process {number} of {processes}"
+        return f"process 0 was started as one of {place.processes} processes and process {number} as one of {processes}"
     if number in peers and not _closed(peers[number]):
-        return f"two processes were told to be process {number} of {processes}"
+        return f"process {number} of {processes} was started twice"
     peers[number] = peer
     return None
 
 
-def _call(place: Place, end: float, timeout: float) -> socket.socket:
-    """The connection to process 0, which says that all are there."""
+def _connect(place: Place, end: float, timeout: float) -> socket.socket:
+    """The connection to process 0, once all processes are connected."""
     hello = {"hello": HELLO, "process_id": place.process_id, "processes": place.processes}
     reason = "no answer"
     while (left := end - time.monotonic()) > 0:
         try:
             peer = socket.create_connection((place.host, place.port), timeout=min(left, 5))
             peer.sendall(json.dumps(hello).encode() + b"\n")
-            # It may hear of the end a little later than this process would give up.
+            # Process 0 reports its time-out a little later than this process would give up.
             answer = json.loads(_line(peer, left + 5))
             if answer["fault"]:
                 raise UserError(answer["fault"])
@@ -220,7 +220,7 @@ def _call(place: Place, end: float, timeout: float) -> socket.socket:
         except UserError:
             raise
         except (ValueError, KeyError, TypeError):
-            reason = "what answers there is no process 0 of this run"
+            reason = "something else answers there"
         except OSError as error:
             reason = error.strerror or str(error) or reason
         time.sleep(min(0.5, max(end - time.monotonic(), 0)))
@@ -230,14 +230,14 @@ def _call(place: Place, end: float, timeout: float) -> socket.socket:
     )
 
 
-def _answer(peer: socket.socket, fault: str) -> None:
+def _reply(peer: socket.socket, fault: str) -> None:
     with contextlib.suppress(OSError):
         peer.settimeout(None)
         peer.sendall(json.dumps({"fault": fault}).encode() + b"\n")
 
 
 def _line(peer: socket.socket, seconds: float) -> bytes:
-    """One line, read byte by byte so that nothing behind it is taken."""
+    """One line, read byte by byte so that nothing after it is consumed."""
     peer.settimeout(seconds)
     line = b""
     while not line.endswith(b"\n") and len(line) < 10_000:
@@ -259,10 +259,10 @@ def _closed(peer: socket.socket) -> bool:
 
 
 def _keep_alive(peer: socket.socket) -> None:
-    """Let the kernel ask whether the other machine is still there."""
+    """Let the kernel probe whether the other machine is still alive."""
     peer.settimeout(None)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Names that not every system knows.
+    # Not every operating system has these.
     for name, seconds in (("TCP_KEEPIDLE", SILENCE // 3), ("TCP_KEEPINTVL", SILENCE // 6), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)

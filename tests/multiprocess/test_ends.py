@@ -46,7 +46,8 @@ def test_the_death_of_one_ends_the_other_soon_and_in_one_line(start, tmp_path, k
     assert other.returncode not in (0, None)
 
     def told():
-        return [line for line in group.lines(1 - killed) if f"process {killed} of 2 ended without a word" in line]
+        said = f"process {killed} of 2 died without an error message"
+        return [line for line in group.lines(1 - killed) if said in line]
 
     if killed == 0:
         # JAX sees the end of process 0 in the same millisecond; where it is first, it aborts with a stack of its own,
@@ -148,9 +149,9 @@ def test_who_does_not_come_or_comes_twice_or_counts_otherwise_is_named(start):
     twice = start(3, *DEBUG, each=lambda number: {"environment": {"JAX_PROCESS_ID": str(min(number, 1))}})
     counts = start(2, *DEBUG, each=lambda number: {"environment": {"JAX_NUM_PROCESSES": str(2 + number)}})
     for group, processes, message in (
-        (missing, (0, 2), "process 1 of 3 did not come within 10 s"),
-        (twice, (0, 1, 2), "two processes were told to be process 1 of 3"),
-        (counts, (0, 1), "process 0 was told of 2 processes and process 1 of 3"),
+        (missing, (0, 2), "process 1 of 3 did not connect within 10 s"),
+        (twice, (0, 1, 2), "process 1 of 3 was started twice"),
+        (counts, (0, 1), "process 0 was started as one of 2 processes and process 1 as one of 3"),
     ):
         group.wait([-signal.SIGKILL if number not in processes else 2 for number in range(len(group.processes))])
         for number in processes:
