@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from espalier import progress
 from espalier.data.description import listed
-from espalier.data.labelled import Encoded, Labelled, encode_pairs, read_labelled
+from espalier.data.examples import Example, encode_pairs
+from espalier.data.labelled import Labelled, read_labelled
 from espalier.errors import UserError
 from finetune.labels import class_names, in_order, quoted
 
@@ -30,7 +31,8 @@ class Part(NamedTuple):
     """The examples of one file, in its order."""
 
     texts: Labelled
-    encoded: list[Encoded]
+    encoded: list[Example]
+    """With the target `labels`."""
     labels: list[int]
 
 
@@ -73,10 +75,14 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
             "name the columns with --data.text"
         )
 
+    numbers = {name: number for number, name in enumerate(names)}
+
     def part(texts: Labelled) -> Part:
         with progress.waiting(f"tokenizing {len(texts.texts_a):,} examples"):
             encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
-        return Part(texts, encoded, [names.index(label) for label in texts.labels or ()])
+        labels = [numbers[label] for label in texts.labels or ()]
+        targets = [example._replace(of_row={"labels": label}) for example, label in zip(encoded, labels, strict=True)]
+        return Part(texts, targets, labels)
 
     facts = tuple(dict.fromkeys((*train.notes, *validation.notes)))
     return Examples(part(train), part(validation), names, fingerprints, facts)

@@ -1,4 +1,4 @@
-"""Labelled files in the forms people have them, and batches that keep every example and waste little."""
+"""Labelled files in the forms people have them."""
 
 import csv
 import gzip
@@ -7,14 +7,11 @@ import json
 import pathlib
 
 import datasets
-import numpy as np
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from espalier.data.labelled import Encoded, LabelledBatches, encode_pairs, read_labelled
-from espalier.data.tokenizer import special_ids
-from espalier.data.train_tokenizer import train_tokenizer
+from espalier.data.labelled import read_labelled
 from espalier.errors import UserError
 
 
@@ -237,105 +234,3 @@ def test_missing_column_lists_what_is_there(tmp_path):
         read_labelled(path, label="gold")
     with pytest.raises(UserError, match="no file"):
         read_labelled(tmp_path / "b.tsv")
-
-
-@pytest.fixture(scope="module")
-def tokenizers():
-    text = ["some words of a text that is not long but long enough"] * 3
-    causal = train_tokenizer(text, "bpe", 400, for_masked_lm=False)
-    return {False: train_tokenizer(text, "wordpiece", 300), True: causal}
-
-
-def test_encoder_examples_are_what_the_tokenizer_makes(tokenizers):
-    """The reference is the tokenizer's own template and truncation."""
-    tokenizer = tokenizers[False]
-    a, b = ["some words", "a text that is not long", ""], ["of a text", "words " * 30, "some"]
-    for texts_b, limit in ((None, 8), (None, 64), (b, 64)):
-        found = encode_pairs(tokenizer, a, texts_b, limit, causal=False)
-        for row, example in enumerate(found):
-            expected = tokenizer(
-                a[row], texts_b and texts_b[row], truncation=True, max_length=limit, return_token_type_ids=True
-            )
-            assert example.ids == expected["input_ids"] and example.types == expected["token_type_ids"]
-
-
-def test_long_pairs_are_cut_to_fit(tokenizers):
-    for causal, tokenizer in tokenizers.items():
-        for a, b in ((5, 50), (50, 5), (50, 50), (3, 3)):
-            texts = ["text " * a], ["words " * b]
-            [example] = encode_pairs(tokenizer, *texts, 25, causal)
-            whole = [len(encode_pairs(tokenizer, text, None, 999, causal)[0].ids) - 2 for text in texts]
-            parts = [example.types.count(0) - 2, example.types.count(1) - 1]
-            assert len(example.ids) == len(example.types) == min(25, sum(whole) + 3)
-            # The shorter text stays whole while it takes no more than its half.
-            for part, size in zip(parts, whole, strict=True):
-                assert part == size or part >= 11
-
-
-def test_causal_examples_end_where_the_classifier_reads(tokenizers):
-    ids = special_ids(tokenizers[True])
-    single, pair = (encode_pairs(tokenizers[True], ["some"], b, 32, causal=True)[0].ids for b in (None, ["words"]))
-    assert single[0] == pair[0] == ids.bos and single[-1] == pair[-1] == ids.eos
-    assert sum(token == ids.eos for token in pair) == 1 + sum(token == ids.eos for token in single)
-
-
-def examples(lengths):
-    """Example n holds the token n + 10, `lengths[n]` times."""
-    return [Encoded([number + 10] * size, [0] * (size - 1) + [1]) for number, size in enumerate(lengths)]
-
-
-def batches_of(lengths, batch_size, seed=0):
-    labels = np.arange(len(lengths)) % 3
-    return LabelledBatches(examples(lengths), labels, batch_size, seed, pad_id=0, max_length=100)
-
-
-@pytest.mark.parametrize("longest", [1, 16, 17, 65, 97, 100])
-def test_rows_hold_the_longest_example_and_little_more(longest):
-    for batch in batches_of([longest, 1, longest, 2], 2).fixed():
-        assert longest <= batch["input_ids"].shape[1] <= min(longest + 15, 100)
-
-
-def test_few_row_lengths_and_most_batches_are_short():
-    """Each row length is a compilation; a batch with only short examples must not pay for the longest of all."""
-    lengths = np.where(np.arange(400) % 100 == 7, 90, np.random.default_rng(0).integers(3, 20, 400))
-    batches = batches_of(lengths, 8)
-    drawn = [batches.batch(step)["input_ids"].shape[1] for step in range(100)]
-    assert len(set(drawn)) == 2 and np.mean(np.array(drawn) < 40) > 0.8
-
-
-def test_fixed_batches_are_the_file():
-    lengths = [3, 40, 5, 7, 2, 90, 4]
-    batches = batches_of(lengths, 3)
-    fixed = batches.fixed()
-    assert [len(batch["input_ids"]) for batch in fixed] == [3, 3, 3]
-    number = 0
-    for batch in fixed:
-        for row in range(3):
-            size = lengths[number] if number < len(lengths) else 0
-            assert batch["input_ids"][row].tolist() == [number + 10] * size + [0] * (batch["input_ids"].shape[1] - size)
-            assert batch["segment_ids"][row].sum() == size and (batch["segment_ids"][row, :size] == 1).all()
-            assert batch["positions"][row, :size].tolist() == list(range(size))
-            assert batch["token_type_ids"][row].sum() == (size > 0)
-            assert batch["example_weights"][row] == (size > 0)
-            assert batch["labels"][row] == (number % 3 if size else 0)
-            number += 1
-    assert {name: array.dtype.name for name, array in fixed[0].items()} == {
-        **dict.fromkeys(["input_ids", "segment_ids", "positions", "token_type_ids", "labels"], "int32"),
-        "example_weights": "float32",
-    }
-
-
-def test_epochs_and_hosts():
-    lengths = np.random.default_rng(0).integers(1, 90, 30)
-    batches = batches_of(lengths, 6, seed=5)
-    epochs = [np.concatenate([batches.batch(epoch * 5 + at)["input_ids"][:, 0] for at in range(5)]) for epoch in (0, 1)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10, 40))] * 2
-    assert epochs[0].tolist() != epochs[1].tolist()
-    for step in range(10):
-        whole = batches.batch(step)
-        parts = [batches_of(lengths, 6, seed=5).batch(step, part) for part in (slice(0, 3), slice(3, 6))]
-        for name, array in whole.items():
-            np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
-    assert batches.batch(0)["example_weights"].tolist() == [1.0] * 6
-    with pytest.raises(UserError, match="no labelled examples"):
-        LabelledBatches([], [], 4, pad_id=0, max_length=16)

@@ -111,7 +111,7 @@ class Rows:
         shape = (len(indices), T)
         first_B = plan.row_offsets[indices]
         count_B = np.where(indices >= 0, plan.row_offsets[indices + 1] - first_B, 0)
-        number_P = _ranges(count_B)
+        number_P = ranges(count_B)
         piece_P = np.repeat(first_B, count_B) + number_P
 
         slots_P = plan.slots[piece_P].astype(np.int64)
@@ -119,7 +119,7 @@ class Rows:
         row_P = np.repeat(np.arange(len(indices)), count_B)
         # Places before the row's own first piece, to be taken off the running sum.
         base_P = np.repeat(before_P[np.flatnonzero(number_P == 0)], count_B[count_B > 0])
-        position_S = _ranges(slots_P)
+        position_S = ranges(slots_P)
         place_S = np.repeat(row_P * T + before_P - base_P, slots_P) + position_S
 
         begins_P = plan.flags[piece_P] & BEGINS > 0
@@ -163,11 +163,26 @@ class Rows:
         return self._take(np.clip(source_S, 0, self._last))
 
 
+class RowSource(Protocol):
+    """Rows of one source: `Rows` of a token store, or those of data.packed_examples."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def fill(self) -> float:
+        """The part of all places that holds a token."""
+        ...
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """Arrays [B, …] of the rows `indices`; row -1 is empty."""
+        ...
+
+
 class Batches:
     """Rows of one source or several in batches: shuffled anew in each epoch for training, in order for evaluation."""
 
     def __init__(
-        self, rows: Mapping[str, Rows], batch_size: int, seed: int = 0, weights: Mapping[str, float] | None = None
+        self, rows: Mapping[str, RowSource], batch_size: int, seed: int = 0, weights: Mapping[str, float] | None = None
     ):
         """weights: each source's share of the rows, summing to 1; None = every row of all sources once an epoch."""
         self._names, self._rows = list(rows), list(rows.values())
@@ -206,7 +221,7 @@ class Batches:
         counts = np.bincount(source, minlength=len(sizes))
         counts = np.minimum(np.maximum(counts, 1), sizes)
         source = np.repeat(np.arange(len(sizes)), counts)
-        chosen = _ranges(counts) * sizes[source] // counts[source]
+        chosen = ranges(counts) * sizes[source] // counts[source]
         empty = -len(chosen) % self._batch_size
         source, chosen = np.append(source, np.zeros(empty, int)), np.append(chosen, np.full(empty, -1))
         shape = (-1, self._batch_size)
@@ -269,7 +284,7 @@ class Mixture:
         self._counts_S: np.ndarray = counts
         # Row k of a source with c rows stands at (k + 1/2) / c of the pattern (Sainte-Laguë's order).
         source_P = np.repeat(np.arange(len(counts)), counts)
-        number_P = _ranges(counts)
+        number_P = ranges(counts)
         order_P = np.argsort((number_P + 0.5) / counts[source_P], kind="stable")
         self._source_P, self._number_P = source_P[order_P], number_P[order_P]
 
@@ -319,7 +334,7 @@ def prefetch(batch_fn: Callable[[int], Batch], start: int, depth: int, workers: 
     return batches
 
 
-def _ranges(counts: np.ndarray) -> np.ndarray:
+def ranges(counts: np.ndarray) -> np.ndarray:
     """0 … counts[0]-1, 0 … counts[1]-1, …"""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 

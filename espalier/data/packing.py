@@ -47,17 +47,13 @@ def pack_best_fit(offsets: np.ndarray, sequence_length: int) -> Plan:
     number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
     starts_P = offsets[document_P] + number_P * room
     lengths_P = np.minimum(room, offsets[document_P + 1] - starts_P)
-
-    row_P = _best_fit(lengths_P + 2, sequence_length)
-    _, first_R, row_P = np.unique(row_P, return_index=True, return_inverse=True)
-    row_P = np.argsort(np.argsort(first_R))[row_P]
-    order_P = np.argsort(row_P, kind="stable")
+    order_P, row_offsets = best_fit_rows(lengths_P + 2, sequence_length)
     return Plan(
         starts=starts_P[order_P],
         lengths=lengths_P[order_P].astype(np.int32),
         slots=lengths_P[order_P].astype(np.int32) + 2,
         flags=np.full(len(order_P), BEGINS | ENDS, np.uint8),
-        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_P, minlength=len(first_R)))]).astype(np.int64),
+        row_offsets=row_offsets,
     )
 
 
@@ -86,6 +82,18 @@ def pack_split(offsets: np.ndarray, sequence_length: int) -> Plan:
         flags=(first_P * BEGINS + last_P * ENDS).astype(np.uint8),
         row_offsets=np.append(np.searchsorted(at_P, cuts), len(at_P)).astype(np.int64),
     )
+
+
+def best_fit_rows(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of these sizes in rows with room for `capacity`, best fit decreasing: (order, row_offsets), int64.
+
+    Row r holds the pieces order[row_offsets[r] : row_offsets[r + 1]], in their order; rows are numbered by their first
+    piece.
+    """
+    _, first_R, row_P = np.unique(_best_fit(sizes, capacity), return_index=True, return_inverse=True)
+    row_P = np.argsort(np.argsort(first_R))[row_P]
+    counts_R = np.bincount(row_P, minlength=len(first_R))
+    return np.argsort(row_P, kind="stable"), np.concatenate([[0], np.cumsum(counts_R)]).astype(np.int64)
 
 
 def fill(plan: Plan, sequence_length: int) -> float:

@@ -149,7 +149,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
 
 
 def framed_tokenizer(tokenizer: PreTrainedTokenizerFast, causal: bool) -> PreTrainedTokenizerFast:
-    """A copy that puts the special tokens around one text or two as fine-tuning does (data.labelled.encode_pairs).
+    """A copy that puts the special tokens around one text or two as fine-tuning does (data.examples.encode_pairs).
 
     A decoder classifies by its last token, and transformers finds that by looking for padding: where padding is the
     end token too, another special token becomes padding; where there is none, no token (rows then go one by one).

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier import progress
-from espalier.data.labelled import LabelledBatches
+from espalier.data.examples import LabelledBatches
 from espalier.data.tokenizer import special_ids
 from espalier.files import write_json
 from espalier.models.config import Execution, ModelConfig
@@ -48,7 +48,6 @@ class Classification:
         self._batches, held_out = (
             LabelledBatches(
                 part.encoded,
-                part.labels,
                 config.batch_size,
                 config.seed,
                 pad_id=special_ids(tokenizer).pad,
