@@ -39,6 +39,8 @@ def parse(
     default: the base that flags change; None = the defaults of `config_type`. also: further flags, which the caller has
     removed from the arguments.
     """
+    if default is not None and not arguments:
+        return default
     import tyro
 
     flags = flags_of(config_type)

@@ -47,7 +47,11 @@ def read(given: str, config_types: Iterable[type], prog: str) -> Saved:
     """
     path, values = _read(given)
     config_type = min(config_types, key=lambda kind: (len(_unknown(kind, values)), len(_names(kind) - values.keys())))
-    if unknown := _unknown(config_type, values):
+    unknown = _unknown(config_type, values)
+    if unknown and _is_run_of(config_type, values):
+        # What a task records of its own, or a newer version.
+        progress.say(f"{path}: {', '.join(unknown)} not taken over; {prog} has no such setting")
+    elif unknown:
         hint = nearest(unknown[0], _names(config_type))
         by = f" (it was made by `{values['command']}`)" if values.get("command") else ""
         raise UserError(
@@ -88,6 +92,15 @@ def _read(given: str) -> tuple[Path, dict]:
 
 def _unknown(config_type: type, values: dict) -> list[str]:
     return sorted(values.keys() - _names(config_type) - FACTS)
+
+
+def _is_run_of(config_type: type, values: dict) -> bool:
+    """Whether this is the config.json of a run of the task that such configurations train."""
+    if "fingerprints" not in values:
+        return False
+    if "task" in _names(config_type):
+        return _fits(typing.get_type_hints(config_type)["task"], values.get("task"))
+    return getattr(config_type, "task", None) == values.get("task")
 
 
 def _names(config_type: type) -> set[str]:

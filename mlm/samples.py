@@ -1,4 +1,4 @@
-"""What a person looks at after masked-LM pretraining: masked words with the model's guesses, and the unigram bar."""
+"""For the report of masked-LM pretraining: masked words with the model's guesses, and the unigram baseline."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mlm.presets import MaskingConfig
 
 
 def unigram_entropy(train_V: np.ndarray, held_out_V: np.ndarray, vocabulary: Vocabulary) -> float:
-    """Nats a token of guessing by frequency alone: -Σ q(w) log p(w), q held-out, p training frequencies (add-one).
+    """Cross-entropy in nats per token of guessing by frequency: -Σ q(w) log p(w), q held-out, p training (add-one).
 
-    train_V, held_out_V: how often each token occurs. A model that has learnt nothing but word frequencies has this
-    masked-LM loss on the held-out text.
+    train_V, held_out_V: counts of each token. It is the masked-LM loss on held-out text of a model that has learnt only
+    the frequency of each token.
     """
     train_V, held_out_V = train_V + 1, held_out_V * vocabulary.ordinary_V
     p_V = train_V / train_V[vocabulary.ordinary_V].sum()
@@ -42,11 +42,11 @@ def masked_samples(
     window: int = 32,
     seed: int = 0,
 ) -> list[dict]:
-    """`count` randomly chosen excerpts of held-out rows with hidden tokens and the model's best guesses for them.
+    """`count` random excerpts of held-out rows with masked tokens and the model's best guesses for them.
 
-    batch: held-out rows [B,T]. texts: what to write for each token id (data.token_tables.token_texts). Returns, for
-    each excerpt, `tokens` (texts) and `masked`: index in the excerpt, truth, and guesses as (text, probability) pairs.
-    Every hidden token is shown as [MASK].
+    batch: held-out rows [B,T]. texts: the text of each token id (data.token_tables.token_texts). Returns for each
+    excerpt `tokens` (texts) and `masked`: index in the excerpt, truth, and guesses as (text, probability) pairs. Every
+    masked token is shown as [MASK].
     """
     key = jax.random.key(seed)
     shown = MaskingConfig(

@@ -124,6 +124,7 @@ def test_a_pretraining_run_shows_what_happened(run):
     loss = next(alt for alt in page.pictures() if alt.startswith("nats per masked token"))
     assert "training 3" in loss and "held-out 3.5" in loss
     assert [attrs["class"] for tag, attrs in page.elements if tag == "mark"] == ["right", "wrong"] * 2
+    assert (run / "report.html").read_text().count(mlm.report.STYLE) == 1
     # Pieces of words are joined to what is before them, and what looks like HTML in a text is text.
     assert "robin s <b> sings" in page.words
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import mlm.presets
-from espalier import cli
+from espalier import cli, user_code
 from mlm.presets import PretrainConfig
 
 ENTRIES = {
@@ -87,6 +87,16 @@ def test_a_run_is_begun_again_from_its_own_configuration(capsys, tmp_path):
         assert again == dataclasses.replace(config, model=model, run_dir="runs/walk-again")
     assert called("mlm", "--from-config", str(tmp_path / "walk"), "--run-dir", "runs/walk")[0].run_dir == "runs/walk"
     assert capsys.readouterr().out == ""
+    # A task may record what nobody knows here; in a run of another task it would be a setting that is lost.
+    saved(tmp_path, dataclasses.asdict(config) | facts | {"mine": 3})
+    assert called("mlm", "--from-config", str(tmp_path / "saved.json"))[0].steps == config.steps
+    assert "saved.json: mine not taken over; mlm has no such setting\n" in capsys.readouterr().out
+    assert "mine, which mlm does not know" in refused(
+        capsys,
+        "mlm",
+        "--from-config",
+        saved(tmp_path, dataclasses.asdict(config) | facts | {"mine": 3, "task": "other"}),
+    )
 
 
 def test_a_setting_that_is_younger_than_the_file_has_its_default(capsys, tmp_path):
@@ -197,6 +207,7 @@ def test_a_preset_of_a_users_own(own, capsys):
         config, call = called("mlm", given, "--seed", "3")
         assert config == dataclasses.replace(mlm.presets.debug(), steps=7, seed=3, run_dir="runs/mlm-tiny")
         assert call.command == f"./launch.sh mlm {given} --seed 3" and call.given == {"seed"}
+    assert user_code.load("models.py:tiny") is user_code.load(f"{own}/models.py:tiny") and sys.path[-1] == str(own)
     assert called("mlm", "mine.presets:small")[0].run_dir == "runs/mlm-small"
     plan, _ = called("plan", "models.py:tiny", "--chip", "h100")
     assert (plan.steps, plan.chip, plan.run_dir) == (7, "h100", "runs/plan-tiny")
