@@ -74,6 +74,7 @@ def program(tmp_path):
         number = len(started)
         (tmp_path / f"command_{number}.py").write_text(
             f"import dataclasses, os, sys\n{before}\nimport library\nfrom espalier import cli, library_log\n"
+            "from espalier.errors import UserError\n"
             f"def main(config):\n{textwrap.indent(textwrap.dedent(main), '    ')}\n    pass\n"
             "@dataclasses.dataclass(frozen=True)\nclass Config:\n    steps: int = 1\n"
             "cli.run_config(main, Config, 'command')\n"
