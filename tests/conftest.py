@@ -1,5 +1,6 @@
 """Eight CPU devices, no network, a cache of its own, and helpers for data and command lines."""
 
+import importlib
 import os
 import pathlib
 import signal
@@ -102,3 +103,26 @@ def run_cli(start_cli) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def call_cli(tmp_path, monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `run_cli` for a command with presets, but in this process, with its eight devices: without its start."""
+
+    def call(module: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        from espalier import cli
+
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        command, ended = importlib.import_module(module), 0
+        argv = [str(argument) for argument in arguments]
+        try:
+            cli.run(command.main, command.PRESETS, prog=module.split(".")[0], description="", argv=argv)
+        except SystemExit as exit:
+            assert isinstance(exit.code, int)
+            ended = exit.code
+        out, err = capsys.readouterr()
+        assert ended == code, f"{module} {arguments}: {ended}, not {code}\n{out[-3000:]}\n{err[-6000:]}"
+        return subprocess.CompletedProcess([module, *argv], ended, out, err)
+
+    return call

@@ -14,6 +14,9 @@ import jax
 import pytest
 
 from espalier import cli
+from espalier.data.builtin import demo_task
+from espalier.data.config import DataConfig
+from espalier.data.sources import open_sources
 from espalier.data.tokenizer import vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.flags import flags_of
@@ -144,8 +147,42 @@ def test_every_command_runs(user, capsys, monkeypatch):
             pytest.fail(f"{shlex.join(command)} left with {exit.code}: {capsys.readouterr().err}")
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert printed.keys() >= KEYS[name], command
+        if name == "demo":
+            check_demo(user / "runs" / "demo", printed)
+            with pytest.raises(SystemExit, match="2"):
+                cli.run_config(main, config, prog=name, argv=[*arguments, "--labels", "64"])
+            assert "demo with other labelled sentences" in capsys.readouterr().err
     runs = {path.name for path in (user / "runs").iterdir()}
     assert {"demo", "books"} <= runs
+
+
+def check_demo(run: pathlib.Path, printed: dict) -> None:
+    """What the demo promises is there."""
+    for name in ("pretrained_accuracy", "scratch_accuracy", "tfidf_accuracy", "majority_accuracy"):
+        assert 0 <= printed[name] <= 1, name
+    assert printed["step"] == 4
+    report = (run / "report.html").read_text()
+    assert "What is the pretraining worth?" in report and "Hidden words" in report and "data:image/png" in report
+    assert "TF-IDF" in report and "src=http" not in report
+
+    held_out = set(json.loads((run / "config.json").read_text())["data"]["builtin_exclude"])
+    assert held_out, "the files of the task's validation part must be left out of the pretraining text"
+    assert held_out == demo_task(0, 16).validation_files
+    # The recorded hash of the corpus is that of the text without them.
+    recorded = json.loads((run / "config.json").read_text())["fingerprints"]["train"]
+    without, with_them = (
+        open_sources(DataConfig(builtin="pydoc", builtin_exclude=tuple(sorted(files)))).train["text"].fingerprint()
+        for files in (held_out, ())
+    )
+    assert recorded == without != with_them
+
+    for name in ("pretrained", "scratch"):
+        predictions = [json.loads(line) for line in (run / name / "predictions.jsonl").read_text().splitlines()]
+        validation = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+        assert [p["label"] for p in predictions] == [v["label"] for v in validation]
+        metrics = json.loads((run / name / "summary.json").read_text())["metrics"]
+        right = sum(p["label"] == p["prediction"] for p in predictions)
+        assert metrics["accuracy"] == right / len(predictions)
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z][\w.-]*)", README))))

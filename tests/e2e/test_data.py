@@ -32,10 +32,10 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mixture", ["books=0.75,plays=0.25", None])
-def test_a_mixture_from_text_to_report(run_cli, tmp_path, texts, mixture):
+def test_a_mixture_from_text_to_report(call_cli, tmp_path, texts, mixture):
     """Each source's share and epochs, in the summary and in the report for people."""
     steps, batch = 12, 8
-    result = run_cli(
+    result = call_cli(
         *("mlm.pretrain", "debug", "--run-dir", tmp_path / "run", *QUICK, "--steps", steps),
         *("--data.sources", f"plays={texts}/plays.jsonl", f"books={texts}/books.jsonl", "--data.cache", tmp_path / "c"),
         *(("--data.mixture", mixture) if mixture else ()),
@@ -57,11 +57,11 @@ def test_a_mixture_from_text_to_report(run_cli, tmp_path, texts, mixture):
 
 
 @pytest.mark.parametrize("change", ["text", "given tokenizer", "tokenizer of the run"])
-def test_another_text_or_tokenizer_is_refused_before_a_step(run_cli, tmp_path, texts, change):
+def test_another_text_or_tokenizer_is_refused_before_a_step(call_cli, tmp_path, texts, change):
     run_dir = tmp_path / "run"
 
     def pretrain(*flags, **options):
-        return run_cli(
+        return call_cli(
             *("mlm.pretrain", "debug", "--run-dir", run_dir, *QUICK, "--steps", 4, "--data.cache", tmp_path / "cache"),
             *("--data.files", f"{texts}/plays.jsonl", *flags),
             **options,
