@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
+import corner
 from quick import xla_flags
 
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could ask for eight CPU devices"
@@ -40,6 +41,10 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 # The same cases on every run: a failure in CI is the failure on the desk.
 settings.register_profile("espalier", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("espalier")
+
+
+def pytest_collection_modifyitems(items):
+    corner.mark(items, ROOT / "tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

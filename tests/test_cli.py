@@ -23,8 +23,6 @@ from espalier.errors import UserError
 from espalier.flags import flags_of
 from espalier.short_help import often, settings
 
-pytestmark = pytest.mark.corner  # espalier/flags.py reads what tyro prints, which differs between versions
-
 
 @dataclass(frozen=True)
 class Optimizer:

@@ -58,7 +58,6 @@ def _cleaned(character: str) -> str:
     return f" {character} " if any(first <= ord(character) <= last for first, last in HAN) else character
 
 
-@pytest.mark.corner
 @pytest.mark.parametrize("lowercase", [False, True])
 def test_characters_are_normalised_as_unicode_says(lowercase):
     """Every character of Unicode 3.2, which all versions agree about, between letters and marks."""
@@ -75,7 +74,6 @@ def test_characters_are_normalised_as_unicode_says(lowercase):
         assert normalizer.normalize_str("\n".join(parts)).split() == by_hand("\n".join(parts), lowercase)
 
 
-@pytest.mark.corner
 def test_no_character_is_lost():
     """Of all that this Python knows: letters, marks, numbers, signs; but for U+FFFD, which stands for nothing."""
     normalizer = train_tokenizer(["abc abc"], "wordpiece", 300).backend_tokenizer.normalizer
@@ -85,7 +83,6 @@ def test_no_character_is_lost():
             assert unicodedata.normalize("NFC", character) in normalizer.normalize_str(f" {character} "), hex(code)
 
 
-@pytest.mark.corner
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
 def test_case_and_marks_are_kept_unless_asked_and_alike_in_transformers(kind, tmp_path):
     from transformers import AutoTokenizer

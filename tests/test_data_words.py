@@ -162,7 +162,6 @@ def test_a_long_text_without_blanks(texts):
     assert starts == expected(text, ids, tokenizer, "zh")
 
 
-@pytest.mark.corner
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
 def test_decomposed_characters_move_nothing(monkeypatch, kind):
     """An é of two code points is one character to the tokenizer, and offsets are those of the text as it was given."""

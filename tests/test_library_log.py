@@ -17,8 +17,6 @@ from quick import xla_flags
 
 from espalier import cli, library_log
 
-pytestmark = pytest.mark.corner
-
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:

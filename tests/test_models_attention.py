@@ -15,7 +15,6 @@ from espalier.models.attention_spec import AttentionSpec, Places, spec_for
 from espalier.models.config import Execution
 from espalier.models.layers import dropout
 
-pytestmark = pytest.mark.corner
 B, T, N, K, H = 2, 9, 4, 2, 8
 # Row 0: two documents and padding; row 1: padding on the left, as in a prompt.
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1]], np.int32)

@@ -9,8 +9,6 @@ from tiny_models import EVERYTHING, MODERN
 from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 
-pytestmark = pytest.mark.corner
-
 
 @pytest.mark.parametrize(
     ("bad", "message"),

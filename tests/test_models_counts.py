@@ -17,8 +17,6 @@ from espalier.models.families.modernbert import MODERNBERT_BASE
 from espalier.models.heads import causal_lm_head, masked_lm_head
 from espalier.models.transformer import apply, init_params
 
-pytestmark = pytest.mark.corner
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_flops_equal_those_of_the_compiler(name):

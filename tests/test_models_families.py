@@ -11,8 +11,6 @@ from espalier.errors import UserError
 from espalier.models.families import MODULES, UNSUPPORTED, family_of, stacked
 from espalier.models.hf_config import read_config, to_hf
 
-pytestmark = pytest.mark.corner
-
 LLAMA_LIKE = {
     "vocab_size": 99,
     "hidden_size": 64,

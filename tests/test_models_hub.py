@@ -28,8 +28,6 @@ from espalier.models.weight_map import param_shapes, tensors_of
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
 
-pytestmark = pytest.mark.corner
-
 SIZES = dict(vocab_size=200, hidden_size=32, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
 LABELS = ("no", "perhaps", "yes")
 

@@ -16,7 +16,6 @@ from espalier.models.attention_spec import AttentionSpec, Places
 from espalier.models.splash import SPLASH, block_size, splash_attention
 from sharding.mesh import MeshConfig, build_mesh
 
-pytestmark = pytest.mark.corner
 B, T, N, K, H = 2, 512, 4, 2, 16
 INTERPRETED = dataclasses.replace(SPLASH, run=functools.partial(splash_attention, interpret=True))
 SPECS = {

@@ -29,8 +29,6 @@ from espalier.models.vocabulary import token_logprobs
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 from sharding.rules import shard_params
 
-pytestmark = pytest.mark.corner
-
 # ------------------------------------------------------------------------------------------ who influences whom
 
 

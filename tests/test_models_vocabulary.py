@@ -11,7 +11,6 @@ from tiny_models import close, strict_and_quick  # noqa: F401
 
 from espalier.models.vocabulary import logits, token_logprobs
 
-pytestmark = pytest.mark.corner
 B, T, D, V, PADDED = 3, 10, 16, 200, 256
 
 

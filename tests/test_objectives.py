@@ -135,7 +135,6 @@ def assert_same(actual, expected, rtol=1e-5, atol=1e-7):
 ONE = MeshConfig(1, 1, 1)
 
 
-@pytest.mark.corner
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)], ids=str)
 def test_three_meshes_equal_one_device(case, mesh):
     """First moments after one step are the clipped gradients (× 1-b1): compared tensor by tensor."""
@@ -195,7 +194,6 @@ def test_metrics_are_sums_over_the_same_tokens(case):
         assert float(bits / size) == pytest.approx(float(loss) / np.log(2) / 3, rel=1e-6)
 
 
-@pytest.mark.corner
 def test_one_batch_is_learnt_by_heart(case):
     """The step is held at 0, so that the same tokens are hidden each time.
 

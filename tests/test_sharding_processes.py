@@ -8,8 +8,6 @@ import pytest
 from espalier.errors import UserError
 from sharding.processes.discovery import DistributedConfig, Place, find_place
 
-pytestmark = pytest.mark.corner
-
 SRUN = {
     "SLURM_JOB_ID": "1000",
     "SLURM_STEP_ID": "0",

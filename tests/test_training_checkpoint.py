@@ -31,8 +31,6 @@ from espalier.training.optimizer import build_optimizer
 from espalier.training.state import new_state, shard_state
 from sharding.mesh import MeshConfig, build_mesh
 
-pytestmark = pytest.mark.corner
-
 CONFIG = {"model": {"hidden_size": 16}, "files": ["a", "b"]}
 
 

@@ -24,7 +24,6 @@ from espalier.training.start import check_fork, find_origin
 from espalier.training.step import Objective
 from sharding.mesh import MeshConfig
 
-pytestmark = pytest.mark.corner
 ONE = MeshConfig(1, 1, 1)
 
 

@@ -15,8 +15,6 @@ from espalier.training.config import OptimizerConfig
 from espalier.training.optimizer import build_optimizer, schedule
 from sharding.topology import peak_flops
 
-pytestmark = pytest.mark.corner
-
 RATES = {"learning_rate": 0.01, "muon_learning_rate": 0.02, "weight_decay": 0.1}
 
 

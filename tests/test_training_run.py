@@ -13,8 +13,6 @@ from espalier.training.identity import identity
 from espalier.training.run import RunDirectory, summarise
 from espalier.training.tracker import Tracker
 
-pytestmark = pytest.mark.corner
-
 CONFIG = {
     "steps": 10,
     "seed": 0,

@@ -16,8 +16,6 @@ from espalier.training.state import new_state, shard_state
 from espalier.training.step import Objective, make_eval_step, make_train_step
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 
-pytestmark = pytest.mark.corner
-
 
 def stepped(mesh_config=None, accumulation=1, objective=None, name: Literal["adamw", "muon"] = "adamw"):
     """State after two steps, and the metrics of both; without a mesh everything is on one device."""

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from quick import xla_flags
 
-pytestmark = pytest.mark.corner
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys

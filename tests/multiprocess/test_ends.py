@@ -20,7 +20,6 @@ def begun(run_dir):
     return lambda: (run_dir / "metrics.jsonl").exists() and len(toy.metrics_of(run_dir)) >= 2
 
 
-@pytest.mark.corner
 @pytest.mark.parametrize("number, asked", [(1, signal.SIGTERM), (0, signal.SIGINT)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_to_one_saves_in_all_at_the_same_step(start, tmp_path, number, asked):
     run_dir = tmp_path / "run"
@@ -34,7 +33,6 @@ def test_a_signal_to_one_saves_in_all_at_the_same_step(start, tmp_path, number, 
     assert last == saved
 
 
-@pytest.mark.corner
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_death_of_one_ends_the_other_soon_and_in_one_line(start, tmp_path, killed):
     group = start(2, "worker.py", job(tmp_path / "run"))
