@@ -1,4 +1,4 @@
-"""Tiny models of every family as transformers makes them: one row a family, everything else follows from its heads."""
+"""Tiny models of every family as transformers makes them: a row a family, and one for each thing it may have."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from espalier.models.families import family_of
+from espalier.models.families import MODULES, family_of
 
 SMALL = dict(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 IDS = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)
@@ -127,7 +127,7 @@ DECODERS = [name for name, row in ROWS.items() if family_of(row["model_type"]).b
 LANGUAGE_MODELS = [(name, "causal_lm" if name in DECODERS else "masked_lm") for name in ROWS]
 # What a row adds to the one before it is in this head alone.
 ONE_HEAD = {name: "masked_lm" for name in ROWS if name.endswith("-untied")}
-HEADS = [
+ALL_HEADS = [
     (name, head)
     for name, row in ROWS.items()
     for head in family_of(row["model_type"]).classes
@@ -136,12 +136,47 @@ HEADS = [
 # Heads and layers of these are those of rows above but for what their language model shows; classifiers are seen by
 # their files, and by late pooling, which only EuroBERT has.
 AKIN = ("gemma2", "phi3", "olmo2", "smollm3", "eurobert", "nomic_bert")
-OWN_HEADS = [
+ALL_OWN_HEADS = [
     (name, head)
-    for name, head in HEADS
+    for name, head in ALL_HEADS
     if name not in AKIN or head.endswith("_lm") or (name, head) == ("eurobert", "sequence_classification")
 ]
-OWN_LAYERS = [(name, head) for name, head in LANGUAGE_MODELS if name not in ("smollm3", "eurobert", "nomic_bert")]
+ALL_OWN_LAYERS = [(name, head) for name, head in LANGUAGE_MODELS if name not in ("smollm3", "eurobert", "nomic_bert")]
+
+# Not every row meets every property. One row of each family has all of its heads; a further row has its language model
+# and one more head, which is another from row to row, and the language model meets the other properties in one row of
+# each family, again another from property to property. tests/test_models_parity.py checks what `covered` promises.
+FAMILY = {name: MODULES[row["model_type"]] for name, row in ROWS.items()}
+"""Row → the file in espalier/models/families."""
+FULL = {family: name for name, family in reversed(FAMILY.items())}
+"""Family → its first row."""
+
+
+def covered(cases: list[tuple[str, str]]) -> set[tuple[str, str]]:
+    """(family, head) of cases: a choice of them is to have what all have."""
+    return {(FAMILY[name], head) for name, head in cases}
+
+
+def _heads(cases: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    more = [name for name in ROWS if name not in FULL.values() and name not in AKIN]
+
+    def chosen(name: str, head: str) -> bool:
+        others = [other for row, other in cases if row == name and not other.endswith("_lm")]
+        return name not in more or head.endswith("_lm") or others.index(head) == more.index(name) % len(others)
+
+    return [case for case in cases if chosen(*case)]
+
+
+def _one_a_family(cases: list[tuple[str, str]], turn: int) -> list[tuple[str, str]]:
+    rows = {family: [case for case in cases if FAMILY[case[0]] == family] for family in FULL}
+    return [those[turn % len(those)] for those in rows.values() if those]
+
+
+HEADS, OWN_HEADS = _heads(ALL_HEADS), _heads(ALL_OWN_HEADS)
+ALL_DECODERS = [(name, head) for name, head in LANGUAGE_MODELS if head == "causal_lm"]
+GREEDY, IN_BFLOAT16, ON_A_MESH = (
+    _one_a_family(cases, turn) for turn, cases in enumerate((ALL_DECODERS, ALL_OWN_LAYERS, ALL_OWN_LAYERS))
+)
 
 
 @functools.cache

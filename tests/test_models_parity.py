@@ -8,11 +8,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from published import DECODERS, HEADS, LANGUAGE_MODELS, OWN_HEADS, OWN_LAYERS, ROWS, folder, model
+from published import GREEDY, HEADS, IN_BFLOAT16, LANGUAGE_MODELS, ON_A_MESH, OWN_HEADS, ROWS, folder, model
 from safetensors import safe_open
 from tiny_models import batch_of, strict_and_quick  # noqa: F401
 
@@ -145,6 +146,21 @@ def as_in_files(theirs, path):
         return {key: file.get_tensor(key) for key in list(file.keys())}
 
 
+def test_the_choice_covers_every_pair_of_family_and_head_for_every_property():
+    for some, every in (
+        (HEADS, published.ALL_HEADS),
+        (OWN_HEADS, published.ALL_OWN_HEADS),
+        (GREEDY, published.ALL_DECODERS),
+        (IN_BFLOAT16, published.ALL_OWN_LAYERS),
+        (ON_A_MESH, published.ALL_OWN_LAYERS),
+    ):
+        assert set(some) <= set(every) and published.covered(some) == published.covered(every)
+    # Scores, gradients, files and packed rows of its language model: every row there is.
+    assert set(LANGUAGE_MODELS) <= {(name, head) for name, head in OWN_HEADS} & set(HEADS)
+    met = {name for cases in (IN_BFLOAT16, ON_A_MESH, GREEDY) for name, _ in cases}
+    assert len(met) > len(published.FULL) + 3
+
+
 @pytest.mark.parametrize(("name", "head"), OWN_HEADS)
 def test_scores_and_gradients_are_those_of_pytorch(name, head, tmp_path):
     """Scores within 1e-4; for every tensor of the file ‖Δg‖ ≤ 1e-4 ‖g‖ + 1e-6 ‖all g‖."""
@@ -220,7 +236,7 @@ def test_packed_rows_equal_the_documents_alone(name, head):
         np.testing.assert_allclose(got[row, place], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [name for name, _ in GREEDY])
 def test_greedy_texts_are_those_of_generate(name, monkeypatch):
     """64 tokens after prompts of different lengths, padded on the left, with a cache."""
     config, params, _ = load_pretrained(folder(name, "causal_lm"))
@@ -237,7 +253,7 @@ def test_greedy_texts_are_those_of_generate(name, monkeypatch):
     assert len({tuple(row) for row in got}) == 3
 
 
-@pytest.mark.parametrize(("name", "head"), OWN_LAYERS)
+@pytest.mark.parametrize(("name", "head"), IN_BFLOAT16)
 def test_bfloat16_is_as_close_as_pytorch_in_bfloat16(name, head):
     """The distance from float32 is that of PyTorch's own bfloat16 model, within a quarter."""
     config, params, _ = load_pretrained(folder(name, head))
@@ -252,7 +268,7 @@ def test_bfloat16_is_as_close_as_pytorch_in_bfloat16(name, head):
     assert np.square(got - exact).mean() ** 0.5 <= 1.25 * np.square(rough - exact).mean() ** 0.5
 
 
-@pytest.mark.parametrize(("name", "head"), OWN_LAYERS)
+@pytest.mark.parametrize(("name", "head"), ON_A_MESH)
 def test_scores_on_a_mesh_are_those_of_pytorch(name, head):
     """Weights laid out over 2 × 2 × 2 devices as they are read."""
     mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

@@ -162,7 +162,7 @@ def check_demo(run: pathlib.Path, printed: dict) -> None:
         assert 0 <= printed[name] <= 1, name
     assert printed["step"] == 4
     report = (run / "report.html").read_text()
-    assert "What is the pretraining worth?" in report and "Hidden words" in report and "data:image/png" in report
+    assert "What is the pretraining worth?" in report and "Masked words" in report and "data:image/png" in report
     assert "TF-IDF" in report and "src=http" not in report
 
     held_out = set(json.loads((run / "config.json").read_text())["data"]["builtin_exclude"])
