@@ -1,7 +1,6 @@
-"""Text from a causal-LM checkpoint: temperature, top-k and top-p sampling with a key/value cache.
+"""Text from a causal-LM checkpoint: `python -m clm.generate RUN --prompt "…" "…"`.
 
-`python -m clm.generate RUN --prompt "…" "…"`. The prompts of a call are one left-padded batch: every row ends at the
-same place, so that all rows take their next token at the same cache slot.
+The command line and the way from text to token ids and back; tokens are drawn by `espalier.models.generate`.
 """
 
 from __future__ import annotations
@@ -76,42 +75,16 @@ class GenerateConfig:
                 )
 
 
-def next_token(logits_BV, key, sampling: SamplingConfig):
-    """Draw one token id a row from float32 logits; -inf entries are never drawn."""
-    import jax
-    import jax.numpy as jnp
-
-    temperature, top_k, top_p = sampling.drawn
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        smallest_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    if top_p < 1:
-        sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
-        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        # A token is kept while the more probable ones have not reached top_p; the first is always kept.
-        kept_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV < top_p
-        smallest_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
-
-
 def generate(
     config: ModelConfig, params, prompts: list[list[int]], sampling: SamplingConfig, *, end_ids: tuple[int, ...]
 ) -> list[list[int]]:
-    """Continue token-id prompts (each at least one token); returns the new ids of each row up to one of `end_ids`.
+    """Continue prompts of token ids (each at least one); returns the new ids of each row up to one of `end_ids`.
 
-    One compiled program: the prompts fill the cache, then a while loop adds a token a turn until every row has
-    ended or max_new_tokens are there.
+    UserError where the model has no positions for them.
     """
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
-    from espalier.models import heads, transformer
-    from espalier.models.vocabulary import logits
+    from espalier.models import generate as models
 
     longest = max(map(len, prompts))
     total = longest + sampling.max_new_tokens
@@ -122,43 +95,9 @@ def generate(
             f"{config.max_length} positions; "
             + (f"try --sampling.max-new-tokens {room}" if room > 0 else "give a shorter prompt")
         )
-    input_BT = np.zeros((len(prompts), longest), np.int32)
-    segment_BT = np.zeros_like(input_BT)
-    for row, ids in enumerate(prompts):
-        input_BT[row, longest - len(ids) :] = ids
-        segment_BT[row, longest - len(ids) :] = 1
-    position_BT = np.maximum(np.cumsum(segment_BT, axis=1) - 1, 0).astype(np.int32)
-
-    @jax.jit
-    def run(params, prompt, key):
-        def step_logits(batch, cache):
-            x_BTD, cache = transformer.apply(config, params, batch, cache=cache)
-            features, table, bias = heads.causal_lm_head(config, params, x_BTD[:, -1:], transformer.Execution())
-            scores_BTV = logits(features, table, bias, config.vocab_size, config.final_logit_softcapping)
-            return scores_BTV[:, 0].astype(jnp.float32), cache
-
-        def turn(carry):
-            count, logits_BV, cache, done_B, new_BT = carry
-            token_B = next_token(logits_BV, jax.random.fold_in(key, count), sampling)
-            new_BT = new_BT.at[:, count].set(jnp.where(done_B, -1, token_B))
-            done_B = done_B | jnp.isin(token_B, jnp.asarray(end_ids, jnp.int32))
-            batch = {
-                "input_ids": token_B[:, None],
-                "segment_ids": jnp.ones_like(token_B)[:, None],
-                "positions": prompt["positions"][:, -1:] + 1 + count,
-            }
-            logits_BV, cache = step_logits(batch, cache)
-            return count + 1, logits_BV, cache, done_B, new_BT
-
-        cache = transformer.init_cache(config, len(prompts), total, jnp.float32)
-        logits_BV, cache = step_logits(prompt, cache)
-        new_BT = jnp.full((len(prompts), sampling.max_new_tokens), -1, jnp.int32)
-        carry = (jnp.int32(0), logits_BV, cache, jnp.zeros(len(prompts), bool), new_BT)
-        return jax.lax.while_loop(lambda c: (c[0] < sampling.max_new_tokens) & ~jnp.all(c[3]), turn, carry)[-1]
-
-    prompt = {"input_ids": input_BT, "segment_ids": segment_BT, "positions": position_BT}
-    new_BT = np.asarray(run(params, prompt, jax.random.key(sampling.seed)))
-    return [[int(token) for token in row if token >= 0 and token not in end_ids] for row in new_BT]
+    how = models.Sampling(sampling.max_new_tokens, *sampling.drawn, end_ids)
+    drawn = models.generate(config, params, prompts, jax.random.key(sampling.seed), how)
+    return [[int(token) for token in row if token >= 0 and token not in end_ids] for row in drawn.tokens_BG]
 
 
 def continue_texts(
