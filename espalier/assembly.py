@@ -79,7 +79,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     result = loop.train(
         config,
         init_params=task.init_params,
-        matrix_axes=matrix_axes,
+        matrix_axes=task.matrix_axes or matrix_axes,
         objective=task.objective,
         eval_objective=task.eval_objective,
         batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
@@ -96,6 +96,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         tokens_per_step=round(task.tokens_per_step),
         flops_per_step=task.flops_per_step,
         about=about,
+        frozen=task.frozen,
     )
 
     # From here on every process takes part where parameters are asked for, and the first writes.

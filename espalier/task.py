@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
     from espalier.report.task import TaskReport
+    from espalier.training.frozen import Frozen
     from espalier.training.identity import Schedule
     from espalier.training.run import Result, RunDirectory
     from espalier.training.start import Origin
@@ -96,8 +97,13 @@ class Task:
     batch: Callable[[int], dict]
     """step → this process's rows of that step's batch, NumPy."""
     eval_batches: Sequence[dict]
-    finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict
-    """Adds what follows from the metrics of an evaluation."""
+    finalize_eval: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Adds what follows from the metrics of an evaluation, and from its counts (F1; `training.step.Sums`)."""
+    frozen: Frozen | None = None
+    """Parameters that the model needs and the run does not train."""
+    matrix_axes: Callable[[Any], Any] | None = None
+    """Parameter shapes → their matrices, for Muon; unset = models.transformer.matrix_axes. A tree of several models, by
+    name, asks that for each."""
 
     fingerprints: Mapping[str, str]
     """SHA-256 of tokenizer, data, and code of the user's own."""
@@ -139,8 +145,8 @@ class Trained:
 
     @property
     def params(self) -> Any:
-        """On the mesh."""
-        return self.result.state.params
+        """Complete, on the mesh."""
+        return self.result.state.complete
 
     @functools.cached_property
     def collected(self) -> Any:

@@ -149,15 +149,33 @@ def check_batch(
         )
 
 
-def batch_sharding(shape: tuple[int, ...], mesh):
-    """The sharding of an array [B,T,…] of the batch: rows over the batch axes, tokens over `sequence`.
+def token_axes(batch: dict, known: tuple[int, int] = (0, 0)) -> dict:
+    """For every array of the batch, nested like it: which of its dimensions counts tokens; 0 = none does.
 
-    A number of tokens that the axis does not divide is not split.
+    Tokens are the last dimension of `input_ids`; of the arrays beside and below it, that dimension if it is as long.
+    Others (candidates, classes, masked positions) stay whole. known: (dimension, length) from further up.
+    """
+    if "input_ids" in batch:
+        known = batch["input_ids"].ndim - 1, batch["input_ids"].shape[-1]
+    axis, length = known
+    return {
+        name: token_axes(part, known)
+        if isinstance(part, dict)
+        else axis * (part.ndim > axis and part.shape[axis] == length)
+        for name, part in batch.items()
+    }
+
+
+def batch_sharding(shape: tuple[int, ...], mesh, tokens: int = 0):
+    """The sharding of an array of the batch: rows over the batch axes, tokens over `sequence`.
+
+    tokens: the dimension that counts them (see `token_axes`). A number of tokens that the axis does not divide is not split.
     """
     import jax
 
-    split = len(shape) > 1 and shape[1] % mesh.shape["sequence"] == 0
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES, *("sequence",) * split))
+    split = tokens > 0 and shape[tokens] % mesh.shape["sequence"] == 0
+    names = (*(None,) * (tokens - 1), "sequence") if split else ()
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES, *names))
 
 
 def host_rows(batch_size: int, mesh) -> np.ndarray:
@@ -169,14 +187,14 @@ def host_rows(batch_size: int, mesh) -> np.ndarray:
 
 
 def place_batch(batch: dict, mesh) -> dict:
-    """Place a batch on the mesh. batch: NumPy arrays of the rows `host_rows`; returns global `jax.Array`s."""
+    """Place a batch on the mesh. batch: NumPy arrays of the rows `host_rows`, nested or not; returns `jax.Array`s."""
     import jax
     import numpy as np
 
     blocks = math.prod(mesh.shape[name] for name in BATCH_AXES)
     held = host_rows(blocks, mesh)
 
-    def place(array):
+    def place(array, tokens):
         rows = len(array) // len(held)
 
         def part(index):
@@ -184,9 +202,9 @@ def place_batch(batch: dict, mesh) -> dict:
             return array[(slice(block * rows, (block + 1) * rows), *index[1:])]
 
         shape = (rows * blocks, *array.shape[1:])
-        return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), part)
+        return jax.make_array_from_callback(shape, batch_sharding(shape, mesh, tokens), part)
 
-    return {name: place(array) for name, array in batch.items()}
+    return jax.tree.map(place, batch, token_axes(batch))
 
 
 def mesh_platform() -> str:

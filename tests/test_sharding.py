@@ -129,9 +129,16 @@ def test_batch_rows_lie_on_data_and_fsdp():
 
 
 def test_tokens_lie_on_sequence_where_it_divides_them():
+    """Other dimensions stay whole (here 4 classes, which `sequence` divides); also where batches nest."""
     mesh = build_mesh(MeshConfig(2, sequence=4))
     batch = {"input_ids": np.arange(48).reshape(6, 8), "labels": np.arange(6), "masked": np.arange(42).reshape(6, 7)}
-    placed = place_batch(batch, mesh)
+    batch |= {"classes": np.arange(24).reshape(6, 4)}
+    nested = {"query": batch, "candidates": {"input_ids": np.arange(6 * 8 * 4).reshape(6, 8, 4)}}
+    flat, nested = place_batch(batch, mesh), place_batch(nested, mesh)
+    assert {shard.data.shape for shard in nested["candidates"]["input_ids"].addressable_shards} == {(3, 8, 1)}
+    assert jax.tree.map(lambda x: x.sharding, nested["query"]) == jax.tree.map(lambda x: x.sharding, flat)
+    placed = flat
+    assert {shard.data.shape for shard in placed["classes"].addressable_shards} == {(3, 4)}
     assert {shard.data.shape for shard in placed["input_ids"].addressable_shards} == {(3, 2)}
     assert {shard.data.shape for shard in placed["labels"].addressable_shards} == {(3,)}
     assert {shard.data.shape for shard in placed["masked"].addressable_shards} == {(3, 7)}

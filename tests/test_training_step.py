@@ -148,7 +148,8 @@ def test_evaluation_divides_once_after_all_batches():
     mesh = build_mesh(MeshConfig(4, 2, 1))
     with jax.set_mesh(mesh):
         evaluate = make_evaluate(keep, batches, mesh, lambda m: m | {"perplexity": float(np.exp(m["loss"]))})
-        got, again = evaluate(params), evaluate(params)
+        state = new_state(params, lambda params: {}, OptimizerConfig(), jax.random.key(0))
+        got, again = evaluate(state), evaluate(state)
     sums = [jax.jit(make_eval_step(keep))(params, batch, jax.random.key(0))["loss"] for batch in batches]
     assert got["loss"] == pytest.approx(float(sum(s for s, _ in sums) / sum(w for _, w in sums)), rel=1e-5)
     assert got["perplexity"] == pytest.approx(np.exp(got["loss"]))
@@ -170,8 +171,9 @@ def test_evaluation_does_not_train_and_draws_anew_for_each_batch_and_micro_batch
 
     mesh = build_mesh(MeshConfig())
     with jax.set_mesh(mesh):
+        state = new_state({}, lambda params: {}, OptimizerConfig(), jax.random.key(0))
         seen = [
-            make_evaluate(Objective(prepare, loss), [toy.batch(0)] * count, mesh, accumulation=accumulation)({})
+            make_evaluate(Objective(prepare, loss), [toy.batch(0)] * count, mesh, accumulation=accumulation)(state)
             for count, accumulation in ((1, 1), (2, 1), (1, 2))
         ]
     assert seen[0]["masks"] == pytest.approx(seen[2]["masks"])

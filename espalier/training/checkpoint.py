@@ -78,15 +78,7 @@ class Checkpoints:
                     shutil.rmtree(self.folder / str(step))
             self.folder.mkdir(parents=True, exist_ok=True)
         gather("the folder of checkpoints is there")
-        # Orbax keeps every step: it would delete old ones before the manifest of the new one is written.
-        options = ocp.CheckpointManagerOptions(
-            create=False,
-            cleanup_tmp_directories=True,
-            max_to_keep=None,
-            async_options=ocp.AsyncOptions(timeout_secs=WRITING, barrier_sync_fn=_barrier()),
-            multiprocessing_options=_by_all(),
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _manager(self.folder)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -110,7 +102,7 @@ class Checkpoints:
         with _plain_errors(step, self.folder):
             saved = self._manager.save(step, args=items, force=True)
         assert saved, f"Orbax did not save step {step}"
-        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, _rest(state))))
         self._writer = threading.Thread(
             target=self._finish, args=(step, started), name=f"saving step {step}", daemon=True
         )
@@ -161,21 +153,34 @@ class Checkpoints:
 
 
 def save_params(folder: str | Path, params: Any, config: dict) -> None:
-    """Write a checkpoint of step 0 that has parameters and configuration alone: a model that was trained elsewhere."""
+    """Write a checkpoint of step 0 that has parameters and configuration alone: a model that was trained elsewhere.
+
+    To be called by all processes of a run, if several are there.
+    """
     folder = Path(folder).resolve()
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    gather("the folder of parameters is there")
     items = ocp.args.Composite(
         params=ocp.args.PyTreeSave(params), config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config)
     )
-    with _plain_errors(0, folder), contextlib.closing(ocp.CheckpointManager(folder)) as manager:
+    with _plain_errors(0, folder), contextlib.closing(_manager(folder)) as manager:
         manager.save(0, args=items, force=True)
         manager.wait_until_finished()
         _write_manifest(folder / "0")
-        sync_tree(folder / "0")
-        sync_path(folder)
+        if jax.process_index() == 0:
+            sync_tree(folder / "0")
+            sync_path(folder)
+        gather("the parameters are written", timeout=LONG_WAIT)
+
+
+def restore_saved(folder: str | Path, abstract: Any) -> Any:
+    """What `save_params` wrote into this folder, laid out as `abstract` says."""
+    return _restore(_step_folder(Path(folder), 0), "params", abstract)
 
 
 def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> TrainState:
-    """The whole state of a run's checkpoint (default: the newest), laid out as `abstract` says."""
+    """The state of a run's checkpoint (default: the newest), laid out as `abstract` says; `frozen` stays as it is."""
     folder = _step_folder(RunDirectory(run_dir).checkpoints, step)
     return replace(_restore_rest(folder, abstract), params=_restore(folder, "params", abstract.params))
 
@@ -355,6 +360,18 @@ def _sha256(path: Path) -> str | None:
         return sha256_of_file(path)
     except OSError:
         return None
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    """For a folder that is there. It keeps every step: Orbax deletes before the new one's manifest is written."""
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        cleanup_tmp_directories=True,
+        max_to_keep=None,
+        async_options=ocp.AsyncOptions(timeout_secs=WRITING, barrier_sync_fn=_barrier()),
+        multiprocessing_options=_by_all(),
+    )
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def _barrier() -> Callable[..., None]:

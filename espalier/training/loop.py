@@ -15,15 +15,17 @@ from jax.sharding import Mesh
 
 from espalier import progress
 from espalier.errors import MachineError
-from espalier.training.checkpoint import Checkpoints
+from espalier.training.checkpoint import Checkpoints, complete_steps
+from espalier.training.collected import Added, Collector
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate
+from espalier.training.frozen import Frozen
 from espalier.training.guard import StopSignal
 from espalier.training.introduction import UNKNOWN, About, introduce
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
-from espalier.training.start import Origin, beginning, check_fork, first_state
-from espalier.training.state import TrainState, combined
+from espalier.training.start import Origin, beginning, check_fork, first_state, keep_frozen
+from espalier.training.state import TrainState
 from espalier.training.step import Objective, jit_train_step
 from espalier.training.tracker import Tracker
 from sharding.mesh import place_batch
@@ -57,10 +59,11 @@ def train(
     mesh: Mesh,
     tokens_per_step: int,
     flops_per_step: float | None = None,
-    finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
+    finalize_eval: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     origin: Origin | None = None,
     load_params: Callable[[Any], Any] | None = None,
     about: About = UNKNOWN,
+    frozen: Frozen | None = None,
 ) -> Result:
     """Train from the origin until config.steps, stop_at or a signal. What can be refused is refused before any write.
 
@@ -68,25 +71,31 @@ def train(
     batches_from: step → the batches from that step on. eval_batches: gone through at each evaluation.
     config_dict: JSON values, saved with each checkpoint. save_tokenizer: writes it into the folder that it is given.
     load_params: parameter shapes with shardings → parameters to start from; default: those of the origin.
-    finalize_eval: adds what follows from the metrics of an evaluation (perplexity). about: for the introduction.
+    finalize_eval: adds what follows from the metrics of an evaluation (perplexity; see `make_evaluate`).
+    about: for the introduction. frozen: parameters that the model needs and the run does not train.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         shapes = jax.eval_shape(init_params, jax.random.key(0))
-        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
+        base = jax.eval_shape(frozen.init, jax.random.key(0)) if frozen else {}
+        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes), base)
         factor = schedule(config.optimizer, config.steps)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
         start, whence, interval = beginning(origin, load_params)
         last = min(config.stop_at or config.steps, config.steps)
         introduce(about, config, mesh, whence, start, last, tokens_per_step)
         with progress.waiting("making the first state" if origin is None else "loading the first state"):
-            state = jax.block_until_ready(first_state(config, init_params, optimizer, mesh, origin, load_params))
+            state = jax.block_until_ready(
+                first_state(config, init_params, optimizer, mesh, origin, load_params, frozen)
+            )
         train_step = jit_train_step(objective, optimizer, factor, config.accumulation, state)
         evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval, config.accumulation)
 
         stack.enter_context(run.writing(config_dict))
         save_tokenizer(run.tokenizer)
+        kept = {"frozen": keep_frozen(run, state.frozen, frozen, origin)} if frozen else {}
+        collector = Collector(objective.collect, run.collected, mesh)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
         peak = peak_flops(mesh.devices.flat[0])
         tracker = Tracker(
@@ -111,7 +120,7 @@ def train(
 
         def evaluated(state: TrainState, step: int) -> dict[str, float]:
             with tracker.paused():
-                metrics = evaluate(combined(state.params, state.frozen))
+                metrics = evaluate(state)
                 gc.collect()
             tracker.evaluation(step, metrics)
             return metrics
@@ -127,12 +136,13 @@ def train(
             with tracker.waiting():
                 batch = next(batches)
             with tracker.compiling(batch):
-                state, metrics = train_step(state, place_batch(batch, mesh))
+                batch, added = collector(state, place_batch(batch, mesh), step)
+                state, metrics = train_step(state, batch)
             step += 1
             # The device works on this step while the host reads the one before.
             if pending is not None:
-                loss = _report(tracker, checkpoints, *pending)
-            pending = step, metrics
+                loss = _report(tracker, checkpoints, collector, *pending)
+            pending = step, metrics, added
 
             stopping = stop.reached(step)
             ending = stopping or step == last
@@ -140,11 +150,12 @@ def train(
             evaluating = step == last or step % config.eval_every == 0 and not stopping
             if saving or evaluating:
                 # A loss that is no number ends the run here, before its state replaces a good one on the disk.
-                loss = _report(tracker, checkpoints, *pending)
+                loss = _report(tracker, checkpoints, collector, *pending)
                 pending = None
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
-                checkpoints.save(state, config_dict, data={"step": step, "interval": tracker.interval})
+                checkpoints.save(state, config_dict, data={"step": step, "interval": tracker.interval} | kept)
+                collector.forget(min(complete_steps(run.checkpoints), default=0))
             if evaluating:
                 evaluation = evaluated(state, step)
             if ending:
@@ -170,7 +181,9 @@ def train(
         )
 
 
-def _report(tracker: Tracker, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> float:
+def _report(
+    tracker: Tracker, checkpoints: Checkpoints, collector: Collector, step: int, metrics: dict, added: Added
+) -> float:
     """Wait for the metrics of a step and log them; raises where training cannot go on. Returns the loss."""
     values = {name: float(value) for name, value in metrics.items()}
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
@@ -179,5 +192,6 @@ def _report(tracker: Tracker, checkpoints: Checkpoints, step: int, metrics: dict
             "nothing was saved since the last checkpoint; try a lower --optimizer.learning-rate or a longer warm-up"
         )
     checkpoints.check()
+    collector.write(step - 1, added)
     tracker.log(step, values)
     return values["loss"]

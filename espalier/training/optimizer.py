@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +31,12 @@ class Optimizer(NamedTuple):
     """(grads, opt_state, params, rates, factor) → (params, opt_state, {"gradient_norm": before clipping})"""
 
 
-def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: Any) -> Optimizer:
+def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: Any, frozen: Any = None) -> Optimizer:
     """The optimizer for parameters of these shapes; UserError for a pattern that is no regex or matches nothing.
 
     matrix_axes: a tree like the parameters with (reduction axes, output axes) where Muon may treat a leaf as matrices
-    (its other axes count the matrices) and None elsewhere. AdamW ignores it.
+    (its other axes count the matrices) and None elsewhere. AdamW ignores it. frozen: parameters that are not trained;
+    a pattern of no_decay may match them alone, and that of the class, which nobody gave, may match nothing.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params_shapes)
     paths = [path_of(key_path) for key_path, _ in leaves]
@@ -44,7 +45,9 @@ def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: An
     if config.name == "muon" and not any(axes):
         raise UserError("optimizer.name=muon needs matrices and this model has none; try --optimizer.name adamw")
 
-    exempt = _matches(config.no_decay, paths, "no_decay") if config.no_decay else [False] * len(paths)
+    others = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(frozen)]
+    given = config.no_decay != OptimizerConfig.no_decay
+    exempt = _matches(config.no_decay, paths, "no_decay", others, given) if config.no_decay else [False] * len(paths)
     scales = [1.0] * len(paths)
     for pattern, factor in reversed(config.rate_scales):
         hits = _matches(pattern, paths, "rate_scales")
@@ -110,16 +113,19 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
     return round(config.warmup * steps if config.warmup < 1 else config.warmup)
 
 
-def _matches(pattern: str, paths: list[str], setting: str) -> list[bool]:
+def _matches(
+    pattern: str, paths: list[str], setting: str, others: Sequence[str] = (), needed: bool = True
+) -> list[bool]:
+    """Which paths match; where a match is needed, UserError if neither these do nor others."""
     try:
-        hits = [re.search(pattern, path) is not None for path in paths]
+        hits = [re.search(pattern, path) is not None for path in (*paths, *others)]
     except re.error as error:
         raise UserError(f"optimizer.{setting}: {pattern!r} is no regular expression ({error})") from None
-    if not any(hits):
+    if needed and not any(hits):
         raise UserError(
             f"optimizer.{setting}: {pattern!r} matches no parameter; paths look like {paths[0]}, {paths[-1]}"
         )
-    return hits
+    return hits[: len(paths)]
 
 
 def _stretch(shape: tuple[int, ...], axes: tuple[Any, Any]) -> float:

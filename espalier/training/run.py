@@ -41,6 +41,8 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.frozen = self.path / "frozen"
+        self.collected = self.path / "collected"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 

@@ -21,11 +21,13 @@ from espalier.training.checkpoint import (
     restore_state,
 )
 from espalier.training.config import TrainConfig
+from espalier.training.frozen import Frozen, restore_frozen, save_frozen
 from espalier.training.optimizer import Optimizer
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState, new_state, shard_state
 from espalier.training.tracker import Interval
 from sharding.processes.coordination import from_first
+from sharding.rules import shard_params
 
 
 class Origin(Protocol):
@@ -134,12 +136,51 @@ def first_state(
     mesh: Mesh,
     origin: Origin | None,
     load_params: Callable[[Any], Any] | None = None,
+    frozen: Frozen | None = None,
 ) -> TrainState:
     """The state to go on from, laid out on the mesh. Writes nothing.
 
-    load_params: parameter shapes with shardings → parameters; default: those of the origin.
+    load_params: parameter shapes with shardings → parameters; default: those of the origin. frozen: what the model
+    needs and the run does not train.
     """
+    base = _frozen_params(frozen, config, mesh, origin)
+    return dataclasses.replace(_trained_state(config, init_params, optimizer, mesh, origin, load_params), frozen=base)
 
+
+def _frozen_params(frozen: Frozen | None, config: TrainConfig, mesh: Mesh, origin: Origin | None) -> Any:
+    own = origin if isinstance(origin, RunOrigin) and origin.resumed else None
+    record = read_data(own.run_dir, own.step).get("frozen") if own else None
+    if frozen is None:
+        if own and record:
+            raise UserError(
+                f"the run in {own.name} has frozen parameters (from {record['origin']}) and these settings have "
+                "none; give the settings that it was begun with, or another --run-dir"
+            )
+        return {}
+    shapes = _abstract_frozen(frozen, mesh)
+    if own:
+        return restore_frozen(RunDirectory(own.run_dir).frozen, shapes, record)
+    if frozen.load is not None:
+        return frozen.load(shapes)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(frozen.init, out_shardings=layout)(jax.random.fold_in(_keys(config.seed)[0], 1))
+
+
+def _abstract_frozen(frozen: Frozen, mesh: Mesh) -> Any:
+    shapes = jax.eval_shape(frozen.init, jax.random.key(0))
+    laid = zip(jax.tree.leaves(shapes), jax.tree.leaves(shard_params(shapes, mesh)), strict=True)
+    leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for leaf, where in laid]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _trained_state(
+    config: TrainConfig,
+    init_params: Callable[[jax.Array], Any],
+    optimizer: Optimizer,
+    mesh: Mesh,
+    origin: Origin | None,
+    load_params: Callable[[Any], Any] | None,
+) -> TrainState:
     around, scratch = _makers(config, init_params, optimizer)
     abstract = abstract_state(config, init_params, optimizer, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -158,6 +199,13 @@ def first_state(
     if config.init_optimizer and isinstance(origin, RunOrigin):
         state = dataclasses.replace(state, opt_state=restore_optimizer(origin.run_dir, abstract, origin.step))
     return state
+
+
+def keep_frozen(run: RunDirectory, params: Any, frozen: Frozen, origin: Origin | None) -> dict[str, str]:
+    """Write the frozen parameters of a run that begins; what each of its checkpoints is to remember of them."""
+    if isinstance(origin, RunOrigin) and origin.resumed:
+        return read_data(origin.run_dir, origin.step)["frozen"]
+    return save_frozen(run.frozen, params, frozen.origin)
 
 
 def abstract_state(

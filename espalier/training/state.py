@@ -36,6 +36,11 @@ class TrainState:
     """Parameters that do not change (the base under adapters, a reference model), laid out like `params`; often none.
     Paths are their own, within the same tree as those of `params` or beside it: see `combined`."""
 
+    @property
+    def complete(self) -> Any:
+        """Trained and frozen parameters: what the model is applied to."""
+        return combined(self.params, self.frozen)
+
 
 def combined(params: Any, frozen: Any) -> Any:
     """Trainable and frozen parameters as the one tree that a model is applied to; no leaf may be in both."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from espalier.errors import UserError
 from espalier.training.optimizer import Optimizer
 from espalier.training.state import TrainState, combined
-from sharding.mesh import constrain
+from sharding.mesh import constrain, token_axes
 
-Sums = dict[str, tuple[jax.Array, jax.Array]]
-"""Metrics as (sum, weight): they add up over micro-batches, hosts and batches, and are divided once at the end."""
-LOSSES = 2**32 - 1
-"""Folded into an evaluation's key: no row has this number, so what losses draw is apart from what `prepare` draws."""
+Sums = Mapping[str, tuple[jax.Array, jax.Array | None]]
+"""Metrics as (sum, weight): they add up over micro-batches, hosts and batches, and are divided once at the end.
+
+Without a weight, a sum of any shape is a count (true positives, a confusion matrix [C,C]): evaluations add it up over
+the whole set and hand it undivided to their `finalize`, which makes of it what is no mean (F1); training drops it.
+"""
+LOSSES, COLLECTING = 2**32 - 1, 2**32 - 2
+"""Folded into a batch's key: no row has these numbers, so what is drawn there is apart from what `prepare` draws."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,16 @@ class Objective:
     """(params, batch, key, norms, train) → (loss, Sums). It sees complete parameters and a micro-batch, and returns
     the sum over the global norms, so that losses and gradients of micro-batches add up to those of the whole."""
     divisible: bool = True
-    """Whether that holds: False for losses in which rows meet each other (in-batch negatives)."""
+    """Whether that holds: False for losses in which rows meet each other (in-batch negatives). Those refuse
+    micro-batches, unless they bring a gradient of their own."""
     collect: Callable[[TrainState, dict, jax.Array], dict] | None = None
-    """(state, batch, key) → batch with what current or frozen parameters must compute first."""
+    """(state, batch, key) → the batch, already on the mesh, with arrays added that current or frozen parameters must
+    compute first (reference log-probabilities, rollouts). Called outside the compiled step; see `training.collected`
+    for what that asks of it and how it is logged and replayed."""
+    gradient: Callable[..., tuple[tuple[jax.Array, Sums], Any]] | None = None
+    """(complete, params, batch, key, norms, accumulation) → ((loss, Sums), gradient of params): how a loss that is not
+    divisible takes micro-batches, for instance by caching representations (Gao et al. 2021); `micro_batches` cuts.
+    complete: trained parameters → those and the frozen ones."""
 
 
 def make_train_step(
@@ -42,23 +54,35 @@ def make_train_step(
     """(state, batch) → (state, metrics): float32 scalars loss, learning_rate, gradient_norm and the objective's own.
 
     factor_fn: step → factor on the peak rates (`training.optimizer.schedule`).
-    accumulation: micro-batches A, taken interleaved (row mod A); the batch has a multiple of A rows.
+    accumulation: micro-batches A, taken interleaved (row mod A); the batch has a multiple of A rows. UserError where
+    the objective cannot be divided.
     """
+    if accumulation > 1 and not objective.divisible and objective.gradient is None:
+        raise UserError(
+            f"accumulation={accumulation}: in this objective the rows of a batch meet each other, so that it cannot be "
+            "cut; try --accumulation 1 with a smaller --batch-size, more devices, or --execution.remat full"
+        )
 
     def train_step(state: TrainState, batch: dict):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         prepare_key, loss_key = jax.random.split(key)
         batch, norms = objective.prepare(batch, prepare_key, state.step, True)
 
+        def complete(params):
+            return combined(params, state.frozen)
+
         def gradient(index, micro_batch):
             def loss(params):
                 micro_key = jax.random.fold_in(loss_key, index)
-                return objective.loss(combined(params, state.frozen), micro_batch, micro_key, norms, True)
+                return objective.loss(complete(params), micro_batch, micro_key, norms, True)
 
             return jax.value_and_grad(loss, has_aux=True)(state.params)
 
         if accumulation == 1:
             (loss, sums), grads = gradient(0, batch)
+        elif not objective.divisible:
+            assert objective.gradient is not None
+            (loss, sums), grads = objective.gradient(complete, state.params, batch, loss_key, norms, accumulation)
         else:
             (loss, sums), grads = _accumulate(gradient, batch, accumulation)
 
@@ -105,7 +129,11 @@ class JittedStep(NamedTuple):
 
 
 def make_eval_step(objective: Objective, accumulation: int = 1) -> Callable[[Any, dict, jax.Array], Sums]:
-    """(complete params, batch, key) → Sums, without dropout; micro-batches as in training, for memory's sake."""
+    """(complete params, batch, key) → Sums, without dropout; micro-batches as in training, for memory's sake.
+
+    One that cannot be divided is evaluated whole: without gradients there is room.
+    """
+    accumulation = accumulation if objective.divisible else 1
 
     def eval_step(params: Any, batch: dict, key: jax.Array) -> Sums:
         batch, norms = objective.prepare(batch, key, jnp.zeros((), jnp.int32), False)
@@ -120,26 +148,35 @@ def make_eval_step(objective: Objective, accumulation: int = 1) -> Callable[[Any
 
 
 def means(sums: Sums) -> dict[str, jax.Array]:
-    """Each sum over its weight; 0 where the weight is 0."""
-    return {name: total / jnp.where(weight == 0, 1, weight) for name, (total, weight) in sums.items()}
+    """Each sum over its weight; 0 where the weight is 0. Counts are left out."""
+    return {
+        name: total / jnp.where(weight == 0, 1, weight) for name, (total, weight) in sums.items() if weight is not None
+    }
 
 
-def _accumulate(function: Callable[..., Any], batch: dict, accumulation: int) -> Any:
-    """Σ over micro-batches of function(index, micro_batch), one after the other.
+def micro_batches(batch: dict, accumulation: int) -> dict:
+    """Every array [B,…] as [A, B/A,…].
 
     Micro-batch i is rows i, i+A, i+2A, …: every device finds its part of each among the rows it has already,
     whereas consecutive rows would have to be gathered from all devices.
     """
 
-    def split(x):
+    def split(x, tokens):
         assert x.shape[0] % accumulation == 0, f"{x.shape[0]} rows do not split into {accumulation} micro-batches"
         x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *("sequence", *(None,) * (x.ndim - 3))[: x.ndim - 2])
+        rest = ("sequence" if tokens and axis == tokens else None for axis in range(1, x.ndim - 1))
+        return constrain(x, None, "batch", *rest)
+
+    return jax.tree.map(split, batch, token_axes(batch))
+
+
+def _accumulate(function: Callable[..., Any], batch: dict, accumulation: int) -> Any:
+    """Σ over micro-batches of function(index, micro_batch), one after the other."""
 
     def add(total, numbered):
         return jax.tree.map(jnp.add, total, function(*numbered)), None
 
-    numbered = jnp.arange(accumulation), jax.tree.map(split, batch)
+    numbered = jnp.arange(accumulation), micro_batches(batch, accumulation)
     shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], numbered))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, numbered)[0]

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
+import jax
+
 from espalier import progress
 from espalier.files import replacing
 from espalier.training.run import RunDirectory
@@ -87,7 +89,7 @@ class Tracker:
 
     def compiling(self, batch: dict) -> contextlib.AbstractContextManager:
         """A context that reports a wait for compilation if this is the first batch with arrays of these shapes."""
-        shapes = tuple(sorted((name, array.shape) for name, array in batch.items()))
+        shapes = tuple((path, array.shape) for path, array in jax.tree_util.tree_leaves_with_path(batch))
         if self._quiet or shapes in self._compiled:
             return contextlib.nullcontext()
         self._compiled.add(shapes)

@@ -43,6 +43,6 @@ def lower_step(config: Any, mesh: Mesh) -> Program:
             objective, optimizer, schedule(config.optimizer, config.steps), config.accumulation, state
         )
         shape = (config.batch_size, config.data.sequence_length)
-        layout = batch_sharding(shape, mesh)
+        layout = batch_sharding(shape, mesh, tokens=1)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in planned.batch.items()}
         return Program(step.lower(state, batch), (state, batch))

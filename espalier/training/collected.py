@@ -1,0 +1,123 @@
+"""What objectives add to batches on the mesh, logged and replayed (`training.step.Objective.collect`).
+
+    collected/<step>.npz     the arrays that were added to the batch of this step, counted from 0
+              log.jsonl      one line a step: step, sha256 of its file, dtypes
+
+`collect(state, batch, key)` should be a function of its arguments alone, and then a resumed run would compute the same
+again. Rollouts may fail to be (a sandbox, a judge, other hardware), so that whatever was added since the oldest
+checkpoint on the disk is read back when these steps come again: such a step sees the same batch bit for bit. The log
+keeps the sums of all steps. A buffer that `collect` carries from step to step beside its arguments is not covered.
+
+The arrays of a step are written when its metrics are read, while the device works on the next; a step whose arrays did
+not get there was never seen by anybody, and is collected anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from espalier.errors import UserError
+from espalier.files import replacing, sha256_of_file, sync
+from espalier.training.state import TrainState
+from espalier.training.step import COLLECTING
+from sharding.mesh import batch_sharding, token_axes
+from sharding.processes.coordination import from_first
+
+Added = dict[str, jax.Array]
+"""Arrays by their path in the batch, a/b/c."""
+
+
+class Collector:
+    """Calls an objective's `collect` for each step, or reads what it once returned."""
+
+    def __init__(self, collect: Callable[[TrainState, dict, jax.Array], dict] | None, folder: Path, mesh: Mesh):
+        self._collect, self._folder, self._mesh = collect, folder, mesh
+        self._log = folder / "log.jsonl"
+        self._known: dict[int, dict] = {}
+        if collect is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._known = {record["step"]: record for record in from_first("batches collected", self._logged())}
+
+    def __call__(self, state: TrainState, batch: dict, step: int) -> tuple[dict, Added]:
+        """(the batch with what is added, what of it has yet to be written). step: steps done before this one."""
+        if self._collect is None:
+            return batch, {}
+        if step in self._known:
+            return self._replayed(batch, step), {}
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), COLLECTING)
+        full, before = self._collect(state, batch, key), _flat(batch)
+        found = _flat(full)
+        assert before.keys() <= found.keys(), f"collect took away {sorted(before.keys() - found.keys())}"
+        return full, {path: array for path, array in found.items() if array is not before.get(path)}
+
+    def write(self, step: int, added: Added) -> None:
+        """Write what was added to the batch of a step; waits for it."""
+        if not added:
+            return
+        everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+        arrays = jax.device_get(everywhere(added))
+        if jax.process_index() == 0:
+            with replacing(self._path(step), "wb") as file:
+                np.savez(file, **arrays)
+            dtypes = {path: array.dtype.name for path, array in arrays.items()}
+            record = {"step": step, "sha256": sha256_of_file(self._path(step)), "dtypes": dtypes}
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+                sync(log)
+
+    def forget(self, step: int) -> None:
+        """Delete the arrays of the steps before this one: no checkpoint is left that would lead to them."""
+        if self._collect is not None and jax.process_index() == 0:
+            for path in self._folder.glob("*.npz"):
+                if path.stem.isdecimal() and int(path.stem) < step:
+                    path.unlink()
+
+    def _logged(self) -> list[dict]:
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
+        # The last line may have been torn by a kill.
+        records = [json.loads(line) for line in lines if line.endswith("}}")]
+        return [record for record in records if self._path(record["step"]).exists()]
+
+    def _replayed(self, batch: dict, step: int) -> dict:
+        path, record = self._path(step), self._known[step]
+        if sha256_of_file(path) != record["sha256"]:
+            raise UserError(f"{path} is not as it was written; delete it, and the batch of its step is collected anew")
+        with np.load(path) as file:
+            arrays = {name: file[name].view(jnp.dtype(dtype)) for name, dtype in record["dtypes"].items()}
+        full = _nested(_flat(batch) | arrays)
+        axes = _flat(token_axes(full))
+
+        def placed(name: str, array: np.ndarray) -> jax.Array:
+            layout = batch_sharding(array.shape, self._mesh, axes[name])
+            return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
+
+        return _nested(_flat(batch) | {name: placed(name, array) for name, array in arrays.items()})
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{step}.npz"
+
+
+def _flat(batch: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, part in batch.items():
+        flat |= _flat(part, f"{prefix}{name}/") if isinstance(part, dict) else {prefix + name: part}
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict:
+    batch: dict = {}
+    for path, part in flat.items():
+        *outer, name = path.split("/")
+        inner = batch
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[name] = part
+    return batch

@@ -1,0 +1,70 @@
+"""Parameters that a run uses and does not train: the base under adapters, a reference model.
+
+They have no optimizer state and are written once per run, not with each checkpoint:
+
+    frozen/0/params          the parameters
+             config          JSON: origin, in words
+             manifest.json   SHA-256 of every file
+
+Each checkpoint names the SHA-256 of that manifest, so that a run never goes on over another base.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from espalier.errors import UserError
+from espalier.files import sha256_of_file
+from espalier.training.checkpoint import MANIFEST, restore_saved, save_params
+from sharding.processes.coordination import from_first, gather
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What is frozen in a run, and where it comes from."""
+
+    init: Callable[[jax.Array], Any]
+    """key → parameters. Their shapes are needed always, their values where there is no `load`."""
+    load: Callable[[Any], Any] | None = None
+    """Shapes with shardings → parameters; not called when the run goes on, which has them in its own folder."""
+    origin: str = "fresh"
+    """Where they come from, in words, with the revision: `hf:NAME at COMMIT`, `runs/x at step 100`."""
+
+
+def save_frozen(folder: Path, params: Any, origin: str) -> dict[str, str]:
+    """Write the frozen parameters of a run that begins; what its checkpoints are to remember: sha256 and origin.
+
+    To be called by all processes. Those of an earlier start that saved no checkpoint are replaced.
+    """
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    gather("the folder of frozen parameters is empty")
+    save_params(folder, params, {"origin": origin})
+    return {"sha256": from_first("sum of frozen parameters", sha256_of_file(folder / "0" / MANIFEST)), "origin": origin}
+
+
+def restore_frozen(folder: Path, abstract: Any, record: dict[str, str] | None) -> Any:
+    """The frozen parameters of a run that goes on, laid out as `abstract` says.
+
+    record: what `save_frozen` returned. UserError where the folder is not there or holds anything else.
+    """
+    if record is None:
+        raise UserError(
+            f"the run in {folder.parent} has no frozen parameters and these settings need some; try another --run-dir"
+        )
+    try:
+        found = sha256_of_file(folder / "0" / MANIFEST)
+    except OSError:
+        found = "nothing"
+    if found != record["sha256"]:
+        raise UserError(
+            f"{folder} does not hold the frozen parameters of this run (from {record['origin']}; SHA-256 "
+            f"{record['sha256'][:12]}, found {found[:12]}); copy the folder back, or train anew with another --run-dir"
+        )
+    return restore_saved(folder, abstract)
