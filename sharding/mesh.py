@@ -169,7 +169,7 @@ def token_axes(batch: dict, known: tuple[int, int] = (0, 0)) -> dict:
 def batch_sharding(shape: tuple[int, ...], mesh, tokens: int = 0):
     """The sharding of an array of the batch: rows over the batch axes, tokens over `sequence`.
 
-    tokens: the dimension that counts them (see `token_axes`). A number of tokens that the axis does not divide is not split.
+    tokens: the dimension that counts them (see `token_axes`). Where the axis does not divide it, it is not split.
     """
     import jax
 
