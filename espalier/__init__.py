@@ -16,14 +16,24 @@ from typing import TYPE_CHECKING, Any
 from espalier import neighbours
 
 if TYPE_CHECKING:
+    from espalier.front import plan, sweep, train
     from espalier.loading import LoadedModel, load
+    from espalier.report.tables import metrics, settings
 
 __version__ = "0.1.0"
 
-_FRONT = {"LoadedModel": "espalier.loading", "load": "espalier.loading"}
+_FRONT = {
+    "LoadedModel": "espalier.loading",
+    "load": "espalier.loading",
+    "metrics": "espalier.report.tables",
+    "plan": "espalier.front",
+    "settings": "espalier.report.tables",
+    "sweep": "espalier.front",
+    "train": "espalier.front",
+}
 """Name → the module that has it."""
 
-__all__ = ["LoadedModel", "load"]
+__all__ = ["LoadedModel", "load", "metrics", "plan", "settings", "sweep", "train"]
 
 neighbours.take()
 

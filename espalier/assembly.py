@@ -7,7 +7,7 @@ export. What is trained is a `Task` (espalier/task.py); nothing here knows which
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -40,6 +40,22 @@ def train(config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FR
     call: how the run was asked for. With config.init_from, the settings of the model that `call` names change that of
     the weights.
     """
+    return fit(*opened(config, record, call), call)
+
+
+class Opened(NamedTuple):
+    """What is about to be trained."""
+
+    record: TaskRecord
+    task: Task
+    run: RunDirectory
+    mesh: Mesh
+    origin: Origin | None
+    """Where it goes on from; None = scratch."""
+
+
+def opened(config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FROM_PYTHON) -> Opened:
+    """The task of a configuration with its data read; arguments as in `train`. Nothing is written into the run."""
     assert config.run_dir is not None
     record = (record or tasks.find(config.task)).chosen(config)
     run = RunDirectory(config.run_dir)
@@ -48,7 +64,7 @@ def train(config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FR
     mesh = open_mesh(config, model, record.head, longest, split=record.splits_rows)
     tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
     task = record.open(config, Start(run, origin, model, tokenizer, mesh))
-    return fit(record, task, run, mesh, origin, call)
+    return Opened(record, task, run, mesh, origin)
 
 
 def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: Origin | None, call: cli.Call) -> dict:

@@ -19,6 +19,7 @@ from espalier.models.heads import (
     span_logits,
     token_logits,
 )
+from espalier.models.inputs import completed
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import logits
 
@@ -29,33 +30,25 @@ OF_TOKENS = {
 }
 
 
-def batch_of_tokens(tokens: Mapping[str, Any]) -> dict[str, np.ndarray]:
+TAKEN = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions")
+"""What a batch is made of; of `position_ids` too, which is another name of positions."""
+
+
+def batch_of_tokens(tokens: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The batch, int32 [B, T] each, of what a tokenizer of transformers returns (`return_tensors="np"`, padded).
 
-    Segments come from `attention_mask` (no mask: all tokens are real), positions count the real tokens of a row, on
-    whichever side the padding is. A batch that has `segment_ids` and `positions` already stays as it is, and
-    `position_ids` are taken where they are given. UserError where the rows are no rectangle or the mask is not 0 and 1.
+    Segments and positions are filled in (models.inputs), on whichever side the padding is. UserError where the rows are
+    no rectangle or the mask is not 0 and 1.
     """
     if "input_ids" not in tokens:
         raise UserError(f"tokens need input_ids, and these have {', '.join(map(str, tokens)) or 'nothing'}")
-    shape = _array(tokens, "input_ids").shape
-    batch = {name: _array(tokens, name, shape) for name in ("input_ids", "token_type_ids") if _has(tokens, name)}
-    if _has(tokens, "segment_ids"):
-        batch["segment_ids"] = _array(tokens, "segment_ids", shape)
-    else:
-        mask_BT = (
-            _array(tokens, "attention_mask", shape) if _has(tokens, "attention_mask") else np.ones(shape, np.int32)
-        )
-        if not np.isin(mask_BT, (0, 1)).all():
-            raise UserError("attention_mask has values other than 0 and 1; name documents of a row by segment_ids")
-        batch["segment_ids"] = mask_BT
-    given = next((name for name in ("positions", "position_ids") if _has(tokens, name)), None)
-    if given:
-        batch["positions"] = _array(tokens, given, shape)
-    elif _has(tokens, "segment_ids"):
-        raise UserError("segment_ids need positions beside them, which begin at 0 in each document")
-    else:
-        batch["positions"] = np.maximum(np.cumsum(batch["segment_ids"], axis=1, dtype=np.int32) - 1, 0)
+    named = {"positions": tokens.get("position_ids")} | dict(tokens)
+    shape = _array(named, "input_ids").shape
+    batch = {name: _array(named, name, shape) for name in TAKEN if named.get(name) is not None}
+    if not np.isin(batch.get("attention_mask", 0), (0, 1)).all():
+        raise UserError("attention_mask has values other than 0 and 1; name the documents of a row by segment_ids")
+    batch = completed(batch)
+    batch.pop("attention_mask", None)
     return batch
 
 
@@ -78,10 +71,6 @@ def head_logits(
     language_model = masked_lm_head if head == "masked_lm" else causal_lm_head
     features_BTE, table_VE, bias_V = language_model(config, params, x_BTD, execution)
     return logits(features_BTE, table_VE, bias_V, config.vocab_size, config.final_logit_softcapping)
-
-
-def _has(tokens: Mapping[str, Any], name: str) -> bool:
-    return name in tokens and tokens[name] is not None
 
 
 def _array(tokens: Mapping[str, Any], name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
