@@ -54,9 +54,12 @@ def preset(given: str, config_types: tuple[type, ...]) -> tuple[Callable[[], Any
         config = function()
     if isinstance(config, config_types):
         return function, config
-    for kind in config_types:
-        if dataclasses.is_dataclass(config) and issubclass(kind, type(config)):
-            return function, kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    base: type = type(config)
+    extended = [kind for kind in config_types if issubclass(kind, base)]
+    if extended and dataclasses.is_dataclass(config):
+        return function, extended[0](
+            **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        )
     raise UserError(
         f"{given} returns a {_name(type(config))}; accepted is {kinds}: begin with one, or with a preset and "
         "dataclasses.replace"

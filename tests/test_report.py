@@ -198,11 +198,12 @@ def test_whatever_is_there_is_enough(tmp_path):
 
 def test_a_task_that_is_not_known_here_has_all_but_its_own_section(run):
     """A user's own objective: its metrics are drawn like ours, those that say the same as another are not."""
-    write(run, config=CONFIG | {"task": "mine"})
+    write(run, config=CONFIG | {"task": "mine"}, summary=SUMMARY | {"eval": {"loss": 2.0, "words_found": 0.25}})
     lines = [{"step": 2, "loss": 1.0, "found": 0.5, "mfu": 0.4}, {"step": 2, "eval/loss": 2.0, "eval/found": 0.25}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = Page(write_report(run))
-    assert "Run. Finished at step 40 of 40." in page.words and "Masked words" not in page.words
+    assert "Run. Finished at step 40 of 40. held-out loss 2.000 held-out words found 0.25" in page.words
+    assert "Masked words" not in page.words
     assert page.pictures() == [
         "nats per example over the steps; last: training 1, held-out 2",
         "found over the steps; last: training 0.5, held-out 0.25",

@@ -108,12 +108,14 @@ def subtitle(run: RunFiles) -> str:
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
     """The figures at the head of the page: (name, value)."""
     summary, own = run.summary, report_of(run.config).tiles(run)
-    held_out = summary.get("eval") or {}
+    held_out, final = summary.get("eval") or {}, summary.get("metrics") or {}
+    others = sorted(held_out.keys() - final.keys() - {"loss", "perplexity", "bits_per_byte", "accuracy"})
     candidates: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("held-out loss", held_out.get("loss"), lambda x: f"{x:.3f}"),
         ("perplexity", held_out.get("perplexity"), page.number),
         ("bits per byte", held_out.get("bits_per_byte"), lambda x: f"{x:.3f}"),
         ("held-out accuracy", None if "accuracy" in dict(own) else held_out.get("accuracy"), page.percent),
+        *((f"held-out {name.replace('_', ' ')}", held_out[name], page.number) for name in others),
         ("parameters", summary.get("parameters"), page.number),
         ("tokens trained on", summary.get("tokens"), page.number),
         ("tokens per second", summary.get("tokens_per_second"), page.number),
