@@ -62,17 +62,15 @@ def hand_over(executors: list[Any], work: Path) -> None:
     try:
         executors[-1].run()
     except subprocess.CalledProcessError as error:
-        raise MachineError(
-            f"sbatch has refused a stage (exit {error.returncode}); nothing behind it was started"
-        ) from error
+        raise MachineError(f"sbatch refused a stage (exit {error.returncode}); no later stage was submitted") from error
     jobs = {executor.job_name: str(executor.job_id) for executor in executors if executor.job_id != -1}
     (work / JOBS).write_text(json.dumps(jobs))
     listed = ", ".join(f"{name} {job}" for name, job in jobs.items())
-    print(f"handed over to Slurm: {listed}; the same command tells how far it is, and repeats what has failed")
+    print(f"submitted to Slurm: {listed}; run the same command again for their state, and to repeat what has failed")
 
 
 def waiting_for(work: Path) -> str | None:
-    """How it stands with the jobs of an earlier command that Slurm has not ended; None where there are none."""
+    """The state of an earlier command's unfinished Slurm jobs; None where there are none."""
     try:
         jobs = json.loads((work / JOBS).read_text())
         asked = ["squeue", "--noheader", f"--jobs={','.join(jobs.values())}", "--format=%F %T %r"]
@@ -85,7 +83,7 @@ def waiting_for(work: Path) -> str | None:
         return None
     names = {job: name for name, job in jobs.items()}
     states = dict.fromkeys(f"{names.get(job, 'job')} {job} {' '.join(state)}" for job, *state in lines)
-    text = f"Slurm is at work: {', '.join(states)}"
+    text = f"Slurm is working: {', '.join(states)}"
     if "DependencyNeverSatisfied" in found.stdout:
         advice = f"see {work / 'logs'}, `scancel {' '.join(jobs.values())}` and give the same command again"
         text += f"; an earlier stage has failed: {advice}"

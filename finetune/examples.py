@@ -46,7 +46,7 @@ class Examples(NamedTuple):
     fingerprints: dict[str, str]
     """SHA-256 of both files."""
     facts: tuple[str, ...]
-    """How files were read that are not what their endings say, a line each."""
+    """Notices on files whose content does not match their suffix, a line each."""
 
 
 def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Examples:

@@ -1,4 +1,4 @@
-"""What a column of labels is: classes, or something that is none and must not become some in silence."""
+"""Whether a column of labels holds classes: regression targets, identifiers and texts are refused."""
 
 from __future__ import annotations
 

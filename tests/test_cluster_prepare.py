@@ -219,7 +219,7 @@ def test_on_slurm_each_stage_waits_for_the_one_before(tmp_path, run_cli):
     pattern, cache = small(tmp_path / "text", "words of a text"), tmp_path / "cache"
     more = ("--data.filters.exact", "--executor", "slurm", "--partition", "cpu-long", "--time", "3:00:00", "--json")
     run = run_cli(*flags(pattern, cache, *more), env=environment)
-    assert "handed over to Slurm: espalier-measurefiles 1, espalier-decide 3, espalier-tokenize 5" in run.stdout
+    assert "submitted to Slurm: espalier-measurefiles 1, espalier-decide 3, espalier-tokenize 5" in run.stdout
     calls = [json.loads(line) for line in (slurm / "calls.jsonl").read_text().splitlines()]
     stages = [call for call in calls if "merge_stats" not in call["script"]]
     logs = "\n".join(path.read_text() for path in sorted(slurm.glob("*.log")))
@@ -244,16 +244,16 @@ def test_slurm_is_asked_how_far_it_is(tmp_path, run_cli):
     )
     environment = {"PATH": f"{slurm}:{os.environ['PATH']}"}
     command = flags(small(tmp_path / "text", "words of a text"), tmp_path / "cache", "--executor", "slurm")
-    assert "handed over to Slurm" in run_cli(*command, env=environment).stdout
+    assert "submitted to Slurm" in run_cli(*command, env=environment).stdout
     handed = (tmp_path / "calls").read_text()
     state.write_text("1 RUNNING None\n3 PENDING Dependency\n3 PENDING Dependency\n")
     found = run_cli(*command, env=environment).stdout
-    assert "Slurm is at work: espalier-decide 1 RUNNING None, espalier-tokenize 3 PENDING Dependency\n" in found
+    assert "Slurm is working: espalier-decide 1 RUNNING None, espalier-tokenize 3 PENDING Dependency\n" in found
     state.write_text("3 PENDING DependencyNeverSatisfied\n")
     assert "an earlier stage has failed: see " in run_cli(*command, env=environment).stdout
     assert (tmp_path / "calls").read_text() == handed
     state.write_text("")
-    assert "handed over to Slurm" in run_cli(*command, env=environment).stdout
+    assert "submitted to Slurm" in run_cli(*command, env=environment).stdout
     assert len((tmp_path / "calls").read_text()) == 2 * len(handed)
 
 

@@ -272,7 +272,7 @@ def test_a_killed_preparation_goes_on_with_the_same_bytes(shared_data, tmp_path,
         assert process.wait() == -signal.SIGKILL
         assert not list((tmp_path / "killed").glob("tokens-*"))
     run(settings("killed"), 1000)
-    assert "tokenizing train text: going on behind" in capsys.readouterr().out
+    assert "tokenizing train text: continuing after" in capsys.readouterr().out
     whole, killed = (
         {
             str(path.relative_to(tmp_path / cache)): path.read_bytes()

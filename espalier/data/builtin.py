@@ -1,4 +1,4 @@
-"""Text that every Python installation holds: its language reference and the docstrings of its libraries.
+"""Text that every Python installation contains: its language reference and the docstrings of its libraries.
 
 Also a labelled task made of it, for the demo: is a sentence in order, or were its words shuffled?
 
@@ -110,8 +110,8 @@ def demo_task(seed: int, train_count: int) -> DemoTask:
     """Are the words of a sentence in order, or shuffled? train_count sentences to learn from, drawn by seed.
 
     After the probing tasks for word order of Conneau et al. 2018, made coarser: half of the sentences are shuffled as
-    a whole. The same words in both classes: only who knows how words follow each other can tell. The validation part
-    depends on the Python version alone, so that one pretraining serves every seed.
+    a whole. Both classes use the same words, so only word order tells them apart. The validation part depends on the
+    Python version alone, so that one pretraining serves every seed.
     """
     file_of = sentences()
     counts = Counter(file_of.values())
@@ -155,8 +155,8 @@ def standard_library() -> pathlib.Path:
 
 
 def _half_shuffled(sentences: list[str], count: int, salt: str) -> list[dict[str, str]]:
-    """`count` of the sentences in a random order, every second one shuffled; by hashes, which no version of Python
-    draws differently."""
+    """`count` of the sentences in a random order, every second one shuffled. Hashes decide, because they are the same
+    in every version of Python."""
     drawn = sorted(sentences, key=lambda sentence: _hash(f"{salt} {sentence}"))[:count]
     return [
         {"text": _shuffled(text), "label": "shuffled"} if number % 2 else {"text": text, "label": "in order"}

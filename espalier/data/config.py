@@ -42,28 +42,28 @@ class DataConfig:
     """The field of a jsonl line, or the column of a table, that holds its text."""
     encoding: str = "utf-8"
     """Encoding of the text files (not of .parquet, which has its own), by the names of Python: gb18030, big5, cp932,
-    euc-jp, euc-kr, utf-16, cp1252 … Files that are Unicode in truth are read as that, and told of."""
+    euc-jp, euc-kr, utf-16, cp1252 … Files that are actually Unicode are read as Unicode, with a notice."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     """A longer line or field is rejected. (Longer .txt files are cut into several documents.)"""
     max_rejected: float = 0.05
-    """The share of bad records (broken JSON, no UTF-8 …) above which nothing is trained; each one is listed in
-    rejects.jsonl beside the tokens."""
+    """If more than this share of the records is bad (broken JSON, not UTF-8 …), the run stops before training. Each bad
+    record is listed in rejects.jsonl beside the tokens."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     tokenizer: str | None = None
     """Tokenizer folder or tokenizer.json; unset = train one of the model's vocab_size on the training text."""
     tokenizer_kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
     """What to train: WordPiece (BERT), byte-level BPE (GPT-2) or Unigram (T5, ALBERT)."""
     alphabet: float = ALPHABET
-    """The share of the text that is written in characters which WordPiece and Unigram know, from the most frequent one
-    on; the rest becomes [UNK]. The 1,000 most frequent are known anyway. Byte-level BPE knows all."""
+    """Character coverage of WordPiece and Unigram: the most frequent characters that make up this share of the text are
+    in the vocabulary, the others become [UNK]. The 1,000 most frequent are always in. Byte-level BPE covers all."""
     lowercase: bool = False
     """WordPiece and Unigram: lower-case, and strip the marks of Latin, Greek and Cyrillic letters (BERT's uncased)."""
     words: Literal["segmenter", "tokens"] | None = None
     """Where words begin in Chinese, Japanese, Thai, Lao, Khmer and Burmese text, for --masking.whole-words: a segmenter
     finds them, and they are stored with the tokens; or each token is a word. unset = with --masking.whole-words by the
-    segmenters that are installed, and a run that goes on does as it began."""
+    segmenters that are installed; a resumed run keeps the segmenters it began with."""
     sequence_length: int = often(128)
-    """Tokens in a row; rows are packed with several documents that never see each other."""
+    """Tokens in a row; a row packs several documents, which never attend to each other."""
     cache: str | None = None
     """Folder of tokenized text; unset = $ESPALIER_CACHE, else ~/.cache/espalier."""
 
@@ -93,7 +93,7 @@ class DataConfig:
         self.weights()
 
     def training(self) -> tuple[str | float, ...]:
-        """How a tokenizer is trained, for keys; those of byte-level BPE are as they were before `alphabet`."""
+        """How a tokenizer is trained, for cache keys; those of byte-level BPE are older than `alphabet`."""
         return (self.tokenizer_kind,) + (() if self.tokenizer_kind == "bpe" else (self.alphabet, self.lowercase))
 
     def weights(self) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""What a source yields: documents, and in the place of what could not be read, rejects that say where and why."""
+"""What a source yields: documents, and a reject with place and reason for each record that could not be read."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """A text that is a whole by itself, and where it is from (`file`, `file:line` or `file::name`)."""
+    """A self-contained text and where it comes from (`file`, `file:line` or `file::name`)."""
 
     text: str
     name: str
 
 
 class Reject(NamedTuple):
-    """A record that is bad, or was until it was repaired."""
+    """A record that is bad, or that was repaired."""
 
     name: str
     """Where it is: `file:line`, `file:row` of a table, or `file` where the file itself is bad."""
@@ -51,7 +51,7 @@ def documents(items: Iterable[Item]) -> Iterator[Document]:
 
 
 def from_text(text: object, name: str, field: str = "text") -> Iterator[Item]:
-    """The document of a text as it was read, or why it is none. text: what stood under `field`, of any type."""
+    """The document of a text, or the reject that says why there is none. text: the value of `field`, of any type."""
     if text is None:
         yield Reject(name, "field", f"no field {field!r}")
         return

@@ -1,4 +1,4 @@
-"""Text → token ids, on all cores: the tokenizer works on one batch while the ids of the last one are taken over."""
+"""Text → token ids, on all cores: the tokenizer encodes one batch while the ids of the previous one are copied."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encode(
 ) -> Iterator[list[Encoded | Reject]]:
     """Documents encoded without special tokens, rejects as they are; in order, in lists.
 
-    words: the segmenters (data.words.find_segmenters) by which to tell where words begin; none = that is not told.
+    words: the segmenters (data.words.find_segmenters) that find where words begin; none = word starts are not computed.
     """
     backend = plain_backend(tokenizer)
     # Offsets take the tokenizer a third of its time.
@@ -43,7 +43,7 @@ def encode(
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[list[Item], Future] | None = None
         for batch in _batches(items):
-            # The library lets go of Python's lock while it works, so both go on at once.
+            # The library releases Python's lock while it works, so both run at once.
             following = batch, pool.submit(tokens, batch)
             if waiting:
                 yield _joined(starts, waiting[0], *waiting[1].result())
@@ -57,7 +57,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     characters = 0
     for item in items:
         batch.append(item)
-        # A reject counts as a line, so that a file of nothing else is told of in time.
+        # A reject counts as a line, so that a file full of rejects is reported early.
         characters += 100 if isinstance(item, Reject) else len(item.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
@@ -73,7 +73,7 @@ def _joined(
     encodings: list,
 ) -> list[Encoded | Reject]:
     found: list[Encoded | Reject] = []
-    # From the end, and each let go of once it is read: an encoding holds a hundred bytes a token.
+    # From the end, each freed once it is read: an encoding takes about a hundred bytes per token.
     encodings.reverse()
     counts.reverse()
     for item in batch:

@@ -1,8 +1,8 @@
-"""Encodings of text files: which one bytes are in, and how to say it.
+"""Encodings of text files: how they are recognised, and what they are called.
 
 Unicode and the East Asian encodings are told apart by decoding and counting: each of those standards keeps a part for
 the characters in common use (level 1 of GB 2312, Big5 and JIS X 0208, the syllables of KS X 1001, kana), and text
-that is decoded as what it is consists of these nearly alone. Encodings of one byte are left to charset-normalizer.
+decoded with the right encoding consists almost only of these. Encodings of one byte are left to charset-normalizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from espalier.errors import UserError
 
 SAMPLE_BYTES = 2**16
-"""What is looked at to recognise an encoding."""
+"""Bytes that are examined to recognise an encoding."""
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),

@@ -1,7 +1,7 @@
 """Examples with named targets: texts encoded for the model, and put into batches of fitting length.
 
 A target belongs to an example as a whole (a class, several classes, a decimal, the two ends of a span) or to each of
-its tokens (a tag). Where targets are given by characters of the text, the offsets of the tokens carry them over.
+its tokens (a tag). Targets given by character positions are mapped to tokens through the offsets of the tokens.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def encode_pairs(
 def token_span(example: Example, begin: int, end: int, text: int = 0) -> tuple[int, int] | None:
     """First and last token of the characters begin … end of one of its texts; None where some of them were cut off.
 
-    The span must not end with blanks, of which no token may be left.
+    The span must not end with blanks: a tokenizer may drop them.
     """
     assert example.offsets is not None, "encode with offsets=True"
     begins, ends = np.where(np.array(example.types)[:, None] == text, example.offsets, -1).T
@@ -90,8 +90,8 @@ def token_span(example: Example, begin: int, end: int, text: int = 0) -> tuple[i
 def tagged(example: Example, spans: Sequence[tuple[int, int]], tags: Sequence[int], text: int = 0) -> Example:
     """The example with `labels` of its tokens: a word's tag on its first piece, where `loss_weights` is 1 (else 0).
 
-    spans: the characters begin … end of each word. A word that was cut off has no label, and of words that share a
-    token the first one counts.
+    spans: the characters begin … end of each word. A word that was cut off gets no label. Where several words share a
+    token, it gets the label of the first.
     """
     labels, weights = np.zeros(len(example.ids), np.int32), np.zeros(len(example.ids), np.float32)
     for (begin, end), tag in zip(spans, tags, strict=True):

@@ -2,11 +2,11 @@
 
 Duplicates cost a model more than their share (Lee et al. 2022, "Deduplicating training data makes language models
 better"). Near-duplicates are found by MinHash (Broder 1997) over word 5-grams, with candidates from bands of hashes
-(Leskovec et al., "Mining of massive datasets", ch. 3). Text that a tokenizer cuts into very small pieces is mostly no
-text (Geiping and Goldstein 2022, "Cramming": at most 0.3 tokens a character).
+(Leskovec et al., "Mining of massive datasets", ch. 3). Text that a tokenizer cuts into very small pieces is mostly not
+natural language (Geiping and Goldstein 2022, "Cramming": at most 0.3 tokens a character).
 
-`measure` looks at one document, `decide` at the measures of all in their order: whoever measured them, and on however
-many machines, the decisions are the same.
+`measure` looks at one document, `decide` at the measures of all documents in order. The decisions do not depend on how
+many machines took the measures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 REASONS = ("", "characters", "script", "exact duplicate", "near-duplicate")
-"""Why a document goes, in the order in which the filters look; the first is for those that stay."""
+"""Why a document is dropped, in the order of the filters; the first entry stands for documents that are kept."""
 SCRIPTS = (
     "Latin Greek Cyrillic Armenian Hebrew Arabic Devanagari Bengali Gurmukhi Gujarati Tamil Telugu Kannada Malayalam "
     "Sinhala Thai Lao Tibetan Myanmar Georgian Ethiopic Khmer Mongolian Hangul Hiragana Katakana Han"
@@ -39,7 +39,7 @@ SHINGLE = 5
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Which documents are left out before anything is tokenized; nothing is, unless asked for."""
+    """Which documents are dropped before tokenization. All filters are off by default."""
 
     exact: bool = False
     """Keep only the first of equal texts."""
@@ -84,10 +84,10 @@ class FilterConfig:
 
 
 class Measure(NamedTuple):
-    """What the filters must know of a document."""
+    """What the filters need to know about a document."""
 
     reason: int
-    """Index in REASONS: why it goes by itself, 0 = it may stay."""
+    """Index in REASONS: why it is dropped regardless of other documents; 0 = it may be kept."""
     exact: int
     """64 bits of the SHA-256 of its text."""
     signature: np.ndarray | None
@@ -95,14 +95,14 @@ class Measure(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """Which documents go."""
+    """Which documents are dropped."""
 
     dropped: np.ndarray
     """int64: their numbers among all documents, from 0, rising."""
     reasons: np.ndarray
-    """uint8: why each goes, index in REASONS."""
+    """uint8: why each is dropped, index in REASONS."""
     counts: dict[str, int]
-    """How many go for each reason."""
+    """How many are dropped for each reason."""
     documents: int
     """How many there were."""
 
@@ -137,7 +137,7 @@ def measure(text: str, config: FilterConfig) -> Measure:
 
 
 def decide(measures: Iterable[Measure], config: FilterConfig) -> Decisions:
-    """Which documents go: by themselves, or as like one before them that stays. Memory: some 600 bytes a document."""
+    """Which documents are dropped, alone or as duplicates of an earlier one. Memory: about 600 bytes a document."""
     import numpy as np
 
     dropped, reasons, number = [], [], -1

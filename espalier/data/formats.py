@@ -1,7 +1,7 @@
 """Text out of files: .txt and .md (one document a file), .jsonl (one a line), .csv and .parquet (one a row).
 
-Each also packed, as .gz or .zst, and all but .parquet in any encoding. A bad record becomes a reject that says where
-it is, and reading goes on behind it; memory does not depend on the size of a file.
+Each may be compressed (.gz, .zst), and all but .parquet may be in any encoding. A bad record becomes a reject with its
+place, and reading continues after it. Memory does not depend on the size of a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEXT_BYTES = 2**24
 
 
 def kind_of(path: str) -> str | None:
-    """The suffix that says how a file is read, without that of its packing; None where it is unknown."""
+    """The suffix that says how a file is read, without .gz or .zst; None where it is unknown."""
     path = plain_name(path)
     packing = next((suffix for suffix in PACKED if path.endswith(suffix)), "")
     return next((suffix for suffix in PLAIN + TABLES if path.removesuffix(packing).endswith(suffix)), None)
@@ -33,7 +33,7 @@ def kind_of(path: str) -> str | None:
 def read(path: str, text_field: str, max_bytes: int, encoding: str = "utf-8") -> Iterator[Item]:
     """Documents and rejects of a file, in order. max_bytes: a longer line or field is rejected, unread.
 
-    encoding: of text files, as data.encodings.codec names it; one that is Unicode in truth is read as that.
+    encoding: of text files, as data.encodings.codec names it; a file that is actually Unicode is read as Unicode.
     """
     kind = kind_of(path) or ""
     reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind)

@@ -17,7 +17,7 @@ from espalier.errors import UserError
 from espalier.files import sha256_of_lines, sha256_of_text
 
 STREAMED = 10_000
-"""Documents that are read of a stream where `take` does not say."""
+"""Documents read from a stream unless `take` is given."""
 
 
 class HfSource:
@@ -42,7 +42,7 @@ class HfSource:
 
     @property
     def approximate(self) -> str | None:
-        """What must be said before such a source is used; None where there is nothing."""
+        """A notice to print before the source is used; None where there is nothing to say."""
         if not self._streaming:
             return None
         return (
@@ -80,7 +80,7 @@ class HfSource:
             yield Record(f"{self.path}:{number}", list(row), list(row.values()))
 
     def fingerprint(self) -> str:
-        """Over the content of the Arrow files; of a stream, over what was asked for."""
+        """Over the content of the Arrow files; for a stream, over the request."""
         parts: Iterable[str]
         if self._streaming:
             parts = [self.path, *map(str, sorted(self._load.items())), str(self._take)]

@@ -19,7 +19,7 @@ TEXT_COLUMNS = (
     ("sentence",),
     ("text",),
 )
-"""The names that GLUE's files and most others use; the first pair or single one that is there."""
+"""Column names of GLUE's files and most others; the first entry whose columns all exist is used."""
 
 
 class Labelled(NamedTuple):

@@ -61,7 +61,7 @@ def permute(index: np.ndarray | int, n: int, seed: np.ndarray | int) -> np.ndarr
 
 
 def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """int64: which of n examples comes `index`-th, each once in an epoch, in a new order in each. O(1), however far."""
+    """int64: which of n examples comes `index`-th: each once per epoch, in a new order each epoch. O(1) at any step."""
     epoch, within = np.divmod(index, n)
     return permute(within, n, _mix(np.uint64(seed), epoch.astype(np.uint64)))
 
@@ -96,7 +96,7 @@ class Rows:
 
     @property
     def fill(self) -> float:
-        """The part of all places that holds a token."""
+        """The fraction of positions that hold a token."""
         return fill(self._plan, self._length)
 
     def rows(self, indices: np.ndarray) -> Batch:
@@ -199,7 +199,7 @@ class Batches:
         chosen_B = np.empty(len(index_B), np.int64)
         for number, rows in enumerate(self._rows):
             mine = source_B == number
-            # Each is shuffled apart, the first as it would be alone.
+            # Each source is shuffled separately, the first one as if it were alone.
             seed = self._seed if number == 0 else int(_mix(np.uint64(self._seed), np.array(number, np.uint64)))
             chosen_B[mine] = shuffled(number_B[mine], len(rows), seed)
         return self._gather(source_B, chosen_B)
@@ -266,7 +266,7 @@ class Batches:
 class Mixture:
     """Which source each row comes from, so that any number of first rows holds each source's share to within a row.
 
-    The rows repeat a pattern of PERIOD, so that what stands anywhere is computed and not counted.
+    The rows repeat a pattern of PERIOD, so that any position is computed without counting from the start.
     """
 
     PERIOD = 10_000
@@ -306,7 +306,7 @@ class Mixture:
 
 
 class _Steps:
-    """batch_fn as a sequence without an end, as Grain wants its sources."""
+    """batch_fn as an endless sequence, the form of source that Grain takes."""
 
     def __init__(self, batch_fn: Callable[[int], Batch]):
         self._batch_fn = batch_fn

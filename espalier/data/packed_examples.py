@@ -1,4 +1,4 @@
-"""Weighted examples, several in a row, for causal models: prompts and answers, of which the answers are learnt.
+"""Weighted examples, several in a row, for causal models: prompts and answers, where only the answers count.
 
 Rows are those of data.loader (no example sees another), and `Batches` makes batches of them: a pure function of seed
 and step, shuffled anew in each epoch, of one source or of a mixture.
@@ -30,7 +30,7 @@ class ExampleRows:
         of_tokens["loss_weights"]: how much the prediction of this token counts (0 in a prompt, 1 in an answer, say).
         of_row["weight"]: how much the example counts, by which those of its tokens are multiplied.
         token_bytes: int32 [V] (data.token_tables.token_bytes), for `label_bytes`; without it they are left out.
-        UserError where an example is too long: where to cut it is known only to who made it.
+        UserError where an example is too long: only the caller knows where it may be cut.
         """
         if not examples:
             raise UserError("there are no examples; give a file with some")
@@ -74,7 +74,7 @@ class ExampleRows:
         slots_P = self._slots[example_P]
         position_S = ranges(slots_P)
         row_S = np.repeat(np.repeat(np.arange(len(indices)), count_B), slots_P)
-        # Places are taken row after row from the left: what came before in other rows is taken off.
+        # Rows are filled from the left; the number of places in earlier rows is subtracted.
         before_B = np.cumsum(np.bincount(row_S, minlength=len(indices))) - np.bincount(row_S, minlength=len(indices))
         place_S = row_S * T + np.arange(len(row_S)) - before_B[row_S]
         source_S = np.repeat(self._begins[example_P], slots_P) + position_S

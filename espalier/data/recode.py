@@ -1,4 +1,4 @@
-"""Text files of another encoding, read as if they were UTF-8."""
+"""Text files in other encodings, presented as UTF-8."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARK = "\udcff"
 class Recoded(io.RawIOBase):
     """The bytes of a text file, decoded from `encoding` and encoded in UTF-8, in blocks.
 
-    A file that is UTF-8, UTF-16 or UTF-32 in truth is read as that, and `notice` says so. What cannot be decoded
+    A file that is actually UTF-8, UTF-16 or UTF-32 is read as such, and `notice` says so. What cannot be decoded
     becomes a byte that is no UTF-8, so that its record alone is rejected.
     """
 

@@ -1,7 +1,7 @@
 """Records with named columns out of .jsonl, .csv, .tsv and .parquet: for pretraining text and for labelled examples.
 
-One record at a time, so that memory does not depend on the size of a file. A bad record becomes a reject that says
-where it is, and reading goes on behind it; who wants none raises at the first.
+One record at a time, so that memory does not depend on the size of a file. A bad record becomes a reject with its
+place, and reading continues after it; a caller that tolerates none raises at the first.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def delimited_records(file: IO[bytes], path: str, max_bytes: int, delimiter: str
                 else content.rstrip("\r\n").split(delimiter) * (not content.isspace())
             )
         except csv.Error as error:
-            # Mostly a quote that is never closed: it costs its line, and what it has swallowed is read again.
+            # Usually an unclosed quote: only its line is rejected, and the lines that it swallowed are read again.
             lines.give_back(taken[1:])
             yield number, Reject(name, "table", f"{error} (in what begins on this line)")
             continue
@@ -171,7 +171,7 @@ def _long(name: str, length: int, max_bytes: int) -> Reject:
 
 
 def _rest_of_line(file: IO[bytes], line: bytes) -> int:
-    """Read on to the end of a line that began with `line`, keeping nothing; returns the bytes of it all."""
+    """Skip to the end of a line that began with `line`; returns the length of the whole line in bytes."""
     length = len(line)
     while line and not line.endswith(b"\n"):
         line = file.readline(2**20)

@@ -1,7 +1,7 @@
 """Files behind a URL: whatever fsspec knows (gs://, s3://, https://), read in blocks.
 
-Remote storage fails now and then: each request is repeated with growing pauses, a bounded number of times, and what is
-read is the same however often that happened. Nothing is skipped because a server was busy.
+Remote storage fails occasionally: each request is retried with exponential backoff, a bounded number of times. Retries
+never change what is read, and nothing is skipped because a server was busy.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def remote_paths(pattern: str) -> list[str]:
 
 
 def persistently(act: Callable[[], T], what: str) -> T:
-    """act(), repeated while storage fails. OSError where it says no for good, MachineError where it never recovers.
+    """act(), retried while storage fails. OSError for a permanent refusal, MachineError where storage never recovers.
 
-    UserError where it cannot get better by itself: a package or credentials that are not there.
+    UserError where retrying cannot help: a package or credentials are missing.
     """
     error: Exception | None = None
     for attempt in range(ATTEMPTS):
@@ -52,7 +52,7 @@ def persistently(act: Callable[[], T], what: str) -> T:
             longest = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
             if attempt == 1:
                 _tell_once(f"{what}: {_words(error, what)}; trying again, up to {ATTEMPTS} times")
-            # Many hosts that failed together should not come back together.
+            # Hosts that failed together should not retry together.
             time.sleep(random.uniform(longest / 2, longest))
         try:
             return act()
@@ -63,18 +63,18 @@ def persistently(act: Callable[[], T], what: str) -> T:
             error = caught
     raise MachineError(
         f"{what} cannot be read: {ATTEMPTS} attempts failed, the last with {_words(error, what)}; "
-        "what is done so far is kept, the same command goes on"
+        "finished work is kept, and the same command continues"
     )
 
 
 @functools.lru_cache(1000)
 def _tell_once(line: str) -> None:
-    """Of a file of a thousand blocks the same need not be said a hundred times."""
+    """A file has thousands of blocks: the same message is printed once."""
     print(line, flush=True)
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file as one that can be sought in, read in blocks of which each is asked for until it comes."""
+    """A remote file as a seekable one, read in blocks, each of which is requested until it arrives."""
 
     def __init__(self, url: str):
         self._url = url
@@ -137,7 +137,7 @@ class RemoteFile(io.RawIOBase):
         return data
 
     def _fetch_whole(self) -> None:
-        """From a server that knows no ranges (or no sizes): the file at once, into a temporary one."""
+        """Where a server supports no range requests (or gives no size): the whole file, into a temporary one."""
         system, path = _system(self._url)
 
         def fetch() -> IO[bytes]:
@@ -200,7 +200,7 @@ def remote_stat(url: str) -> tuple[int | None, dict]:
 
 
 def _final(error: BaseException, what: str) -> OSError | UserError | None:
-    """The error where repeating is of no use: not there, not allowed, or nothing to ask with."""
+    """The error where retrying is of no use: not found, not allowed, or no credentials; else None."""
     if isinstance(error, MachineError | UserError):
         raise error
     if isinstance(error, ImportError):

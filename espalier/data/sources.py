@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from espalier.data.tfds import TfdsSource
 
 MIN_HASHED_DOCUMENTS = 100
-"""From this many documents on, each falls on a side by its own hash alone."""
+"""From this many documents on, each is assigned to a side by its own hash alone."""
 MIN_TAIL = 200
-"""Characters that the tail of an average document must have to be worth reading."""
+"""The minimum length of an average document's held-out tail, in characters."""
 
 
 class Source(Protocol):
@@ -222,7 +222,7 @@ class Part:
     def __iter__(self) -> Iterator[Item]:
         for item in self.source:
             if isinstance(item, Reject):
-                # Of both sides of a split, the first tells of them.
+                # Only the larger side of a split reports them.
                 if self._share >= 0.5:
                     yield item
                 continue
@@ -262,9 +262,9 @@ def sample(source: Source, places: int = 8, characters: int = 200_000) -> list[s
 def split_validation(source: Source, fraction: float) -> tuple[Source, Source]:
     """Training and validation part, about `fraction` of the text; the same content always falls on the same side.
 
-    Of many documents (MIN_HASHED_DOCUMENTS, and ten expected in the validation part) those that their hash draws. Of
-    few, the tail of each, cut at a line break or blank; or, where such tails would be fragments (MIN_TAIL), as many
-    whole ones, first in the order of their hashes, as make up the fraction.
+    Many documents (MIN_HASHED_DOCUMENTS, and ten expected in the validation part): their hashes select whole ones. Few:
+    the tail of each, cut at a line break or blank; where such tails would be shorter than MIN_TAIL, whole documents in
+    the order of their hashes until they make up the fraction.
     """
     enough = max(MIN_HASHED_DOCUMENTS, math.ceil(10 / fraction))
     few = [(hash_of_text(document.text), len(document.text)) for document in islice(documents(source), enough)]

@@ -1,4 +1,4 @@
-"""Where bytes come from: local files, and whatever fsspec knows (gs://, s3://, https://), through gzip and zstandard.
+"""Where bytes come from: local files and URLs, decompressed where they end in .gz or .zst.
 
 The files behind URLs are those of data.remote.
 """
@@ -27,7 +27,7 @@ SUMS_KEPT_AFTER = 2.0
 def expand(patterns: tuple[str, ...], known: Callable[[str], bool]) -> list[str]:
     """Paths and URLs of the files that the globs match, each once and in the order of their full names.
 
-    So it makes no difference who expands a glob, and from which folder. known: whether a name's suffix is read.
+    So the result does not depend on who expands a glob, and from which folder. known: whether a suffix is supported.
     """
     found: dict[str, str] = {}
     for pattern in patterns:
@@ -43,7 +43,7 @@ SUFFIXES = ".txt, .md, .jsonl, .parquet, .csv"
 
 
 def plain_name(path: str) -> str:
-    """The path without what a URL asks for behind its ?, so that its end says what it is."""
+    """The path without the query string of a URL, so that it ends in the suffix."""
     return path.split("?")[0] if path.startswith(("http://", "https://")) else path
 
 
@@ -51,7 +51,7 @@ def plain_name(path: str) -> str:
 def open_file(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a local or remote file, unpacked where its name ends in .gz or .zst.
 
-    Raises OSError where the file cannot be opened or read, EOFError and others of DAMAGED where it is cut off.
+    Raises OSError where the file cannot be opened or read, one of damaged_errors() where it is cut off or damaged.
     """
     with contextlib.ExitStack() as stack:
         if is_remote(path):  # noqa: SIM108
@@ -71,7 +71,7 @@ def open_file(path: str) -> Iterator[IO[bytes]]:
 
 
 def damaged_errors() -> tuple[type[Exception], ...]:
-    """What reading a compressed file raises where it is cut off or damaged."""
+    """What reading a truncated or corrupt compressed file raises."""
     import zlib
 
     import zstandard
@@ -90,7 +90,7 @@ def size(path: str) -> int | None:
 
 
 def digest(path: str, cache: Path | None = None) -> str:
-    """What stands for the content: its SHA-256, or for a remote file the checksum that its storage keeps, if any.
+    """A digest of the content: its SHA-256, or for a remote file the checksum kept by its storage, if any.
 
     The sum of a local file is remembered in `cache`, by path, size and times of change, so that a terabyte is not read
     at each start: also by that of the inode, which the system sets and no tool turns back.
@@ -116,7 +116,7 @@ def digest(path: str, cache: Path | None = None) -> str:
 
 
 class _Whole(io.RawIOBase):
-    """Zstandard frames one after the other; EOFError where the last is cut off, which the library does not tell."""
+    """Zstandard frames one after the other; EOFError where the last is cut off, which the library does not report."""
 
     def __init__(self, decompressor: Any, file: IO[bytes]):
         self._new = decompressor.decompressobj
@@ -154,7 +154,7 @@ def _local_paths(pattern: str) -> list[str]:
             f"{pattern} is a folder; name its files, for instance '{pattern.rstrip('/')}/**/*.txt' (a glob in quotes "
             "leaves folders out)"
         )
-    # A link that leads nowhere is a file that cannot be read, not one that is not there.
+    # A dangling link counts as an unreadable file, not as a missing one.
     found = [name] if os.path.lexists(name) else [p for p in glob.glob(name, recursive=True) if not os.path.isdir(p)]
     if not found:
         raise UserError(f"no file matches {pattern}; check the path (now in {os.getcwd()}) and quote globs")

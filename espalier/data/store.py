@@ -1,7 +1,7 @@
-"""Tokens on disk: memory-mapped shards, the borders of documents, and a manifest that is written last.
+"""Tokens on disk: memory-mapped shards, document boundaries, and a manifest that is written last.
 
 <folder>/tokens-00000.bin …   uint16 or uint32, nothing but token ids
-         starts-00000.bin …   where it was asked for: one bit a token of that shard, whether it begins a word
+         starts-00000.bin …   on request: one bit per token of that shard, whether it begins a word
          offsets.bin          int64 [documents + 1], in tokens
          rejects.jsonl        what could not be read: where, kind, message
          manifest.json        counts, fingerprints, SHA-256 of every file and of its own content; without it the folder
@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 
 
 class TokenStore:
-    """The tokens of a prepared text, read on demand. A shard that is not what was written is found at its first use."""
+    """The tokens of a prepared text, read on demand. A corrupt shard is detected at its first use."""
 
     label = "the text"
     """What it holds, for messages."""
@@ -73,7 +73,7 @@ class TokenStore:
         return total
 
     def damaged(self) -> list[Path]:
-        """Every file of the store whose content is not what was written."""
+        """Every file of the store that is corrupt."""
         names = [MANIFEST, OFFSETS, REJECTS, *self._names, *self._starts]
         with ThreadPoolExecutor() as pool:
             intact = pool.map(self._intact, names)

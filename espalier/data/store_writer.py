@@ -1,7 +1,7 @@
 """Writing tokens to disk (data.store), so that an interruption costs nothing.
 
-While a store is written it lies beside its folder as .<name>.unfinished with a journal: after an interruption, writing
-goes on behind the last entry, of which everything is known to be on the disk.
+An unfinished store lies beside its folder as .<name>.unfinished, with a journal. After an interruption, writing
+continues after the last entry, whose data is known to be on disk.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_store(
     keep: Callable[[Encoded], str | None] = lambda encoded: None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenStore:
-    """Write the encoded documents into `folder`; memory stays flat. Where the store is there already, it is taken.
+    """Write the encoded documents into `folder`; memory stays flat. An existing store is returned as it is.
 
     items_from: number of items to leave out → the others, in lists; after each, what is written is safe.
     about: what goes into the manifest beside the counts; where it has `words`, the documents' `starts` are written.
@@ -167,7 +167,7 @@ class _Writer:
         return [(_shard(self._folder, number).name, size) for number, size in enumerate(sizes)]
 
     def _recover(self) -> tuple[int, int]:
-        """Take up the last entry of the journal of which the files still hold everything; where there is none, nothing.
+        """Recover the last entry of the journal whose data the files still hold; start anew if there is none.
 
         Returns the sizes of the rejects and of the journal then.
         """
@@ -199,7 +199,7 @@ class _Writer:
 
     def _reopen(self, name: str, size: int):
         file = (self._folder / name).open("ab")
-        # Longer by what no entry tells of; never shorter, which would be filled up with zeros.
+        # The file may be longer than its last entry says, never shorter: truncate would fill it up with zeros.
         assert os.fstat(file.fileno()).st_size >= size
         file.truncate(size)
         sync_path(self._folder)
@@ -219,7 +219,7 @@ class _Writer:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time writes this store; its end, however it comes, lets the next one in."""
+    """One process at a time writes this store; when it ends, in whatever way, the next one may."""
     with folder.with_name(f".{folder.name}.lock").open("a") as lock:
         told = False
         while True:

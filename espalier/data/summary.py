@@ -1,4 +1,4 @@
-"""What prepared text comes to, for people: counts, what was dropped and why, fill of the rows, lengths as a picture."""
+"""A summary of prepared text for people: counts, what was dropped and why, row fill, a histogram of lengths."""
 
 from __future__ import annotations
 

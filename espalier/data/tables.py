@@ -1,8 +1,8 @@
-"""Tables with named columns as a whole, for fine-tuning: files (data.records) and data sets of libraries.
+"""Whole tables with named columns, for fine-tuning: files (data.records) and data sets of libraries.
 
-What a file is other than its ending says is found out and said. It is read where that leaves no doubt (semicolons
-under a proper header, an array of JSON objects); else a UserError says what was found and what to do. The first bad
-record is an error, with its line.
+A file whose content does not match its suffix is recognised. It is read, with a notice, where there is no doubt
+(semicolons under a proper header, an array of JSON objects); else a UserError says what was found and what to do. The
+first bad record is an error with its line.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FOREIGN = (
     (b"\x1f\x8b", "packed by gzip; add .gz to its name, or unpack it with `gunzip`"),
     (b"\x28\xb5\x2f\xfd", "packed by Zstandard; add .zst to its name, or unpack it with `unzstd`"),
 )
-"""How files begin that are no text, and what they are."""
+"""First bytes of files that are not text, and what the files are."""
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
 LONGEST = 2**31 - 1
 """Bytes of a record, which here is in memory anyway."""
@@ -224,7 +224,7 @@ def _text(path: str, content: bytes, encoding: str) -> tuple[str, list[str]]:
 
 
 def _read_delimited(path: str, text: str, kind: str) -> Table:
-    """By the delimiter that the ending promises; by another where that makes a table and the promised one does not."""
+    """With the delimiter of the suffix, or with another where only that one makes a table."""
     expected = "\t" if kind == ".tsv" else ","
     first = text.lstrip().split("\n")[0]
     if first.startswith(("{", "[{")) and _is_json(first if first.startswith("{") else text):
@@ -244,7 +244,7 @@ def _read_delimited(path: str, text: str, kind: str) -> Table:
             return best._replace(notes=(f"{path}: its columns are separated by {words}; read as that",))
         seen = next((sign for sign in DELIMITERS if sign != expected and table and sign in table.columns[0]), None)
         if seen:
-            # One column with such a name is no table that anyone meant: say why it is none of several.
+            # Nobody means a single column with such a name: the error of the other delimiter says more.
             _cells(path, text, seen, kind)
     if error:
         raise error
@@ -273,7 +273,7 @@ def _cells(path: str, text: str, delimiter: str, kind: str) -> Table:
 
 
 def _read_json(path: str, text: str) -> Table:
-    """Objects, one a line; or all in one array, which is said."""
+    """Objects, one a line, or all in one array, with a notice."""
     if text.lstrip()[0] == "[":
         if records := _array(path, text):
             return _of_records(path, records, (f"{path} is a JSON array of {len(records):,} objects; read as that",))

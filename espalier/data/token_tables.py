@@ -1,4 +1,4 @@
-"""What every token of a vocabulary stands for: its number of bytes, and where words begin and end."""
+"""Tables over a vocabulary: how many bytes each token stands for, and where words begin and end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers, as `tokenizers` and `transformers` run them: load, save, compare, and know their special tokens."""
+"""Tokenizers of `tokenizers` and `transformers`: load, save, compare, and find their special tokens."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
     """Write tokenizer.json and tokenizer_config.json, in the format that transformers 4 and 5 both load.
 
     more: further settings in tokenizer_config.json.
-    Each file appears whole, and a folder that holds this tokenizer is left alone: nothing can ruin a run's tokenizer.
+    Each file is replaced atomically, and a folder that already holds this tokenizer is left alone.
     """
     folder = pathlib.Path(folder)
     if (folder / "tokenizer.json").exists():

@@ -39,16 +39,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SURE_ALPHABET = 1000
-"""So many characters, the most frequent ones, are known whatever the share, where half of the vocabulary holds them."""
+"""The most frequent characters that are always in the alphabet, if half of the vocabulary has room for them."""
 LONGEST_WORD = 1000
 """Characters; a longer word becomes [UNK]. The usual 100 are too few for Thai, with blanks only between phrases."""
 SAMPLE = 2**28
-"""Characters a tokenizer is learnt from at most: more change its vocabulary little, and cost memory and minutes."""
+"""Characters a tokenizer is trained on at most: more would hardly change its vocabulary, and cost memory and time."""
 COUNTED = 2**24
 """Characters on which the scores of Unigram's tokens are counted."""
 HARD_EM_ROUNDS = 5
 BATCH = 64
-"""Pieces of text that are encoded at once: between batches Ctrl-C is heard."""
+"""Pieces of text that are encoded at once; Ctrl-C takes effect between batches."""
 MIN_VOCABULARY = 300
 """256 bytes and the special tokens must fit."""
 MARKS = r"(?<=[[\p{Latin}\p{Greek}\p{Cyrillic}]&&\p{L}])\p{Mn}+"
@@ -102,9 +102,9 @@ def sample(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def _learn(backend: Tokenizer, texts: Iterable[str], trainer: Any) -> None:
-    """backend.train_from_iterator, which hears of no signal for minutes; here Ctrl-C ends the wait at once.
+    """backend.train_from_iterator, which ignores signals for minutes; here Ctrl-C ends the wait at once.
 
-    The library works on in a thread that nobody waits for any more, until the process has ended.
+    The library continues in a thread that nobody waits for, until the process ends.
     """
     failures: list[BaseException] = []
     given_up = threading.Event()

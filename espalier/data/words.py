@@ -27,7 +27,7 @@ from espalier.data.token_tables import UNSPACED
 from espalier.errors import UserError
 
 EACH_TOKEN = "each token"
-"""In the place of a segmenter: there is none, and each token is its own word."""
+"""Instead of a segmenter's name: none is installed, and each token is its own word."""
 MIN_SHARE = 0.01
 """Of the letters of a text, for a script to count as found."""
 KANA_SHARE = 0.1
@@ -102,7 +102,7 @@ def find_segmenters(samples: Iterable[list[str]], required: bool) -> dict[str, s
 
 
 def check_segmenters(words: dict[str, str]) -> None:
-    """UserError unless the segmenters of a run that goes on are here, in the versions it began with."""
+    """UserError unless the segmenters of a resumed run are installed, in the versions it began with."""
     for script, began in words.items():
         here = None if began == EACH_TOKEN else _version(SEGMENTERS[script])
         if began != EACH_TOKEN and here != began:

@@ -50,13 +50,13 @@ def prepare(
     whole_words: bool = False,
     words: dict[str, str] | None = None,
 ) -> Prepared:
-    """Tokens of the training and the held-out text, from the cache where they are there already.
+    """Tokens of the training and the held-out text, from the cache if they are there.
 
-    The tokenizer is `of_weights`, that of the weights that are taken, because weights and tokens belong together; else
-    config.tokenizer, else one of at most vocab_size tokens, trained on the training text alone. A config.tokenizer
-    that is not that of the weights is an error, and so is a source of which nothing is left.
-    whole_words: words are masked whole, so that an unset config.words means the segmenters that are there.
-    words: those of a run that goes on, {} where it began without; with others than are here, an error.
+    The tokenizer is `of_weights`, that of the initial weights, because weights and tokens belong together; else
+    config.tokenizer, else one of at most vocab_size tokens, trained on the training text alone. UserError where
+    config.tokenizer is not that of the weights, and where nothing is left of a source.
+    whole_words: whole words are masked, so that an unset config.words means the installed segmenters.
+    words: the segmenters of a resumed run, {} where it had none; UserError where others are installed.
     """
     made = plan(
         config, vocab_size, for_masked_lm=for_masked_lm, of_weights=of_weights, whole_words=whole_words, words=words

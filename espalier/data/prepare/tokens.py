@@ -50,7 +50,7 @@ def write_tokens(
 
     def items_from(done: int):
         if done:
-            print(f"tokenizing {label}: going on behind {done:,} documents", flush=True)
+            print(f"tokenizing {label}: continuing after {done:,} documents", flush=True)
         return encode(islice(Watched(source, f"tokenizing {label}"), done, None), made.tokenizer, made.words)
 
     def keep(encoded: Encoded) -> str | None:
@@ -73,8 +73,8 @@ def check_share(counts: dict[str, Any], ended: bool, allowed: float, label: str,
     from espalier.data.store import REJECTS
 
     bad, records = sum(counts["rejected"].values()), counts["records"]
-    hopeless = records >= EARLY_ABORT_RECORDS and bad > max(allowed, 0.5) * records
-    if bad <= allowed * records or not (ended or hopeless):
+    abort_early = records >= EARLY_ABORT_RECORDS and bad > max(allowed, 0.5) * records
+    if bad <= allowed * records or not (ended or abort_early):
         return
     shown: list[dict] = []
     with contextlib.suppress(OSError, ValueError), (folder / REJECTS).open(encoding="utf-8") as file:
