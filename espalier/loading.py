@@ -16,8 +16,9 @@ import numpy as np
 from espalier.data.tokenizer import framed_tokenizer, tokenizer_of
 from espalier.errors import UserError
 from espalier.models.config import ModelConfig
-from espalier.models.hub import PREFIX, Pretrained, load_pretrained
+from espalier.models.hub import Pretrained, load_pretrained
 from espalier.models.logits import batch_of_tokens, head_logits
+from espalier.models.repository import PREFIX
 from espalier.training.checkpoint import read_config, restore_params
 from espalier.training.run import RunDirectory
 

@@ -127,6 +127,21 @@ def test_a_forbidden_import_is_found(path, source):
     assert len(violations(path, source)) == 1
 
 
+def test_models_import_in_one_direction():
+    """No circles, be they under TYPE_CHECKING or within functions; but the registry of families loads them by name."""
+    known = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for path in sources()}
+    graph = {}
+    for module, path in known.items():
+        if module.startswith("espalier.models."):
+            found = imports(path.read_text())
+            graph[module] = {full for name, part in found for full in (name, f"{name}.{part}") if full in known}
+    # As long as something imports nothing that is left, take it away; a circle stays.
+    while free := [module for module, needs in graph.items() if not needs & graph.keys()]:
+        for module in free:
+            del graph[module]
+    assert not graph, graph
+
+
 def test_every_package_is_in_the_table():
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"} == set(TOP)
     assert not list(ROOT.glob("*.py"))

@@ -26,7 +26,7 @@ from espalier.models.families.qwen import QWEN2_500M, QWEN3_600M
 from espalier.models.families.roberta import ROBERTA_BASE
 from espalier.models.families.smollm3 import SMOLLM3_3B
 from espalier.models.hf_config import to_hf, to_ours
-from espalier.models.layers import rotary_frequencies
+from espalier.models.rotary import rotary_frequencies
 
 PUBLISHED = [
     ("bert-base", BERT_BASE, "masked_lm", 109_514_298),

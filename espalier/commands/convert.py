@@ -59,8 +59,9 @@ def import_model(config: ImportConfig) -> dict:
     from espalier.data.tokenizer import fingerprint, save_tokenizer, tokenizer_of
     from espalier.files import appearing, write_json
     from espalier.models.counts import count_params
-    from espalier.models.hub import PREFIX, Pretrained, check_new, load_pretrained
+    from espalier.models.hub import Pretrained, check_new, load_pretrained
     from espalier.models.published import published_beside
+    from espalier.models.repository import PREFIX
     from espalier.training.checkpoint import save_params
     from espalier.training.run import RunDirectory
 

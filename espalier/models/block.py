@@ -21,7 +21,8 @@ from espalier.models.attention import attend
 from espalier.models.attention_backend import Backend
 from espalier.models.attention_spec import Places, spec_for
 from espalier.models.config import LayerKind, ModelConfig
-from espalier.models.layers import Einsum, Norm, activation, dropout, gated, make_norm, rotate
+from espalier.models.layers import Einsum, Norm, activation, dropout, gated, make_norm
+from espalier.models.rotary import rotate
 from sharding.mesh import constrain
 
 LayerCache = dict[str, jax.Array]

@@ -36,6 +36,7 @@ from espalier.models.hf_config import (
 )
 from espalier.models.placement import place
 from espalier.models.published import Published, generation_values, vocabulary_fingerprint
+from espalier.models.repository import local_folder
 from espalier.models.tensor_files import TensorFiles, write_tensors
 from espalier.models.weight_map import (
     export,
@@ -53,11 +54,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
-PREFIX = "hf:"
 GENERATION = "generation_config.json"
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-UNWANTED = ("*/*", "consolidated*")
-"""Files of a repository on the Hub that are fetched, and those of them that are copies; never its pickles."""
 
 
 def load_pretrained(
@@ -131,7 +128,7 @@ class Pretrained:
 
     def __init__(self, path_or_id: str | os.PathLike, revision: str | None = None):
         self.name = str(path_or_id)
-        self.folder = self.tokenizer_folder = _local_folder(path_or_id, revision)
+        self.folder = self.tokenizer_folder = local_folder(path_or_id, revision)
         self._hf, self._config = read_config(self.folder)
         self._family = family_of(self._hf.model_type)
         self._files = TensorFiles(self.folder)
@@ -284,41 +281,6 @@ def check_export(
     """UserError where `save_pretrained` would refuse: before the work, rather than after it."""
     check_new(Path(path).expanduser())
     to_hf(config, head, tokenizer, published=published)
-
-
-def _local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
-    """The folder itself, or the snapshot of a repository on the Hub, fetched where it is not in the cache."""
-    given = str(path_or_id).removeprefix(PREFIX)
-    folder = Path(given).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{given} is a file; give the folder with config.json and model.safetensors")
-    if ".." in given or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
-        raise UserError(f"there is no folder {given}, and a repository on the Hub is called NAME or ORGANISATION/NAME")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    wanted = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
-    try:
-        return Path(snapshot_download(given, revision=revision, **wanted))
-    except GatedRepoError:
-        raise UserError(
-            f"{given} is given only to those who accept its licence: do so on its page of the Hub, then `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{given} on the Hub has no revision {revision!r}; leave it out for the newest") from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"there is no folder {given} and no such repository on the Hub; check the name (for a private one: "
-            "hf auth login)"
-        ) from None
-    except Exception as error:  # of the connection, in the middle of a file, of a name that the Hub does not allow
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"there is no folder {given}, and the Hub cannot be asked for it ({said}); "
-            "check the path, or fetch it where there is a connection: hf download NAME --local-dir FOLDER"
-        ) from None
 
 
 def _save_tokenizer(

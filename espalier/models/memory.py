@@ -24,7 +24,7 @@ from espalier.models.attention_spec import Places
 from espalier.models.block import Block, Context, dropouts
 from espalier.models.config import ModelConfig
 from espalier.models.heads import LANGUAGE_MODELS
-from espalier.models.layers import rotary_by_kind
+from espalier.models.rotary import rotary_by_kind
 from espalier.models.transformer import init_params, matrix_axes, rematerialised
 from sharding.rules import param_spec, path_of
 

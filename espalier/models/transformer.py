@@ -20,7 +20,8 @@ from espalier.models.block import Block, Context, Memory, dropouts
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import init_heads
 from espalier.models.inputs import completed
-from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key, rotary_by_kind
+from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key
+from espalier.models.rotary import rotary_by_kind
 from sharding.mesh import constrain, mesh_platform
 
 DEFAULT_EXECUTION = Execution()

@@ -1,0 +1,49 @@
+"""A model of Hugging Face as a folder of this machine: the folder itself, or a repository on the Hub, fetched."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from espalier.errors import UserError
+
+PREFIX = "hf:"
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+UNWANTED = ("*/*", "consolidated*")
+"""Files of a repository on the Hub that are fetched, and those of them that are copies; never its pickles."""
+
+
+def local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
+    """The folder itself, or the snapshot of a repository on the Hub, fetched where it is not in the cache."""
+    given = str(path_or_id).removeprefix(PREFIX)
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{given} is a file; give the folder with config.json and model.safetensors")
+    if ".." in given or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        raise UserError(f"there is no folder {given}, and a repository on the Hub is called NAME or ORGANISATION/NAME")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    wanted = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    try:
+        return Path(snapshot_download(given, revision=revision, **wanted))
+    except GatedRepoError:
+        raise UserError(
+            f"{given} is given only to those who accept its licence: do so on its page of the Hub, then `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{given} on the Hub has no revision {revision!r}; leave it out for the newest") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no folder {given} and no such repository on the Hub; check the name (for a private one: "
+            "hf auth login)"
+        ) from None
+    except Exception as error:  # of the connection, in the middle of a file, of a name that the Hub does not allow
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"there is no folder {given}, and the Hub cannot be asked for it ({said}); "
+            "check the path, or fetch it where there is a connection: hf download NAME --local-dir FOLDER"
+        ) from None
