@@ -56,6 +56,19 @@ def cache(tmp_path_factory) -> Iterator[pathlib.Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """A report that a test makes in this process has dots for its curves: drawing them takes longer than training.
+
+    Left as they are where the page itself is looked at; so are those of commands in processes of their own.
+    """
+    if request.node.path.name not in ("test_report.py", "test_readme.py"):
+        from espalier.report import figures
+
+        dot = b"\x89PNG\r\n\x1a\n"
+        monkeypatch.setattr(figures, "_png", lambda *arguments: dot)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """The folder with the real texts and labelled sets: `../shared/data`."""

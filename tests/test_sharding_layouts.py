@@ -88,11 +88,13 @@ def batch(seed: int) -> dict:
     }
 
 
+CONFIG = OptimizerConfig(learning_rate=1e-3, warmup=0, clip_norm=0.0, b1=0.5)
+"""Without clipping the first moments after one step are the gradients times 1-b1."""
+
+
 @functools.cache
-def three_steps(model, layout: MeshConfig, accumulation: int = 1):
-    """(loss of the first step, its gradients, parameters after three steps)."""
-    # Without clipping the first moments after one step are the gradients times 1-b1.
-    config = OptimizerConfig(learning_rate=1e-3, warmup=0, clip_norm=0.0, b1=0.5)
+def first_state(model, layout: MeshConfig):
+    """(the optimizer, a state that was made where this layout has it)."""
     mesh = build_mesh(layout)
 
     def init(key):
@@ -100,14 +102,27 @@ def three_steps(model, layout: MeshConfig, accumulation: int = 1):
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, jax.random.key(0))
-        optimizer = build_optimizer(config, shapes, matrix_axes(shapes))
+        optimizer = build_optimizer(CONFIG, shapes, matrix_axes(shapes))
 
         def fresh():
-            return new_state(init(jax.random.key(1)), optimizer.init, config, jax.random.key(2))
+            return new_state(init(jax.random.key(1)), optimizer.init, CONFIG, jax.random.key(2))
 
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, shard_state(jax.eval_shape(fresh), mesh))
-        state = jax.jit(fresh, out_shardings=shardings)()
-        step = make_train_step(objective_of(model), optimizer, schedule(config, 10), accumulation)
+        return optimizer, jax.jit(fresh, out_shardings=shardings_of(jax.eval_shape(fresh), mesh))()
+
+
+def shardings_of(state, mesh):
+    return jax.tree.map(lambda leaf: leaf.sharding, shard_state(state, mesh))
+
+
+@functools.cache
+def three_steps(model, layout: MeshConfig, accumulation: int = 1):
+    """(loss of the first step, its gradients, parameters after three steps), from the state of one device."""
+    mesh = build_mesh(layout)
+    optimizer, state = first_state(model, ONE)
+    with jax.set_mesh(mesh):
+        shardings = shardings_of(jax.eval_shape(lambda: state), mesh)
+        state = jax.device_put(state, shardings)
+        step = make_train_step(objective_of(model), optimizer, schedule(CONFIG, 10), accumulation)
         step = jax.jit(step, out_shardings=(shardings, None))
         state, metrics = step(state, place_batch(batch(0), mesh))
         loss, gradients = jax.device_get((metrics["loss"], state.opt_state.mu))
@@ -122,6 +137,13 @@ def distances(actual, expected):
     for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), there, strict=True):
         want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
         yield jax.tree_util.keystr(path), np.linalg.norm(got - want), np.linalg.norm(want), want.size
+
+
+@pytest.mark.parametrize("model", [ENCODER, DECODER], ids=["encoder", "decoder"])
+def test_a_state_begins_alike_on_every_axis(model):
+    _, one = first_state(model, ONE)
+    _, state = first_state(model, MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(one.params))
 
 
 @pytest.mark.parametrize("model", [ENCODER, DECODER], ids=["encoder", "decoder"])
