@@ -199,6 +199,6 @@ def test_every_flag_in_the_text_exists(flag):
 @pytest.mark.parametrize("text", [README, AGENTS], ids=["README", "AGENTS"])
 def test_every_path_in_the_text_exists(text):
     for path in re.findall(
-        r"`((?:mlm|clm|finetune|models|data|sharding|training|commands|tests|docs)/[\w/.-]*)`", text
+        r"`((?:espalier|mlm|clm|finetune|models|data|sharding|training|commands|tests|docs)/[\w/.-]*)`", text
     ):
         assert (ROOT / path).exists(), path
