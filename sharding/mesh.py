@@ -39,7 +39,7 @@ class MeshConfig:
     replica: int = 1
     """Copies on slices or nodes with a slower network between them."""
     auto: bool = often(False)
-    """Choose the axes and say why, by the model's size, the chips' memory and how they are connected."""
+    """Choose the axes and say why. They follow from the model's size, the chips' memory and their connections."""
 
     def sizes(self, device_count: int) -> tuple[int, ...]:
         """Axis sizes in the order of AXES on `device_count` devices, the -1 filled in; UserError if they do not fit.

@@ -6,13 +6,18 @@ import re
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from espalier import cli
 from espalier.commands.plan.__main__ import main
 from espalier.commands.plan.compile.slices import devices_of, parse_topology
+from espalier.commands.plan.compile.step import batch_types, lower_step
 from espalier.commands.plan.planner import make_plan
 from espalier.commands.plan.settings import PRESETS, PlanSettings, as_tokens
+from espalier.data.loader import Rows
+from espalier.data.packing import pack_best_fit, pack_split
+from espalier.data.tokenizer import SpecialIds
 from espalier.errors import UserError
 from sharding.advice import Task, advise, layouts
 from sharding.mesh import MeshConfig, build_mesh, slice_count
@@ -252,3 +257,34 @@ def test_mesh_auto_is_a_word_on_the_command_line(capsys, tmp_path):
     arguments = "llama-1b --chip h100 --chips 8 --accumulation 8 --mesh auto --json".split()
     plan = json.loads(run(capsys, tmp_path, *arguments))
     assert plan["fits"] and plan["mesh"]["data"] * plan["mesh"]["fsdp"] == 8
+
+
+class Store:
+    """Three documents, for rows as the loader makes them."""
+
+    offsets = np.array([0, 5, 9, 20])
+
+    def take(self, index):
+        return index.astype(np.int32)
+
+    def word_starts(self, index):
+        return index % 2 == 0
+
+
+@pytest.mark.parametrize("word_starts", [False, True])
+def test_a_planned_batch_has_the_arrays_of_the_loader(word_starts):
+    specials = SpecialIds(pad=0, cls=1, sep=2, mask=3, bos=4, eos=5, all=(0, 1, 2, 3, 4, 5))
+    framed = Rows(Store(), pack_best_fit(Store.offsets, 8), 8, specials, "masked_lm", word_starts=word_starts)
+    table = np.ones(30, np.int32)
+    shifted = Rows(Store(), pack_split(Store.offsets, 8), 8, specials, "causal_lm", table)
+    for layout, rows, words in (("framed", framed, word_starts), ("shifted", shifted, False)):
+        batch = rows.rows(np.arange(1))
+        assert {name: str(values.dtype) for name, values in batch.items()} == batch_types(layout, words)
+
+
+def test_whole_words_are_planned_as_they_are_trained():
+    """The loader then adds where words begin, and the step takes it."""
+    config = PRESETS["mlm-debug"]()
+    config = dataclasses.replace(config, masking=dataclasses.replace(config.masking, whole_words=True))
+    program = lower_step(config, build_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    assert "word_starts" in program.arguments[1]

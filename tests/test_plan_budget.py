@@ -17,7 +17,7 @@ from espalier.commands.plan.budget.budget import plan, sizes
 from espalier.commands.plan.budget.settings import BudgetConfig
 from espalier.commands.plan.budget.text import as_text
 from espalier.commands.plan.numbers import short
-from espalier.commands.plan.objectives import OBJECTIVES
+from espalier.commands.plan.objectives import PRESETS
 from espalier.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -183,7 +183,7 @@ def test_the_suggested_command_is_one(given):
     b = plan(BudgetConfig(**given))
     _, command, *arguments = shlex.split(b.command)
     seen = []
-    cli.run(lambda config, call: seen.append(config), OBJECTIVES[b.objective].presets, command, "", arguments)
+    cli.run(lambda config, call: seen.append(config), PRESETS[b.objective], command, "", arguments)
     config = seen[0]
     assert (config.steps, config.batch_size) == (b.steps, b.batch_size)
     config.model.fitted(config.model.vocab_size, config.data.sequence_length)  # positions suffice
@@ -219,8 +219,8 @@ def test_json_is_one_object(capsys):
         ("--hours 24", "without a chip; add --chip h100"),
         ("--hours soon --chip h100", "hours=soon is not a number"),
         ("--hours 24 --chip h1000", "unknown chip 'h1000'; did you mean h100?; known are"),
-        ("--preset gtp2", "unknown preset 'gtp2'; did you mean gpt2?; known are clm: debug, demo, gpt2"),
-        ("--preset demo", "preset demo is in clm and mlm; add --objective clm or --objective mlm"),
+        ("--preset gtp2", "unknown preset 'gtp2'; did you mean gpt2?; known are mlm: debug, demo, "),
+        ("--preset demo", "preset demo is in mlm and clm; add --objective mlm or --objective clm"),
         ("--preset gpt2 --objective mlm", "known are mlm: debug"),
         ("--params 7B --mfu 40", "mfu=40.0"),
         ("--params 7B --chips 0", "chips=0"),

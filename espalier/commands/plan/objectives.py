@@ -1,90 +1,27 @@
-"""What a plan reads of each pretraining objective. Imports nothing heavy."""
+"""The pretraining objectives that can be planned for, and their presets. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import clm.presets
-import mlm.presets
+from espalier.pretraining.objective import TextObjective
+from espalier.task import TASKS, find
 
-if TYPE_CHECKING:
-    from espalier.models.config import ModelConfig
-    from espalier.training.step import Objective
-
-TOKENS = {"input_ids": "int32", "segment_ids": "int32", "positions": "int32"}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """An objective, as far as a plan goes."""
-
-    command: str
-    """Of launch.sh."""
-    head: str
-    causal: bool
-    """Whether its models see only what came before."""
-    config: type
-    """Of its presets."""
-    presets: Mapping[str, Callable[[], Any]]
-    batch: Mapping[str, str]
-    """Name → type of every array of a batch, all [B, T]."""
-    build: Callable[[Any, ModelConfig], Objective]
-    """(config, model) → the objective; which token ids are special changes no shape."""
-    predicted: Callable[[Any], float]
-    """config → the mean part of the tokens that reach the head."""
-
-
-def _causal(config: Any, model: ModelConfig) -> Objective:
-    from clm.loss import causal_lm_objective
-
-    return causal_lm_objective(model, execution=config.execution)
-
-
-def _masked(config: Any, model: ModelConfig) -> Objective:
-    import numpy as np
-
-    from mlm.loss import masked_lm_objective
-    from mlm.masking import Vocabulary, rate_at
-
-    return masked_lm_objective(
-        model,
-        config.masking,
-        Vocabulary(4, np.arange(model.vocab_size) >= 5, np.zeros(model.vocab_size, np.uint8)),
-        rate=lambda step: rate_at(config.masking, step, config.steps),
-        execution=config.execution,
-    )
-
-
-OBJECTIVES: Mapping[str, Planned] = {
-    planned.command: planned
-    for planned in (
-        Planned(
-            command="clm",
-            head="causal_lm",
-            causal=True,
-            config=clm.presets.PretrainConfig,
-            presets=clm.presets.PRESETS,
-            batch=TOKENS | {"labels": "int32", "loss_weights": "float32", "label_bytes": "int32"},
-            build=_causal,
-            predicted=lambda config: 1.0,
-        ),
-        Planned(
-            command="mlm",
-            head="masked_lm",
-            causal=False,
-            config=mlm.presets.PretrainConfig,
-            presets=mlm.presets.PRESETS,
-            batch=TOKENS,
-            build=_masked,
-            predicted=lambda config: (config.masking.rate + (config.masking.final_rate or config.masking.rate)) / 2,
-        ),
-    )
+OBJECTIVES: Mapping[str, TextObjective] = {
+    record.command: record for record in map(find, TASKS) if isinstance(record, TextObjective)
 }
-"""By command."""
+"""By the command that trains it."""
+
+PRESETS: Mapping[str, Mapping[str, Callable[[], Any]]] = {
+    command: importlib.import_module(f"{command}.presets").PRESETS for command in OBJECTIVES
+}
+"""Command → its presets."""
 
 
-def objective_of(config: Any) -> Planned:
-    """The objective that a pretraining configuration is for."""
-    return next(planned for planned in OBJECTIVES.values() if isinstance(config, planned.config))
+def objective_of(config: Any) -> TextObjective:
+    """The record of the objective that a pretraining configuration is for, a user's own included."""
+    record = find(config.task).chosen(config)
+    assert isinstance(record, TextObjective), config.task
+    return record

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from espalier.commands.plan import numbers
-from espalier.commands.plan.objectives import OBJECTIVES, Planned
+from espalier.commands.plan import numbers, objectives
 from espalier.errors import UserError
 from espalier.short_help import often
 
@@ -52,29 +52,29 @@ def as_tokens(text: str) -> float:
 
 
 def _presets() -> dict[str, Callable[[], Any]]:
-    names = [name for planned in OBJECTIVES.values() for name in planned.presets]
+    names = [name for presets in objectives.PRESETS.values() for name in presets]
     return {
-        f"{planned.command}-{name}" if names.count(name) > 1 else name: _with_settings(preset, kind)
-        for planned in OBJECTIVES.values()
-        for kind in (_combined(planned),)
-        for name, preset in planned.presets.items()
+        f"{command}-{name}" if names.count(name) > 1 else name: _with_settings(preset)
+        for command, presets in objectives.PRESETS.items()
+        for name, preset in presets.items()
     }
 
 
-def _combined(planned: Planned) -> type:
-    """Settings of a plan and of a run of this objective in one class, as a command line needs them."""
-    doc = f"Plan a run of `{planned.command}`."
-    bases = (PlanSettings, planned.config)
-    return dataclass(frozen=True)(type(f"{planned.command.title()}Plan", bases, {"__doc__": doc}))
-
-
-def _with_settings(preset: Callable[[], Any], combined: type) -> Callable[[], Any]:
+def _with_settings(preset: Callable[[], Any]) -> Callable[[], Any]:
     def make() -> Any:
         config = preset()
-        return combined(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return _combined(type(config))(**values)
 
     make.__doc__ = preset.__doc__
     return make
+
+
+@functools.cache
+def _combined(kind: type) -> type:
+    """Settings of a plan and of a run in one class, as a command line needs them."""
+    namespace = {"__doc__": f"Plan a run of `{kind.__module__.split('.')[0]}`."}
+    return dataclass(frozen=True)(type(f"Plan{kind.__name__}", (PlanSettings, kind), namespace))
 
 
 PRESETS = _presets()

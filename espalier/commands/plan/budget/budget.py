@@ -17,8 +17,9 @@ from espalier.commands.plan.budget import scaling_laws as laws
 from espalier.commands.plan.budget.scaling_laws import Allocation, Law
 from espalier.commands.plan.budget.settings import BudgetConfig, as_number
 from espalier.commands.plan.numbers import short
-from espalier.commands.plan.objectives import OBJECTIVES, Planned
+from espalier.commands.plan.objectives import OBJECTIVES, PRESETS
 from espalier.errors import UserError
+from espalier.pretraining.objective import TextObjective
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def plan(config: BudgetConfig) -> Budget:
     )
 
 
-def start(config: BudgetConfig, objective: Planned, speed: float | None) -> tuple[str, Callable[[Law], Allocation]]:
+def start(
+    config: BudgetConfig, objective: TextObjective, speed: float | None
+) -> tuple[str, Callable[[Law], Allocation]]:
     """What was given, in words, and how a law goes on from it."""
     if config.flops is not None:
         flops = as_number("flops", config.flops)
@@ -176,19 +179,18 @@ def chip_speed(config: BudgetConfig) -> float | None:
     return chip.flops * chip.devices_per_chip * chip.sustained_clock * config.chips * config.mfu
 
 
-def find_preset(name: str, objective: str | None) -> tuple[Any, Planned]:
-    """The preset of that name, of this objective or of the only one that has it."""
-    asked = [planned for planned in OBJECTIVES.values() if objective in (None, planned.command)]
-    having = [planned for planned in asked if name in planned.presets]
+def find_preset(name: str, command: str | None) -> tuple[Any, TextObjective]:
+    """The preset of that name, of this command or of the only one that has it."""
+    asked = {other: presets for other, presets in PRESETS.items() if command in (None, other)}
+    having = [other for other, presets in asked.items() if name in presets]
     if len(having) == 1:
-        return having[0].presets[name](), having[0]
+        return asked[having[0]][name](), OBJECTIVES[having[0]]
     if having:
-        commands = [planned.command for planned in having]
         raise UserError(
-            f"preset {name} is in {' and '.join(commands)}; add --objective {' or --objective '.join(commands)}"
+            f"preset {name} is in {' and '.join(having)}; add --objective {' or --objective '.join(having)}"
         )
-    near = difflib.get_close_matches(name, [preset for planned in asked for preset in planned.presets], 1)
-    listed = "; ".join(f"{planned.command}: {', '.join(planned.presets)}" for planned in asked)
+    near = difflib.get_close_matches(name, [preset for presets in asked.values() for preset in presets], 1)
+    listed = "; ".join(f"{other}: {', '.join(presets)}" for other, presets in asked.items())
     raise UserError(f"unknown preset {name!r}{f'; did you mean {near[0]}?' if near else ''}; known are {listed}")
 
 
@@ -199,13 +201,13 @@ def sizes(objective: str) -> Mapping[str, int]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from espalier.models.counts import count_params
 
-    planned = OBJECTIVES[objective]
-    return {name: count_params(preset().model, planned.head) for name, preset in planned.presets.items()}
+    head = OBJECTIVES[objective].head
+    return {name: count_params(preset().model, head) for name, preset in PRESETS[objective].items()}
 
 
-def command(objective: Planned, preset: str, steps: int, batch_size: int, length: int) -> str:
+def command(objective: TextObjective, preset: str, steps: int, batch_size: int, length: int) -> str:
     """The command that trains so, with the preset whose size is nearest."""
-    model = objective.presets[preset]().model
+    model = PRESETS[objective.command][preset]().model
     line = f"./launch.sh {objective.command} {preset} --steps {steps} --batch-size {batch_size}"
     line += f" --data.sequence-length {length}"
     if model.max_length is not None and length > model.max_length:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from espalier.commands.plan.objectives import objective_of
 from espalier.models.transformer import init_params, matrix_axes
+from espalier.pretraining.objective import Layout, Setup
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.start import abstract_state
 from espalier.training.step import jit_train_step
@@ -29,11 +30,11 @@ def lower_step(config: Any, mesh: Mesh) -> Program:
     UserError where the layout does not fit the model, before anything is compiled.
     """
     model = config.model.fitted(config.model.vocab_size, config.data.sequence_length)
-    planned = objective_of(config)
-    objective = planned.build(config, model)
+    record = objective_of(config)
+    objective = record.build(Setup(config, model, tokenizer=None), True)
 
     def init(key):
-        return init_params(model, key, heads=(planned.head,))
+        return init_params(model, key, heads=(record.head,))
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
@@ -43,6 +44,17 @@ def lower_step(config: Any, mesh: Mesh) -> Program:
             objective, optimizer, schedule(config.optimizer, config.steps), config.accumulation, state
         )
         shape = (config.batch_size, config.data.sequence_length)
-        layout = batch_sharding(shape, mesh, tokens=1)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in planned.batch.items()}
+        split = batch_sharding(shape, mesh, tokens=1)
+        types = batch_types(record.layout, record.word_starts(config))
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in types.items()}
         return Program(step.lower(state, batch), (state, batch))
+
+
+def batch_types(layout: Layout, word_starts: bool) -> dict[str, str]:
+    """Name → type of every array [B, T] of a batch."""
+    types = {"input_ids": "int32", "segment_ids": "int32", "positions": "int32"}
+    if word_starts:
+        types["word_starts"] = "bool"
+    if layout == "shifted":
+        types |= {"labels": "int32", "loss_weights": "float32", "label_bytes": "int32"}
+    return types
