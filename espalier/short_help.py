@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import shutil
@@ -46,19 +47,24 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, prefix: str = "--") -> Iterator[Setting]:
-    """The settings that a configuration declares by `often`, nested ones as `--outer.inner`."""
+    """The settings that a configuration declares by `often`, nested ones as `--outer.inner`.
+
+    A class may name inherited ones in its attribute `SELDOM`: they are left out.
+    """
     hints, meanings = typing.get_type_hints(type(config)), documentation(type(config))
+    seldom = getattr(config, "SELDOM", ())
     for field in dataclasses.fields(config):
         name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from settings(value, f"{name}.")
-        elif field.metadata.get(OFTEN):
+        elif field.metadata.get(OFTEN) and field.name not in seldom:
             meaning = re.sub(r"\s+", " ", meanings.get(field.name, ""))
             first, *more = re.split(r"(?<!e\.g)\. ", meaning)[0].rstrip(".").split("; ")
             words = "; ".join([first, *(part for part in more if part.startswith("unset"))])
             yield Setting(f"{name} {_takes(hints[field.name])}".rstrip(), words, value)
 
 
+@functools.cache
 def documentation(config_type: type) -> dict[str, str]:
     """The docstring below each field of a dataclass and its bases."""
     found = {}

@@ -102,11 +102,11 @@ class TrainConfig:
     batch_size: int = often(32)
     """Rows in the global batch."""
     seed: int = often(0)
-    """Seeds parameters, data order, masking and dropout; from 0 to 2³²-1."""
+    """Seed of parameters, data, masking and dropout; from 0 to 2³²-1."""
     run_dir: str | None = often(None)
     """Where everything of this run goes; unset = runs/<command>-<preset>."""
     stop_at: int | None = often(None)
-    """Pause after this step, before the schedule ends; the same command without it goes on."""
+    """Pause after this step of the schedule; the same command without it goes on."""
     init_from: str | None = often(None)
     """Start from another model: a run directory, or hf:PATH_OR_ID (Hugging Face format). That is a folder or a
     repository on the Hub. Architecture and tokenizer come with the weights; --model settings that are given change

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from espalier.commands.plan import numbers, objectives
 from espalier.errors import UserError
@@ -17,6 +17,8 @@ from espalier.short_help import often
 class PlanSettings:
     """What is planned for: chips, tokens and their price."""
 
+    SELDOM: ClassVar[tuple[str, ...]] = ("seed", "stop_at", "init_from", "export")
+    """Settings of a run on which its plan does not depend."""
     topology: str | None = often(None)
     """A TPU slice, whose compiler is asked: v4:2x2x2, v5e:16x16, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1."""
     slices: int = 1
