@@ -81,7 +81,7 @@ def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float])
     from espalier.models.pretrained import load_weights
     from espalier.models.transformer import matrix_axes
     from espalier.training import sweep as training
-    from espalier.training.start import _keys as run_keys
+    from espalier.training.start import run_keys
     from sharding.rules import shard_params
 
     with tempfile.TemporaryDirectory(prefix="espalier-sweep-") as folder:
@@ -92,6 +92,8 @@ def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float])
             raise UserError("a sweep needs one or more seeds")
         first = next(iter(runs.values()))
         task, mesh, origin = first.task, first.mesh, first.origin
+        if task.frozen is not None:
+            raise UserError("a sweep has no place for frozen parameters; train the runs one by one")
         init = jax.jit(task.init_params)
 
         def params_of(seed: int) -> Any:

@@ -19,8 +19,10 @@ from espalier.models.config import ModelConfig
 from espalier.models.hub import Pretrained, load_pretrained
 from espalier.models.logits import batch_of_tokens, head_logits
 from espalier.models.repository import PREFIX
-from espalier.training.checkpoint import read_config, restore_params
+from espalier.training.checkpoint import newest_step, read_config, read_data, restore_params
+from espalier.training.frozen import restore_frozen
 from espalier.training.run import RunDirectory
+from espalier.training.state import combined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -118,4 +120,8 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     tokenizer = tokenizer_of(run.tokenizer, saved)
     if head == "sequence_classification" and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, config.causal)
-    return LoadedModel(config, jax.tree.map(jnp.asarray, restore_params(run.path, step=step)), tokenizer, head)
+    params = restore_params(run.path, step=step)
+    if run.frozen.is_dir():
+        record = read_data(run.path, newest_step(run.path) if step is None else step).get("frozen")
+        params = combined(params, restore_frozen(run.frozen, None, record))
+    return LoadedModel(config, jax.tree.map(jnp.asarray, params), tokenizer, head)

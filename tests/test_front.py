@@ -1,22 +1,31 @@
 """`import espalier`: light, and what it loads gives the logits of transformers."""
 
+import dataclasses
 import importlib
 import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 from published import folder, model
+from tiny_models import BERT, random_params
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import espalier
+from espalier import loading
+from espalier.data.tokenizer import fingerprint, save_tokenizer
+from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
 from espalier.models.logits import batch_of_tokens
+from espalier.training.checkpoint import save_params
+from espalier.training.frozen import save_frozen
+from espalier.training.run import RunDirectory
 
 TEXTS = ["to be or not to be", "that is", "the question whether it is nobler in the mind"]
 KINDS = [
@@ -108,3 +117,21 @@ def test_importing_it_is_light_and_the_names_are_known():
     assert {*espalier._FRONT} == {*espalier.__all__}
     with pytest.raises(AttributeError, match="no attribute 'lode'; it has .*load"):
         espalier.lode  # noqa: B018
+
+
+def test_a_run_with_frozen_parameters_is_loaded_whole(tmp_path, monkeypatch):
+    """Parameters of a run that trained the head alone: the rest lies beside its checkpoints."""
+    config = dataclasses.replace(BERT, vocab_size=300)
+    params = random_params(config, ("masked_lm",))
+    run, words = RunDirectory(tmp_path / "run"), train_tokenizer(TEXTS * 20, "wordpiece", 300)
+    save_tokenizer(words, run.tokenizer)
+    saved = {
+        "task": "masked_lm",
+        "model": dataclasses.asdict(config),
+        "fingerprints": {"tokenizer": fingerprint(words)},
+    }
+    base = {name: part for name, part in params.items() if name != "head"}
+    record = save_frozen(run.frozen, base, "elsewhere")
+    save_params(run.checkpoints, {"head": params["head"]}, saved)
+    monkeypatch.setattr(loading, "read_data", lambda *_: {"frozen": record})
+    jax.tree.map(np.testing.assert_array_equal, espalier.load(run.path).params, params)

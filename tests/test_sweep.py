@@ -10,7 +10,7 @@ from toy import quick_compilation  # noqa: F401
 
 from espalier.errors import UserError
 from espalier.training.config import OptimizerConfig
-from espalier.training.start import _keys as run_keys
+from espalier.training.start import run_keys
 from espalier.training.sweep import sweep
 from sharding.mesh import MeshConfig, build_mesh
 

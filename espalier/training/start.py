@@ -163,7 +163,7 @@ def _frozen_params(frozen: Frozen | None, config: TrainConfig, mesh: Mesh, origi
     if frozen.load is not None:
         return frozen.load(shapes)
     layout = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(frozen.init, out_shardings=layout)(jax.random.fold_in(_keys(config.seed)[0], 1))
+    return jax.jit(frozen.init, out_shardings=layout)(jax.random.fold_in(run_keys(config.seed)[0], 1))
 
 
 def _abstract_frozen(frozen: Frozen, mesh: Mesh) -> Any:
@@ -231,14 +231,14 @@ def _makers(config: TrainConfig, init_params: Callable[[jax.Array], Any], optimi
     """(parameters → the state at step 0 around them, () → the same with fresh ones)."""
 
     def around(params):
-        return new_state(params, optimizer.init, config.optimizer, _keys(config.seed)[1])
+        return new_state(params, optimizer.init, config.optimizer, run_keys(config.seed)[1])
 
     def scratch():
-        return around(init_params(_keys(config.seed)[0]))
+        return around(init_params(run_keys(config.seed)[0]))
 
     return around, scratch
 
 
-def _keys(seed: int) -> jax.Array:
+def run_keys(seed: int) -> jax.Array:
     """The key of the parameters and the key of the run (data masks, dropout)."""
     return jax.random.split(jax.random.key(seed))

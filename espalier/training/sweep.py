@@ -21,7 +21,7 @@ from espalier.errors import UserError
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate
 from espalier.training.optimizer import build_optimizer, schedule
-from espalier.training.start import _keys as run_keys
+from espalier.training.start import run_keys
 from espalier.training.state import TrainState, new_state
 from espalier.training.step import Objective, make_train_step
 
@@ -104,7 +104,7 @@ def sweep(
             for r, rate in enumerate(learning_rates):
                 row = {"seed": seed, "learning_rate": rate, "train_loss": float(loss_SRs[s, r, -1])}
                 if eval_batches:
-                    row |= evaluate(jax.tree.map(lambda leaf, s=s, r=r: leaf[s, r], state.params))
+                    row |= evaluate(jax.tree.map(lambda leaf, s=s, r=r: leaf[s, r], state))
                 rows.append(row)
         return Sweep(rows, loss_SRs, state.params)
 
