@@ -10,10 +10,15 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
+import clm.presets
+from espalier.commands.plan.time.amounts import Job
+from espalier.commands.plan.time.roofline import step_time
 from espalier.errors import UserError
+from espalier.models.memory import step_memory
 from espalier.training.config import OptimizerConfig
 from espalier.training.optimizer import build_optimizer, schedule
-from sharding.topology import peak_flops
+from espalier.training.optimizers import OPTIMIZERS, OptimizerKind
+from sharding.topology import chip_named, peak_flops
 
 RATES = {"learning_rate": 0.01, "muon_learning_rate": 0.02, "weight_decay": 0.1}
 
@@ -135,6 +140,30 @@ def test_patterns_are_checked(changes, words):
     params = jax.eval_shape(toy.init_params, jax.random.key(0))
     with pytest.raises(UserError, match=words):
         build_optimizer(OptimizerConfig(**changes), params, toy.matrix_axes(params))
+
+
+def test_an_optimizer_that_is_new_is_one_entry(monkeypatch):
+    """Lion (Chen et al. 2023) of optax, from the flag's choices to the estimates of memory and time."""
+    lion = OptimizerKind(lambda config: optax.scale_by_lion(b1=config.b1, b2=config.b2), moments=1, matrix_moments=1)
+    with pytest.raises(UserError, match="optimizer.name=lion is none of adamw, muon"):
+        OptimizerConfig(name="lion")
+    monkeypatch.setitem(OPTIMIZERS, "lion", lion)
+    config = OptimizerConfig(name="lion", clip_norm=0.0, no_decay="bias|embedding")
+    params, gradients = params_and_gradients(1)
+    got, _ = updated(config, params, gradients)
+    down = lambda tree: tree["layers"]["period"]["0"]["mlp"]["down"]["kernel"]  # noqa: E731
+    expected = down(params) - 0.01 * (np.sign(down(gradients[0])) + 0.1 * down(params))
+    np.testing.assert_allclose(down(got), expected, rtol=1e-6, atol=1e-7)
+
+    model = clm.presets.demo().model
+    memory = {
+        name: step_memory(model, "causal_lm", {}, rows=1, length=8, moments=(kind.moments, kind.matrix_moments))
+        for name, kind in OPTIMIZERS.items()
+    }
+    assert memory["lion"].optimizer == memory["adamw"].optimizer / 2 < memory["muon"].optimizer
+    job = Job(model, chip_named("h100"), 1024, 16, {})
+    times = {name: step_time(dataclasses.replace(job, optimizer=name)).step for name in OPTIMIZERS}
+    assert times["lion"] < times["adamw"] and times["lion"] < times["muon"]
 
 
 def test_muon_without_matrices_is_refused():

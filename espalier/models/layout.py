@@ -89,7 +89,7 @@ def memory_of(
         remat=config.execution.remat,
         attention=attention,
         dtype=dtype,
-        muon=config.optimizer.name == "muon",
+        moments=(config.optimizer.kind.moments, config.optimizer.kind.matrix_moments),
         scan=scan,
     )
 

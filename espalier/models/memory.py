@@ -63,22 +63,22 @@ def step_memory(
     remat: str = "none",
     attention: str = "xla",
     dtype: str = "bfloat16",
-    muon: bool = False,
+    moments: tuple[int, int] = (2, 2),
     scan: bool = True,
 ) -> Memory:
     """Memory of a step with `rows` in the whole batch on a mesh of these axis sizes (axes not named are 1).
 
-    attention: the backend's name in models.attention.BACKENDS.
+    attention: the backend's name in models.attention.BACKENDS. moments: float32 values that the optimizer keeps of a
+    parameter, and of one in a layer's matrices.
     """
     size = {axis: mesh.get(axis, 1) for axis in ("replica", "data", "fsdp", "sequence", "tensor")}
     itemsize = jnp.dtype(dtype).itemsize
-    held = gathered = looped = moments = 0.0
+    held = gathered = looped = kept_by_optimizer = 0.0
     for path, elements, spec, matrix in _parameters(config, head):
         whole = elements / math.prod(size[axis] for axis in spec if axis == "tensor")
         part = 4 * whole / math.prod(size[axis] for axis in spec if axis == "fsdp")
         held += part
-        # Muon keeps one moment of a layer's matrices; the rest is AdamW's.
-        moments += part * (1 if muon and matrix else 2)
+        kept_by_optimizer += part * moments[matrix]
         if "period" in path:
             looped += whole
         else:
@@ -100,7 +100,7 @@ def step_memory(
     ends = 4 * tokens * config.hidden_size * itemsize
     return Memory(
         parameters=held,
-        optimizer=moments,
+        optimizer=kept_by_optimizer,
         gradients=held * (2 if accumulation > 1 else 1),
         weights=weights,
         kept=kept,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from espalier.errors import UserError
 from espalier.short_help import often
+from espalier.training.optimizers import OPTIMIZERS, OptimizerKind
 from sharding.mesh import MeshConfig
 from sharding.processes.discovery import DistributedConfig
 
@@ -35,11 +36,17 @@ HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers
 """Field names, at any depth, that may differ between the processes of one run."""
 
 
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and schedule; the schedule spans `steps` of the run."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: OptimizerName = "adamw"
     """adamw, or muon for the matrices of the layers with adamw for the rest (Jordan et al. 2024)."""
     learning_rate: float = often(1e-4)
     """Peak learning rate."""
@@ -64,7 +71,14 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 = off."""
 
+    @property
+    def kind(self) -> OptimizerKind:
+        """What is known of it."""
+        return OPTIMIZERS[self.name]
+
     def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"optimizer.name={self.name} is none of {', '.join(OPTIMIZERS)}")
         for name in ("learning_rate", "muon_learning_rate", "warmup", "weight_decay", "eps", "clip_norm"):
             value = getattr(self, name)
             # A door may leave one unset until it has seen the model.

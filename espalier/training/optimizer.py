@@ -1,8 +1,8 @@
-"""AdamW, Muon and their schedules: directions from optax, rates and decay by parameter path.
+"""Optimizers and their schedules: directions from optax, rates and decay by parameter path.
 
     p ← p − rate · factor(step) · scale(path) · (direction + decay(path) · p)
 
-AdamW: Loshchilov & Hutter 2019. Muon: Jordan et al. 2024, the orthogonalised momentum times √max(1, out/in).
+Which there are is `training.optimizers`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from espalier.errors import UserError
 from espalier.training.config import OptimizerConfig
+from espalier.training.optimizers import OPTIMIZERS
 from sharding.rules import path_of
 
 
@@ -34,16 +34,19 @@ class Optimizer(NamedTuple):
 def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: Any, frozen: Any = None) -> Optimizer:
     """The optimizer for parameters of these shapes; UserError for a pattern that is no regex or matches nothing.
 
-    matrix_axes: a tree like the parameters with (reduction axes, output axes) where Muon may treat a leaf as matrices
-    (its other axes count the matrices) and None elsewhere. AdamW ignores it. frozen: parameters that are not trained;
+    matrix_axes: a tree like the parameters with (reduction axes, output axes) where an optimizer may treat a leaf as
+    matrices (its other axes count them) and None elsewhere. AdamW ignores it. frozen: parameters that are not trained;
     a pattern of no_decay may match them alone, and that of the class, which nobody gave, may match nothing.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params_shapes)
     paths = [path_of(key_path) for key_path, _ in leaves]
     shapes = [leaf.shape for _, leaf in leaves]
-    axes = structure.flatten_up_to(matrix_axes) if config.name == "muon" else [None] * len(paths)
-    if config.name == "muon" and not any(axes):
-        raise UserError("optimizer.name=muon needs matrices and this model has none; try --optimizer.name adamw")
+    kind = OPTIMIZERS[config.name]
+    axes = structure.flatten_up_to(matrix_axes) if kind.matrices else [None] * len(paths)
+    if kind.matrices and not any(axes):
+        raise UserError(
+            f"optimizer.name={config.name} needs matrices and this model has none; try --optimizer.name adamw"
+        )
 
     others = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(frozen)]
     given = config.no_decay != OptimizerConfig.no_decay
@@ -52,14 +55,16 @@ def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: An
     for pattern, factor in reversed(config.rate_scales):
         hits = _matches(pattern, paths, "rate_scales")
         scales = [factor if hit else scale for hit, scale in zip(hits, scales, strict=True)]
-    stretches = [_stretch(shape, a) if a else 1.0 for shape, a in zip(shapes, axes, strict=True)]
+    stretches = [kind.matrix_scale(*_fans(shape, a)) if a else 1.0 for shape, a in zip(shapes, axes, strict=True)]
 
-    directions = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    if config.name == "muon":
-        numbers = [MuonDimensionNumbers(*a) if a else optax.MaskedNode() for a in axes]
-        muon = scale_by_muon(weight_dimension_numbers=structure.unflatten(numbers))
-        labels = structure.unflatten(["muon" if a else "adam" for a in axes])
-        directions = optax.partition({"muon": muon, "adam": directions}, labels)
+    def at_matrices(value):
+        return structure.unflatten([value(a) if a else optax.MaskedNode() for a in axes])
+
+    directions = kind.direction(config)
+    if kind.matrices:
+        # These names are part of the paths in a checkpoint.
+        labels = structure.unflatten([config.name if a else "adam" for a in axes])
+        directions = optax.partition({config.name: kind.matrices(config, at_matrices), "adam": directions}, labels)
 
     def update(grads, opt_state, params, rates, factor):
         norm = optax.global_norm(grads)
@@ -71,7 +76,7 @@ def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: An
         flat = zip(structure.flatten_up_to(params), structure.flatten_up_to(directed), axes, exempt, strict=True)
         new = []
         for (p, d, a, free), scale, stretch in zip(flat, scales, stretches, strict=True):
-            rate = rates["muon_learning_rate" if a else "learning_rate"] * factor * scale
+            rate = rates[kind.matrix_rate if a else "learning_rate"] * factor * scale
             new.append(p - rate * (d * stretch if free else d * stretch + rates["weight_decay"] * p))
         return structure.unflatten(new), opt_state, {"gradient_norm": norm}
 
@@ -128,7 +133,7 @@ def _matches(
     return hits[: len(paths)]
 
 
-def _stretch(shape: tuple[int, ...], axes: tuple[Any, Any]) -> float:
-    """√max(1, out/in): keeps the step's effect on the output alike for matrices of every form."""
+def _fans(shape: tuple[int, ...], axes: tuple[Any, Any]) -> tuple[int, int]:
+    """How many inputs and outputs each matrix of a leaf has."""
     fan_in, fan_out = (math.prod(shape[a] for a in (group if isinstance(group, tuple) else (group,))) for group in axes)
-    return math.sqrt(max(1.0, fan_out / fan_in))
+    return fan_in, fan_out

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.training.config import OptimizerConfig
+from espalier.training.optimizers import RATES
 from sharding.rules import shard_like_params, shard_params
 
 
@@ -31,7 +32,7 @@ class TrainState:
     key: jax.Array
     """Raw key data (uint32) of the run's random key; never split, only folded with the step."""
     rates: dict[str, jax.Array]
-    """learning_rate, muon_learning_rate (peaks) and weight_decay, float32 scalars."""
+    """Those of training.optimizers.RATES, float32 scalars: peaks, and weight_decay."""
     frozen: Any = field(default_factory=dict)
     """Parameters that do not change (the base under adapters, a reference model), laid out like `params`; often none.
     Paths are their own, within the same tree as those of `params` or beside it: see `combined`."""
@@ -57,7 +58,7 @@ def new_state(
     params: Any, init_opt_state: Callable[[Any], Any], config: OptimizerConfig, key: jax.Array, frozen: Any = None
 ) -> TrainState:
     """The state at step 0 around `params`; frozen: parameters that stay as they are."""
-    rates = {name: getattr(config, name) for name in ("learning_rate", "muon_learning_rate", "weight_decay")}
+    rates = {name: getattr(config, name) for name in RATES}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -6,7 +6,7 @@ Times are roofline.py. Imports no JAX at the top.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +46,8 @@ class Job:
     """Part of the tokens that reach the head: 1 for causal LM, the masking rate for masked LM."""
     remat: Literal["none", "dots", "full"] = "none"
     scan: bool = False
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: str = "adamw"
+    """A name in training.optimizers.OPTIMIZERS."""
     attention: Literal["fused", "stored"] = "fused"
     """fused: a kernel whose scores stay in the chip; stored: scores of all pairs are written to memory."""
     head: Literal["chunked", "stored", "fused"] = "chunked"
@@ -190,8 +191,8 @@ def weight_bytes(job: Job, again: Mapping[str, float], tensor: int) -> float:
     return job.accumulation * micro
 
 
-def muon_flops(config: ModelConfig) -> float:
-    """Five Newton-Schulz steps for every matrix of the layers (Jordan et al. 2024): X Xᵀ, its square, the product."""
+def optimizer_flops(config: ModelConfig, of_matrix: Callable[[int, int], float]) -> float:
+    """What a step computes for the matrices of the layers. of_matrix: (rows, columns) → FLOPs for one."""
     c = config
     D, F, heads, keys = (
         c.hidden_size,
@@ -201,6 +202,5 @@ def muon_flops(config: ModelConfig) -> float:
     )
     total = 0.0
     for width, count in ((heads, 2), (keys, 2), (F, 3 if c.gated_mlp else 2)):
-        short, long = sorted((D, width))
-        total += count * 5 * (4 * short * short * long + 2 * short**3)
+        total += count * of_matrix(D, width)
     return c.num_hidden_layers * total

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from espalier.commands.plan.time import amounts
 from espalier.commands.plan.time.amounts import Job, parameters
 from espalier.models.counts import flops_per_token
+from espalier.training.optimizers import OPTIMIZERS
 from sharding.mesh import AXES
 from sharding.topology import Chip
 
@@ -114,10 +115,11 @@ def step_time(job: Job, efficiency: Efficiency = FITTED) -> StepTime:
     memory = tokens * amounts.layer_bytes(job, again, tensor) / (chip.memory_bandwidth * efficiency.memory)
     memory += (tokens * amounts.vocabulary_bytes(job, tensor) + amounts.weight_bytes(job, again, tensor)) / stream
     shard = parameters(job.model) / (tensor * job.mesh.get("fsdp", 1))
-    # AdamW reads parameter, gradient and two moments and writes all but the gradient; clipping reads the gradient once.
-    optimizer = shard * 4 * (8 if job.optimizer == "adamw" else 6) / stream
-    if job.optimizer == "muon":
-        optimizer += amounts.muon_flops(job.model) / (tensor * job.mesh.get("fsdp", 1)) / rate
+    kind = OPTIMIZERS[job.optimizer]
+    # It reads parameter, gradient and moments and writes all but the gradient; clipping reads the gradient once.
+    optimizer = shard * 4 * (4 + 2 * kind.matrix_moments) / stream
+    extra = amounts.optimizer_flops(job.model, kind.matrix_flops)
+    optimizer += extra / (tensor * job.mesh.get("fsdp", 1)) / rate
     kernels = job.model.num_hidden_layers * KERNELS_PER_LAYER * (3 + bool(again))
     launch = job.accumulation * kernels * LAUNCH_SECONDS
 
