@@ -57,7 +57,7 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # os.write, because the signal may have interrupted print; a lost terminal takes no message.
         with contextlib.suppress(OSError):
-            line = f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once\n"
+            line = f"\n{signal.Signals(number).name}: saving after this step; press Ctrl-C again to exit at once\n"
             os.write(library_log.terminal(2), line.encode())
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
