@@ -1,1 +1,1 @@
-"""Commands that cross the doors (demo, report)."""
+"""Commands that use several entry points or none: the demo, plan, report, import and export."""

@@ -1,6 +1,6 @@
 """To and from Hugging Face format: `./launch.sh import SRC DST` and `./launch.sh export RUN DST`.
 
-An imported model is a run directory with one checkpoint at step 0, from which every door starts (--init-from DST).
+An imported model is a run directory with one checkpoint at step 0, from which any training starts (--init-from DST).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from espalier.errors import UserError
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Take a model in Hugging Face format: `import SRC DST`."""
+    """Import a model in Hugging Face format: `import SRC DST`."""
 
     source: str
     """A folder with config.json, model.safetensors and a tokenizer, or the name of a repository on the Hub."""
@@ -106,7 +106,7 @@ def export_model(config: ExportConfig) -> dict:
     run = RunDirectory(config.run_dir)
     saved = read_config(run.path, config.step)
     if "task" not in saved:
-        raise UserError(f"{run.path} holds no run of mlm, clm or finetune; there is nothing to export")
+        raise UserError(f"{run.path} holds no run of mlm, clm or finetune; name a run directory with a checkpoint")
     model, head = ModelConfig.from_dict(saved["model"]), saved["task"]
     tokenizer = tokenizer_of(run.tokenizer, saved)
     published = Published.beside(saved)

@@ -1,8 +1,8 @@
-"""The demo: pretrain a small encoder on the text that ships with Python, and see what the pretraining is worth.
+"""The demo: pretrain a small encoder on the text that ships with Python, and measure what pretraining is worth.
 
 `./launch.sh` runs it. A classifier (are the words of this sentence in order?) is fine-tuned from the checkpoint and,
-with the same budget, from scratch; beside them stand TF-IDF with logistic regression and the majority class. The
-validation files of that task are in neither the tokenizer's nor the pretraining text.
+with the same budget, from scratch. The baselines are TF-IDF with logistic regression, and the majority class. Neither
+the tokenizer nor the pretraining has read the validation files of that task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class DemoConfig:
     """Pretrain, fine-tune and compare on built-in text; about 5 minutes on 2 CPU cores."""
 
     run_dir: str = "runs/demo"
-    """Where the pretraining run goes; the two fine-tuned classifiers lie in it as `pretrained` and `scratch`."""
+    """The pretraining run; the two fine-tuned classifiers are its folders `pretrained` and `scratch`."""
     steps: int | None = None
     """Pretraining steps; unset = those of the `mlm demo` preset."""
     finetune_steps: int | None = None
@@ -133,7 +133,7 @@ NAMES = {
 
 
 def _unfinished(run: dict) -> dict:
-    """The `--json` object where one of the runs was stopped."""
+    """The `--json` object after one of the runs was stopped."""
     return {name: run[name] for name in ("step", "run_dir", "finished", "stopped_by")}
 
 

@@ -1,1 +1,1 @@
-"""Plans made before anything is rented: what fits, how long it takes, how much data and compute it needs."""
+"""Plans before any chip is rented: whether a run fits, how long it takes, how much data and compute it needs."""

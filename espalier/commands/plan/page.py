@@ -1,4 +1,4 @@
-"""A plan as a page: bars of what fills the memory of a device and of where the time of a step goes."""
+"""A plan as a page: bars of a device's memory and of the time of a step, by part."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_plan(run_dir: str | None, plan: Plan, command: str | None) -> Path:
 
 
 def figures(plan: Plan) -> list[tuple[str, str]]:
-    """What stands above all."""
+    """The key figures at the top."""
     time, bill = plan.layout.time, plan.bill
     shown = [
         ("fits", "yes" if plan.asked.fits else "no"),
@@ -109,7 +109,7 @@ def sections(plan: Plan, command: str | None) -> list[Section]:
 
 
 def memory_parts(layout: Layout) -> list[Part]:
-    """The pieces of a device's memory; where it was compiled, they add up to what the compiler says."""
+    """The parts of a device's memory; for a compiled plan they add up to the compiler's figure."""
     m, compiled = layout.memory, layout.compiled
     state = [("parameters", m.parameters), ("optimizer state", m.optimizer)]
     rest = [
@@ -125,7 +125,7 @@ def memory_parts(layout: Layout) -> list[Part]:
 
 
 def bar(parts: Sequence[Part], whole: float, end: str) -> str:
-    """A horizontal bar of stacked parts against a whole, with a legend; it grows beyond the mark if they are more."""
+    """A horizontal stacked bar with a legend and a mark at `whole`, beyond which it may grow."""
     total = sum(part.value for part in parts)
     scale = 100 / max(total, whole)
     pieces, legend = [], []

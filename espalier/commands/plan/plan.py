@@ -1,4 +1,4 @@
-"""A plan: the hardware, what was asked for, what fits instead, and how long it takes."""
+"""A plan: the hardware, the layout asked for, one that fits instead, time and cost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is carried out, and what comes of it."""
+    """One way to run the training, with its memory and time."""
 
     mesh: MeshConfig
     accumulation: int
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def peak(self) -> float:
-        """Bytes of a device: the compiler's word, or else the estimate."""
+        """Bytes of a device: the compiler's, or else the estimate."""
         return self.compiled.peak if self.compiled else self.memory.total
 
     @property
@@ -69,7 +69,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known before a run."""
+    """Everything that is known before a run."""
 
     hardware: Hardware
     model: ModelConfig
@@ -80,29 +80,29 @@ class Plan:
     """To train on."""
     asked: Layout
     why_mesh: str | None
-    """Why the mesh was chosen, where it was."""
+    """Why the mesh was chosen; None if the user chose it."""
     attention_reason: str
     found: Layout | None
-    """What fits instead, where what was asked for does not."""
+    """A layout that fits, if the one asked for does not."""
     tried: int
-    """Candidates that the search looked at."""
+    """Candidates that the search considered."""
     bill: Bill
 
     @property
     def layout(self) -> Layout:
-        """What the figures are for: what was asked for, or what fits instead."""
+        """The layout that times are given for: the one asked for, or one that fits instead."""
         return self.found or self.asked
 
     @property
     def hint(self) -> str | None:
-        """What would be better about the mesh."""
+        """A suggestion for a better mesh."""
         wanted, mesh = self.hardware.slice, self.layout.mesh
         if wanted is None or not gathers_by_reducing(wanted, mesh):
             return None
         data = min(wanted.shape)
         return (
             "fsdp is the whole of a 3-D torus, where the compiler gathers weights by all-reduces (twice the bytes, and "
-            f"nothing beside them); --mesh.data {data} --mesh.fsdp {mesh.fsdp // data} gathers, if it fits"
+            f"without overlap); --mesh.data {data} --mesh.fsdp {mesh.fsdp // data} gathers, if it fits"
         )
 
     def as_json(self) -> dict[str, Any]:

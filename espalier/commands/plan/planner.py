@@ -1,4 +1,4 @@
-"""Makes a plan: does it fit, and how long does it take. Compiles for TPU slices, computes for everything else."""
+"""Makes a plan: whether a run fits, and how long it takes. Compiles for TPU slices; analysis for everything else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ REMATS = ("none", "dots", "full")
 
 
 def make_plan(config: Any, settings: PlanSettings) -> Plan:
-    """The plan of a pretraining configuration; UserError for what cannot be, before any compilation."""
+    """The plan of a pretraining configuration. UserError for impossible settings, before any compilation.
+
+    config: a pretraining.config.TextConfig, which may be `settings` too (plan.settings.PRESETS).
+    """
     hardware = find_hardware(settings)
     length = config.data.sequence_length
     model = config.model.fitted(config.model.vocab_size, length)
@@ -88,7 +91,7 @@ class Planner:
         self._devices: list[Any] = []
 
     def mesh(self) -> tuple[MeshConfig, str | None]:
-        """The mesh that was asked for, all sizes known, and why if it was left to us."""
+        """(mesh with all sizes known, why it was chosen if --mesh auto)."""
         config, devices = self.config, self.hardware.devices
         wanted, why = config.mesh, None
         if wanted.auto:
@@ -106,7 +109,7 @@ class Planner:
         return mesh, why
 
     def layout(self, mesh: MeshConfig, accumulation: int, remat: str, *, compiling: bool) -> Layout:
-        """What comes of a mesh, micro-batches and rematerialisation."""
+        """Memory and time with a mesh, micro-batches and rematerialisation."""
         config = self._with(accumulation, remat)
         compiled = None
         if compiling and self.hardware.slice:
@@ -124,8 +127,8 @@ class Planner:
         )
 
     def search(self, asked: Layout) -> tuple[Layout | None, int]:
-        """(the first layout that fits, candidates looked at): by analysis the fastest first, and then compiled."""
-        # Where the compiler has spoken, estimates are scaled by what it said; elsewhere some memory is left free.
+        """(the first layout that fits, candidates considered): the fastest by analysis first, then compiled."""
+        # Estimates are scaled by the compiler's result if there is one; otherwise some memory is left free.
         allowed = asked.limit * (1 - KEPT_FREE)
         if asked.compiled:
             allowed = asked.limit / max(1.0, asked.peak / asked.memory.total)
@@ -149,7 +152,7 @@ class Planner:
         return None, tried
 
     def job(self, mesh: MeshConfig, accumulation: int, remat: Any) -> Job:
-        """The step, as the time model takes it."""
+        """The step as input of the time model."""
         config = self.config
         return Job(
             model=self.model,

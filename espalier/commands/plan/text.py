@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def as_text(plan: Plan) -> str:
-    """Everything a person wants to know, the answer first."""
+    """The whole plan, the answer first."""
     hardware, asked, layout = plan.hardware, plan.asked, plan.layout
     where = f"{hardware.name} ({plural(hardware.chips, 'chip')})" if hardware.slice else hardware.name
     lines = [
@@ -48,9 +48,11 @@ def as_text(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """The one line that answers: does it fit?"""
+    """One line: whether it fits."""
     asked = plan.asked
-    basis = "the compiler says" if asked.compiled else "by analysis (an estimate: there is no compiler for it here)"
+    basis = (
+        "the compiler says" if asked.compiled else "by analysis (an estimate: there is no compiler for this chip here)"
+    )
     answer = "fits" if asked.fits else "does not fit"
     return f"{answer}: {asked.peak / GIB:.2f} of {asked.limit / GIB:.2f} GiB a device, {basis}"
 

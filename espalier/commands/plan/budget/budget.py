@@ -1,4 +1,4 @@
-"""From one of a model size, a compute budget, a time limit or an amount of text to the others, by scaling_laws.py.
+"""From a model size, a compute budget, a time limit or an amount of text to the other three, by scaling_laws.py.
 
 docs/plan-budget.md says what the laws are good for.
 """
@@ -85,7 +85,7 @@ class Budget:
 
 
 def plan(config: BudgetConfig) -> Budget:
-    """Everything that follows from the one quantity given."""
+    """All quantities, from the one that is given."""
     preset, objective = None, OBJECTIVES[config.objective or "clm"]
     if config.preset:
         preset, objective = find_preset(config.preset, config.objective)
@@ -143,7 +143,7 @@ def plan(config: BudgetConfig) -> Budget:
 def start(
     config: BudgetConfig, objective: TextObjective, speed: float | None
 ) -> tuple[str, Callable[[Law], Allocation]]:
-    """What was given, in words, and how a law goes on from it."""
+    """(the given quantity in words, how it is turned into an allocation by a law)."""
     if config.flops is not None:
         flops = as_number("flops", config.flops)
         return f"{flops:.3g} FLOPs", lambda law: law.at_flops(flops)
@@ -170,7 +170,7 @@ def start(
 
 
 def chip_speed(config: BudgetConfig) -> float | None:
-    """FLOP/s of the model that all chips reach together; None where no chip was named."""
+    """Model FLOP/s of all chips together; None if no chip is given."""
     if config.chip is None:
         return None
     from sharding.topology import chip_named
@@ -206,7 +206,7 @@ def sizes(objective: str) -> Mapping[str, int]:
 
 
 def command(objective: TextObjective, preset: str, steps: int, batch_size: int, length: int) -> str:
-    """The command that trains so, with the preset whose size is nearest."""
+    """The command of this training, with the preset of the nearest size."""
     model = PRESETS[objective.command][preset]().model
     line = f"./launch.sh {objective.command} {preset} --steps {steps} --batch-size {batch_size}"
     line += f" --data.sequence-length {length}"

@@ -1,4 +1,4 @@
-"""How model, data and compute belong together: published laws, and what published models did.
+"""Scaling laws between model size, data and compute, as published, and what published models did.
 
 Every constant stands beside its source (arXiv ids). N parameters, embeddings included; D training tokens; C training
 FLOPs, counted as C = 6·N·D (Kaplan et al. 2020, 2001.08361, section 2.1). Imports nothing heavy.
@@ -145,7 +145,7 @@ ENCODER_HABITS = tuple(
 
 @dataclass(frozen=True)
 class Guide:
-    """What a plan goes by for one kind of model."""
+    """The laws for one kind of model, and the one that a plan follows."""
 
     title: str
     laws: tuple[Law, ...]
@@ -153,7 +153,7 @@ class Guide:
     why: str
     """Why that one."""
     length: int
-    """Tokens of a row, where nothing else says."""
+    """Tokens of a row, if no preset sets it."""
 
 
 def guide(causal: bool) -> Guide:
@@ -214,7 +214,7 @@ BYTES_PER_TOKEN = 39_769_491_688 / (9_035_582_198 + 4_434_897)
 vocabulary of 50,257 (nanoGPT, data/openwebtext/prepare.py). English; code and other languages take fewer bytes."""
 
 FREE_EPOCHS = 4
-"""So often may text be read before the loss is noticeably worse than with new text (Muennighoff et al. 2023,
+"""Epochs over the same text before the loss is noticeably worse than with new text (Muennighoff et al. 2023,
 2305.16264, abstract)."""
 REPEATS_WORTH = 15.39
 """R_D* of Muennighoff et al. 2023: the repetitions after which another one is worth 1/e of new text."""

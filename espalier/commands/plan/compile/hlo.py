@@ -1,4 +1,4 @@
-"""What the compiler's text says: a program's (HLO) exchanges and largest tensors, or why it does not fit."""
+"""Reads the compiler's text: collectives and largest tensors of a program (HLO), or why it does not fit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 def collectives(text: str) -> dict[str, int]:
-    """How many operations of each kind a compiled program (its HLO text) has; a started and awaited one counts once."""
+    """Number of collectives of each kind in HLO text; an asynchronous pair of start and done counts once."""
     counts = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
     return {name: count for name, count in counts.items() if count}
 
 
 def shapes_of(text: str, operation: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(type, shape) of every result of an operation in HLO text, those in tuples too."""
+    """(type, shape) of every result of an operation in HLO text, also within tuples."""
     found = []
     for result in re.findall(rf"= (.*?) {operation}(?:-start)?\(", text):
         found += [(kind, _shape(sizes)) for kind, sizes in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", result)]
@@ -41,7 +41,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 
 def temporaries(text: str) -> Iterator[Tensor]:
-    """What the program holds for a while: stacks that a loop fills, layer by layer, and the largest single results."""
+    """Temporary tensors: stacks that a loop fills layer by layer, and the largest single results."""
     stacks = re.findall(r"= ([a-z]+\d+)\[([\d,]+)\]\S* custom-call\(\).*AllocateBuffer", text)
     for (kind, sizes), count in Counter(stacks).items():
         yield _stacked(f"{kind}[{sizes}]", count, math.prod(_shape(sizes)) * BYTES.get(kind, 4))
@@ -61,7 +61,7 @@ class TooLarge(NamedTuple):
 
 
 def too_large(message: str) -> TooLarge | None:
-    """What the compiler's error message says, if it is that the memory does not suffice."""
+    """The compiler's error message, parsed, if it is about insufficient memory."""
     said = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
     if not said:
         return None
@@ -93,5 +93,5 @@ def _shape(sizes: str) -> tuple[int, ...]:
 
 
 def _short_name(name: str) -> str:
-    """The end of JAX's path of an operation, without the transformations around it."""
+    """The end of an operation's path in JAX, without transformations."""
     return "/".join(re.sub(r"\b(jit|jvp|transpose|checkpoint|rematted_computation)\b|[()]", "", name).split("/")[-4:])

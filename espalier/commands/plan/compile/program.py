@@ -1,8 +1,8 @@
-"""The train step compiled for TPU slices that are not here, by the TPU's own compiler on this machine's CPU.
+"""The train step compiled for absent TPU slices, by the TPU's compiler on this machine's CPU.
 
-libtpu, the library that drives TPUs, contains the compiler and the description of every slice; JAX compiles for them
-ahead of time (docs.jax.dev, "Ahead-of-time lowering and compilation"). What the compiler says of memory is what a slice
-would need. Nothing is run, so there is no time in it: that is plan/time.
+libtpu, the library that drives TPUs, contains the compiler and a description of every slice; JAX compiles for them
+ahead of time (docs.jax.dev, "Ahead-of-time lowering and compilation"). The compiler reports the memory that a slice
+would need. Nothing is executed; times come from plan/time.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says; bytes of one device."""
+    """What the compiler reports; bytes of one device."""
 
     fits: bool
     peak: float
-    """Arguments and temporaries at their highest together, and the program."""
+    """The highest sum of arguments and temporaries, and the program."""
     arguments: float
-    """State and batch, there all the time."""
+    """State and batch, allocated throughout."""
     temporary: float
     limit: float
     """What the compiler may use."""
@@ -41,9 +41,9 @@ class Compiled:
     seconds: float
     """Of the compilation."""
     kernels: int
-    """Calls of kernels that are not XLA's own (attention)."""
+    """Calls of custom kernels (attention)."""
     collectives: dict[str, int]
-    """How many operations of each kind reach other devices."""
+    """Number of collective operations of each kind."""
 
 
 def compile_step(config: Any, mesh: jax.sharding.Mesh, chip: Chip) -> Compiled:
@@ -79,7 +79,7 @@ def compile_step(config: Any, mesh: jax.sharding.Mesh, chip: Chip) -> Compiled:
 
 
 def _arguments(program: Program) -> Iterator[Tensor]:
-    """State and batch as they lie on one device, named by their paths."""
+    """The part of state and batch on one device, named by path."""
     import jax
 
     from sharding.rules import path_of
@@ -91,7 +91,7 @@ def _arguments(program: Program) -> Iterator[Tensor]:
 
 
 def _largest(tensors: list[Tensor], count: int = 10) -> tuple[Tensor, ...]:
-    """The largest, one of each shape of what is not part of the state."""
+    """The largest tensors; of those outside the state, one of each shape."""
     named = {tensor.name if "/" in tensor.name else tensor.shape: tensor for tensor in tensors}
     return tuple(sorted(named.values(), key=lambda tensor: -tensor.size)[:count])
 
@@ -101,7 +101,7 @@ def _refused(said: TooLarge, step: Program, seconds: float) -> Compiled:
     arguments = sum(tensor.size for tensor in state)
     return Compiled(
         fits=False,
-        # The compiler counts arguments as they come in the program's own need.
+        # `used` includes the arguments.
         peak=said.used,
         arguments=arguments,
         temporary=max(said.used - arguments, 0.0),
@@ -115,12 +115,12 @@ def _refused(said: TooLarge, step: Program, seconds: float) -> Compiled:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without JAX's cache of compiled programs: it writes those of absent devices and cannot read them back."""
+    """Disable JAX's compilation cache: it writes programs of absent devices and cannot read them back."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     kept = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    # JAX looks at the setting once in a process, unless its state is reset.
+    # JAX reads the setting once per process, unless the cache is reset.
     compilation_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", False)
     try:

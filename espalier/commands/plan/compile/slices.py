@@ -1,4 +1,4 @@
-"""TPU slices by name, and their devices as libtpu describes them where no TPU is there."""
+"""TPU slices by name, and their devices as libtpu describes them on machines without a TPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXAMPLES = {
 
 @dataclass(frozen=True)
 class Slice:
-    """One or several TPU slices, as `v5e:16x16` names them."""
+    """One or several TPU slices of a topology such as `v5e:16x16`."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Slice:
 
 
 def parse_topology(text: str, count: int = 1) -> Slice:
-    """`v5e:16x16` as a Slice; UserError that lists what there is."""
+    """`v5e:16x16` as a Slice; UserError that lists the known ones."""
     name, _, dimensions = text.strip().lower().partition(":")
     if name not in TPUS:
         raise UserError(f"unknown topology {text!r}; it is one of {_known()}, for instance v5e:4x4")
@@ -66,17 +66,17 @@ def parse_topology(text: str, count: int = 1) -> Slice:
 
 
 def gathers_by_reducing(wanted: Slice, mesh: MeshConfig) -> bool:
-    """Whether the compiler gathers what `fsdp` splits by adding up zeros with one part each: all-reduces.
+    """Whether the compiler gathers weights that `fsdp` splits by all-reduces of parts padded with zeros.
 
-    It does where the axis is the whole of a three-dimensional torus (found by compiling, libtpu 0.0.41). An all-reduce
-    moves twice the bytes, and nothing is computed beside it.
+    It does if the axis is the whole of a three-dimensional torus (found by compiling, libtpu 0.0.41). An all-reduce
+    moves twice the bytes, and no computation overlaps with it.
     """
     whole = mesh.fsdp == wanted.devices // wanted.count
     return whole and len(wanted.shape) == 3 and min(wanted.shape) >= 4
 
 
 def devices_of(wanted: Slice) -> list[Any]:
-    """The devices of a slice, described by libtpu; UserError where there is no such slice."""
+    """The devices of a slice as libtpu describes them; UserError if there is no such slice."""
     _find_libtpu()
     from jax.experimental import topologies
 
@@ -99,8 +99,8 @@ def _known() -> str:
 
 
 def _find_libtpu() -> None:
-    """Tell JAX where libtpu is, and libtpu that no TPU is meant; UserError where it is not."""
-    # It would ask the metadata server of a cloud, and let one process at a time load it, as if each held the chips.
+    """Tell JAX where libtpu is, and libtpu that there is no TPU; UserError if it is not installed."""
+    # Otherwise libtpu asks the cloud's metadata server, and only one process at a time may load it.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if "TPU_LIBRARY_PATH" in os.environ:

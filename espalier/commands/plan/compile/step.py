@@ -1,4 +1,4 @@
-"""The train step of a preset as a program: exactly what training runs, on a mesh of devices that need not be here."""
+"""The train step of a configuration as a program: exactly what training runs, for devices that may be absent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharding.mesh import batch_sharding
 
 
 class Program(NamedTuple):
-    """A train step that is ready to be compiled."""
+    """A lowered train step."""
 
     lowered: jax.stages.Lowered
     arguments: tuple[Any, dict]
@@ -27,7 +27,7 @@ class Program(NamedTuple):
 def lower_step(config: Any, mesh: Mesh) -> Program:
     """The train step of a pretraining configuration, lowered for `mesh`.
 
-    UserError where the layout does not fit the model, before anything is compiled.
+    UserError if the layout does not divide the model, before anything is compiled.
     """
     model = config.model.fitted(config.model.vocab_size, config.data.sequence_length)
     record = objective_of(config)

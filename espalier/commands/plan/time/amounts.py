@@ -1,4 +1,4 @@
-"""What one device computes and moves in a training step: FLOPs and bytes that follow from the model and the layout.
+"""FLOPs and bytes of one device in a training step, from the model and the layout.
 
 Times are roofline.py. Imports no JAX at the top.
 """
@@ -18,16 +18,16 @@ from sharding.topology import Architecture, Chip
 TILE: Mapping[Architecture, int] = {"tpu": 128}
 """Matrices are padded to multiples of it: systolic arrays of 128 × 128 (256 × 256 from v6e on), GPU tiles of 64."""
 ATTENTION_BLOCK = 128
-"""Keys that a fused kernel treats as one: of a block that is seen in part, all is computed."""
+"""Keys per block of a fused kernel: a block that is visible in part is computed whole."""
 CHUNK_ELEMENTS = 2**24
-"""models/vocabulary.py: beyond so many scores a device, they are formed in chunks and anew in the backward pass."""
+"""models/vocabulary.py: more scores per device are computed in chunks, and again in the backward pass."""
 RECOMPUTED: Mapping[str, Mapping[str, float]] = {
     "none": {},
     "dots": {"attention": 1.0, "elementwise": 1.0},
     "full": {"qkv": 1.0, "attention": 1.0, "out": 1.0, "up": 1.0, "elementwise": 1.0},
 }
-"""By policy, the part of each product's forward pass that runs again. Full has no `down`: only a norm behind it needs
-its result in the backward pass; without one XLA drops it."""
+"""By policy, the part of each product's forward pass that is recomputed. Full has no `down`: only a norm after it needs
+its result in the backward pass; without one XLA removes it."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Job:
     chip: Chip
     sequence_length: int
     batch_rows: int
-    """Of the whole step: all devices, all micro-batches."""
+    """In the whole step: all devices, all micro-batches."""
     mesh: Mapping[str, int]
-    """Sizes of AXES; one that is not named is 1."""
+    """Sizes of AXES; a missing one is 1."""
     accumulation: int = 1
     predicted_fraction: float = 1.0
     """Part of the tokens that reach the head: 1 for causal LM, the masking rate for masked LM."""
@@ -51,15 +51,14 @@ class Job:
     attention: Literal["fused", "stored"] = "fused"
     """fused: a kernel whose scores stay in the chip; stored: scores of all pairs are written to memory."""
     head: Literal["chunked", "stored", "fused"] = "chunked"
-    """How scores over the vocabulary are treated: chunked = float32 and, beyond CHUNK_ELEMENTS, formed anew in the
-    backward pass (models/vocabulary.py); stored = float32, formed once; fused = bfloat16, turned into their gradient in
-    place (llm.c)."""
+    """Scores over the vocabulary: chunked = float32 and, beyond CHUNK_ELEMENTS, recomputed in the backward pass
+    (models/vocabulary.py); stored = float32, computed once; fused = bfloat16, overwritten by their gradient (llm.c)."""
     recomputed: Mapping[str, float] | None = None
-    """Instead of `remat`'s: other programs' policies."""
+    """Overrides `remat`: policies of other programs."""
     fast_domain: int | None = None
-    """Instead of the chip's: devices that fast links join. Unset on TPU = the devices of one replica."""
+    """Overrides the chip's: devices connected by fast links. Unset on TPU = the devices of one replica."""
     slow_bandwidth: float | None = None
-    """Instead of the chip's: bytes/s of a device beyond the fast domain."""
+    """Overrides the chip's: bytes/s of a device beyond the fast domain."""
 
     @property
     def devices(self) -> int:
@@ -86,7 +85,7 @@ def parameters(config: ModelConfig) -> float:
 
 
 def recomputed(job: Job) -> Mapping[str, float]:
-    """By product, the part of its forward pass that runs again."""
+    """Product → the part of its forward pass that is recomputed."""
     if job.recomputed is not None:
         return job.recomputed
     normed = job.remat == "full" and job.model.norm_position != "pre"
@@ -121,7 +120,7 @@ def matmul_flops(job: Job, again: Mapping[str, float], tensor: int) -> float:
 
 
 def attention_flops(job: Job, again: Mapping[str, float], tensor: int) -> float:
-    """Of one token on one device. A fused backward pass forms the scores anew: five products to the forward's two."""
+    """Of one token on one device. A fused backward pass recomputes the scores: five products to the forward's two."""
     c, length = job.model, job.sequence_length
     size = c.head_size
     if job.chip.architecture == "tpu":

@@ -1,7 +1,7 @@
-"""How good the times are: predictions beside published runs, the fit of the efficiencies on half of them.
+"""Accuracy of the time model: predictions beside published runs, and the fit of the efficiencies on half of them.
 
 python -m espalier.commands.plan.time.published           # every run with its prediction, and the errors of both halves
-python -m espalier.commands.plan.time.published --fit     # fit the efficiencies anew
+python -m espalier.commands.plan.time.published --fit     # refit the efficiencies
 python -m espalier.commands.plan.time.published --write   # write the table into docs/plan.md
 """
 
@@ -98,7 +98,7 @@ def documented() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(prog="python -m espalier.commands.plan.time.published", description=__doc__)
-    parser.add_argument("--fit", action="store_true", help="fit the efficiencies anew on the first half")
+    parser.add_argument("--fit", action="store_true", help="refit the efficiencies on the first half")
     parser.add_argument("--write", action="store_true", help="write the table into docs/plan.md")
     arguments = parser.parse_args(argv)
     if arguments.fit:

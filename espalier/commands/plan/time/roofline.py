@@ -1,7 +1,7 @@
-"""How long a training step takes, by analysis: arithmetic, memory and network of one device, added up.
+"""Time of a training step by analysis: the sum of arithmetic, memory and network time of one device.
 
-A roofline in the sense of Williams et al. 2009 and of "How to Scale Your Model" (Austin et al. 2025): every part is an
-amount (FLOPs, bytes) that follows from the model, divided by a rate (the chip's, sharding/topology.py) times an
+A roofline in the sense of Williams et al. 2009 and of "How to Scale Your Model" (Austin et al. 2025): each part is an
+amount (FLOPs, bytes) that follows from the model, divided by a rate of the chip (sharding/topology.py) times an
 efficiency. The efficiencies are the seven numbers of `Efficiency`, fitted on half of the published runs in
 runs.json and tested on the other half. Imports no JAX at the top.
 """
@@ -22,10 +22,10 @@ from sharding.topology import Chip
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is reached of what the data sheet says. Fitted: `python -m espalier.commands.plan.time.published --fit`."""
+    """Part of the nominal rates that is reached; fitted by `python -m espalier.commands.plan.time.published --fit`."""
 
     tpu: float = 0.94
-    """Of the peak, in a large matrix product on a TPU."""
+    """Part of the peak in a large matrix product on a TPU."""
     ampere: float = 0.82
     """The same on NVIDIA's A100, and assumed of other GPUs up to it: Volta, Turing, Ada."""
     hopper: float = 0.66
@@ -33,31 +33,31 @@ class Efficiency:
     attention: float = 0.31
     """A fused attention kernel, relative to a large matrix product."""
     memory: float = 0.38
-    """Of the memory bandwidth, were every operation of a layer outside its products to read and write each activation
-    only as often as `amounts.layer_bytes` counts: programs move more, and not at full speed."""
+    """Part of the memory bandwidth, if operations outside the products read and wrote activations only as often as
+    `amounts.layer_bytes` counts: programs move more, and not at full speed."""
     network: float = 0.40
-    """Of the bandwidth of links and network cards."""
+    """Part of the bandwidth of links and network cards."""
     overlap: float = 0.78
-    """Of communication, the part that runs behind computation where there is enough of it."""
+    """Part of the communication that overlaps with computation, if there is enough of that."""
 
 
 FITTED = Efficiency()
 SPREAD = 0.20
 """The printed range is ± this part of the time: 9 of 10 held-out runs lie within (tests/test_plan_roofline.py)."""
 STREAM = 0.85
-"""Of the memory bandwidth, reading and writing long arrays: weights, optimizer state, scores over the vocabulary. What
+"""Part of the memory bandwidth reached with long arrays: weights, optimizer state, scores over the vocabulary. What
 BabelStream and similar copies reach on GPUs and TPUs."""
 LAUNCH_SECONDS = 2e-6
 """From the end of one kernel to the start of the next."""
 KERNELS_PER_LAYER = 20
 """In a forward pass; twice as many in the backward pass."""
 HOP_SECONDS = 5e-6
-"""What a collective takes beside its bytes, for each doubling of its devices."""
+"""Latency of a collective for each doubling of its devices."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Where a step's seconds go; the first six add up to `step`. Rates are per second, `chip` means what is rented."""
+    """Seconds of a step by part; the first six add up to `step`. Rates are per second; a chip is what is rented."""
 
     matmul: float
     attention: float
@@ -67,9 +67,9 @@ class StepTime:
     launch: float
     """Gaps between kernels."""
     network: float
-    """What of the communication is not hidden behind computation."""
+    """Communication that does not overlap with computation."""
     communication: Mapping[str, float]
-    """Seconds that each axis' links are busy, hidden or not."""
+    """Seconds that the links of each axis are busy, overlapped or not."""
     step: float
     low: float
     high: float
@@ -89,7 +89,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a number of tokens takes at a speed."""
+    """Time and cost of training on a number of tokens."""
 
     days: float
     chip_hours: float
@@ -106,7 +106,7 @@ def step_time(job: Job, efficiency: Efficiency = FITTED) -> StepTime:
     rate = chip.flops * chip.sustained_clock * _matmul_efficiency(chip, efficiency)
     stream = chip.memory_bandwidth * STREAM
 
-    # Operands stream in behind the arithmetic; small matrices are bound by that stream.
+    # Loading operands overlaps with the arithmetic; small matrices are bound by it.
     streamed = (
         tokens * amounts.product_bytes(job.model, tensor) * 3 + amounts.weight_bytes(job, again, tensor)
     ) / chip.memory_bandwidth
@@ -147,7 +147,7 @@ def step_time(job: Job, efficiency: Efficiency = FITTED) -> StepTime:
 
 
 def bill(time: StepTime, job: Job, total_tokens: float, price_per_chip_hour: float | None = None) -> Bill:
-    """Days, chip-hours and cost of training on total_tokens without a pause."""
+    """Days, chip-hours and cost of training on total_tokens without interruption."""
     hours = total_tokens / time.tokens_per_second / 3600
     chip_hours = hours * job.chips
     cost = None if price_per_chip_hour is None else chip_hours * price_per_chip_hour
@@ -210,10 +210,10 @@ def _ring_seconds(job: Job, axis: str, volume: float, efficiency: Efficiency) ->
 
 
 def _exposed(job: Job, communication: Mapping[str, float], compute: float, efficiency: Efficiency) -> float:
-    """Seconds of communication that computation does not hide.
+    """Seconds of communication that do not overlap with computation.
 
-    Gradients between copies travel behind the last backward pass, two thirds of a micro-batch; the rest behind
-    everything. A GPU waits for tensor-parallel sums; on TPU they run piecewise beside the products (Wang et al. 2023).
+    The exchange of gradients between copies overlaps with the last backward pass, two thirds of a micro-batch; the rest
+    with everything. GPUs wait for tensor-parallel sums; on TPU they overlap with the products (Wang et al. 2023).
     """
     copies = sum(communication.get(axis, 0.0) for axis in ("replica", "data"))
     waiting = 0.0 if job.chip.architecture == "tpu" else communication.get("tensor", 0.0)
