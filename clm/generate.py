@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn. What is unset is as the published model that the run began with says in its
-    generation_config.json, else the default that stands beside it."""
+    """How the next token is drawn. Unset fields follow the generation_config.json of the published model that the run
+    began with, else the default given here."""
 
     max_new_tokens: int = 100
     """Tokens to add to each prompt; a row ends early at the end-of-text token."""
@@ -71,7 +71,7 @@ class GenerateConfig:
         for text in self.prompt:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UserError(
-                    f"--prompt {ascii(text)} holds bytes that are no text; write it in UTF-8, with LANG=C.UTF-8"
+                    f"--prompt {ascii(text)} holds bytes that are not valid text; write it in UTF-8, with LANG=C.UTF-8"
                 )
 
 
@@ -115,7 +115,7 @@ def continue_texts(
     from espalier.data.tokenizer import plain_backend, special_ids
 
     specials = special_ids(tokenizer, need=("bos", "eos"))
-    # As training read its text: a special token that is spelled out in a prompt is text.
+    # As in training: a special token that is spelled out in a prompt is text.
     backend = plain_backend(tokenizer)
     prompts = [[specials.bos, *backend.encode(text, add_special_tokens=False).ids] for text in texts]
     assert specials.eos is not None
@@ -125,16 +125,16 @@ def continue_texts(
 
 
 def whole_characters(text: str) -> str:
-    """Decoded tokens without what is no character.
+    """Decoded tokens without incomplete characters.
 
-    A token of a byte-level vocabulary may be a part of a character. Its other part is missing where the text ends
-    at max_new_tokens, and anywhere in what a model writes that has learnt little; decoders put U+FFFD in its place.
+    A token of a byte-level vocabulary may be a part of a character. The rest is missing where the text ends at
+    max_new_tokens, and anywhere in the text of a barely trained model; decoders put U+FFFD in its place.
     """
     return text.replace("\ufffd", "")
 
 
 SAMPLED = ("temperature", "top_k", "top_p")
-"""Settings of generation_config.json that are followed."""
+"""Settings of generation_config.json that are applied."""
 BESIDE = ("do_sample", "max_length", "max_new_tokens", "use_cache", "cache_implementation", "transformers_version")
 """Those that do not change which token comes next."""
 IDENTITY = ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p", "num_beams")
@@ -142,7 +142,7 @@ IDENTITY = ("repetition_penalty", "encoder_repetition_penalty", "length_penalty"
 
 
 def sampling_of(values: dict, sampling: SamplingConfig) -> tuple[SamplingConfig, list[str]]:
-    """(sampling, its unset fields filled in from a model's generation_config.json; what of that is not followed).
+    """(sampling, its unset fields filled in from a model's generation_config.json; what of that is not applied).
 
     As in transformers, do_sample means temperature 1 and top_k 50 where the file names none, and its opposite always
     the most probable token. Without do_sample what is named counts.
@@ -184,7 +184,7 @@ def _completions(config: GenerateConfig) -> list[str]:
     saved = read_config(config.run_dir)
     if saved.get("task") != "causal_lm":
         raise UserError(
-            f"{config.run_dir} holds a run of task {saved.get('task')!r}, which does not continue text; "
+            f"{config.run_dir} holds a run of task {saved.get('task')!r}, which does not generate text; "
             "give the run directory of a `clm` run"
         )
     model = ModelConfig.from_dict(saved["model"])
@@ -195,7 +195,7 @@ def _completions(config: GenerateConfig) -> list[str]:
         sampling, ignored = sampling_of(published.generation_config or {}, sampling)
         if sampling != config.sampling or ignored:
             how = ", ".join(f"{name} {value:g}" for name, value in zip(SAMPLED, sampling.drawn, strict=True))
-            but = f"; what it says of {', '.join(ignored)} is not followed" if ignored else ""
+            but = f"; what it says of {', '.join(ignored)} is not applied" if ignored else ""
             progress.say(f"by the model's generation_config.json: {how}{but}")
     params = restore_params(config.run_dir)
     return continue_texts(model, params, tokenizer, config.prompt, sampling, end_ids)

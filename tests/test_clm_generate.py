@@ -101,5 +101,5 @@ def test_a_character_that_the_end_cuts_is_left_out(byte_level, monkeypatch):
 
 
 def test_a_prompt_that_is_no_text_is_refused():
-    with pytest.raises(UserError, match="holds bytes that are no text"):
+    with pytest.raises(UserError, match="holds bytes that are not valid text"):
         GenerateConfig("run", prompt=("caf\udce9",))

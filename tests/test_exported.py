@@ -391,7 +391,7 @@ def test_refusals_come_before_the_work(published_bert, corpus, tmp_path):
         ),
         (
             lambda: mlm.pretrain.main(dataclasses.replace(base, init_from="hf:nobody/nothing")),
-            "the Hub cannot be asked",
+            "the Hub could not be reached",
         ),
         (lambda: mlm.pretrain.main(wider, asking("hidden_size")), r"do not fit.*is \(64, 32\), wanted \(64, 64\)"),
         (lambda: mlm.pretrain.main(longer, asking("max_position_embeddings")), "do not fit the model"),

@@ -185,7 +185,7 @@ def test_what_other_models_of_a_type_may_have_is_refused(tmp_path):
     }
     for written, message in (
         (base | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported .its frequencies ch"),
-        (base | {"rope_scaling": {"rope_type": "yarn"}}, "is no configuration of llama: .*factor"),
+        (base | {"rope_scaling": {"rope_type": "yarn"}}, "is not a valid llama configuration: .*factor"),
         (base | {"rope_scaling": YARN | {"factor": None}}, "'yarn' comes with factor=None"),
         (base | {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supp"),
         (modern | {"classifier_activation": "silu"}, "classifier_activation='silu' is not supported"),

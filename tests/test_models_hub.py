@@ -289,7 +289,7 @@ BAD = {
     "only a pickle": (only_pickle, r"weights as a pickle \(weights.data\).*AutoModel"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors and no"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
     "remote code": (config_with(auto_map={"AutoModel": "evil.Model"}), "auto_map.*never run"),
     "unknown type": (config_with(model_type="owl"), "'owl' is not known; known are bert, roberta, .*gemma3_text"),
     "a decoder": (config_with(is_decoder=True), "is_decoder=True is not supported; it must be False"),
@@ -298,8 +298,8 @@ BAD = {
         config_with(architectures=["BertForSequenceClassification"], problem_type="ranking"),
         "problem_type.*ranking",
     ),
-    "a number as text": (config_with(hidden_size="wide"), "is no configuration of bert"),
-    "no sizes": (config_with(num_attention_heads=None), "is no configuration of bert"),
+    "a number as text": (config_with(hidden_size="wide"), "is not a valid bert configuration"),
+    "no sizes": (config_with(num_attention_heads=None), "is not a valid bert configuration"),
     "another activation": (config_with(hidden_act="mish"), "hidden_act='mish' is not one of gelu"),
     "more layers": (config_with(num_hidden_layers=3), "layer.2.output.dense.weight is missing; .* is missing"),
     "fewer layers": (config_with(num_hidden_layers=1), "layer.1.output.dense.bias is not expected; .* not expected"),
@@ -307,13 +307,13 @@ BAD = {
         config_with(intermediate_size=64),
         r"encoder.layer.0.intermediate.dense.weight is float32 \(48, 32\), expected \(64, 32\); .*layer.1",
     ),
-    "header beyond the file": (lambda folder: corrupt_header(folder, b"{}", 10**12), "is cut off"),
-    "header is no JSON": (lambda folder: corrupt_header(folder, b"{nonsense}"), "no sound safetensors"),
+    "header beyond the file": (lambda folder: corrupt_header(folder, b"{}", 10**12), "is truncated"),
+    "header is no JSON": (lambda folder: corrupt_header(folder, b"{nonsense}"), "not a valid safetensors"),
     "tensor beyond the file": (
         lambda folder: corrupt_header(folder, b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'),
-        "no sound safetensors",
+        "not a valid safetensors",
     ),
-    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is cut off"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is truncated"),
     "a name with dots": (
         lambda folder: rewrite(folder, lambda tensors: tensors | {"../x": np.ones(1, np.float32)}),
         r"tensor called '\.\./x'",
@@ -324,7 +324,7 @@ BAD = {
     "an index that lists too much": (index_of("elsewhere.safetensors"), "lists tensors that no file holds: a;"),
     "an index that is none": (
         lambda folder: (index_of("x")(folder), (folder / "model.safetensors.index.json").write_text("[]")),
-        "is no index of tensors",
+        "is not a tensor index",
     ),
     "twice": (
         lambda folder: rewrite(
@@ -382,7 +382,7 @@ def test_what_cannot_be_found(tmp_path):
     for given, message in (
         (str(tmp_path / "none"), "there is no folder"),
         ("../x/y", "there is no folder"),
-        ("organisation/name", "there is no folder organisation/name, and the Hub cannot be asked"),
+        ("organisation/name", "there is no folder organisation/name, and the Hub could not be reached"),
         (__file__, "is a file"),
     ):
         with pytest.raises(UserError, match=message):
@@ -403,7 +403,7 @@ def test_a_repository_comes_from_the_cache_of_the_hub(bert, tmp_path, monkeypatc
     for revision in (None, "main", commit):
         _, again, _ = load_pretrained("somebody/small-bert", revision=revision)
         same(without_padding(BERT, again), without_padding(BERT, params))
-    with pytest.raises(UserError, match="the Hub cannot be asked"):
+    with pytest.raises(UserError, match="the Hub could not be reached"):
         load_pretrained("somebody/small-bert", revision="v9")
 
 

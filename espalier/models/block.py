@@ -42,7 +42,7 @@ class Context(NamedTuple):
 
     places: Places
     rotary: dict[str, tuple[jax.Array, jax.Array]]
-    """Rotary tables by kind of layer; kinds that do not turn queries and keys are not in it."""
+    """Rotary tables by kind of layer; kinds that do not rotate queries and keys are absent."""
     end: jax.Array | None
     """Where in the cache this pass writes; None without a cache."""
     memory: Memory | None = None

@@ -84,7 +84,7 @@ class ModelConfig:
     """Row of the table that the first position has (RoBERTa: 2)."""
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = 1.0
-    """Part of each head that rotary positions turn: its first dimensions (Phi-4-mini: 0.75)."""
+    """Fraction of each head that rotary positions rotate: its first dimensions (Phi-4-mini: 0.75)."""
     local_rope_theta: float | None = None
     """Rotary base of local layers, which are not scaled then; unset = all layers are alike."""
     rope_type: Literal["llama3", "linear", "yarn"] = "llama3"
@@ -97,9 +97,9 @@ class ModelConfig:
     rope_high_freq_factor: float = 4.0
     """llama3: wavelengths up to the original context divided by this stay as they are."""
     rope_beta_fast: float = 32.0
-    """yarn: pairs of dimensions that turn more often than this in the original context stay as they are."""
+    """yarn: pairs of dimensions that rotate more often than this in the original context are not scaled."""
     rope_beta_slow: float = 1.0
-    """yarn: pairs of dimensions that turn less often than this in the original context are stretched by the factor."""
+    """yarn: pairs of dimensions that rotate less often than this in the original context are scaled in full."""
     rope_attention_factor: float | None = None
     """yarn: what cosines and sines are multiplied by; unset = 1 + 0.1 ln(rope_scaling_factor)."""
     rope_truncate: bool = True
@@ -181,8 +181,8 @@ class ModelConfig:
         if self.position_embedding == "rotary" and (self.rotary_size < 2 or self.rotary_size % 2):
             part = f" × partial_rotary_factor={self.partial_rotary_factor} = {self.rotary_size}"
             raise UserError(
-                f"head_dim={self.head_size}{part if self.partial_rotary_factor != 1 else ''} is no even number of "
-                "dimensions; rotary positions turn pairs: give an even one"
+                f"head_dim={self.head_size}{part if self.partial_rotary_factor != 1 else ''} is not an even number "
+                "of dimensions, and rotary positions rotate pairs; give an even one"
             )
         if "nope" in self.layers and self.position_embedding != "rotary":
             raise UserError(
@@ -222,7 +222,7 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """Dimensions of a head that rotary positions turn."""
+        """Dimensions of a head that rotary positions rotate."""
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
@@ -284,7 +284,7 @@ class ModelConfig:
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         unknown = sorted(arguments.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise UserError(f"this version knows no model setting {', '.join(unknown)}; use the code that wrote it")
+            raise UserError(f"unknown model setting {', '.join(unknown)}; use the version of the code that wrote it")
         return cls(**arguments)
 
 

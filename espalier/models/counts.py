@@ -1,4 +1,4 @@
-"""What a model comes to: its parameters, and the operations that a token costs."""
+"""The size of a model: its parameters, and the floating-point operations per token."""
 
 from __future__ import annotations
 

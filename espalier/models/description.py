@@ -1,4 +1,4 @@
-"""A model in words, for people: what it is, how large, and in which precision and by which attention it runs."""
+"""A model in words: what it is, its size, and the precision and attention backend it runs with."""
 
 from __future__ import annotations
 

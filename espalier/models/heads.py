@@ -1,4 +1,4 @@
-"""What stands on the stack: language-model heads, classifiers of sequences, tokens and spans, embeddings of texts.
+"""Heads on the stack: language models, classifiers of sequences, tokens and spans, embeddings of texts.
 
 A language-model head returns what `models.vocabulary` multiplies (features, table, bias), never the logits. The
 parameters of a head stand under its name: head/<name>/…

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face ↔ ModelConfig, by what the families say; transformers fills in and spells what is old."""
+"""config.json of Hugging Face ↔ ModelConfig, by the families' maps; transformers fills in defaults, reads old keys."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def read_config(folder: Path) -> tuple[Any, ModelConfig]:
         return hf, to_ours(hf)
     except UserError:
         raise
-    except Exception as error:  # many kinds, for values that do not fit
-        raise UserError(f"{path} is no configuration of {model_type}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of many kinds, for invalid values
+        raise UserError(f"{path} is not a valid {model_type} configuration: {' '.join(str(error).split())}") from None
 
 
 def to_ours(hf: Any) -> ModelConfig:
-    """Our configuration of a model from transformers' (labels apart); UserError where it is another architecture."""
+    """Our configuration from transformers', without labels; UserError for an architecture that is not supported."""
     family = family_of(hf.model_type)
     for key, accepted in family.only.items():
         value = getattr(hf, key, accepted[0])
@@ -82,7 +82,7 @@ def to_hf(
         _check_padding(config, tokenizer, values)
         must = {"nomic_bert": "pad_token_id", "eurobert": "mask_token_id"}.get(config.model_type)
         if must and values.get(must) is None:
-            # None is no value there: without a tokenizer the class's own stays.
+            # None is not allowed there: without a tokenizer the class keeps its default.
             values.pop(must, None)
     else:
         assert published is not None
@@ -167,7 +167,7 @@ def _special_tokens(config: ModelConfig, tokenizer: Any) -> dict[str, int | None
 
 
 def _check_padding(config: ModelConfig, tokenizer: Any, values: dict[str, Any]) -> None:
-    """UserError where positions are counted from another token than the tokenizer's padding."""
+    """UserError where positions are counted from a token other than the tokenizer's padding."""
     pad = _special_tokens(config, tokenizer)["pad_token_id"]
     if tokenizer is not None and values["pad_token_id"] != pad:
         raise UserError(
@@ -177,13 +177,13 @@ def _check_padding(config: ModelConfig, tokenizer: Any, values: dict[str, Any]) 
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object of a file; UserError where it holds none."""
+    """The JSON object in a file; UserError for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return values
 
 

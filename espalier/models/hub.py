@@ -1,10 +1,10 @@
-"""The way from and to the files of Hugging Face: config.json, model.safetensors, tokenizer.json, a model card.
+"""Import and export of Hugging Face folders: config.json, model.safetensors, tokenizer.json, a model card.
 
     config, params, tokenizer = load_pretrained("bert-base-uncased")
     save_pretrained("exported", config, params, tokenizer)
 
-What comes from outside is data and never program: no pickles, no remote code, no file outside its folder. Everything is
-checked from headers before a weight is read, and a folder appears whole or not at all.
+Files from outside are data, never code: no pickles, no remote code, no file outside its folder. Everything is checked
+from headers before a weight is read, and a folder is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def load_pretrained(
 
     head: a name in models.heads.HEADS; default: that of the file. revision: branch, tag or commit on the Hub. mesh:
     where the float32 parameters are laid out by sharding/rules.py; default: the first device. Raises UserError where
-    the files cannot be taken as they are. The tokenizer is None where the folder has none.
+    the files are not supported. The tokenizer is None where the folder has none.
     """
     source = Pretrained(path_or_id, revision)
     head = head or source.head
@@ -218,7 +218,8 @@ class Pretrained:
                 faults.append(f"{name} is not expected")
         if faults:
             raise UserError(
-                f"{self.folder} is no {self._config.model_type} as its config.json says: {'; '.join(faults)}"
+                f"the weights of {self.folder} do not match its config.json, a {self._config.model_type}: "
+                f"{'; '.join(faults)}"
             )
         parts = parts_by_path(tensors, views)
         return tree_of({path: place(leaf, parts[path]) for path, leaf in leaves_of(abstract)})
@@ -254,7 +255,7 @@ class Pretrained:
         return next(heads, bare_head(self._config) or "embedding")
 
     def _holds(self, head: str) -> bool:
-        """Whether the file has a tensor of this head that the stack has not."""
+        """Whether the file has a tensor of this head that the stack does not have."""
         names = (plain_name(self._family, name) for name in self._family.heads.get(head, ()))
         shared = {plain_name(self._family, name) for name in self._family.heads.get("embedding", ())}
         return any(name in self._views for name in names if head == "embedding" or name not in shared)

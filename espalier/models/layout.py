@@ -1,4 +1,4 @@
-"""The mesh of a run: as it was asked for, or chosen by the model's size, the chips' memory and how many they are."""
+"""The mesh of a run: as requested, or chosen by the size of the model, the memory of a device and their number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharding.topology import chip_of
 
 
 def open_mesh(config: Any, model: ModelConfig, head: str, length: int, *, split: bool = True) -> jax.sharding.Mesh:
-    """The mesh over all devices for a training configuration; a chosen one is told of, with the reason.
+    """The mesh over all devices for a training configuration; a chosen one is printed with the reason.
 
     length: tokens of the longest row. split: whether rows may be split over the axis sequence. UserError where batch or
     row does not divide.

@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, without compiling it: for `--mesh.auto` and `./launch.sh plan`.
+"""The memory of a device that a training step needs, without compiling it: for `--mesh.auto` and `./launch.sh plan`.
 
 Parameters and optimizer state follow exactly from the table of rules. What layers keep for the backward pass is read
 off the program: the residuals of one layer's vector-Jacobian product, at the size that a device holds; what attention

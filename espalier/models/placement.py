@@ -1,4 +1,4 @@
-"""Parameters put together on the devices, from views on a file: each device gets its part, piece by piece.
+"""Parameters assembled on the devices from views on a file: each device gets its shard, piece by piece.
 
 A stack of layers is larger than any of its tensors, and a host may hold less than its devices together. So every
 device's part is made as zeros there and filled in place: the host never holds more than a piece.

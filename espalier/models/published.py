@@ -1,4 +1,4 @@
-"""What the files of a published model say beyond its architecture, kept beside a run so that an export says it too.
+"""What the files of a published model hold beyond its architecture; a run keeps it, so that an export has it too.
 
 End tokens, how to sample, the type of the weights, and all settings in config.json that nothing here changes.
 """
@@ -35,7 +35,7 @@ class Published:
     dtype: str
     """float32, bfloat16 or float16: the type of the weights; of several types float32, which holds them all."""
     vocabulary: str | None
-    """Fingerprint of the vocabulary that the ids of special tokens are meant for; None where no tokenizer was there."""
+    """Fingerprint of the vocabulary that the ids of special tokens are meant for; None without a tokenizer."""
 
     @classmethod
     def beside(cls, saved: Mapping[str, Any]) -> Published | None:

@@ -1,4 +1,4 @@
-"""A model of Hugging Face as a folder of this machine: the folder itself, or a repository on the Hub, fetched."""
+"""The local folder of a Hugging Face model: the folder given, or the snapshot of a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from espalier.errors import UserError
 PREFIX = "hf:"
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 UNWANTED = ("*/*", "consolidated*")
-"""Files of a repository on the Hub that are fetched, and those of them that are copies; never its pickles."""
+"""Files of a repository on the Hub that are fetched, and duplicates among them that are not; never its pickles."""
 
 
 def local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
-    """The folder itself, or the snapshot of a repository on the Hub, fetched where it is not in the cache."""
+    """The folder itself, or the snapshot of a repository on the Hub, downloaded unless it is in the cache."""
     given = str(path_or_id).removeprefix(PREFIX)
     folder = Path(given).expanduser()
     if folder.is_dir():
@@ -32,7 +32,7 @@ def local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
         return Path(snapshot_download(given, revision=revision, **wanted))
     except GatedRepoError:
         raise UserError(
-            f"{given} is given only to those who accept its licence: do so on its page of the Hub, then `hf auth login`"
+            f"{given} is gated: accept its licence on its page of the Hub, then run `hf auth login`"
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{given} on the Hub has no revision {revision!r}; leave it out for the newest") from None
@@ -41,9 +41,9 @@ def local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:
             f"there is no folder {given} and no such repository on the Hub; check the name (for a private one: "
             "hf auth login)"
         ) from None
-    except Exception as error:  # of the connection, in the middle of a file, of a name that the Hub does not allow
+    except Exception as error:  # no connection, an interrupted download, a name that the Hub does not allow
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"there is no folder {given}, and the Hub cannot be asked for it ({said}); "
+            f"there is no folder {given}, and the Hub could not be reached for it ({said}); "
             "check the path, or fetch it where there is a connection: hf download NAME --local-dir FOLDER"
         ) from None

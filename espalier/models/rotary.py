@@ -15,7 +15,7 @@ from espalier.models.config import LayerKind, ModelConfig
 
 
 def rotary_frequencies(config: ModelConfig, kind: LayerKind = "global") -> np.ndarray:
-    """Radians a position turns each pair of dimensions in layers of this kind, float32 [rotary_size / 2].
+    """Radians per position of each pair of dimensions in layers of this kind, float32 [rotary_size / 2].
 
     Scaling: linear (Chen et al. 2023) divides all of them; llama3 only those of wavelengths longer than the original
     context, leaves the short ones and blends in between, by the frequency; yarn likewise, by the number of the pair
@@ -45,7 +45,7 @@ def rotary_frequencies(config: ModelConfig, kind: LayerKind = "global") -> np.nd
 
 
 def _yarn_range(c: ModelConfig) -> tuple[float, float]:
-    """Between which pairs of dimensions YaRN blends: those that turn beta_fast and beta_slow times in the original
+    """Between which pairs of dimensions YaRN blends: those that rotate beta_fast and beta_slow times in the original
     context, by the inverse of theta^(-2i/R), R = rotary_size (Peng et al. 2023, eq. 17 to 20, and the
     bounds of their code)."""
 
@@ -77,7 +77,7 @@ def rotary_tables(
 
 
 def rotary_by_kind(config: ModelConfig, positions_BT: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The tables of every kind of layer that turns queries and keys; none with learned positions."""
+    """The tables of every kind of layer that rotates queries and keys; none with learned positions."""
     if config.position_embedding != "rotary":
         return {}
     kinds = sorted(set(config.layers) - {"nope"})
@@ -85,7 +85,7 @@ def rotary_by_kind(config: ModelConfig, positions_BT: jax.Array) -> dict[str, tu
 
 
 def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn queries or keys by their positions (Su et al. 2021, eq. 34).
+    """Rotate queries or keys by their positions (Su et al. 2021, eq. 34).
 
     Of the first rotary_size dimensions, i pairs with i + rotary_size / 2; the rest stays as it is.
     """

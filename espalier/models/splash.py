@@ -83,7 +83,7 @@ def _refuses(use: Use) -> str | None:
             f"attention_dropout={use.dropout:g} drops probabilities, which the kernel never holds (0 lets it be used)"
         )
     if use.length % (LANES * use.parts):
-        return f"a row of {use.length} tokens on {use.parts} devices is no multiple of {LANES} on each"
+        return f"a row of {use.length} tokens on {use.parts} devices is not a multiple of {LANES} on each"
     return None
 
 

@@ -1,6 +1,6 @@
-"""safetensors files, read as views on the mapped file and written in shards; nothing else is ever opened.
+"""safetensors files, read as views on the memory-mapped file and written in shards; nothing else is ever opened.
 
-A file from outside is data, not program: a pickle is recognised by its content, whatever its name, and refused.
+A file from outside is data, not code: a pickle is recognised by its content, whatever its name, and refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of a folder's safetensors files by name, as read-only views; only what is read is loaded.
 
-    Raises UserError where the files are not there, are pickles, or do not hold together.
+    Raises UserError where the files are missing, pickles, or inconsistent.
     """
 
     def __init__(self, folder: Path):
@@ -43,7 +43,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
             absent = sorted(name for name in listed if name not in self._views)
             if absent:
                 raise UserError(
-                    f"{index} lists tensors that no file holds: {', '.join(absent[:8])}; copy the files anew"
+                    f"{index} lists tensors that no file holds: {', '.join(absent[:8])}; copy the files again"
                 )
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -115,12 +115,12 @@ def _files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for path in folder.iterdir() if path.is_file() and _is_pickle(path))
     if pickles:
         raise UserError(
-            f"{folder} has its weights as a pickle ({pickles[0]}), which can run any program when it is opened; "
-            "convert them where you trust them: AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{folder} has its weights as a pickle ({pickles[0]}), which can run arbitrary code when it is opened; "
+            "if you trust them, convert them: AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     raise UserError(
-        f"{folder} has no {SINGLE} and no {INDEX}; a repository that holds pickles alone (.bin, .pt) must be converted "
-        "where you trust it: AutoModel.from_pretrained(NAME).save_pretrained(FOLDER)"
+        f"{folder} has no {SINGLE} and no {INDEX}; a repository that holds only pickles (.bin, .pt) must be converted, "
+        "if you trust it: AutoModel.from_pretrained(NAME).save_pretrained(FOLDER)"
     )
 
 
@@ -129,7 +129,7 @@ def _index(path: Path) -> dict[str, str]:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         assert listed and all(isinstance(file, str) for file in listed.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{path} is no index of tensors ({error}); copy the folder anew") from None
+        raise UserError(f"{path} is not a tensor index ({error}); copy the folder again") from None
     return listed
 
 
@@ -153,14 +153,14 @@ def _open(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise UserError(f"{path} is cut off: its header should have {length:,} bytes and the file has {size:,}")
+            raise UserError(f"{path} is truncated: its header should have {length:,} bytes and the file has {size:,}")
         header = file.read(length)
         try:
-            # The library checks that the header is sound and covers the file exactly.
+            # The library checks that the header is valid and covers the file exactly.
             with safe_open(path, "np"):
                 entries = json.loads(header)
         except (SafetensorError, ValueError) as error:
-            raise UserError(f"{path} is no sound safetensors file: {error}; copy it anew") from None
+            raise UserError(f"{path} is not a valid safetensors file: {error}; copy it again") from None
         data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
     entries.pop("__metadata__", None)
     views = {}

@@ -1,4 +1,4 @@
-"""The language in which a family says where the tensors of a file go, read in both directions.
+"""The language in which a family maps the tensors of a file to parameters, read in both directions.
 
     "encoder.layer.{}.attention.self.key.weight": "attention/kv/kernel[0]: (K H) D -> D K H"
     "h.{}.attn.c_attn.weight": "attention/q/kernel attention/kv/kernel[0] attention/kv/kernel[1]: D (3 N H) -> 3 D N H"
@@ -204,7 +204,7 @@ def _piece(root: ParamPath, index: tuple[int, ...], where: str, sizes: Mapping[s
 
 def _target(root: ParamPath, index: tuple[int, ...], target: str) -> tuple[ParamPath, tuple[int, ...]]:
     match = re.fullmatch(r"([\w/]+)(?:\[(\d+)\])?", target)
-    assert match, f"{target!r} is no parameter"
+    assert match, f"{target!r} is not a parameter"
     if match[2]:
         index += (int(match[2]),)
     return root + tuple(match[1].split("/")), index

@@ -1,4 +1,4 @@
-"""Model families of the Hugging Face world: one file each, with published shapes and the way to and from their files.
+"""Model families of Hugging Face: one file each, with published shapes and the map to and from their files.
 
 A family is data: which settings are called what, which are fixed, and one map from the tensors of a file to our
 parameters that serves import and export alike (its language: models/weight_map.py). docs/adding-a-family.md says how
@@ -77,7 +77,7 @@ UNSUPPORTED = {
 UNSUPPORTED_ROPE = {
     "dynamic": "its frequencies change with the length of the text",
     "longrope": "its frequencies are one of two lists, by the length of the text",
-    "proportional": "it turns a part of each head",
+    "proportional": "it rotates a fraction of each head",
 }
 """Kinds of scaled rotary positions that are not supported, and what they are."""
 
@@ -171,14 +171,14 @@ def layer_types(config: ModelConfig) -> list[str]:
 def read_rope(rope: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
     """rope_theta and scaling from transformers' rope parameters; UserError for a kind that is not supported.
 
-    partial: whether the family's class in transformers can turn a part of each head.
+    partial: whether the family's class in transformers can rotate a fraction of each head.
     """
     kind = rope.get("rope_type", "default")
     settings: dict[str, Any] = {"rope_theta": float(rope["rope_theta"]), "rope_scaling_factor": None}
     if partial:
         settings["partial_rotary_factor"] = float(rope.get("partial_rotary_factor", 1.0))
     elif rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; whole heads turn")
+        raise UserError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; it must be 1")
     if kind == "default":
         return settings
     if kind not in ("linear", "llama3", "yarn"):
