@@ -82,9 +82,9 @@ def train(
         optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes), base)
         factor = schedule(config.optimizer, config.steps)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
-        start, whence, interval = beginning(origin, load_params)
+        start, origin_message, interval = beginning(origin, load_params)
         last = min(config.stop_at or config.steps, config.steps)
-        introduce(about, config, mesh, whence, start, last, tokens_per_step)
+        introduce(about, config, mesh, origin_message, start, last, tokens_per_step)
         with progress.waiting("making the first state" if origin is None else "loading the first state"):
             state = jax.block_until_ready(
                 first_state(config, init_params, optimizer, mesh, origin, load_params, frozen)
