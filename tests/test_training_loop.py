@@ -318,7 +318,7 @@ def test_evaluations_and_saves_come_when_they_should(tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_a_loss_that_is_no_number_stops_the_run_unsaved(tmp_path, every):
+def test_a_nan_loss_stops_the_run_unsaved(tmp_path, every):
     """Step 3 goes wrong; also when each step is saved, no checkpoint holds what it did."""
 
     def batches_from(step):

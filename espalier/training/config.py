@@ -81,7 +81,7 @@ class OptimizerConfig:
             raise UserError(f"optimizer.name={self.name} is none of {', '.join(OPTIMIZERS)}")
         for name in ("learning_rate", "muon_learning_rate", "warmup", "weight_decay", "eps", "clip_norm"):
             value = getattr(self, name)
-            # A door may leave one unset until it has seen the model.
+            # An entry point may leave it unset until it has seen the model.
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"optimizer.{name}={value} must be a number of at least 0")
         for name in ("decay_fraction", "final_fraction"):
@@ -109,7 +109,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the training loop itself needs; the doors extend it with model, data and objective."""
+    """What the training loop itself needs; entry points extend it with model, data and objective."""
 
     steps: int = often(1000)
     """Length of the schedule in optimizer steps."""
@@ -151,7 +151,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every"):
             value = getattr(self, name)
-            # A door may leave one unset until it has seen the data.
+            # An entry point may leave it unset until it has seen the data.
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         if not 0 <= self.seed < 2**32:

@@ -34,7 +34,7 @@ from sharding.topology import peak_flops
 
 
 class NonFiniteLoss(MachineError):
-    """Training met a loss or gradient that is no number."""
+    """The loss or the gradient is NaN or infinite."""
 
 
 class BatchStream(Protocol):
@@ -149,7 +149,7 @@ def train(
             saving = step % config.checkpoint.every == 0 or ending
             evaluating = step == last or step % config.eval_every == 0 and not stopping
             if saving or evaluating:
-                # A loss that is no number ends the run here, before its state replaces a good one on the disk.
+                # A NaN or infinite loss ends the run here, before its state replaces a good one on the disk.
                 loss = _report(tracker, checkpoints, collector, *pending)
                 pending = None
             if saving:

@@ -31,7 +31,7 @@ from sharding.rules import shard_params
 
 
 class Origin(Protocol):
-    """What a run goes on from: a run's checkpoint, or a model of another world (models.hub.Pretrained)."""
+    """What a run goes on from: a run's checkpoint, or a Hugging Face model (models.hub.Pretrained)."""
 
     @property
     def name(self) -> str:
