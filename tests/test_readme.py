@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from espalier import cli
+from espalier.__main__ import commands
 from espalier.data.builtin import demo_task
 from espalier.data.config import DataConfig
 from espalier.data.sources import open_sources
@@ -28,18 +29,9 @@ from espalier.models.transformer import init_params
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
-MODULES = {
-    "demo": "espalier.commands.demo",
-    "mlm": "mlm.pretrain",
-    "clm": "clm.pretrain",
-    "finetune": "finetune.train",
-    "generate": "clm.generate",
-    "prepare": "espalier.data.prepare",
-    "report": "espalier.commands.report",
+MODULES = {command.name: command.module for command in commands()} | {
     "plan": "espalier.commands.plan.__main__",
     "budget": "espalier.commands.plan.budget.__main__",
-    "import": "espalier.commands.convert",
-    "export": "espalier.commands.convert",
 }
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if not kind]
 COMMANDS = [
@@ -198,7 +190,5 @@ def test_every_flag_in_the_text_exists(flag):
 
 @pytest.mark.parametrize("text", [README, AGENTS], ids=["README", "AGENTS"])
 def test_every_path_in_the_text_exists(text):
-    for path in re.findall(
-        r"`((?:espalier|mlm|clm|finetune|models|data|sharding|training|commands|tests|docs)/[\w/.-]*)`", text
-    ):
+    for path in re.findall(r"[`(\"]((?:mlm|clm|finetune|espalier|sharding|cluster|tests|docs)/[\w/.-]*)[`)\"]", text):
         assert (ROOT / path).exists(), path
