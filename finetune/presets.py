@@ -15,12 +15,12 @@ from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainCon
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """Labelled texts: .tsv, .csv, .jsonl or .json files with named columns."""
+    """Labelled texts with named columns: .tsv, .csv, .jsonl, .json, .parquet (also .gz, .zst, URLs), or hf:…, tfds:…"""
 
     train: str | None = often(None)
-    """File to learn from."""
+    """File, URL or data set (hf:ID?split=train) to learn from."""
     validation: str | None = often(None)
-    """File to measure on; its labels are those of the training file."""
+    """What to measure on, given likewise; its labels are those of the training file."""
     text: tuple[str, ...] = often(())
     """One column of text, or two for pairs; unset = guessed from the names, as in GLUE's files."""
     label: str | None = often(None)
