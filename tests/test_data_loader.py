@@ -37,12 +37,12 @@ row_sizes = st.integers(8, 24)
 
 def masked_lm(lengths, T=16) -> Rows:
     store = Store(lengths)
-    return Rows(store, pack_best_fit(store.offsets, T), T, SPECIALS, "masked_lm")
+    return Rows(store, pack_best_fit(store.offsets, T), T, SPECIALS, "framed")
 
 
 def causal_lm(lengths, T=16) -> Rows:
     store = Store(lengths)
-    return Rows(store, pack_split(store.offsets, T), T, SPECIALS, "causal_lm", BYTES)
+    return Rows(store, pack_split(store.offsets, T), T, SPECIALS, "shifted", BYTES)
 
 
 def segments(batch, row):
@@ -109,7 +109,7 @@ def test_no_rows_is_an_error():
     store = Store([0])
     store.label = "validation text of wiki"
     with pytest.raises(UserError, match="validation text of wiki makes no row of tokens"):
-        Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "causal_lm", BYTES)
+        Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "shifted", BYTES)
 
 
 @given(st.integers(1, 700), st.integers(0, 2**63))
@@ -234,7 +234,7 @@ def test_any_number_of_hosts_makes_the_same_batch(hosts, mixed):
     """Each reads its slice and no more."""
     stores = [Watched([16 * size - 1]) for size in ((70, 31) if mixed else (70,))]
     rows = {
-        str(number): Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "causal_lm", BYTES)
+        str(number): Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "shifted", BYTES)
         for number, store in enumerate(stores)
     }
     batches = Batches(rows, 48, seed=5, weights={"0": 0.7, "1": 0.3} if mixed else None)
@@ -268,7 +268,7 @@ def test_a_far_step_costs_what_a_near_one_costs(monkeypatch):
     monkeypatch.setattr(
         espalier.data.loader, "_feistel", lambda value, *rest: mixed.append(len(value)) or feistel(value, *rest)
     )
-    batches = Batches({"a": Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "causal_lm", BYTES)}, 64)
+    batches = Batches({"a": Rows(store, pack_split(store.offsets, 16), 16, SPECIALS, "shifted", BYTES)}, 64)
     costs = []
     for step in (10, 10**6):
         mixed.clear()

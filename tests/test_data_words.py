@@ -282,7 +282,7 @@ def corpus(tmp_path_factory):
 
 def rows_of(prepared, **more):
     store, specials = prepared.train["text"], special_ids(prepared.tokenizer)
-    return Rows(store, pack_best_fit(store.offsets, 64), 64, specials, kind="masked_lm", **more)
+    return Rows(store, pack_best_fit(store.offsets, 64), 64, specials, layout="framed", **more)
 
 
 def test_masks_hide_the_words_of_the_segmenter(corpus, capsys):

@@ -54,7 +54,7 @@ def test_the_text_is_that_of_the_files(tmp_path):
 
     rows, held_out = (
         {
-            name: Rows(store, pack_split(store.offsets, 16), 16, special_ids(prepared.tokenizer), "causal_lm", table)
+            name: Rows(store, pack_split(store.offsets, 16), 16, special_ids(prepared.tokenizer), "shifted", table)
             for name, store in stores.items()
         }
         for table in [token_bytes(prepared.tokenizer)]

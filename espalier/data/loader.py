@@ -75,13 +75,14 @@ class Rows:
         plan: Plan,
         sequence_length: int,
         specials: SpecialIds,
-        kind: Literal["masked_lm", "causal_lm"],
+        layout: Literal["framed", "shifted"],
         token_bytes: np.ndarray | None = None,
         word_starts: bool = False,
     ):
-        """token_bytes: int32 [V] (data.token_tables.token_bytes), for the `label_bytes` of kind "causal_lm".
-
-        word_starts: masked LM has `word_starts` too, of a store that knows them.
+        """layout: "framed" = each document between [CLS] and [SEP], without labels (masked LM); "shifted" = bos before
+        each document, and the next token as the label (causal LM).
+        token_bytes: int32 [V] (data.token_tables.token_bytes), for the `label_bytes` of shifted rows.
+        word_starts: framed rows have `word_starts` too; the store must know them.
         """
         if not plan.rows:
             label = getattr(store, "label", "the text")
@@ -89,7 +90,7 @@ class Rows:
         self._take, self._last = store.take, int(store.offsets[-1]) - 1
         self._word_starts = store.word_starts if word_starts else None
         self._plan, self._length, self._specials = plan, sequence_length, specials
-        self._causal, self._token_bytes = kind == "causal_lm", token_bytes
+        self._shifted, self._token_bytes = layout == "shifted", token_bytes
 
     def __len__(self) -> int:
         return self._plan.rows
@@ -102,9 +103,9 @@ class Rows:
     def rows(self, indices: np.ndarray) -> Batch:
         """Arrays [B,T] of the rows `indices`; row -1 is empty (padding only).
 
-        Both kinds: `input_ids`, `segment_ids` (1, 2, … by document, 0 = padding), `positions`, all int32. Masked LM may
-        have `word_starts` (bool): whether a token begins a word; special tokens and padding do. Causal LM
-        adds `labels`, `loss_weights` (float32) and `label_bytes`; every place but padding has a label.
+        Always `input_ids`, `segment_ids` (1, 2, … by document, 0 = padding), `positions`, all int32. Framed rows may
+        have `word_starts` (bool): whether a token begins a word; special tokens and padding do. Shifted rows add
+        `labels`, `loss_weights` (float32) and `label_bytes`; every place but padding has a label.
         """
         plan, T = self._plan, self._length
         indices = np.asarray(indices, np.int64)
@@ -135,7 +136,7 @@ class Rows:
         }
         batch["segment_ids"].reshape(-1)[place_S] = np.repeat(number_P + 1, slots_P)
         batch["positions"].reshape(-1)[place_S] = position_S
-        if self._causal:
+        if self._shifted:
             assert self._token_bytes is not None
             # One look-up serves both: inputs are the tokens from the place before, labels those of the place after.
             input_S = self._gather(source_S)

@@ -39,9 +39,9 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
         if framed:
             by_words = record.word_starts(config) and bool(prepared.words)
             plan = pack_best_fit(store.offsets, length)
-            return Rows(store, plan, length, specials, kind="masked_lm", word_starts=by_words)
+            return Rows(store, plan, length, specials, "framed", word_starts=by_words)
         plan = pack_split(store.offsets, length)
-        return Rows(store, plan, length, specials, kind="causal_lm", token_bytes=bytes_V)
+        return Rows(store, plan, length, specials, "shifted", token_bytes=bytes_V)
 
     bytes_V = None if framed else token_bytes(tokenizer)
     with progress.waiting("packing rows"):
