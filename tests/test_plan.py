@@ -274,9 +274,9 @@ class Store:
 @pytest.mark.parametrize("word_starts", [False, True])
 def test_a_planned_batch_has_the_arrays_of_the_loader(word_starts):
     specials = SpecialIds(pad=0, cls=1, sep=2, mask=3, bos=4, eos=5, all=(0, 1, 2, 3, 4, 5))
-    framed = Rows(Store(), pack_best_fit(Store.offsets, 8), 8, specials, "masked_lm", word_starts=word_starts)
+    framed = Rows(Store(), pack_best_fit(Store.offsets, 8), 8, specials, "framed", word_starts=word_starts)
     table = np.ones(30, np.int32)
-    shifted = Rows(Store(), pack_split(Store.offsets, 8), 8, specials, "causal_lm", table)
+    shifted = Rows(Store(), pack_split(Store.offsets, 8), 8, specials, "shifted", table)
     for layout, rows, words in (("framed", framed, word_starts), ("shifted", shifted, False)):
         batch = rows.rows(np.arange(1))
         assert {name: str(values.dtype) for name, values in batch.items()} == batch_types(layout, words)
