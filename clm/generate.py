@@ -182,7 +182,7 @@ def _completions(config: GenerateConfig) -> list[str]:
     from espalier.training.run import RunDirectory
 
     saved = read_config(config.run_dir)
-    if saved.get("task") != "causal_lm":
+    if saved.get("head", saved.get("task")) != "causal_lm":
         raise UserError(
             f"{config.run_dir} holds a run of task {saved.get('task')!r}, which does not generate text; "
             "give the run directory of a `clm` run"

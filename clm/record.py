@@ -17,7 +17,7 @@ LONGEST_SAMPLE = 100
 """Tokens of a sample of text at most."""
 
 
-def build(setup: Setup, train: bool) -> Objective:
+def build(setup: Setup) -> Objective:
     from clm.loss import causal_lm_objective
 
     return causal_lm_objective(setup.model, execution=setup.execution)

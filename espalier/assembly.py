@@ -33,14 +33,17 @@ from espalier.training.run import RunDirectory, settings, summarise
 from espalier.training.start import Origin, find_origin
 
 
-def train(config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FROM_PYTHON) -> dict:
+def train(
+    config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FROM_PYTHON, *, objective: Any = None
+) -> dict:
     """Run, or resume, what `config` describes; returns the `--json` object.
 
     config: a training.config.TrainConfig with its run_dir. record: of what is trained; unset = what config.task names.
+    objective: one of the user's own, as config.objective names it or that function or record itself.
     call: how the run was asked for. With config.init_from, the settings of the model that `call` names change that of
     the weights.
     """
-    return fit(*opened(config, record, call), call)
+    return fit(*opened(config, record, call, objective=objective), call)
 
 
 class Opened(NamedTuple):
@@ -54,10 +57,12 @@ class Opened(NamedTuple):
     """Where it goes on from; None = scratch."""
 
 
-def opened(config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FROM_PYTHON) -> Opened:
+def opened(
+    config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FROM_PYTHON, *, objective: Any = None
+) -> Opened:
     """The task of a configuration with its data read; arguments as in `train`. Nothing is written into the run."""
     assert config.run_dir is not None
-    record = (record or tasks.find(config.task)).chosen(config)
+    record = (record or tasks.find(config.task)).chosen(config, objective)
     run = RunDirectory(config.run_dir)
     origin = find_origin(config, run, Pretrained)
     model, longest = record.architecture(config, origin, call.settings_of("model"))
@@ -79,6 +84,8 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     recorded = {"task": record.name, "fingerprints": dict(task.fingerprints), "command": call.command}
     if record.name not in tasks.TASKS:
         recorded |= {"head": head} | ({"report": kept(record.report)} if record.report else {})
+    if task.user_code:
+        recorded["user_code"] = task.user_code
     config_dict, defaults = settings(config, model, **recorded, **task.settings, **handed_on)
     run.check(config_dict, defaults, origin.done if origin else 0, task.schedules)
     first = jax.process_index() == 0
@@ -97,7 +104,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         init_params=task.init_params,
         matrix_axes=task.matrix_axes or matrix_axes,
         objective=task.objective,
-        eval_objective=task.eval_objective,
+        eval_objective=task.objective,
         batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
         eval_batches=task.eval_batches,
         finalize_eval=task.finalize_eval,

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from espalier.training.sweep import Sweep
 
 
-def train(config: Any) -> dict[str, Any]:
+def train(config: Any, *, objective: Any = None) -> dict[str, Any]:
     """Run, or resume, what a configuration describes, as its command does; returns what `--json` prints.
 
-    UserError where the run directory holds another run.
+    objective: one of your own for a pretraining, a function or a record (docs/own-objective.md). UserError where the
+    run directory holds another run.
 
     >>> from dataclasses import replace
     >>> from mlm.presets import debug
@@ -38,7 +39,7 @@ def train(config: Any) -> dict[str, Any]:
         raise UserError(
             "the configuration has no run_dir; replace(config, run_dir='runs/NAME') says where the run goes"
         )
-    return joined(assembly.train)(config)
+    return joined(assembly.train)(config, objective=objective)
 
 
 def plan(config: Any, **chips: Any) -> Plan:
@@ -115,7 +116,7 @@ def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float])
             objective=task.objective,
             batch_of=lambda seed, step: runs[seed].task.batch(step),
             mesh=mesh,
-            eval_objective=task.eval_objective,
+            eval_objective=task.objective,
             eval_batches=task.eval_batches,
             finalize_eval=task.finalize_eval,
         )

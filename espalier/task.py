@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from espalier.training.step import Objective
 
 TASKS = {
-    "masked_lm": "mlm.record:MASKED_LM",
     "causal_lm": "clm.record:CAUSAL_LM",
+    "masked_lm": "mlm.record:MASKED_LM",
     "sequence_classification": "finetune.tasks.classify_record:CLASSIFICATION",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
@@ -53,8 +53,10 @@ class TaskRecord:
     report: TaskReport | None = None
     """What it adds to report and card of its runs; None = nothing."""
 
-    def chosen(self, config: Any) -> TaskRecord:
-        """The record that this configuration means: this one, or one with code of the user's own."""
+    def chosen(self, config: Any, objective: Any = None) -> TaskRecord:
+        """The record that this configuration means: this one, or one with an objective of the user's own."""
+        if objective is not None:
+            raise UserError(f"task {self.name} takes no objective of your own; pretraining on text does")
         return self
 
     def architecture(self, config: Any, origin: Origin | None, given: frozenset[str]) -> tuple[ModelConfig, int]:
@@ -93,7 +95,6 @@ class Task:
     init_params: Callable[[jax.Array], dict]
     """key → fresh parameters, head included."""
     objective: Objective
-    eval_objective: Objective
     batch: Callable[[int], dict]
     """step → this process's rows of that step's batch, NumPy."""
     eval_batches: Sequence[dict]
@@ -106,7 +107,9 @@ class Task:
     name, asks that for each."""
 
     fingerprints: Mapping[str, str]
-    """SHA-256 of tokenizer, data, and code of the user's own."""
+    """SHA-256 of tokenizer and data."""
+    user_code: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What code of the user's own is for → where it is, and its SHA-256 (user_code.recorded)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """JSON values that make the run what it is besides its flags."""
     schedules: Sequence[Schedule] = ()

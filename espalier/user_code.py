@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from espalier.errors import UserError
+from espalier.files import sha256_of_file, sha256_of_text
 from espalier.flags import nearest
 
 FORMS = "FILE.py:NAME or package.module:NAME"
@@ -64,6 +66,52 @@ def preset(given: str, config_types: tuple[type, ...]) -> tuple[Callable[[], Any
         f"{given} returns a {_name(type(config))}; accepted is {kinds}: begin with one, or with a preset and "
         "dataclasses.replace"
     )
+
+
+def function(given: Any, form: str, said: str = "") -> Callable[..., Any]:
+    """A function of the user's own: `given` itself, or what it names. Its errors are one line each.
+
+    form: how it is called, `mask(batch, key)`, for the UserError where it does not take that many arguments. said: what
+    it is called in messages; unset = its name.
+    """
+    found = load(given) if isinstance(given, str) else given
+    said = said or (given if isinstance(given, str) else getattr(found, "__qualname__", repr(found)))
+    takes = form[form.index("(") + 1 : form.rindex(")")]
+    arguments = [name for name in takes.split(", ") if name]
+    if not callable(found):
+        raise UserError(f"{said} is a {_name(type(found))}; accepted is a function {form}")
+    try:
+        inspect.signature(found).bind(*arguments)
+    except TypeError:
+        raise UserError(f"{said} takes {inspect.signature(found)}; accepted is a function {form}") from None
+
+    def called(*given: Any) -> Any:
+        with one_line(said, getattr(getattr(found, "__code__", None), "co_filename", None)):
+            return found(*given)
+
+    return called
+
+
+def recorded(given: Any) -> dict[str, str]:
+    """Where code of the user's own is, for config.json: its file, its name in there, and the SHA-256 of the file.
+
+    given: as on the command line, or the function itself; of one from a notebook, the SHA-256 is of its own source.
+    """
+    if isinstance(given, str):
+        place, _, name = given.rpartition(":")
+        load(given)
+        file = Path(place).expanduser().absolute() if place.endswith(".py") or os.sep in place else _file_of(place)
+        return {"file": str(file), "name": name, "sha256": sha256_of_file(file)}
+    name = given.__qualname__
+    try:
+        file = Path(inspect.getsourcefile(given) or "")
+        sha256 = sha256_of_file(file) if file.is_file() else sha256_of_text(inspect.getsource(given))
+    except (OSError, TypeError):
+        raise UserError(
+            f"{name}: its source cannot be read, so a resumed run could not tell whether it is the same; define it in "
+            "a file or a notebook"
+        ) from None
+    return {"file": str(file), "name": name, "sha256": sha256}
 
 
 @contextlib.contextmanager
@@ -119,6 +167,10 @@ def _module(given: str, place: str) -> ModuleType:
                 f"{given}: no module {missing}, neither here nor installed; accepted is {FORMS}"
             ) from error.__cause__
         raise
+
+
+def _file_of(module: str) -> Path:
+    return Path(sys.modules[module].__file__ or "")
 
 
 def _name(kind: type) -> str:

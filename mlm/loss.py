@@ -29,11 +29,15 @@ def masked_lm_objective(
     *,
     rate: Callable,
     execution: Execution,
+    mask: Callable = mask_batch,
 ) -> Objective:
-    """The objective. rate: (traced) step → mask rate, see `mlm.masking.rate_at`."""
+    """The objective.
+
+    rate: (traced) step, whether it trains → mask rate, see `mlm.masking.rate_at`. mask: called as `mask_batch` is.
+    """
 
     def prepare(batch, key, step, train):
-        batch = mask_batch(batch, key, rate(step), masking, vocabulary)
+        batch = mask(batch, key, rate(step, train), masking, vocabulary)
         return batch, jnp.maximum(jnp.sum(batch["masked_weights"]), 1.0)
 
     def loss(params, batch, key, norms, train):

@@ -10,12 +10,15 @@ stored with the tokens (data.words), or follows from the tokens themselves (data
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier import user_code
+from espalier.errors import UserError
 from sharding.mesh import BATCH_AXES
 
 if TYPE_CHECKING:
@@ -78,6 +81,28 @@ def mask_batch(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabu
         "masked_labels": labels_BM,
         "masked_weights": weights_BM,
     }
+
+
+MASKED = {"masked_positions": jnp.int32, "masked_labels": jnp.int32, "masked_weights": jnp.float32}
+
+
+def own_masking(given: str) -> Callable:
+    """A masking of the user's own, called as `mask_batch` is; UserError where it does not do as that does."""
+    mask = user_code.function(given, "mask(batch, key, rate, config, vocabulary)")
+
+    def checked(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabulary) -> dict:
+        hidden = mask(batch, key, rate, config, vocabulary)
+        shape = (batch["input_ids"].shape[0], slots(config, batch["input_ids"].shape[1]))
+        wanted = {name: (shape, jnp.dtype(kind).name) for name, kind in MASKED.items()}
+        wanted["input_ids"] = (batch["input_ids"].shape, "int32")
+        for name, one in wanted.items():
+            array: Any = hidden.get(name) if isinstance(hidden, dict) else None
+            got = (tuple(array.shape), array.dtype.name) if hasattr(array, "dtype") else array
+            if got != one:
+                raise UserError(f"{given}: its batch has {name} {got}; accepted is {one} (mlm.masking.mask_batch)")
+        return hidden
+
+    return checked
 
 
 def _choose(key, batch, rate, slot_count, whole_words, vocabulary):

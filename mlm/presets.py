@@ -29,6 +29,8 @@ class MaskingConfig:
     """The part that is replaced by a random token; the rest stays as it is."""
     whole_words: bool = False
     """Choose whole words instead of tokens."""
+    function: str | None = None
+    """A masking of your own, as FILE.py:NAME; it does as mlm.masking.mask_batch (docs/own-objective.md)."""
 
     def __post_init__(self):
         for name in ("rate", "final_rate"):

@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from mlm.presets import PretrainConfig
 
 
-def build(setup: Setup, train: bool) -> Objective:
+def build(setup: Setup) -> Objective:
     """The objective with the mask rate of its step; evaluations mask at the last step's."""
     from mlm.loss import masked_lm_objective
-    from mlm.masking import rate_at
+    from mlm.masking import mask_batch, own_masking, rate_at
 
     config: PretrainConfig = setup.config
+    mask = mask_batch if config.masking.function is None else own_masking(config.masking.function)
     return masked_lm_objective(
         setup.model,
         config.masking,
         vocabulary(setup),
-        rate=lambda step: rate_at(config.masking, step if train else config.steps, config.steps),
+        rate=lambda step, train: rate_at(config.masking, step if train else config.steps, config.steps),
         execution=setup.execution,
+        mask=mask,
     )
 
 
@@ -98,6 +100,7 @@ MASKED_LM = TextObjective(
     build=build,
     predicted=mean_rate,
     schedules=(mask_rates,),
+    own_code=lambda config: {"masking": config.masking.function},
     word_starts=lambda config: config.masking.whole_words,
     finish=finish,
     following=lambda run_dir: (

@@ -55,7 +55,9 @@ def masked_case() -> Case:
     model = dataclasses.replace(mlm.presets.demo().model, **TINY)
     vocabulary = Vocabulary(4, np.arange(V) >= 5, WORDS_V)
     masking = MaskingConfig(rate=0.3, whole_words=True)
-    objective = masked_lm_objective(model, masking, vocabulary, rate=lambda step: jnp.float32(0.3), execution=EXECUTION)
+    objective = masked_lm_objective(
+        model, masking, vocabulary, rate=lambda step, train: jnp.float32(0.3), execution=EXECUTION
+    )
     return Case(model, objective, "masked_lm")
 
 

@@ -63,7 +63,7 @@ def objective_of(model):
         return causal_lm_objective(model, execution=execution)
     vocabulary = Vocabulary(4, np.arange(V) >= 5, np.zeros(V, np.uint8))
     return masked_lm_objective(
-        model, MaskingConfig(rate=0.25), vocabulary, rate=lambda step: jnp.float32(0.25), execution=execution
+        model, MaskingConfig(rate=0.25), vocabulary, rate=lambda step, train: jnp.float32(0.25), execution=execution
     )
 
 

@@ -107,7 +107,7 @@ def export_model(config: ExportConfig) -> dict:
     saved = read_config(run.path, config.step)
     if "task" not in saved:
         raise UserError(f"{run.path} holds no run of mlm, clm or finetune; name a run directory with a checkpoint")
-    model, head = ModelConfig.from_dict(saved["model"]), saved["task"]
+    model, head = ModelConfig.from_dict(saved["model"]), saved.get("head", saved["task"])
     tokenizer = tokenizer_of(run.tokenizer, saved)
     published = Published.beside(saved)
     if head == "sequence_classification" and "imported_from" not in saved:

@@ -24,7 +24,8 @@ class DataConfig:
     files: tuple[str, ...] = often(())
     """Files, globs or URLs (gs://, s3://, https://) of training text: .txt, .md (one document a file), .jsonl (one a
     line), .csv, .parquet (one a row), each also .gz or .zst. Or one data set: hf:ID_OR_FOLDER?split=train of Hugging
-    Face, tfds:NAME_OR_FOLDER?split=train of tensorflow-datasets, builtin:pydoc."""
+    Face, tfds:NAME_OR_FOLDER?split=train of tensorflow-datasets, builtin:pydoc, or python:FILE.py:NAME, a function of
+    yours that returns texts (docs/own-objective.md)."""
     sources: tuple[str, ...] = ()
     """Instead of files, text under several names: 'wiki=wiki/*.jsonl.gz' 'books=hf:my/books'. Names may be repeated."""
     mixture: str | None = None

@@ -21,6 +21,7 @@ from espalier.data.encodings import codec
 from espalier.data.formats import kind_of, read
 from espalier.data.remote import is_remote
 from espalier.data.storage import digest, expand, plain_name, size
+from espalier.data.user_source import UserSource
 from espalier.errors import UserError
 from espalier.files import hash_of_text, sha256_of_lines, sha256_of_text
 
@@ -60,8 +61,9 @@ EXPECTED = {
     "hf": "hf:ID_OR_FOLDER?split=train",
     "tfds": "tfds:NAME_OR_FOLDER?split=train",
     "builtin": "builtin:pydoc or builtin:packages",
+    "python": "python:FILE.py:NAME",
 }
-SPEC = re.compile(r"(hf|tfds|builtin):(?!//)(.*)")
+SPEC = re.compile(r"(hf|tfds|builtin|python):(?!//)(.*)")
 
 
 def open_sources(
@@ -92,6 +94,8 @@ def open_source(patterns: tuple[str, ...], config: DataConfig, cache: Path | Non
     if len(patterns) > 1:
         raise UserError(f"{named[0][0]} beside other text; give each a name: --data.sources 'a={named[0][0]}' 'b=…'")
     library, spec = named[0].groups()
+    if library == "python":
+        return UserSource(spec)
     if library != "builtin":
         return open_library(library, spec, config.text_field, config.max_document_bytes)
     if not spec.partition("?")[0]:
@@ -114,6 +118,12 @@ def open_library(
     from espalier.data.tfds import TfdsSource
 
     return TfdsSource(spec, text_field, max_document_bytes)
+
+
+def user_sources(config: DataConfig) -> list[str]:
+    """What of the text is given by functions of the user's own: FILE.py:NAME of each."""
+    patterns = [*config.files, *config.validation_files, *(spec.partition("=")[2] for spec in config.sources)]
+    return [pattern.removeprefix("python:") for pattern in patterns if pattern.startswith("python:")]
 
 
 def _open_train(config: DataConfig, cache: Path | None) -> dict[str, Source]:

@@ -31,16 +31,11 @@ class Saved(Protocol):
 def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = frozenset()) -> ModelConfig:
     """The model of a run that starts from a saved one: its architecture, but for the settings that were asked for.
 
-    saved: the configuration beside the weights. given: settings of `preset` that the user named. UserError where an
-    encoder should become a decoder or the other way round.
+    saved: the configuration beside the weights. given: settings of `preset` that the user named.
     """
     model = ModelConfig.from_dict(saved["model"])
     changes = {name: getattr(preset, name) for name in given}
-    model = dataclasses.replace(model, **changes)
-    if model.causal != preset.causal:
-        kind, door = ("a decoder", "clm") if model.causal else ("an encoder", "mlm")
-        raise UserError(f"--init-from names {kind} ({model.model_type}); pretrain it by `{door}`")
-    return model
+    return dataclasses.replace(model, **changes)
 
 
 def export_to(path: str | None, run_dir: Path, origin: Saved | None, steps: int) -> Path | None:
@@ -66,18 +61,18 @@ def load_weights(
 
     A classifier keeps its head only if the labels of `model` are the same.
     """
-    there = origin.config["model"]
+    there, their_head = origin.config["model"], origin.config.get("head", origin.config.get("task"))
     labels, problem = tuple(there.get("labels", ())), there.get("problem_type") or SINGLE_LABEL
     same_classes = labels == model.labels and problem == (model.problem_type or SINGLE_LABEL)
 
     def load(abstract: dict) -> dict:
-        if origin.config.get("task") == head and same_classes:
+        if their_head == head and same_classes:
             return origin.restore_params(abstract)
         params = origin.restore_params({name: part for name, part in abstract.items() if name != "head"})
         if "head" not in abstract:
             return params
         said = f"{origin.name} has no head {head}" if head in LANGUAGE_MODELS else ""
-        if origin.config.get("task") == head and head not in LANGUAGE_MODELS:
+        if their_head == head and head not in LANGUAGE_MODELS:
             kind = "" if problem == SINGLE_LABEL else f" ({problem})"
             said = f"the head of {origin.name} is for the labels {', '.join(labels[:8])}{kind}"
         if said and jax.process_index() == 0:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from espalier.data.config import DataConfig
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
+from espalier.short_help import often
 from espalier.training.config import TrainConfig
 
 
@@ -17,6 +18,8 @@ class TextConfig(TrainConfig):
 
     task: ClassVar[str]
     """In espalier.task.TASKS."""
+    objective: str | None = often(None)
+    """An objective of your own instead, as FILE.py:NAME (docs/own-objective.md)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     execution: Execution = field(default_factory=Execution)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from espalier import user_code
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
-from espalier.task import Start, Task, TaskRecord, Trained
+from espalier.task import TASKS, Start, Task, TaskRecord, Trained, find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,6 +28,12 @@ and `positions`. shifted: one after the other, cut where a row ends; batches als
 `loss_weights` and `label_bytes`.
 """
 
+FRAMED = {"input_ids": "int32", "segment_ids": "int32", "positions": "int32"}
+ARRAYS: Mapping[Layout, Mapping[str, str]] = {
+    "framed": FRAMED,
+    "shifted": FRAMED | {"labels": "int32", "loss_weights": "float32", "label_bytes": "int32"},
+}
+"""Name → type of every array of a batch, all [B, T]."""
 SPECIALS: Mapping[Layout, tuple[str, ...]] = {"framed": ("cls", "sep"), "shifted": ("bos", "eos")}
 
 
@@ -70,8 +77,10 @@ class TextObjective(TaskRecord):
     causal: bool
     """Whether its models see only what came before."""
     layout: Layout
-    build: Callable[[Setup, bool], Objective]
-    """Makes the objective of training (True) or of evaluations."""
+    build: Callable[[Setup], Objective]
+    """Makes the objective."""
+    own: Any = None
+    """Where it is the user's own: the function or record, or what names it."""
     specials: tuple[str, ...] = ()
     """Special tokens that it needs, beside those of the layout."""
     predicted: Callable[[Any], float] = lambda config: 1.0
@@ -80,6 +89,8 @@ class TextObjective(TaskRecord):
     """What depends on the length of the run, beside the learning rate."""
     word_starts: Callable[[Any], bool] = lambda config: False
     """config → whether batches say where words begin (`word_starts`), which a framed layout can."""
+    own_code: Callable[[Any], dict[str, str | None]] = lambda config: {}
+    """config → what else may be code of the user's own, and what names it."""
     finalize: Callable[[dict[str, float]], dict[str, float]] = perplexity
     """Adds what follows from the metrics of an evaluation."""
     finish: Callable[[Setup, HeldOut, Trained], None] = lambda setup, text, trained: None
@@ -92,6 +103,15 @@ class TextObjective(TaskRecord):
         """The special tokens that a tokenizer must have."""
         return SPECIALS[self.layout] + self.specials
 
+    @property
+    def arrays(self) -> Mapping[str, str]:
+        """Name → type of every array of its batches, all [B, T]."""
+        return ARRAYS[self.layout]
+
+    def chosen(self, config: Any, objective: Any = None) -> TextObjective:
+        given = config.objective if objective is None else objective
+        return self if given is None else own_objective(given, self)
+
     def architecture(self, config: Any, origin: Origin | None, given: frozenset[str]) -> tuple[ModelConfig, int]:
         from espalier.models.pretrained import architecture_of
 
@@ -99,11 +119,64 @@ class TextObjective(TaskRecord):
         if origin and config.init_from:
             model = architecture_of(origin.config, model, given)
             if model.causal != self.causal:
-                kind, command = ("a decoder", "clm") if model.causal else ("an encoder", "mlm")
-                raise UserError(f"--init-from names {kind} ({model.model_type}); pretrain it by `{command}`")
+                kind = "a decoder" if model.causal else "an encoder"
+                others = [one for one in map(find, TASKS) if isinstance(one, TextObjective)]
+                commands = [one.command for one in others if one.causal == model.causal]
+                raise UserError(
+                    f"--init-from names {kind} ({model.model_type}); pretrain it by `{' or '.join(commands)}`"
+                )
         return model.fitted(model.vocab_size, length), length
 
     def open(self, config: Any, start: Start) -> Task:
         from espalier.pretraining.text import open_text
 
         return open_text(self, config, start)
+
+
+FORM = "objective(setup) that returns an espalier.training.step.Objective"
+
+
+def own_objective(given: Any, base: TextObjective) -> TextObjective:
+    """The record of an objective of the user's own: a TextObjective, or a function that makes one for `base`'s batches.
+
+    given: it, or what names it (FILE.py:NAME). UserError where it is neither.
+    """
+    found = user_code.load(given) if isinstance(given, str) else given
+    if isinstance(found, TextObjective):
+        if found.name in TASKS:
+            raise UserError(f"{given}: there is a task {found.name} already; give the record another name")
+        return replace(found, build=checked(found.build, given), own=found.build if found is given else given)
+    return replace(base, build=checked(found, given), own=given)
+
+
+def checked(build: Callable, given: Any) -> Callable[[Setup], Objective]:
+    """A user's `build` whose mistakes, and those of what it makes, are one line each."""
+    said = given if isinstance(given, str) else getattr(build, "__qualname__", repr(given))
+    make = user_code.function(build, FORM, said)
+
+    def made(setup: Setup) -> Objective:
+        from espalier.training.step import Objective
+
+        objective = make(setup)
+        if not isinstance(objective, Objective):
+            raise UserError(f"{said} returns a {type(objective).__name__}; accepted is a function {FORM}")
+        prepare = user_code.function(objective.prepare, "prepare(batch, key, step, train)", said)
+        loss = user_code.function(objective.loss, "loss(params, batch, key, norms, train)", said)
+
+        def loss_of(*arguments: Any) -> Any:
+            result = loss(*arguments)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+                raise UserError(f"the loss of {said} returns no (loss, {{name: (sum, weight)}})")
+            if "loss" not in result[1]:
+                raise UserError(f"the loss of {said} has no metric 'loss'; give 'loss': (sum, weight)")
+            return result
+
+        def prepared(*arguments: Any) -> Any:
+            result = prepare(*arguments)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], dict)):
+                raise UserError(f"the prepare of {said} returns no (batch, norms)")
+            return result
+
+        return replace(objective, prepare=prepared, loss=loss_of)
+
+    return made

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from espalier import progress
+from espalier import progress, user_code
 from espalier.data.description import describe_epochs, describe_text
 from espalier.data.loader import Batches, Rows
 from espalier.data.packing import pack_best_fit, pack_split
 from espalier.data.prepare import prepare
+from espalier.data.sources import user_sources
 from espalier.data.token_tables import token_bytes
 from espalier.data.tokenizer import special_ids, vocabulary_size
 from espalier.models.counts import flops_per_token
@@ -16,6 +17,13 @@ from espalier.models.transformer import init_params
 from espalier.pretraining.objective import HeldOut, Setup, TextObjective
 from espalier.task import Start, Task
 from sharding.mesh import host_rows
+
+
+def own_code(record: TextObjective, config: Any) -> dict[str, dict[str, str]]:
+    """What of the run is code of the user's own: objective, masking, and functions that give text."""
+    given = {"objective": record.own} | record.own_code(config)
+    given |= {f"text {name.rpartition(':')[2]}": name for name in user_sources(config.data)}
+    return {what: user_code.recorded(code) for what, code in given.items() if code is not None}
 
 
 def open_text(record: TextObjective, config: Any, start: Start) -> Task:
@@ -60,12 +68,12 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
         model=model,
         tokenizer=tokenizer,
         init_params=lambda key: init_params(model, key, heads=(record.head,)),
-        objective=record.build(setup, True),
-        eval_objective=record.build(setup, False),
+        objective=record.build(setup),
         batch=lambda step: batches.batch(step, mine),
         eval_batches=eval_batches,
         finalize_eval=record.finalize,
         fingerprints=prepared.fingerprints,
+        user_code=own_code(record, config),
         settings={"words": prepared.words} if prepared.words else {},
         schedules=[schedule() for schedule in record.schedules],
         tokens_per_step=tokens,

@@ -94,6 +94,8 @@ def subtitle(run: RunFiles) -> str:
     """What was trained, from which weights, and how far."""
     config, summary = run.config, run.summary
     text = report_of(config).title(config)
+    if own := config.get("user_code", {}).get("objective"):
+        text += f", by the objective {own['name']} of {Path(own['file']).name}"
     if config.get("init_from"):
         text += f", {'the architecture' if config.get('scratch') else 'from the weights'} of {config['init_from']}"
         text += " with random weights" if config.get("scratch") else ""

@@ -21,7 +21,7 @@ EXECUTION_FIELDS = frozenset(
     (
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
-        *("distributed", "published"),
+        *("distributed", "published", "user_code"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -32,6 +32,8 @@ FINGERPRINTED_FIELDS = frozenset(
     ).split()
 )
 """What may be spelled anew (the folder was moved): the fingerprints, or the classes, know what was read."""
+USER_CODE_FIELDS = frozenset(("objective", "masking.function"))
+"""What names code of the user's own; `user_code` of config.json knows which it is."""
 HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers", "max_rejected", "json", "debug"))
 """Field names, at any depth, that may differ between the processes of one run."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from espalier.errors import UserError
-from espalier.training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS, OptimizerConfig
+from espalier.training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS, USER_CODE_FIELDS, OptimizerConfig
 from espalier.training.optimizer import schedule, warmup_steps
 
 RATE_FIELDS = ("schedule", "warmup", "decay_fraction", "final_fraction")
@@ -20,6 +20,7 @@ SIDES = {"data.validation_files": "validation", "data.validation": "validation",
 SIDES = {path: SIDES.get(path, "train") for path in FINGERPRINTED_FIELDS}
 """Which fingerprint knows what a path names."""
 PRETRAINING = ("masked_lm", "causal_lm")
+"""Heads that are trained on packed text."""
 LISTED = 4
 """Values of a list that are shown."""
 
@@ -33,6 +34,7 @@ def check_same_run(folder: Path, there: dict, here: dict, done: int, schedules: 
     there: its settings until now. done: its steps until now. schedules: what follows from its length beside the
     learning rate. Its length and its schedule may change where the steps done would have been the same.
     """
+    _check_user_code(folder, there, here)
     changed = dict(_differences(identity(there), identity(here)))
     if not changed:
         return None
@@ -75,9 +77,10 @@ def check_same_run(folder: Path, there: dict, here: dict, done: int, schedules: 
 def identity(config: dict) -> dict:
     """The part of a configuration that makes a run what it is.
 
-    Without EXECUTION_FIELDS, and without the paths of what its fingerprints know by content.
+    Without EXECUTION_FIELDS, and without the paths of what its fingerprints know by content. Code of the user's own is
+    compared by itself.
     """
-    return without(config, EXECUTION_FIELDS, FINGERPRINTED_FIELDS)
+    return without(config, EXECUTION_FIELDS, FINGERPRINTED_FIELDS | USER_CODE_FIELDS)
 
 
 def without(config: Any, names: frozenset[str], paths: frozenset[str] = frozenset(), prefix: str = "") -> Any:
@@ -105,6 +108,25 @@ def completed(there: dict, defaults: dict) -> dict:
 def differences(there: dict, here: dict) -> Iterator[str]:
     """`key was value there, now value here` for every leaf that differs."""
     return (_shown(name, *pair) for name, pair in _differences(there, here))
+
+
+def _check_user_code(folder: Path, there: dict, here: dict) -> None:
+    """UserError where code of the user's own is not what the run began with."""
+    was, now = (config.get("user_code") or {} for config in (there, here))
+    anew = f"to train anew, give --run-dir {_free(folder, here)}"
+    for what in sorted(was.keys() | now.keys()):
+        before, after = was.get(what), now.get(what)
+        if not before or not after or before["name"] != after["name"]:
+            shown = [f"{code['name']} of {code['file']}" if code else "none of yours" for code in (before, after)]
+            raise UserError(
+                f"{folder} holds a run with another {what}: it began with {shown[0]}, now it is {shown[1]}; to go on "
+                f"with it, name what it began with; {anew}"
+            )
+        if before["sha256"] != after["sha256"]:
+            raise UserError(
+                f"{after['file']} has changed since the run in {folder} began with its {what} {after['name']}: SHA-256 "
+                f"was {before['sha256'][:12]}, now {after['sha256'][:12]}; to go on, undo the change; {anew}"
+            )
 
 
 def learning_rates(settings: dict, steps: np.ndarray) -> Any:
@@ -155,7 +177,7 @@ def _ways(folder: Path, there: dict, here: dict, done: int, changed: dict[str, t
 def _fork(folder: Path, there: dict, here: dict, done: int, changed: dict) -> str:
     """The flags that start a run of its own from the weights of this one, to be added to the command that was given."""
     flags = ["--init-from", shlex.quote(str(here.get("run_dir") or folder))]
-    if here.get("task") in PRETRAINING and "optimizer.name" not in changed:
+    if here.get("head", here.get("task")) in PRETRAINING and "optimizer.name" not in changed:
         flags += ["--init-optimizer"]
         # As training.start.check_fork demands.
         if here["seed"] == there["seed"] and "fingerprints.train" not in changed:

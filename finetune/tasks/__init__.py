@@ -103,7 +103,6 @@ class FinetuneTask(TaskRecord):
             tokenizer=tokenizer,
             init_params=data.init_params,
             objective=data.objective,
-            eval_objective=data.objective,
             batch=data.batch,
             eval_batches=data.eval_batches,
             fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,

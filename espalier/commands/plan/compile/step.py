@@ -31,7 +31,7 @@ def lower_step(config: Any, mesh: Mesh) -> Program:
     """
     model = config.model.fitted(config.model.vocab_size, config.data.sequence_length)
     record = objective_of(config)
-    objective = record.build(Setup(config, model, tokenizer=None), True)
+    objective = record.build(Setup(config, model, tokenizer=None))
 
     def init(key):
         return init_params(model, key, heads=(record.head,))
