@@ -124,8 +124,11 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
 
     # From here on every process takes part where parameters are asked for, and the first writes.
     trained, ended = Trained(run, result, mesh), not result.stopped_by
-    found = task.finish(trained) if ended else {}
-    summary = summarise(run, result, parameters=count_params(model, head), **(task.summary(result.step) | found))
+    facts = {"parameters": count_params(model, head)} | task.summary(result.step)
+    # Before what may fail or take long, and again with what that finds.
+    summary = summarise(run, result, **facts)
+    if ended:
+        summary = summarise(run, result, **(facts | task.finish(trained)))
     params = trained.collected if exporting and result.finished else None
     if first and ended:
         with progress.waiting("drawing the report"):

@@ -112,7 +112,7 @@ def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float])
             seeds=tuple(runs),
             learning_rates=learning_rates,
             params_of=params_of,
-            matrix_axes=matrix_axes,
+            matrix_axes=task.matrix_axes or matrix_axes,
             objective=task.objective,
             batch_of=lambda seed, step: runs[seed].task.batch(step),
             mesh=mesh,

@@ -288,6 +288,8 @@ def test_what_was_collected_is_replayed_on_resume(tmp_path):
     with pytest.raises(UserError, match="3.npz is not as it was written"):
         preference_run(toy.config(tmp_path / "run", **settings))
     (tmp_path / "3.npz").replace(folder / "3.npz")
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "sha2')
 
     def later(state, batch, key):
         assert state.step > 3

@@ -44,7 +44,8 @@ class Collector:
         self._known: dict[int, dict] = {}
         if collect is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._known = {record["step"]: record for record in from_first("batches collected", self._logged())}
+            logged = self._readable() if jax.process_index() == 0 else []
+            self._known = {record["step"]: record for record in from_first("batches collected", logged)}
 
     def __call__(self, state: TrainState, batch: dict, step: int) -> tuple[dict, Added]:
         """(the batch with what is added, what of it has yet to be written). step: steps done before this one."""
@@ -80,11 +81,14 @@ class Collector:
                 if path.stem.isdecimal() and int(path.stem) < step:
                     path.unlink()
 
-    def _logged(self) -> list[dict]:
+    def _readable(self) -> list[dict]:
+        """The records whose arrays are still there. Lines that a kill cut short are taken out of the log."""
         lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
-        # The last line may have been torn by a kill.
-        records = [json.loads(line) for line in lines if line.endswith("}}")]
-        return [record for record in records if self._path(record["step"]).exists()]
+        records = {line: record for line in lines if (record := _record(line))}
+        if len(records) < len(lines):
+            with replacing(self._log) as log:
+                log.writelines(f"{line}\n" for line in records)
+        return [record for record in records.values() if self._path(record["step"]).exists()]
 
     def _replayed(self, batch: dict, step: int) -> dict:
         path, record = self._path(step), self._known[step]
@@ -103,6 +107,14 @@ class Collector:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step}.npz"
+
+
+def _record(line: str) -> dict | None:
+    try:
+        record: Any = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"step", "sha256", "dtypes"} <= record.keys() else None
 
 
 def _flat(batch: dict, prefix: str = "") -> dict[str, Any]:

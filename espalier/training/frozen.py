@@ -11,6 +11,7 @@ Each checkpoint names the SHA-256 of that manifest, so that a run never goes on 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def save_frozen(folder: Path, params: Any, origin: str) -> dict[str, str]:
         shutil.rmtree(folder, ignore_errors=True)
     gather("the folder of frozen parameters is empty")
     save_params(folder, params, {"origin": origin})
-    return {"sha256": from_first("sum of frozen parameters", sha256_of_file(folder / "0" / MANIFEST)), "origin": origin}
+    return {"sha256": _sum_of_manifest(folder), "origin": origin}
 
 
 def restore_frozen(folder: Path, abstract: Any, record: dict[str, str] | None) -> Any:
@@ -58,13 +59,19 @@ def restore_frozen(folder: Path, abstract: Any, record: dict[str, str] | None) -
         raise UserError(
             f"the run in {folder.parent} has no frozen parameters and these settings need some; try another --run-dir"
         )
-    try:
-        found = sha256_of_file(folder / "0" / MANIFEST)
-    except OSError:
-        found = "nothing"
+    found = _sum_of_manifest(folder)
     if found != record["sha256"]:
         raise UserError(
             f"{folder} does not hold the frozen parameters of this run (from {record['origin']}; SHA-256 "
             f"{record['sha256'][:12]}, found {found[:12]}); copy the folder back, or train anew with another --run-dir"
         )
     return restore_saved(folder, abstract)
+
+
+def _sum_of_manifest(folder: Path) -> str:
+    """SHA-256 as process 0 reads it, for network disks may show a file to one process before another."""
+    found = "nothing"
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):
+            found = sha256_of_file(folder / "0" / MANIFEST)
+    return from_first("sum of frozen parameters", found)
