@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from espalier.training.step import Objective
 
 TASKS = {
-    "causal_lm": "clm.record:CAUSAL_LM",
     "masked_lm": "mlm.record:MASKED_LM",
+    "causal_lm": "clm.record:CAUSAL_LM",
     "sequence_classification": "finetune.tasks.classify_record:CLASSIFICATION",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
