@@ -178,7 +178,8 @@ def _completions(config: GenerateConfig) -> list[str]:
     from espalier.data.tokenizer import tokenizer_of
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
-    from espalier.training.checkpoint import read_config, restore_params
+    from espalier.training.checkpoint import read_config
+    from espalier.training.frozen import restore_complete
     from espalier.training.run import RunDirectory
 
     saved = read_config(config.run_dir)
@@ -197,7 +198,7 @@ def _completions(config: GenerateConfig) -> list[str]:
             how = ", ".join(f"{name} {value:g}" for name, value in zip(SAMPLED, sampling.drawn, strict=True))
             but = f"; what it says of {', '.join(ignored)} is not applied" if ignored else ""
             progress.say(f"by the model's generation_config.json: {how}{but}")
-    params = restore_params(config.run_dir)
+    params = restore_complete(config.run_dir)
     return continue_texts(model, params, tokenizer, config.prompt, sampling, end_ids)
 
 

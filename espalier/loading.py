@@ -19,10 +19,9 @@ from espalier.models.config import ModelConfig
 from espalier.models.hub import Pretrained, load_pretrained
 from espalier.models.logits import batch_of_tokens, head_logits
 from espalier.models.repository import PREFIX
-from espalier.training.checkpoint import newest_step, read_config, read_data, restore_params
-from espalier.training.frozen import restore_frozen
+from espalier.training.checkpoint import read_config
+from espalier.training.frozen import restore_complete
 from espalier.training.run import RunDirectory
-from espalier.training.state import combined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -120,8 +119,5 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     tokenizer = tokenizer_of(run.tokenizer, saved)
     if head == "sequence_classification" and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, config.causal)
-    params = restore_params(run.path, step=step)
-    if run.frozen.is_dir():
-        record = read_data(run.path, newest_step(run.path) if step is None else step).get("frozen")
-        params = combined(params, restore_frozen(run.frozen, None, record))
+    params = restore_complete(run.path, step=step)
     return LoadedModel(config, jax.tree.map(jnp.asarray, params), tokenizer, head)

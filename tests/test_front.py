@@ -1,5 +1,6 @@
 """`import espalier`: light, and what it loads gives the logits of transformers."""
 
+import contextlib
 import dataclasses
 import importlib
 import shutil
@@ -18,14 +19,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import espalier
-from espalier import loading
+from espalier.commands.convert import ExportConfig, export_model
 from espalier.data.tokenizer import fingerprint, save_tokenizer
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
+from espalier.files import write_json
 from espalier.models.logits import batch_of_tokens
-from espalier.training.checkpoint import save_params
+from espalier.training.checkpoint import Checkpoints
+from espalier.training.config import OptimizerConfig
 from espalier.training.frozen import save_frozen
 from espalier.training.run import RunDirectory
+from espalier.training.state import new_state
 
 TEXTS = ["to be or not to be", "that is", "the question whether it is nobler in the mind"]
 KINDS = [
@@ -119,7 +123,7 @@ def test_importing_it_is_light_and_the_names_are_known():
         espalier.lode  # noqa: B018
 
 
-def test_a_run_with_frozen_parameters_is_loaded_whole(tmp_path, monkeypatch):
+def test_a_run_with_frozen_parameters_is_loaded_and_exported_whole(tmp_path):
     """Parameters of a run that trained the head alone: the rest lies beside its checkpoints."""
     config = dataclasses.replace(BERT, vocab_size=300)
     params = random_params(config, ("masked_lm",))
@@ -132,6 +136,11 @@ def test_a_run_with_frozen_parameters_is_loaded_whole(tmp_path, monkeypatch):
     }
     base = {name: part for name, part in params.items() if name != "head"}
     record = save_frozen(run.frozen, base, "elsewhere")
-    save_params(run.checkpoints, {"head": params["head"]}, saved)
-    monkeypatch.setattr(loading, "read_data", lambda *_: {"frozen": record})
-    jax.tree.map(np.testing.assert_array_equal, espalier.load(run.path).params, params)
+    state = new_state({"head": params["head"]}, lambda params: {}, OptimizerConfig(), jax.random.key(0), base)
+    with contextlib.closing(Checkpoints(run.checkpoints)) as checkpoints:
+        checkpoints.save(state, saved, {"frozen": record})
+    write_json(run.config, saved)
+    export_model(ExportConfig(str(run.path), str(tmp_path / "exported")))
+    loaded, exported = espalier.load(run.path), espalier.load(f"hf:{tmp_path / 'exported'}")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    np.testing.assert_array_equal(loaded.logits(TEXTS), exported.logits(TEXTS))

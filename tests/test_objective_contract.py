@@ -22,6 +22,8 @@ from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.evaluation import make_evaluate
 from espalier.training.frozen import Frozen
 from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.run import RunDirectory
+from espalier.training.start import find_origin
 from espalier.training.state import combined, new_state, shard_state
 from espalier.training.step import Objective, jit_train_step, make_train_step, micro_batches
 from sharding.mesh import MeshConfig, build_mesh, place_batch
@@ -147,6 +149,21 @@ def test_a_run_over_a_frozen_base_resumes_bitwise_and_saves_it_once(tmp_path):
     shutil.rmtree(kept)
     with pytest.raises(UserError, match="found nothing"):
         lora_run(toy.config(tmp_path / "run", **config))
+
+
+def test_a_run_may_start_from_any_part_of_one_with_a_frozen_base(tmp_path):
+    """The whole, the adapters alone, the base alone: as its state has them."""
+    state = lora_run(toy.config(tmp_path / "run", steps=1)).state
+    origin = find_origin(
+        toy.config(tmp_path / "next", init_from=str(tmp_path / "run")), RunDirectory(tmp_path / "next")
+    )
+    assert origin is not None
+    for tree in (state.complete, state.params, state.frozen):
+        got = origin.restore_params(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree))
+        jax.tree.map(np.testing.assert_array_equal, got, jax.device_get(tree))
+    unlike = state.complete | {"head": {"other": jax.ShapeDtypeStruct((2,), jnp.float32)}}
+    with pytest.raises(UserError, match="head/other is missing"):
+        origin.restore_params(unlike)
 
 
 def test_frozen_parameters_are_not_donated():

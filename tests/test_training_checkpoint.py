@@ -234,7 +234,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
 
 def test_a_save_that_is_waited_for_is_told_of(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "PATIENCE", 0.25)
-    monkeypatch.setattr(checkpoint, "_write_manifest", slow(checkpoint._write_manifest))
+    monkeypatch.setattr(checkpoint, "write_manifest", slow(checkpoint.write_manifest))
     _, fill = layout()
     state = fill(5)
     checkpoints = Checkpoints(tmp_path / "checkpoints")

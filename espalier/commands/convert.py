@@ -100,7 +100,8 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.models.hub import check_export, save_pretrained
     from espalier.models.published import Published
     from espalier.report.card import model_card
-    from espalier.training.checkpoint import read_config, restore_params
+    from espalier.training.checkpoint import read_config
+    from espalier.training.frozen import restore_complete
     from espalier.training.run import RunDirectory
 
     run = RunDirectory(config.run_dir)
@@ -115,7 +116,7 @@ def export_model(config: ExportConfig) -> dict:
         if published and model.causal:
             published = published.padded_by(tokenizer)
     check_export(config.destination, model, head, tokenizer, published)
-    params = restore_params(run.path, step=config.step)
+    params = restore_complete(run.path, step=config.step)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
     save_pretrained(config.destination, model, params, tokenizer, card=card, dtype=dtype, published=published)

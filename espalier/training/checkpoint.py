@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import re
@@ -37,18 +36,25 @@ from etils import epath
 
 from espalier import progress
 from espalier.errors import MachineError, UserError
-from espalier.files import sha256_of_file, sync_path, sync_tree, write_json
+from espalier.files import sync_path, sync_tree
+from espalier.training.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    complete_steps,
+    size_of,
+    step_folders,
+    verify,
+    write_manifest,
+)
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState
-from sharding.processes.coordination import LONG_WAIT, from_first, gather
+from sharding.processes.coordination import LONG_WAIT, gather
 from sharding.rules import path_of
 
 # Every failure is raised to the loop; Orbax and its tasks would log pages of traces besides.
 for _logger in ("absl", "asyncio"):
     logging.getLogger(_logger).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 WRITING = 7200
 """Seconds that a checkpoint may take to be written by all processes."""
 
@@ -72,7 +78,7 @@ class Checkpoints:
         self._failed = False
         self._saving = self._size = 0
         if jax.process_index() == 0:
-            for step in _step_folders(self.folder):
+            for step in step_folders(self.folder):
                 if not (self.folder / str(step) / MANIFEST).exists():
                     announce(f"removed checkpoint {step}: it was not written to its end")
                     shutil.rmtree(self.folder / str(step))
@@ -139,7 +145,7 @@ class Checkpoints:
         try:
             with _plain_errors(step, self.folder):
                 self._manager.wait_until_finished()
-                size = _write_manifest(self.folder / str(step))
+                size = write_manifest(self.folder / str(step))
                 if jax.process_index() == 0:
                     # Only now may an older checkpoint go.
                     sync_tree(self.folder / str(step))
@@ -167,16 +173,21 @@ def save_params(folder: str | Path, params: Any, config: dict) -> None:
     with _plain_errors(0, folder), contextlib.closing(_manager(folder)) as manager:
         manager.save(0, args=items, force=True)
         manager.wait_until_finished()
-        _write_manifest(folder / "0")
+        write_manifest(folder / "0")
         if jax.process_index() == 0:
             sync_tree(folder / "0")
             sync_path(folder)
         gather("the parameters are written", timeout=LONG_WAIT)
 
 
-def restore_saved(folder: str | Path, abstract: Any) -> Any:
-    """What `save_params` wrote into this folder, laid out as `abstract` says."""
-    return _restore(_step_folder(Path(folder), 0), "params", abstract)
+def restore_saved(folder: str | Path, abstract: Any, ignore: str | None = None) -> Any:
+    """What `save_params` wrote into this folder; arguments as in `restore_params`."""
+    return _restore(_step_folder(Path(folder), 0), "params", abstract, ignore)
+
+
+def saved_paths(folder: str | Path) -> set[str]:
+    """The paths of the parameters that `save_params` wrote into this folder, a/b/c; reads no arrays."""
+    return set(_named(_saved_tree(_step_folder(Path(folder), 0) / "params")))
 
 
 def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = None) -> TrainState:
@@ -186,9 +197,10 @@ def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = 
 
 
 def restore_params(
-    run_dir: str | Path, abstract_params: Any = None, step: int | None = None, *, ignore: str = ""
+    run_dir: str | Path, abstract_params: Any = None, step: int | None = None, *, ignore: str | None = None
 ) -> Any:
-    """The parameters of a run's checkpoint (default: the newest). The optimizer state is not read.
+    """The trained parameters of a run's checkpoint (default: the newest); those with the frozen ones:
+    `training.frozen.restore_complete`. The optimizer state is not read.
 
     abstract_params: ShapeDtypeStructs with shardings; None = NumPy arrays, everything there is. UserError lists
     what is missing, unexpected or of another shape or type; parameters whose path begins with `ignore` may be there.
@@ -207,22 +219,15 @@ def read_config(run_dir: str | Path, step: int | None = None) -> dict:
 
 
 def read_data(run_dir: str | Path, step: int) -> dict:
-    """What stands beside a run's state: where the data goes on, and the interval of the log."""
-    return _json(_step_folder(RunDirectory(run_dir).checkpoints, step), "data")
+    """What stands beside a run's state: where the data goes on, and the interval of the log; {} in a model that was
+    imported."""
+    folder = _step_folder(RunDirectory(run_dir).checkpoints, step)
+    return _json(folder, "data") if (folder / "data").is_dir() else {}
 
 
 def newest_step(run_dir: str | Path) -> int:
     """The step of a run's newest checkpoint; UserError where there is none."""
     return int(_step_folder(RunDirectory(run_dir).checkpoints, None).name)
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint, oldest first."""
-    return [step for step in _step_folders(folder) if (folder / str(step) / MANIFEST).exists()]
-
-
-def _step_folders(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()) if folder.is_dir() else []
 
 
 def _step_folder(folder: Path, step: int | None) -> Path:
@@ -252,23 +257,34 @@ def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
     return replace(abstract, opt_state=rest["optimizer"], rates=rest["rates"], step=rest["step"], key=rest["key"])
 
 
-def _restore(folder: Path, item: str, abstract: Any, ignore: str = "") -> Any:
-    _verify(folder, item, together=True)
-    # Without a Checkpointer around it, which would wait for the other processes: whoever reads, reads alone.
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_all())
-    saved = handler.metadata(epath.Path(folder / item)).tree
+def _restore(folder: Path, item: str, abstract: Any, ignore: str | None = None) -> Any:
+    verify(folder, item, together=True)
+    saved, handler = _saved_tree(folder / item), _reader()
     if abstract is None:
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         args = ocp.args.PyTreeRestore(restore_args=as_arrays)
     else:
-        there = {path: leaf for path, leaf in _named(saved).items() if not (ignore and path.startswith(ignore))}
-        _compare(folder / item, there, _named(abstract))
+        wanted = _named(abstract)
+        ignored = {path for path in _named(saved) if ignore is not None and path.startswith(ignore)} - wanted.keys()
+        there = {path: leaf for path, leaf in _named(saved).items() if path not in ignored}
+        _compare(folder / item, there, wanted)
         layout = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout, partial_restore=bool(ignore))
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=layout, partial_restore=ignore is not None)
     try:
         return handler.restore(epath.Path(folder / item), args=args)
     finally:
         handler.close()
+
+
+def _reader() -> ocp.PyTreeCheckpointHandler:
+    """Without a Checkpointer around it, which would wait for the other processes: whoever reads, reads alone."""
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=_by_all())
+
+
+def _saved_tree(item: Path) -> Any:
+    """Shapes and types of what was saved."""
+    with contextlib.closing(_reader()) as handler:
+        return handler.metadata(epath.Path(item)).tree
 
 
 def _compare(where: Path, saved: dict, wanted: dict) -> None:
@@ -286,35 +302,12 @@ def _compare(where: Path, saved: dict, wanted: dict) -> None:
 
 
 def _json(folder: Path, item: str) -> dict:
-    _verify(folder, item)
+    verify(folder, item)
     handler = ocp.JsonCheckpointHandler()
     try:
         return dict(handler.restore(epath.Path(folder / item)))
     finally:
         handler.close()
-
-
-def _write_manifest(folder: Path) -> int:
-    """Write the manifest of a step's folder, all processes together; returns the bytes it covers."""
-    files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = from_first("files of the manifest", files, LONG_WAIT)
-    sums = _sums(folder, files, "sums of the manifest")
-    unread = [name for name, found in sums.items() if found is None]
-    if unread:
-        raise OSError(errno.EIO, f"{unread[0]} cannot be read again")
-    if jax.process_index() == 0:
-        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "sha256": sums})
-    return sum(_size(folder / name) for name in files)
-
-
-def _sums(folder: Path, names: list[str], what: str | None) -> dict[str, str | None]:
-    """SHA-256 of these files, None for one that cannot be read.
-
-    what: under which name the processes share them out; None = this one alone reads them all.
-    """
-    mine = names[jax.process_index() :: jax.process_count()] if what else names
-    sums = {name: _sha256(folder / name) for name in mine}
-    return {name: found for part in gather(what, sums, LONG_WAIT) for name, found in part.items()} if what else sums
 
 
 def _written(folder: Path, step: int) -> int:
@@ -323,43 +316,8 @@ def _written(folder: Path, step: int) -> int:
     for root in (folder / str(step), *folder.glob(f"{step}.*")):
         for place, _, names in os.walk(root):
             for name in names:
-                size += _size(Path(place, name))
+                size += size_of(Path(place, name))
     return size
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # renamed just now
-        return 0
-
-
-def _verify(folder: Path, item: str, together: bool = False) -> None:
-    """UserError unless every file of the item is there with the contents it was written with.
-
-    together: all processes are here, and each reads a part.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, sums = manifest["format_version"], manifest["sha256"]
-        names = sorted(name for name in sums if name.startswith(item + "/"))
-        found = _sums(folder, names, f"sums of {item}" if together else None)
-        damaged = [name for name in names if found.get(name) != sums[name]]
-    except (OSError, ValueError, KeyError) as error:
-        version, damaged = FORMAT_VERSION, [str(error)]
-    if version != FORMAT_VERSION:
-        raise UserError(f"{folder} has format version {version} and this code reads {FORMAT_VERSION}; use its own code")
-    if damaged:
-        others = [str(step) for step in complete_steps(folder.parent) if str(step) != folder.name]
-        rest = f"; delete {folder} to go on from step {others[-1]}" if others else "; restore it from a copy"
-        raise UserError(f"checkpoint {folder} is damaged: {damaged[0]} is not as it was written{rest}")
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        return sha256_of_file(path)
-    except OSError:
-        return None
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,17 @@ import jax
 
 from espalier.errors import UserError
 from espalier.files import sha256_of_file
-from espalier.training.checkpoint import MANIFEST, restore_saved, save_params
+from espalier.training.checkpoint import (
+    newest_step,
+    read_data,
+    restore_params,
+    restore_saved,
+    save_params,
+    saved_paths,
+)
+from espalier.training.manifest import MANIFEST
+from espalier.training.run import RunDirectory
+from espalier.training.state import combined
 from sharding.processes.coordination import from_first, gather
 
 
@@ -55,6 +65,44 @@ def restore_frozen(folder: Path, abstract: Any, record: dict[str, str] | None) -
 
     record: what `save_frozen` returned. UserError where the folder is not there or holds anything else.
     """
+    _check(folder, record)
+    return restore_saved(folder, abstract)
+
+
+def restore_complete(
+    run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | None = None
+) -> Any:
+    """The parameters of a run's checkpoint, trained and frozen together; arguments as in `restore_params`.
+
+    With `abstract`, frozen parameters that it does not name are left out (a reference model), and of the two parts
+    one of which it names nothing is not read.
+    """
+    step = newest_step(run_dir) if step is None else step
+    record, folder = read_data(run_dir, step).get("frozen"), RunDirectory(run_dir).frozen
+    if record is None:
+        return restore_params(run_dir, abstract, step, ignore=ignore)
+    if abstract is None:
+        return combined(restore_params(run_dir, step=step), restore_frozen(folder, None, record))
+    _check(folder, record)
+    paths = saved_paths(folder)
+    trained, frozen = _part(abstract, paths, False), _part(abstract, paths, True)
+    read = restore_saved(folder, frozen, ignore="") if frozen else {}
+    return combined(restore_params(run_dir, trained, step, ignore=ignore), read) if trained else read
+
+
+def _part(tree: Any, paths: set[str], inside: bool, prefix: str = "") -> dict:
+    """The leaves of a nested dict whose path is in `paths`, or those whose path is not."""
+    part = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            if inner := _part(value, paths, inside, f"{prefix}{name}/"):
+                part[name] = inner
+        elif (prefix + name in paths) == inside:
+            part[name] = value
+    return part
+
+
+def _check(folder: Path, record: dict[str, str] | None) -> None:
     if record is None:
         raise UserError(
             f"the run in {folder.parent} has no frozen parameters and these settings need some; try another --run-dir"
@@ -65,7 +113,6 @@ def restore_frozen(folder: Path, abstract: Any, record: dict[str, str] | None) -
             f"{folder} does not hold the frozen parameters of this run (from {record['origin']}; SHA-256 "
             f"{record['sha256'][:12]}, found {found[:12]}); copy the folder back, or train anew with another --run-dir"
         )
-    return restore_saved(folder, abstract)
 
 
 def _sum_of_manifest(folder: Path) -> str:

@@ -17,11 +17,10 @@ from espalier.training.checkpoint import (
     read_config,
     read_data,
     restore_optimizer,
-    restore_params,
     restore_state,
 )
 from espalier.training.config import TrainConfig
-from espalier.training.frozen import Frozen, restore_frozen, save_frozen
+from espalier.training.frozen import Frozen, restore_complete, restore_frozen, save_frozen
 from espalier.training.optimizer import Optimizer
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState, new_state, shard_state
@@ -83,7 +82,7 @@ class RunOrigin(NamedTuple):
         return self.step if self.resumed else 0
 
     def restore_params(self, abstract: Any) -> Any:
-        return restore_params(self.run_dir, abstract, self.step, ignore="" if "head" in abstract else "head/")
+        return restore_complete(self.run_dir, abstract, self.step, ignore=None if "head" in abstract else "head/")
 
 
 def find_origin(
