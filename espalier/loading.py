@@ -115,7 +115,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     saved = read_config(run.path, step)
     if "task" not in saved:
         raise UserError(f"{source} holds no run of a language model or classifier; there is nothing to load")
-    config, head = ModelConfig.from_dict(saved["model"]), saved["task"]
+    config, head = ModelConfig.from_dict(saved["model"]), saved.get("head", saved["task"])
     tokenizer = tokenizer_of(run.tokenizer, saved)
     if head == "sequence_classification" and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, config.causal)

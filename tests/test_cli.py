@@ -220,7 +220,7 @@ def test_the_short_help_of_every_preset_fits_on_a_screen(module, capsys, monkeyp
     presets = importlib.import_module(module).PRESETS
     for name, preset in presets.items():
         with pytest.raises(SystemExit) as exit:
-            cli.run(pytest.fail, presets, "door", "", [name, "--help"])
+            cli.run(pytest.fail, presets, "entry", "", [name, "--help"])
         assert not exit.value.code
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 45 and max(map(len, lines)) <= 80, (name, len(lines))

@@ -190,8 +190,9 @@ def test_data_sets_of_hugging_face_have_labels_with_names(tmp_path):
     turned, whole = (read_labelled(f"hf:{path}") for path in (tmp_path / "b" / "saved", tmp_path / "whole"))
     assert whole[:3] == (TEXTS, None, NAMES) and turned[:3] == (TEXTS[::-1], None, NAMES[::-1])
     assert whole.fingerprint and whole.fingerprint != turned.fingerprint
-    with pytest.raises(UserError, match="builtin:pydoc has no labels"):
-        read_labelled("builtin:pydoc")
+    for spec in ("builtin:pydoc", "python:my.py:texts"):
+        with pytest.raises(UserError, match=f"{spec} has no labels"):
+            read_labelled(spec)
     with pytest.raises(UserError, match="data.encoding=cp1252 is of files"):
         read_labelled(f"hf:{tmp_path}/whole", encoding="cp1252")
 

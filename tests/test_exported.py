@@ -208,8 +208,8 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def pretraining(door, corpus, tmp_path, name="run", **changes):
-    config = door.debug()
+def pretraining(entry, corpus, tmp_path, name="run", **changes):
+    config = entry.debug()
     data = dataclasses.replace(config.data, builtin=None, files=(f"{corpus}/*.txt",), sequence_length=32)
     return dataclasses.replace(config, data=data, steps=4, run_dir=str(tmp_path / name), **changes)
 

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-DOOR = {"models", "data", "training", "report", "sharding", "task", "pretraining", "assembly"}
+ENTRY = {"models", "data", "training", "report", "sharding", "task", "pretraining", "assembly"}
 MAY_IMPORT = {
-    "mlm": DOOR,
-    "clm": DOOR,
-    "finetune": DOOR,
+    "mlm": ENTRY,
+    "clm": ENTRY,
+    "finetune": ENTRY,
     "models": {"sharding"},
     "task": {"models", "training", "report", "sharding"},
     "pretraining": {"models", "data", "training", "sharding", "task"},
@@ -24,14 +24,14 @@ MAY_IMPORT = {
     "report": {"task"},
     "data": set(),
     "sharding": set(),
-    "commands": DOOR | {"mlm", "clm", "finetune"},
+    "commands": ENTRY | {"mlm", "clm", "finetune"},
     "cluster": {"data"},
     "loading": {"models", "data", "training"},
     "front": {"assembly", "commands", "models", "sharding", "training"},
     "__init__": {"front", "loading", "report"},
 }
-"""Besides itself and the LEAVES. A door never imports another door, nothing imports `commands` but `front`,
-which with `loading` is what `import espalier` (`__init__`) offers on demand."""
+"""Besides itself and the LEAVES. No entry point imports another, nothing imports `commands` but `front`, which with
+`loading` is what `import espalier` (`__init__`) offers on demand."""
 
 TOP = ("mlm", "clm", "finetune", "sharding", "cluster", "espalier")
 """Packages at the top; the rooms of the library are within `espalier`."""

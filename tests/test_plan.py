@@ -162,7 +162,7 @@ def test_a_plan_follows_the_attention_that_would_run():
         ("gpt2 --chip h100 --execution.attention splash", "kernel for TPUs and this is a GPU"),
         ("gpt2 --chip h999", "unknown chip 'h999'; known are v2, v3"),
         ("gpt2 --chip h100 --chips 0", "chips=0 and slices=1 must be at least 1"),
-        ("gpt2 --chip h100 --tokens lots", "tokens='lots' is no number of tokens; write 10B"),
+        ("gpt2 --chip h100 --tokens lots", "tokens='lots' is not a number of tokens; write 10B"),
         ("gpt2 --chip h100 --price -1", "price=-1 must be at least 0"),
         ("gpt2 --chip h100 --data.sequence-length 2048", "exceeds the model's 1024 learned positions"),
         ("gpt3 --chip h100", "unknown preset 'gpt3'; did you mean gpt2"),

@@ -18,21 +18,21 @@ from sharding import rules
 from sharding.mesh import MeshConfig, build_mesh, check_batch, place_batch
 
 HEADS = {mlm.presets: "masked_lm", clm.presets: "causal_lm"}
-PRESETS = [(door, name) for door in HEADS for name in door.PRESETS]
+PRESETS = [(entry, name) for entry in HEADS for name in entry.PRESETS]
 
 
-def shapes(door, name, **changes):
-    model = dataclasses.replace(door.PRESETS[name]().model, labels=("no", "yes"), **changes)
+def shapes(entry, name, **changes):
+    model = dataclasses.replace(entry.PRESETS[name]().model, labels=("no", "yes"), **changes)
     return jax.eval_shape(
-        lambda key: init_params(model, key, heads=(HEADS[door], "sequence_classification")),
+        lambda key: init_params(model, key, heads=(HEADS[entry], "sequence_classification")),
         jax.random.key(0),
     )
 
 
-@pytest.mark.parametrize(("door", "name"), PRESETS, ids=[f"{d.__name__[:3]}-{n}" for d, n in PRESETS])
-def test_every_parameter_of_every_preset_matches_one_rule_and_splits(door, name):
+@pytest.mark.parametrize(("entry", "name"), PRESETS, ids=[f"{d.__name__[:3]}-{n}" for d, n in PRESETS])
+def test_every_parameter_of_every_preset_matches_one_rule_and_splits(entry, name):
     mesh = build_mesh(MeshConfig(data=1, fsdp=8))
-    tree = shapes(door, name)
+    tree = shapes(entry, name)
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = rules.path_of(key_path)
         matching = [pattern for pattern, _ in rules.RULES if re.search(f"(^|/){pattern}$", path)]
@@ -43,7 +43,7 @@ def test_every_parameter_of_every_preset_matches_one_rule_and_splits(door, name)
 
 def test_every_rule_is_used():
     used = set()
-    trees = [shapes(door, name) for door, name in PRESETS]
+    trees = [shapes(entry, name) for entry, name in PRESETS]
     # No preset has both biases and gates, or narrow embeddings.
     trees.append(shapes(mlm.presets, "debug", gated_mlp=True, mlp_bias=True, embedding_size=32))
     for tree in trees:

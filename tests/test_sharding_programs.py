@@ -31,13 +31,13 @@ SIZES = dict(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-DOORS = {"mlm": (mlm.presets.modern_base, {}), "clm": (clm.presets.llama_1b, {"rope_scaling_factor": None})}
+ENTRIES = {"mlm": (mlm.presets.modern_base, {}), "clm": (clm.presets.llama_1b, {"rope_scaling_factor": None})}
 
 
 @functools.cache
-def program(door: str, mesh: MeshConfig):
+def program(entry: str, mesh: MeshConfig):
     """(HLO text, state as (path, whole shape, shape on a device)) of the train step on eight devices."""
-    preset, changes = DOORS[door]
+    preset, changes = ENTRIES[entry]
     config = preset()
     config = dataclasses.replace(
         config,
@@ -63,17 +63,17 @@ def gathered(text: str) -> set[tuple[int, ...]]:
     return {shape for _, shape in shapes_of(text, "all-gather")}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_copies_exchange_gradients_and_nothing_else(door):
-    text, _ = program(door, MeshConfig(data=8))
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_copies_exchange_gradients_and_nothing_else(entry):
+    text, _ = program(entry, MeshConfig(data=8))
     assert set(collectives(text)) == {"all-reduce"}
-    text, _ = program(door, MeshConfig(data=4, replica=2))
+    text, _ = program(entry, MeshConfig(data=4, replica=2))
     assert set(collectives(text)) == {"all-reduce"}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_under_fsdp_no_matrix_of_the_state_is_whole_on_a_device(door):
-    text, state = program(door, MeshConfig(data=1, fsdp=8))
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_under_fsdp_no_matrix_of_the_state_is_whole_on_a_device(entry):
+    text, state = program(entry, MeshConfig(data=1, fsdp=8))
     whole = sum(math.prod(shape) for _, shape, part in state if shape == part)
     assert whole < 0.01 * sum(math.prod(shape) for _, shape, _ in state)
     for path, shape, part in state:
@@ -87,48 +87,48 @@ def test_under_fsdp_no_matrix_of_the_state_is_whole_on_a_device(door):
     assert gathered(text) and not [shape for shape in gathered(text) if len(shape) > 2 and shape[0] == 4 and F in shape]
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_under_tensor_parallelism_the_vocabulary_stays_split(door):
-    text, state = program(door, MeshConfig(data=2, tensor=4))
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_under_tensor_parallelism_the_vocabulary_stays_split(entry):
+    text, state = program(entry, MeshConfig(data=2, tensor=4))
     assert "all-reduce" in collectives(text)
     # Neither the table nor its gradient or moments, in either order, nor scores of all entries.
     assert not [shape for shape in shapes(text) if V in shape and math.prod(shape) >= V * D]
     assert {part[0] for path, shape, part in state if shape == (V, D)} == {V // 4}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_under_tensor_parallelism_the_stream_between_layers_is_split_by_tokens(door):
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_under_tensor_parallelism_the_stream_between_layers_is_split_by_tokens(entry):
     """Layers are rematerialised: their inputs alone are kept, a quarter on each device. Within them rows are whole."""
-    text, _ = program(door, MeshConfig(data=2, tensor=4))
+    text, _ = program(entry, MeshConfig(data=2, tensor=4))
     assert (B // 2, T // 4, D) in shapes(text)
     stacks = {shape for shape in shapes(text) if len(shape) == 4 and shape[1:] in ((B // 2, T // 4, D), (B // 2, T, D))}
     # The masked LM's layers are one period here, and no stack.
-    assert {shape[2] for shape in stacks} == ({T // 4} if door == "clm" else set())
+    assert {shape[2] for shape in stacks} == ({T // 4} if entry == "clm" else set())
     assert {shape for shape in gathered(text) if math.prod(shape) > B * T} == {(B // 2, T, D)}
     assert set(collectives(text)) == {"all-gather", "all-reduce"}
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_under_sequence_parallelism_only_keys_and_values_are_gathered(door):
-    text, _ = program(door, MeshConfig(data=2, sequence=4))
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_under_sequence_parallelism_only_keys_and_values_are_gathered(entry):
+    text, _ = program(entry, MeshConfig(data=2, sequence=4))
     for shape in gathered(text):
         # [B, T, K, H]; what is no larger than the ids of the batch does not count. Masked LM also brings the gradients
         # of its masked places, [B, M, D], to the parts that they belong to.
-        masked = door == "mlm" and shape[-1] == D and shape[-2] < T / 2
+        masked = entry == "mlm" and shape[-1] == D and shape[-2] < T / 2
         assert math.prod(shape) <= B * T or shape[-2:] == (4, 24) or masked, shape
     # Scores are of a quarter of the queries against all keys.
     assert not [shape for shape in shapes(text) if shape[-2:] == (T, T)]
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
     "mesh",
     [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, tensor=4), MeshConfig(data=2, sequence=4)],
     ids=str,
 )
-def test_scores_over_the_vocabulary_are_never_there_for_all_tokens(door, mesh):
+def test_scores_over_the_vocabulary_are_never_there_for_all_tokens(entry, mesh):
     """The largest buffer with a vocabulary in it is a chunk: a part of the tokens of a device."""
-    text, _ = program(door, mesh)
-    predicted = T if door == "clm" else round(0.3 * T)
+    text, _ = program(entry, mesh)
+    predicted = T if entry == "clm" else round(0.3 * T)
     assert B * predicted * V / 8 > 2 * CHUNK
     assert max(math.prod(shape) for shape in shapes(text) if V in shape or V // mesh.tensor in shape) <= CHUNK

@@ -24,7 +24,7 @@ CONFIG = {
 
 
 def put(run, config, defaults=CONFIG):
-    """As a door and the loop do: check, then write."""
+    """As an entry point and the loop do: check, then write."""
     run.check(config, defaults)
     with run.writing(config):
         pass
@@ -85,7 +85,7 @@ def test_identity_may_not_change_and_each_difference_has_its_way_back(tmp_path, 
 
 
 def test_a_run_with_steps_can_lend_its_weights(tmp_path):
-    """What the advice names is what training.start.check_fork and the doors accept."""
+    """What the advice names is what training.start.check_fork and the entry points accept."""
     run = begun(tmp_path)
     asked = CONFIG | {"task": "masked_lm", "command": "./launch.sh mlm debug", "optimizer": {"learning_rate": 0.2}}
     with pytest.raises(UserError) as error:

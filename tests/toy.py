@@ -111,7 +111,7 @@ def config(run_dir, **changes) -> TrainConfig:
 
 
 def run(config: TrainConfig, **changes) -> Result:
-    """Train the toy as a door would."""
+    """Train the toy as an entry point would."""
     assert config.run_dir is not None
     directory = RunDirectory(config.run_dir)
     settings = {"steps": config.steps, "seed": config.seed, "batch_size": config.batch_size}

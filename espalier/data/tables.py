@@ -131,7 +131,7 @@ def _kind(path: str) -> str:
 
 
 def _read_library(path: str, library: str, spec: str, encoding: str) -> Table:
-    if library == "builtin":
+    if library in ("builtin", "python"):
         raise UserError(f"{path} has no labels; labelled text is read from {EXPECTED}")
     if encoding != "utf-8":
         raise UserError(f"data.encoding={encoding} is of files, and {path} is a data set; leave it out")

@@ -83,9 +83,9 @@ class Collector:
 
     def _readable(self) -> list[dict]:
         """The records whose arrays are still there. Lines that a kill cut short are taken out of the log."""
-        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
-        records = {line: record for line in lines if (record := _record(line))}
-        if len(records) < len(lines):
+        text = self._log.read_text(encoding="utf-8") if self._log.exists() else ""
+        records = {line: record for line in text.splitlines() if (record := _record(line))}
+        if "".join(f"{line}\n" for line in records) != text:
             with replacing(self._log) as log:
                 log.writelines(f"{line}\n" for line in records)
         return [record for record in records.values() if self._path(record["step"]).exists()]

@@ -49,7 +49,7 @@ def as_tokens(text: str) -> float:
     """10B, 1.5e12 or 300000000 as a number."""
     value = numbers.read(text)
     if value is None or value <= 0:
-        raise UserError(f"tokens={text!r} is no number of tokens; write 10B, 1.5T or 3e11")
+        raise UserError(f"tokens={text!r} is not a number of tokens; write 10B, 1.5T or 3e11")
     return value
 
 

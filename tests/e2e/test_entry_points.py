@@ -10,7 +10,7 @@ import pytest
 
 from espalier.training.checkpoint import restore_params
 
-DOORS = ("mlm", "clm")
+ENTRIES = ("mlm", "clm")
 QUICK = ("--eval-rows", 8, "--log-every", 1, "--eval-every", 4, "--checkpoint.every", 2, "--json")
 
 
@@ -18,16 +18,16 @@ def last_json(result) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def pretrain(run_cli, door, run_dir, *flags, **options):
-    return run_cli(f"{door}.pretrain", "debug", "--run-dir", run_dir, *QUICK, *flags, **options)
+def pretrain(run_cli, entry, run_dir, *flags, **options):
+    return run_cli(f"{entry}.pretrain", "debug", "--run-dir", run_dir, *QUICK, *flags, **options)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_paused_run_goes_on_bitwise(request, tmp_path, door):
-    run_cli = request.getfixturevalue({"mlm": "run_cli", "clm": "call_cli"}[door])
-    whole = last_json(pretrain(run_cli, door, tmp_path / "whole", "--steps", 4))
-    assert last_json(pretrain(run_cli, door, tmp_path / "parts", "--steps", 4, "--stop-at", 2))["step"] == 2
-    parts = last_json(pretrain(run_cli, door, tmp_path / "parts", "--steps", 4))
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_paused_run_goes_on_bitwise(request, tmp_path, entry):
+    run_cli = request.getfixturevalue({"mlm": "run_cli", "clm": "call_cli"}[entry])
+    whole = last_json(pretrain(run_cli, entry, tmp_path / "whole", "--steps", 4))
+    assert last_json(pretrain(run_cli, entry, tmp_path / "parts", "--steps", 4, "--stop-at", 2))["step"] == 2
+    parts = last_json(pretrain(run_cli, entry, tmp_path / "parts", "--steps", 4))
     assert parts["step"] == whole["step"] == 4
     assert parts["loss"] == whole["loss"] and parts["eval"] == whole["eval"]
     one, two = (restore_params(tmp_path / name) for name in ("whole", "parts"))
@@ -45,13 +45,13 @@ def test_a_paused_run_goes_on_bitwise(request, tmp_path, door):
     assert keys <= whole.keys()
     assert whole["tokens"] == 4 * 8 * 64
     expected = {"mlm": {"loss", "perplexity", "accuracy"}, "clm": {"loss", "perplexity", "bits_per_byte"}}
-    assert expected[door] <= whole["eval"].keys()
+    assert expected[entry] <= whole["eval"].keys()
 
-    other = pretrain(run_cli, door, tmp_path / "whole", "--steps", 6, code=2)
+    other = pretrain(run_cli, entry, tmp_path / "whole", "--steps", 6, code=2)
     assert "steps was 4, now 6" in other.stderr and "--run-dir" in other.stderr
 
     fork = pretrain(
-        run_cli, door, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer",
+        run_cli, entry, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer",
         "--seed", 1,
     )  # fmt: skip
     assert "from the weights of" in fork.stdout
@@ -95,7 +95,7 @@ BAD_INPUT = {
     "warm-up": ("clm", ["--optimizer.warmup", "1000"], "longer than the run"),
     "flag": ("mlm", ["--optimizer.learning-rat", "1"], "--optimizer.learning-rate"),
 }
-"""name → (door, flags, what the line must say)"""
+"""name → (entry, flags, what the line must say)"""
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
@@ -106,9 +106,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(request, tmp_path, name):
     (tmp_path / "word.txt").write_text("word")
     (tmp_path / "field.jsonl").write_text('{"body": "fine"}\n')
     before = sorted(tmp_path.rglob("*"))
-    door, flags, message = BAD_INPUT[name]
+    entry, flags, message = BAD_INPUT[name]
     call = request.getfixturevalue("run_cli" if name in ("utf8", "length") else "call_cli")
-    result = pretrain(call, door, tmp_path / "run", *flags, code=2)
+    result = pretrain(call, entry, tmp_path / "run", *flags, code=2)
     assert message in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert sorted(tmp_path.rglob("*")) == before

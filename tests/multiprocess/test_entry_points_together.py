@@ -1,4 +1,4 @@
-"""The doors in two processes: the same results, files and reports as in one."""
+"""The entry points in two processes: the same results, files and reports as in one."""
 
 import dataclasses
 import json
