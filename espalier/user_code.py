@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
+import textwrap
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -93,25 +97,27 @@ def function(given: Any, form: str, said: str = "") -> Callable[..., Any]:
 
 
 def recorded(given: Any) -> dict[str, str]:
-    """Where code of the user's own is, for config.json: its file, its name in there, and the SHA-256 of the file.
+    """Where code of the user's own is, for config.json: its file, its name in there, and a SHA-256.
 
-    given: as on the command line, or the function itself; of one from a notebook, the SHA-256 is of its own source.
+    given: as on a command line, and the SHA-256 is of the file; or a function, and it is of its source and of what that
+    uses: values of the functions around it, and simple values and functions of its module. Of a functools.partial, the
+    name holds the arguments. UserError where that cannot be told.
     """
     if isinstance(given, str):
         place, _, name = given.rpartition(":")
         load(given)
         file = Path(place).expanduser().absolute() if place.endswith(".py") or os.sep in place else _file_of(place)
         return {"file": str(file), "name": name, "sha256": sha256_of_file(file)}
-    name = given.__qualname__
-    try:
-        file = Path(inspect.getsourcefile(given) or "")
-        sha256 = sha256_of_file(file) if file.is_file() else sha256_of_text(inspect.getsource(given))
-    except (OSError, TypeError):
-        raise UserError(
-            f"{name}: its source cannot be read, so a resumed run could not tell whether it is the same; define it in "
-            "a file or a notebook"
-        ) from None
-    return {"file": str(file), "name": name, "sha256": sha256}
+    inner, arguments = given, []
+    while isinstance(inner, functools.partial):
+        named = [f"{name}={_plain(value, given)}" for name, value in inner.keywords.items()]
+        arguments += [*(_plain(value, given) for value in inner.args), *named]
+        inner = inner.func
+    if not inspect.isfunction(inner):
+        raise _untold(given, f"is a {_name(type(inner))}")
+    name = inner.__qualname__ + (f"({', '.join(arguments)})" if arguments else "")
+    parts = [*arguments, *_sources(inner, set())]
+    return {"file": inner.__code__.co_filename, "name": name, "sha256": sha256_of_text("\0".join(parts))}
 
 
 @contextlib.contextmanager
@@ -181,3 +187,60 @@ def _importable(folder: Path) -> None:
     # At the end: a data.py of the user's must not take the place of an installed one.
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def _sources(function: types.FunctionType, seen: set) -> Iterator[str]:
+    """The source of a function and of those of its module that it uses, with the simple values that it reads."""
+    code = function.__code__
+    if code in seen:
+        return
+    seen.add(code)
+    try:
+        # Of the code: of a function, it would be that of what it wraps.
+        yield textwrap.dedent(inspect.getsource(code))
+    except (OSError, TypeError):
+        if not Path(code.co_filename).is_file():
+            raise _untold(function, "has no source that can be read") from None
+        yield sha256_of_file(Path(code.co_filename))
+    defaults = dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
+    around = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+    for name, value in (defaults | around).items():
+        yield from _sources(value, seen) if inspect.isfunction(value) else [f"{name}={_plain(value, function)}"]
+    for name in sorted(_globals(code)):
+        value = function.__globals__.get(name)
+        if inspect.isfunction(value) and value.__module__ == function.__module__:
+            yield from _sources(value, seen)
+        elif _simple(value):
+            yield f"{name}={value!r}"
+
+
+def _globals(code: types.CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    own = {str(step.argval) for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return own.union(*map(_globals, inner))
+
+
+def _simple(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_simple, value))
+    if isinstance(value, dict):
+        return all(map(_simple, (*value.keys(), *value.values())))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_simple(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value is None or isinstance(value, str | bytes | int | float)
+
+
+def _plain(value: Any, given: Any) -> str:
+    if inspect.ismodule(value) or inspect.isclass(value):
+        return value.__name__
+    if not _simple(value):
+        raise _untold(given, f"holds a {_name(type(value))}")
+    return repr(value)
+
+
+def _untold(given: Any, why: str) -> UserError:
+    said = getattr(given, "__qualname__", None) or _name(type(given))
+    return UserError(
+        f"{said} {why}, so a resumed run could not tell whether it is the same; give a function whose values are "
+        f"numbers, strings or settings (functools.partial may add some), or name it as {FORMS}"
+    )

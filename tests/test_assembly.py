@@ -16,7 +16,7 @@ import clm.pretrain
 import mlm.pretrain
 from clm.loss import causal_lm_objective
 from clm.presets import PretrainConfig, debug
-from espalier import assembly, cli, task
+from espalier import assembly, cli, task, user_code
 from espalier.commands.plan.objectives import objective_of
 from espalier.errors import UserError
 from espalier.pretraining.objective import Setup, TextObjective
@@ -141,8 +141,7 @@ def test_a_record_that_no_table_names_keeps_its_words(text, tmp_path):
         "causal_lm",
         "Prefix language model",
     )
-    assert saved["user_code"]["objective"]["name"] == "prefix_lm"
-    assert saved["user_code"]["objective"]["sha256"] == hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+    assert saved["user_code"]["objective"] == user_code.recorded(prefix_lm)
     assert "pretrained to continue prefixes" in model_card(tmp_path / "run")
 
 

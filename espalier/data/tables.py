@@ -162,9 +162,10 @@ def _of_records(path: str, records: Sequence[Record], notes: tuple[str, ...] = (
             try:
                 f"{name}{value if isinstance(value, str) else ''}".encode()
             except UnicodeEncodeError as error:
-                raise UserError(
-                    f"{record.name}: half a surrogate pair (\\ud800 …) is no character; remove it"
-                ) from error
+                # As which bytes that are not UTF-8 are read.
+                escaped = "\udc80" <= error.object[error.start] <= "\udcff"
+                problem = "bytes that are not UTF-8" if escaped else "half a surrogate pair (\\ud800 …) is no character"
+                raise UserError(f"{record.name}: {problem}; remove it") from error
         rows.append(Record(record.name, columns, cells))
     return Table(path, columns, rows, None, notes)
 
@@ -306,9 +307,3 @@ def _is_json(text: str) -> bool:
         return isinstance(json.loads(text), dict | list)
     except (ValueError, RecursionError):
         return False
-
-
-def _scalar(value: object) -> str | None:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, int | float) else None

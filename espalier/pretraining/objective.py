@@ -61,8 +61,8 @@ class HeldOut(NamedTuple):
 
 
 def perplexity(metrics: dict[str, float]) -> dict[str, float]:
-    """With exp(loss)."""
-    return metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))}
+    """With exp(loss), where there is a loss."""
+    return metrics | {"perplexity": math.exp(min(metrics["loss"], 700.0))} if "loss" in metrics else metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,11 @@ from sharding.mesh import host_rows
 def own_code(record: TextObjective, config: Any) -> dict[str, dict[str, str]]:
     """What of the run is code of the user's own: objective, masking, and functions that give text."""
     given = {"objective": record.own} | record.own_code(config)
-    given |= {f"text {name.rpartition(':')[2]}": name for name in user_sources(config.data)}
+    # By name and number, for files may be moved.
+    sources = [(name.rpartition(":")[2], name) for name in dict.fromkeys(user_sources(config.data))]
+    for number, (name, source) in enumerate(sources):
+        before = [other for other, _ in sources[:number]].count(name)
+        given[f"text {name}" + (f" ({before + 1})" if before else "")] = source
     return {what: user_code.recorded(code) for what, code in given.items() if code is not None}
 
 

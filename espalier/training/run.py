@@ -21,7 +21,7 @@ import jax
 from espalier import library_log, progress
 from espalier.errors import UserError
 from espalier.files import write_json
-from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS
+from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS, USER_CODE_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
 from espalier.training.state import TrainState
 from sharding.processes.coordination import LONG_WAIT, from_first, gather
@@ -119,7 +119,9 @@ class RunDirectory:
 
 def _check_same_everywhere(config: dict) -> None:
     """UserError unless every process has the same settings and, by their fingerprints, the same text and tokenizer."""
-    config = without(config, HOST_FIELDS, FINGERPRINTED_FIELDS)
+    # Of code of the user's own, its name and its SHA-256 are compared.
+    files = {f"user_code.{what}.file" for what in config.get("user_code", {})}
+    config = without(config, HOST_FIELDS, FINGERPRINTED_FIELDS | USER_CODE_FIELDS | files)
     # Hosts with caches of their own may prepare their text at very different speeds.
     first = from_first("settings", config, LONG_WAIT)
     for number, changes in enumerate(gather("settings", list(differences(first, config))[:4], LONG_WAIT)):

@@ -67,7 +67,7 @@ class Tracker:
         self._compiled: set[tuple] = set()
         if not quiet:
             kept = cut_metrics(run, start_step, within_interval=carried is not None)
-            self._evaluated = {record["step"] for record in kept if "eval/loss" in record}
+            self._evaluated = {record["step"] for record in kept if any(name.startswith("eval/") for name in record)}
             self._metrics = run.metrics.open("a", encoding="utf-8")
             self._board = _board(run, start_step)
 
