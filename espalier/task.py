@@ -118,6 +118,7 @@ class Task:
     """Whether the weights of the origin are left alone, for architecture and tokenizer were all that was asked."""
 
     tokens_per_step: float
+    """Expected, for the introduction; what a run reports is counted from its batches (training.step.count_tokens)."""
     flops_per_step: float
     longest: int
     """Tokens of the longest row."""

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import re
+import shutil
 import signal
 
 import jax
@@ -21,7 +22,7 @@ from espalier.training.introduction import About
 from espalier.training.loop import NonFiniteLoss
 from espalier.training.run import RunDirectory
 from espalier.training.start import check_fork, find_origin
-from espalier.training.step import Objective
+from espalier.training.step import Objective, count_tokens
 from sharding.mesh import MeshConfig
 
 ONE = MeshConfig(1, 1, 1)
@@ -128,9 +129,9 @@ def losses_seen(monkeypatch) -> dict[int, dict[str, float]]:
     """Step → metrics, as the loop reads them one step after the other."""
     seen, log = {}, espalier.training.loop.Tracker.log
 
-    def spy(self, step, metrics):
+    def spy(self, step, metrics, tokens):
         seen[step] = metrics
-        log(self, step, metrics)
+        log(self, step, metrics, tokens)
 
     monkeypatch.setattr(espalier.training.loop.Tracker, "log", spy)
     return seen
@@ -352,9 +353,9 @@ def test_the_host_reads_the_step_before_the_one_it_started(tmp_path, monkeypatch
 
     log = espalier.training.loop.Tracker.log
 
-    def spy(self, step, metrics):
+    def spy(self, step, metrics, tokens):
         order.append(f"read {step}")
-        log(self, step, metrics)
+        log(self, step, metrics, tokens)
 
     monkeypatch.setattr(espalier.training.loop.Tracker, "log", spy)
     toy.run(toy.config(tmp_path, steps=3), batches_from=batches_from)
@@ -430,6 +431,31 @@ def test_speeds_are_reported(tmp_path, monkeypatch, capsys):
     per_token = 1e6 / (toy.ROWS * toy.LENGTH)
     assert result.mfu == pytest.approx(result.tokens_per_second * per_token / 4e9)
     assert "MFU" in capsys.readouterr().out
+
+
+def test_tokens_are_those_of_the_batches_that_were_trained_on(tmp_path, monkeypatch):
+    """Padding is not counted; what came before a pause is, in older checkpoints as it was expected."""
+
+    def padded(step):
+        while True:
+            weights = toy.batch(step)["loss_weights"]
+            yield toy.batch(step) | {"segment_ids": weights.astype(np.int32)}
+            step += 1
+
+    real = [int(toy.batch(step)["loss_weights"].sum()) for step in range(4)]
+    assert len(set(real)) > 2
+    half = toy.run(toy.config(tmp_path / "new", stop_at=2), batches_from=padded)
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    assert half.tokens == sum(real[:2])
+    assert toy.run(toy.config(tmp_path / "new"), batches_from=padded).tokens == sum(real)
+    assert toy.run(toy.config(tmp_path / "new"), batches_from=padded).tokens == sum(real)
+    monkeypatch.setattr("espalier.training.start.read_data", lambda run_dir, step: {"step": step})
+    shutil.rmtree(tmp_path / "new")
+    (tmp_path / "old").rename(tmp_path / "new")
+    older = toy.run(toy.config(tmp_path / "new"), batches_from=padded, tokens_per_step=100)
+    assert older.tokens == 200 + sum(real[2:])
+    pair = {"query": {"input_ids": np.zeros((2, 3))}, "document": {"input_ids": np.ones((2, 5)), "mask": np.ones(9)}}
+    assert count_tokens(pair) == 16
 
 
 def test_restored_params_are_those_of_the_run(tmp_path):

@@ -267,7 +267,7 @@ def clock(monkeypatch):
 
 
 def tracked(path, **changes):
-    options: dict[str, Any] = dict(total_steps=1000, start_step=0, last_step=1000, tokens_per_step=500, log_every=10)
+    options: dict[str, Any] = dict(total_steps=1000, start_step=0, last_step=1000, log_every=10)
     return Tracker(RunDirectory(path), **options | changes)
 
 
@@ -280,7 +280,7 @@ def test_the_progress_line_and_the_clock(tmp_path, clock, capsys):
     tracker = tracked(tmp_path, flops_per_step=1e9, peak_flops=4e9)
     clock.now += 10
     for step in range(1, 121):
-        tracker.log(step, {"loss": 4.3211, "learning_rate": 1e-3})
+        tracker.log(step, {"loss": 4.3211, "learning_rate": 1e-3}, 500)
         if step == 115:
             with tracker.paused():
                 clock.now += 50
@@ -307,13 +307,13 @@ def test_the_progress_line_and_the_clock(tmp_path, clock, capsys):
 def test_metrics_are_cut_where_the_run_goes_on(tmp_path, capsys):
     first = tracked(tmp_path, log_every=1)
     for step in (1, 2, 3):
-        first.log(step, {"loss": 1.0})
+        first.log(step, {"loss": 1.0}, 500)
     first.evaluation(2, {"loss": 0.5})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     second = tracked(tmp_path, start_step=2, last_step=3)
-    second.log(3, {"loss": 3.0})
+    second.log(3, {"loss": 3.0}, 500)
     second.close()
     assert [(r["step"], r.get("loss", r.get("eval/loss"))) for r in lines(tmp_path)] == [
         (1, 1),
@@ -327,10 +327,10 @@ def test_metrics_are_cut_where_the_run_goes_on(tmp_path, capsys):
 def test_a_terminal_line_is_written_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     tracker = tracked(tmp_path, log_every=1, last_step=3)
-    tracker.log(1, {"loss": 3.0})
-    tracker.log(2, {"loss": 2.0})
+    tracker.log(1, {"loss": 3.0}, 500)
+    tracker.log(2, {"loss": 2.0}, 500)
     tracker.say("saved step 2")
-    tracker.log(3, {"loss": 1.0})
+    tracker.log(3, {"loss": 1.0}, 500)
     tracker.close()
     shown = capsys.readouterr().out
     assert shown.count("\n") == 2 and shown.count("\r\033[K") == 2
@@ -341,7 +341,7 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
     from tensorboardX.proto import event_pb2
 
     tracker = tracked(tmp_path)
-    tracker.log(1, {"loss": 3.5})
+    tracker.log(1, {"loss": 3.5}, 500)
     tracker.evaluation(1, {"loss": 2.5})
     tracker.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -356,7 +356,7 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     tracker = tracked(tmp_path / "none", quiet=True, log_every=1)
-    tracker.log(1, {"loss": 1.0})
+    tracker.log(1, {"loss": 1.0}, 500)
     tracker.evaluation(1, {"loss": 1.0})
     tracker.close()
     assert capsys.readouterr().out == "" and not (tmp_path / "none").exists()

@@ -26,7 +26,7 @@ from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
 from espalier.training.start import Origin, beginning, check_fork, first_state, keep_frozen
 from espalier.training.state import TrainState
-from espalier.training.step import Objective, jit_train_step
+from espalier.training.step import Objective, count_tokens, jit_train_step
 from espalier.training.tracker import Tracker
 from sharding.mesh import place_batch
 from sharding.processes.coordination import from_first
@@ -72,7 +72,7 @@ def train(
     config_dict: JSON values, saved with each checkpoint. save_tokenizer: writes it into the folder that it is given.
     load_params: parameter shapes with shardings → parameters to start from; default: those of the origin.
     finalize_eval: adds what follows from the metrics of an evaluation (perplexity; see `make_evaluate`).
-    about: for the introduction. frozen: parameters that the model needs and the run does not train.
+    about, tokens_per_step: for the introduction. frozen: parameters that the model needs and the run does not train.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -82,7 +82,7 @@ def train(
         optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes), base)
         factor = schedule(config.optimizer, config.steps)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
-        start, origin_message, interval = beginning(origin, load_params)
+        start, origin_message, interval, tokens = beginning(origin, load_params)
         last = min(config.stop_at or config.steps, config.steps)
         introduce(about, config, mesh, origin_message, start, last, tokens_per_step)
         with progress.waiting("making the first state" if origin is None else "loading the first state"):
@@ -103,7 +103,7 @@ def train(
             total_steps=config.steps,
             start_step=start,
             last_step=last,
-            tokens_per_step=tokens_per_step,
+            tokens=start * tokens_per_step if tokens is None else tokens,
             flops_per_step=flops_per_step,
             peak_flops=peak and peak * mesh.size,
             log_every=config.log_every,
@@ -137,12 +137,13 @@ def train(
                 batch = next(batches)
             with tracker.compiling(batch):
                 batch, added = collector(state, place_batch(batch, mesh), step)
+                counted = count_tokens(batch)
                 state, metrics = train_step(state, batch)
             step += 1
             # The device works on this step while the host reads the one before.
             if pending is not None:
-                loss = _report(tracker, checkpoints, collector, *pending)
-            pending = step, metrics, added
+                loss = _report(tracker, checkpoints, collector, pending)
+            pending = step, metrics, counted, added
 
             stopping = stop.reached(step)
             ending = stopping or step == last
@@ -150,11 +151,11 @@ def train(
             evaluating = step == last or step % config.eval_every == 0 and not stopping
             if saving or evaluating:
                 # A NaN or infinite loss ends the run here, before its state replaces a good one on the disk.
-                loss = _report(tracker, checkpoints, collector, *pending)
+                loss = _report(tracker, checkpoints, collector, pending)
                 pending = None
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
-                checkpoints.save(state, config_dict, data={"step": step, "interval": tracker.interval} | kept)
+                checkpoints.save(state, config_dict, data=kept | tracker.carried | {"step": step})
                 collector.forget(min(complete_steps(run.checkpoints), default=0))
             if evaluating:
                 evaluation = evaluated(state, step)
@@ -171,7 +172,7 @@ def train(
             finished=step == config.steps,
             loss=loss,
             eval=evaluation,
-            tokens=step * tokens_per_step,
+            tokens=tracker.tokens,
             tokens_per_second=tracker.tokens_per_second,
             first_step_seconds=tracker.first_step_seconds,
             seconds=time.perf_counter() - began if step > start else None,
@@ -182,9 +183,10 @@ def train(
 
 
 def _report(
-    tracker: Tracker, checkpoints: Checkpoints, collector: Collector, step: int, metrics: dict, added: Added
+    tracker: Tracker, checkpoints: Checkpoints, collector: Collector, pending: tuple[int, dict, jax.Array, Added]
 ) -> float:
     """Wait for the metrics of a step and log them; raises where training cannot go on. Returns the loss."""
+    step, metrics, tokens, added = pending
     values = {name: float(value) for name, value in metrics.items()}
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
         raise NonFiniteLoss(
@@ -193,5 +195,5 @@ def _report(
         )
     checkpoints.check()
     collector.write(step - 1, added)
-    tracker.log(step, values)
+    tracker.log(step, values, int(tokens))
     return values["loss"]

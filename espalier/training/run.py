@@ -158,7 +158,7 @@ class Result:
     eval: dict[str, float]
     """Metrics of the last evaluation."""
     tokens: int
-    """Tokens trained on since step 0."""
+    """Tokens trained on since step 0, padding not counted."""
     tokens_per_second: float | None
     """The first step and evaluations excluded."""
     seconds: float | None

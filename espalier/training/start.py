@@ -115,17 +115,19 @@ class Beginning(NamedTuple):
     words: str
     interval: Interval | None
     """Of the log that goes on."""
+    tokens: int | None
+    """Trained on so far; None where the checkpoint does not say."""
 
 
 def beginning(origin: Origin | None, load_params: Callable[[Any], Any] | None = None) -> Beginning:
     """Where `first_state` will start from."""
     if isinstance(origin, RunOrigin) and origin.resumed:
-        # Checkpoints of earlier versions have none.
-        interval = read_data(origin.run_dir, origin.step).get("interval")
-        return Beginning(origin.step, f"resumed at step {origin.step}", interval)
+        # Checkpoints of earlier versions have neither.
+        data = read_data(origin.run_dir, origin.step)
+        return Beginning(origin.step, f"resumed at step {origin.step}", data.get("interval"), data.get("tokens"))
     if origin is None and load_params is None:
-        return Beginning(0, "from scratch", None)
-    return Beginning(0, f"from the weights of {origin.name if origin else 'another model'}", None)
+        return Beginning(0, "from scratch", None, 0)
+    return Beginning(0, f"from the weights of {origin.name if origin else 'another model'}", None, 0)
 
 
 def first_state(

@@ -154,6 +154,22 @@ def means(sums: Sums) -> dict[str, jax.Array]:
     }
 
 
+@jax.jit
+def count_tokens(batch: dict) -> jax.Array:
+    """Places of every `input_ids` of a batch, nested or not, that hold a token; int32 scalar.
+
+    `segment_ids` beside them are 0 at padding; without those, every place counts. Places that a packed row leaves empty
+    are thus no tokens, as little as those behind a short example.
+    """
+    total = jnp.zeros((), jnp.int32)
+    for name, part in batch.items():
+        if isinstance(part, Mapping):
+            total += count_tokens(part)
+        elif name == "input_ids":
+            total += jnp.sum(batch["segment_ids"] > 0) if "segment_ids" in batch else part.size
+    return total
+
+
 def micro_batches(batch: dict, accumulation: int) -> dict:
     """Every array [B,…] as [A, B/A,…].
 

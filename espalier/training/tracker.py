@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 
@@ -24,6 +24,14 @@ class Interval(TypedDict):
     """Of each metric over these steps; exact, because float32 values are added up as doubles."""
 
 
+class Reading(NamedTuple):
+    """How far a run is at a time, or what lies between two of them."""
+
+    step: int
+    tokens: int
+    seconds: float
+
+
 class Tracker:
     """Logs one run from `start_step` on; speeds exclude the first step (it compiles) and evaluations.
 
@@ -33,6 +41,7 @@ class Tracker:
 
     total_steps: of the schedule. last_step: the last of this session, for the time left. interval: from the checkpoint
     at start_step.
+    tokens: trained on before this session.
     flops_per_step, peak_flops: of the whole mesh; no MFU if one of them is None.
     quiet: only measure (all processes but the first).
     """
@@ -44,7 +53,7 @@ class Tracker:
         total_steps: int,
         start_step: int,
         last_step: int,
-        tokens_per_step: int,
+        tokens: int = 0,
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
         log_every: int = 10,
@@ -56,12 +65,11 @@ class Tracker:
         carried = interval if interval and interval["steps"] and start_step % log_every else None
         self.interval: Interval = carried or {"steps": 0, "sums": {}}
         self._waited = 0.0
-        self._total, self._start, self._last, self._log_every = total_steps, start_step, last_step, log_every
-        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
+        self._total, self._last, self._log_every = total_steps, last_step, log_every
+        self.tokens, self._flops, self._peak = tokens, flops_per_step, peak_flops
         self._quiet = quiet
-        self._step = start_step
-        self._clock = self._mark = self._seen = self._shown = time.perf_counter()
-        self._marked_step = start_step
+        self._shown = time.perf_counter()
+        self._clock = self._mark = self._now = Reading(start_step, tokens, self._shown)
         self._metrics = self._board = None
         self._evaluated: set[int] = set()
         self._compiled: set[tuple] = set()
@@ -74,18 +82,24 @@ class Tracker:
     @property
     def tokens_per_second(self) -> float | None:
         """Mean over this session's steps after the first, up to the last one logged."""
-        return self._rate(self._start + 1, self._clock)
+        passed = self._since(self._clock)
+        return passed.tokens / passed.seconds if passed else None
 
     @property
     def mfu(self) -> float | None:
         """Model FLOP/s over the peak of the hardware (PaLM, Chowdhery et al. 2022, app. B), over the same steps."""
-        return self._utilisation(self.tokens_per_second)
+        return self._utilisation(self._since(self._clock))
 
     @property
     def data_wait(self) -> float | None:
         """The fraction of the time spent waiting for batches, over the same steps."""
-        passed = self._seen - self._clock
-        return self._waited / passed if self._step > self._start + 1 and passed > 0 else None
+        passed = self._since(self._clock)
+        return self._waited / passed.seconds if passed else None
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What a checkpoint stores, so that log and counts go on from it (JSON)."""
+        return {"interval": self.interval, "tokens": self.tokens}
 
     def compiling(self, batch: dict) -> contextlib.AbstractContextManager:
         """A context that reports a wait for compilation if this is the first batch with arrays of these shapes."""
@@ -103,34 +117,36 @@ class Tracker:
         if self.first_step_seconds is not None:
             self._waited += time.perf_counter() - began
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Call it for every step once its metrics are known; it writes the first, the last and every log_every-th."""
-        self._step, self._seen = step, time.perf_counter()
+    def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+        """Call it for every step once its metrics and tokens are known; it writes the first, the last and every
+        log_every-th."""
+        self.tokens += tokens
+        self._now = Reading(step, self.tokens, time.perf_counter())
         first = self.first_step_seconds is None
         if first:
-            self.first_step_seconds = self._seen - self._clock
-            self._clock = self._mark = self._seen
-            self._marked_step = step
+            self.first_step_seconds = self._now.seconds - self._clock.seconds
+            self._clock = self._mark = self._now
         means = self._means(metrics)
         ends = step % self._log_every == 0
         if ends:
             self.interval = {"steps": 0, "sums": {}}
         written = ends or step in (1, self._last)
         # A terminal shows progress even when records are rare.
-        if not (written or first or sys.stdout.isatty() and self._seen - self._shown >= 1):
+        if not (written or first or sys.stdout.isatty() and self._now.seconds - self._shown >= 1):
             return
-        self._shown = self._seen
-        speed = None if first else self._rate(self._marked_step, self._mark)
-        mfu = self._utilisation(speed)
+        self._shown = self._now.seconds
+        passed = self._since(self._mark)
+        speed = passed.tokens / passed.seconds if passed else None
+        mfu = self._utilisation(passed)
         if written:
-            self._mark, self._marked_step = self._seen, step
+            self._mark = self._now
             timing = {"tokens_per_second": speed, "mfu": mfu}
             self._write(step, means | {name: value for name, value in timing.items() if value is not None})
         line = f"step {step}/{self._total}  loss {means['loss']:.3f}"
         if first:
             line += f"  first step {self.first_step_seconds:.1f} s"
-        if speed:
-            left = (self._last - step) * self._tokens / speed
+        if passed and speed is not None:
+            left = (self._last - step) * passed.seconds / passed.step
             line += f"  {_short(speed)} tok/s  {progress.clock(left)} left"
         if mfu is not None:
             line += f"  MFU {mfu:.0%}".replace("%", " %")
@@ -167,7 +183,8 @@ class Tracker:
         began = time.perf_counter()
         yield
         gap = time.perf_counter() - began
-        self._clock, self._mark, self._seen = self._clock + gap, self._mark + gap, self._seen + gap
+        readings = (self._clock, self._mark, self._now)
+        self._clock, self._mark, self._now = (one._replace(seconds=one.seconds + gap) for one in readings)
 
     def close(self) -> None:
         if not self._quiet:
@@ -176,12 +193,15 @@ class Tracker:
             if sink is not None:
                 sink.close()
 
-    def _rate(self, since_step: int, since: float) -> float | None:
-        steps = self._step - since_step
-        return steps * self._tokens / (self._seen - since) if steps > 0 else None
+    def _since(self, then: Reading) -> Reading | None:
+        """Steps, tokens and seconds since then; None where there was no step."""
+        step, tokens, seconds = (late - early for late, early in zip(self._now, then, strict=True))
+        return Reading(step, tokens, seconds) if step > 0 and seconds > 0 else None
 
-    def _utilisation(self, speed: float | None) -> float | None:
-        return speed / self._tokens * self._flops / self._peak if speed and self._flops and self._peak else None
+    def _utilisation(self, passed: Reading | None) -> float | None:
+        if not (passed and self._flops and self._peak):
+            return None
+        return passed.step / passed.seconds * self._flops / self._peak
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         if self._metrics is not None and self._board is not None:
