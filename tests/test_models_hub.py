@@ -1,6 +1,7 @@
 """Files of Hugging Face: what is read, however it is spelled; what is refused, in one line; nothing half-written."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import shutil
@@ -400,6 +401,12 @@ def test_a_repository_comes_from_the_cache_of_the_hub(bert, tmp_path, monkeypatc
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    lines = sorted(
+        (path.name, f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}") for path in folder.iterdir()
+    )
+    listed = hashlib.sha256("\n".join(line for _, line in lines).encode()).hexdigest()
+    assert Pretrained(folder).revision == f"{folder} at SHA-256 {listed}"
+    assert Pretrained("somebody/small-bert").revision == f"somebody/small-bert at {commit}"
     for revision in (None, "main", commit):
         _, again, _ = load_pretrained("somebody/small-bert", revision=revision)
         same(without_padding(BERT, again), without_padding(BERT, params))

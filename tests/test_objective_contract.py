@@ -4,6 +4,7 @@ Frozen parameters, losses that cannot be divided, values collected before the st
 one tree, metrics that are no means.
 """
 
+import hashlib
 import json
 import shutil
 from typing import Any
@@ -18,6 +19,7 @@ from toy import quick_compilation  # noqa: F401
 
 import sharding.rules
 from espalier.errors import UserError
+from espalier.training.checkpoint import read_data
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.evaluation import make_evaluate
 from espalier.training.frozen import Frozen
@@ -161,6 +163,12 @@ def test_a_run_may_start_from_any_part_of_one_with_a_frozen_base(tmp_path):
     for tree in (state.complete, state.params, state.frozen):
         got = origin.restore_params(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree))
         jax.tree.map(np.testing.assert_array_equal, got, jax.device_get(tree))
+    frozen = Frozen.of(origin, toy.init_params)
+    forked = lora_run(toy.config(tmp_path / "forked", steps=1), frozen=frozen, origin=None)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(forked.state.frozen), jax.device_get(state.frozen))
+    manifest = tmp_path / "run" / "checkpoints" / "1" / "manifest.json"
+    said = f"{tmp_path / 'run'} at step 1, SHA-256 {hashlib.sha256(manifest.read_bytes()).hexdigest()}"
+    assert read_data(tmp_path / "forked", 1)["frozen"]["origin"] == said
     unlike = state.complete | {"head": {"other": jax.ShapeDtypeStruct((2,), jnp.float32)}}
     with pytest.raises(UserError, match="head/other is missing"):
         origin.restore_params(unlike)

@@ -36,7 +36,7 @@ from espalier.models.hf_config import (
 )
 from espalier.models.placement import place
 from espalier.models.published import Published, generation_values, vocabulary_fingerprint
-from espalier.models.repository import local_folder
+from espalier.models.repository import local_folder, revision_of
 from espalier.models.tensor_files import TensorFiles, write_tensors
 from espalier.models.weight_map import (
     export,
@@ -148,6 +148,11 @@ class Pretrained:
             "model": dataclasses.asdict(self.config_for(self.head)),
             "published": dataclasses.asdict(self.published),
         }
+
+    @property
+    def revision(self) -> str:
+        """Its name, and the commit on the Hub or the SHA-256 of its files."""
+        return f"{self.name} at {revision_of(self.folder)}"
 
     @functools.cached_property
     def published(self) -> Published:

@@ -7,11 +7,21 @@ import re
 from pathlib import Path
 
 from espalier.errors import UserError
+from espalier.files import sha256_of_file, sha256_of_lines
 
 PREFIX = "hf:"
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 UNWANTED = ("*/*", "consolidated*")
 """Files of a repository on the Hub that are fetched, and duplicates among them that are not; never its pickles."""
+
+
+def revision_of(folder: Path) -> str:
+    """Which files a model is of: the commit of a snapshot in the Hub's cache, else the SHA-256 of what sha256sum says
+    of the files, which are read for it."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    files = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
+    return f"SHA-256 {sha256_of_lines(f'{sha256_of_file(path)}  {path.name}' for path in files)}"
 
 
 def local_folder(path_or_id: str | os.PathLike, revision: str | None) -> Path:

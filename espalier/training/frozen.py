@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -36,6 +36,14 @@ from espalier.training.state import combined
 from sharding.processes.coordination import from_first, gather
 
 
+class Source(Protocol):
+    """Weights that are there, and which ones."""
+
+    @property
+    def revision(self) -> str: ...
+    def restore_params(self, abstract: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Frozen:
     """What is frozen in a run, and where it comes from."""
@@ -45,7 +53,12 @@ class Frozen:
     load: Callable[[Any], Any] | None = None
     """Shapes with shardings → parameters; not called when the run goes on, which has them in its own folder."""
     origin: str = "fresh"
-    """Where they come from, in words, with the revision: `hf:NAME at COMMIT`, `runs/x at step 100`."""
+    """Where they come from, in words, with the revision (`training.start.Origin.revision`)."""
+
+    @classmethod
+    def of(cls, source: Source, init: Callable[[jax.Array], Any]) -> Frozen:
+        """Parameters of the shapes of `init`, read from a run or a Hugging Face model (training.start.Origin)."""
+        return cls(init, source.restore_params, source.revision)
 
 
 def save_frozen(folder: Path, params: Any, origin: str) -> dict[str, str]:

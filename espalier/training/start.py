@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from espalier.errors import UserError
+from espalier.files import sha256_of_file
 from espalier.training.checkpoint import (
     complete_steps,
     newest_step,
@@ -21,6 +22,7 @@ from espalier.training.checkpoint import (
 )
 from espalier.training.config import TrainConfig
 from espalier.training.frozen import Frozen, restore_complete, restore_frozen, save_frozen
+from espalier.training.manifest import MANIFEST
 from espalier.training.optimizer import Optimizer
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState, new_state, shard_state
@@ -35,6 +37,11 @@ class Origin(Protocol):
     @property
     def name(self) -> str:
         """In words."""
+        ...
+
+    @property
+    def revision(self) -> str:
+        """In words, with a commit or a sum by which the files can be told from others of this name."""
         ...
 
     @property
@@ -72,6 +79,11 @@ class RunOrigin(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.run_dir} at step {self.step}"
+
+    @property
+    def revision(self) -> str:
+        run = RunDirectory(self.run_dir)
+        return f"{run.path} at step {self.step}, SHA-256 {sha256_of_file(run.checkpoints / str(self.step) / MANIFEST)}"
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -195,8 +195,9 @@ class Tracker:
 
     def _since(self, then: Reading) -> Reading | None:
         """Steps, tokens and seconds since then; None where there was no step."""
-        step, tokens, seconds = (late - early for late, early in zip(self._now, then, strict=True))
-        return Reading(step, tokens, seconds) if step > 0 and seconds > 0 else None
+        now = self._now
+        passed = Reading(now.step - then.step, now.tokens - then.tokens, now.seconds - then.seconds)
+        return passed if passed.step > 0 and passed.seconds > 0 else None
 
     def _utilisation(self, passed: Reading | None) -> float | None:
         if not (passed and self._flops and self._peak):
