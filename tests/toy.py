@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from espalier.training.frozen import Frozen
 from espalier.training.loop import Result, train
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
@@ -80,6 +81,33 @@ def objective(noise: float = 0.0) -> Objective:
         return total / norms, {"loss": (total, weight), "accuracy": (hits, weight)}
 
     return Objective(prepare, loss)
+
+
+def partly_frozen() -> dict[str, Any]:
+    """Arguments of `run` with which the embeddings are frozen, and weigh each row before its step."""
+
+    def part(frozen: bool):
+        return lambda key: {name: p for name, p in init_params(key).items() if (name == "embeddings") == frozen}
+
+    @jax.jit
+    def spread_B(embedding, input_ids):
+        return jnp.abs(embedding[input_ids]).mean((1, 2))
+
+    def collect(state, batch, key):
+        embedding = state.frozen["embeddings"]["token"]["embedding"]
+        return batch | {"spread": spread_B(embedding, batch["input_ids"])}
+
+    def prepare(batch, *rest):
+        weights = batch["loss_weights"] * batch["spread"][:, None]
+        return plain.prepare(batch | {"loss_weights": weights}, *rest)
+
+    plain = objective()
+    return {
+        "init_params": part(False),
+        "frozen": Frozen(part(True)),
+        "matrix_axes": lambda params: jax.tree.map(lambda _: None, params),
+        "objective": Objective(prepare, plain.loss, collect=collect),
+    }
 
 
 def batch(step: int, rows: int = ROWS) -> dict:

@@ -1,5 +1,6 @@
 """Two and four processes with two devices each compute what one process does with all of them."""
 
+import hashlib
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
-from espalier.training.checkpoint import complete_steps
+from espalier.training.checkpoint import complete_steps, read_data
 from espalier.training.config import CheckpointConfig
 from espalier.training.optimizer import build_optimizer
 from espalier.training.run import RunDirectory
@@ -79,6 +80,18 @@ def test_processes_compute_what_one_does(run, tmp_path, count, meshes):
             assert all(len(part) == toy.ROWS // count for part in rows)
         else:
             assert set(everything) == set(range(toy.ROWS))
+
+
+def test_what_is_frozen_and_collected_is_that_of_one_process(run, tmp_path):
+    """Two processes write the frozen part and the collected values, read them when they go on, and train the same."""
+    mesh, frozen = TWO["fsdp"], tmp_path / "run" / "frozen" / "0" / "manifest.json"
+    run(2, "worker.py", *(job(tmp_path / "run", mesh, frozen=True, **more) for more in ({"stop_at": 2}, {})))
+    config = toy.config(tmp_path / "alone", mesh=MeshConfig(**mesh), steps=3)
+    state = toy.run(config, **toy.partly_frozen()).state
+    assert_same(tmp_path / "run", tmp_path / "alone", [np.asarray(leaf) for leaf in jax.tree.leaves(state)])
+    assert read_data(tmp_path / "run", 3)["frozen"]["sha256"] == hashlib.sha256(frozen.read_bytes()).hexdigest()
+    logs = [(tmp_path / name / "collected" / "log.jsonl").read_text().splitlines() for name in ("run", "alone")]
+    assert [[json.loads(line)["step"] for line in log] for log in logs] == [[0, 1, 2]] * 2
 
 
 def test_a_checkpoint_of_any_number_of_processes_goes_on_in_any_other(run, tmp_path):

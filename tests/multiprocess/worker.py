@@ -1,6 +1,7 @@
 """The toy (tests/toy.py), trained by several processes: `worker.py JOB …`, a job being JSON.
 
     run_dir, mesh (sizes of axes), steps, stop_at, every (steps between checkpoints), pause (seconds before a batch),
+    frozen (whether embeddings are frozen and weigh the rows: toy.partly_frozen),
     blind (processes that do not see what others write), full (processes that cannot write more than 1 kB to a file)
 
 Each job leaves in its run directory start.npz and final.npz (leaves of the whole state), and rows-<process>.json: the
@@ -77,7 +78,11 @@ def perform(job: dict):
     loop.first_state = and_kept
     try:
         result = toy.run(
-            config, batches_from=batches_from, eval_batches=[part(toy.batch(10_000 + i)) for i in range(3)], mesh=mesh
+            config,
+            batches_from=batches_from,
+            eval_batches=[part(toy.batch(10_000 + i)) for i in range(3)],
+            mesh=mesh,
+            **(toy.partly_frozen() if job.get("frozen") else {}),
         )
     finally:
         loop.first_state = first_state
