@@ -86,7 +86,7 @@ def test_what_is_frozen_and_collected_is_that_of_one_process(run, tmp_path):
     """Two processes write the frozen part and the collected values, read them when they go on, and train the same."""
     mesh, frozen = TWO["fsdp"], tmp_path / "run" / "frozen" / "0" / "manifest.json"
     run(2, "worker.py", *(job(tmp_path / "run", mesh, frozen=True, **more) for more in ({"stop_at": 2}, {})))
-    config = toy.config(tmp_path / "alone", mesh=MeshConfig(**mesh), steps=3)
+    config = toy.config(tmp_path / "alone", mesh=MeshConfig(data=1, fsdp=4), steps=3)
     state = toy.run(config, **toy.partly_frozen()).state
     assert_same(tmp_path / "run", tmp_path / "alone", [np.asarray(leaf) for leaf in jax.tree.leaves(state)])
     assert read_data(tmp_path / "run", 3)["frozen"]["sha256"] == hashlib.sha256(frozen.read_bytes()).hexdigest()
