@@ -177,6 +177,7 @@ def main(config: GenerateConfig) -> dict:
 def _completions(config: GenerateConfig) -> list[str]:
     from espalier.data.tokenizer import tokenizer_of
     from espalier.models.config import ModelConfig
+    from espalier.models.pretrained import part_of
     from espalier.models.published import Published
     from espalier.training.checkpoint import read_config
     from espalier.training.frozen import restore_complete
@@ -198,7 +199,7 @@ def _completions(config: GenerateConfig) -> list[str]:
             how = ", ".join(f"{name} {value:g}" for name, value in zip(SAMPLED, sampling.drawn, strict=True))
             but = f"; what it says of {', '.join(ignored)} is not applied" if ignored else ""
             progress.say(f"by the model's generation_config.json: {how}{but}")
-    params = restore_complete(config.run_dir)
+    params = part_of(restore_complete(config.run_dir), saved)
     return continue_texts(model, params, tokenizer, config.prompt, sampling, end_ids)
 
 

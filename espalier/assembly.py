@@ -20,7 +20,7 @@ from espalier.models.counts import count_params
 from espalier.models.description import describe
 from espalier.models.hub import Pretrained, check_export, save_pretrained
 from espalier.models.layout import open_mesh
-from espalier.models.pretrained import export_to, load_weights
+from espalier.models.pretrained import export_to, load_weights, part_of
 from espalier.models.published import Published, published_beside
 from espalier.models.transformer import matrix_axes
 from espalier.report.card import model_card
@@ -84,6 +84,8 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     recorded = {"task": record.name, "fingerprints": dict(task.fingerprints), "command": call.command}
     if record.name not in tasks.TASKS:
         recorded |= {"head": head} | ({"report": kept(record.report)} if record.report else {})
+    if task.part:
+        recorded["part"] = task.part
     if task.user_code:
         recorded["user_code"] = task.user_code
     config_dict, defaults = settings(config, model, **recorded, **task.settings, **handed_on)
@@ -92,6 +94,8 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     if first:
         for fact in task.facts:
             progress.say(fact)
+        if task.frozen is not None and fresh:
+            progress.say(f"frozen parameters: {task.frozen.origin}")
 
     about = About(
         model=describe(model, head, config.execution, task.longest, mesh),
@@ -137,6 +141,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         if task.exported:
             tokenizer, published = task.exported(published)
         with progress.waiting(f"exporting to {config.export}"):
+            params = part_of(params, config_dict)
             save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
         progress.say(f"exported to {config.export}")
     conclude(summary, run, config, call.command, list(task.following) if task.following else None)

@@ -62,11 +62,11 @@ def plan(config: Any, **chips: Any) -> Plan:
     return make_plan(config, PlanSettings(**chips))
 
 
-def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float]) -> Sweep:
+def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float], objective: Any = None) -> Sweep:
     """Every seed with every learning rate, trained at once in one program (espalier/training/sweep.py).
 
     Each is the run that `config` would be with that seed and rate, to float32 rounding. Nothing is written. All must
-    fit into memory together.
+    fit into memory together. objective: as in `train`.
 
     >>> from dataclasses import replace
     >>> from mlm.presets import debug
@@ -88,7 +88,9 @@ def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float])
     with tempfile.TemporaryDirectory(prefix="espalier-sweep-") as folder:
         # Where a run would go: there is none, so every seed begins at its beginning.
         config = dataclasses.replace(config, run_dir=f"{folder}/none")
-        runs = {seed: opened(dataclasses.replace(config, seed=seed)) for seed in dict.fromkeys(seeds)}
+        runs = {
+            seed: opened(dataclasses.replace(config, seed=seed), objective=objective) for seed in dict.fromkeys(seeds)
+        }
         if not runs:
             raise UserError("a sweep needs one or more seeds")
         first = next(iter(runs.values()))

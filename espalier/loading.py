@@ -18,6 +18,7 @@ from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.hub import Pretrained, load_pretrained
 from espalier.models.logits import batch_of_tokens, head_logits
+from espalier.models.pretrained import part_of
 from espalier.models.repository import PREFIX
 from espalier.training.checkpoint import read_config
 from espalier.training.frozen import restore_complete
@@ -119,5 +120,5 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     tokenizer = tokenizer_of(run.tokenizer, saved)
     if head == "sequence_classification" and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, config.causal)
-    params = restore_complete(run.path, step=step)
+    params = part_of(restore_complete(run.path, step=step), saved)
     return LoadedModel(config, jax.tree.map(jnp.asarray, params), tokenizer, head)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from espalier.errors import UserError
@@ -83,6 +83,12 @@ class Start(NamedTuple):
     """That of the origin."""
     mesh: Mesh
 
+    def base(self, frozen: Frozen | None) -> Frozen | None:
+        """Frozen parameters as the run has them: where nothing says how to load them, those of the origin."""
+        if frozen is None or frozen.load is not None or self.origin is None or self.origin.resumed:
+            return frozen
+        return replace(frozen, load=self.origin.restore_params, origin=self.origin.name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -102,6 +108,8 @@ class Task:
     """Adds what follows from the metrics of an evaluation, and from its counts (F1; `training.step.Sums`)."""
     frozen: Frozen | None = None
     """Parameters that the model needs and the run does not train."""
+    part: str = ""
+    """Name of the subtree that is `model`, to be exported and loaded, where several are trained: discriminator."""
     matrix_axes: Callable[[Any], Any] | None = None
     """Parameter shapes → their matrices, for Muon; unset = models.transformer.matrix_axes. A tree of several models, by
     name, asks that for each."""
@@ -115,7 +123,7 @@ class Task:
     schedules: Sequence[Schedule] = ()
     """What depends on the length of the run, beside the learning rate."""
     scratch: bool = False
-    """Whether the weights of the origin are left alone, for architecture and tokenizer were all that was asked."""
+    """Whether what is trained begins anew: of the origin, architecture, tokenizer and frozen weights alone are used."""
 
     tokens_per_step: float
     """Expected, for the introduction; what a run reports is counted from its batches (training.step.count_tokens)."""

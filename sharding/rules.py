@@ -43,6 +43,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
         ("fsdp", None),
     ),
     (r"head/(pooler|\w+_classification|question_answering|replaced_token_detection)/(dense|out)/bias", (None,)),
+    # What an objective of a user's own adds to a model and is small.
+    (r"adapters/[^/]+/(kernel|bias|scale)", ()),
 )
 
 

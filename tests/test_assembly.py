@@ -13,16 +13,20 @@ import jax.numpy as jnp
 import pytest
 
 import clm.pretrain
+import espalier
 import mlm.pretrain
 from clm.loss import causal_lm_objective
 from clm.presets import PretrainConfig, debug
 from espalier import assembly, cli, task, user_code
 from espalier.commands.plan.objectives import objective_of
 from espalier.errors import UserError
+from espalier.models.transformer import init_params, matrix_axes
 from espalier.pretraining.objective import Setup, TextObjective
 from espalier.report.card import model_card
 from espalier.report.page import Section
 from espalier.report.task import TaskReport
+from espalier.training.checkpoint import restore_params
+from espalier.training.frozen import Frozen
 from espalier.training.step import Objective
 from tests.toy import quick_compilation  # noqa: F401
 
@@ -254,3 +258,97 @@ def test_no_block_of_code_stands_in_two_entry_points():
         blocks = [{tuple(lines[name][i : i + 11]) for i in range(len(lines[name]) - 10)} for name in (one, other)]
         shared = blocks[0] & blocks[1]
         assert not shared, f"{one} and {other} share:\n" + textwrap.indent("\n".join(min(shared)), "    ")
+
+
+# --- more than one model, and parameters that are not trained ---
+
+
+def two_models(setup: Setup) -> Objective:
+    """Both learn the same, the second with half the weight."""
+    one = causal_lm_objective(setup.model, execution=setup.execution)
+
+    def loss(params, batch, key, norms, train):
+        first, metrics = one.loss(params["discriminator"], batch, key, norms, train)
+        return first + 0.5 * one.loss(params["generator"], batch, key, norms, train)[0], metrics
+
+    return Objective(one.prepare, loss)
+
+
+def fresh(setup, key):
+    return init_params(setup.model, key, heads=("causal_lm",))
+
+
+TWO = TextObjective(
+    name="two",
+    head="causal_lm",
+    command="two",
+    causal=True,
+    layout="shifted",
+    build=two_models,
+    init_params=lambda setup, key: {"generator": fresh(setup, key), "discriminator": fresh(setup, jax.random.key(9))},
+    matrix_axes=lambda params: {name: matrix_axes(part) for name, part in params.items()},
+    part="discriminator",
+)
+
+
+def adapted(setup: Setup) -> Objective:
+    one = causal_lm_objective(setup.model, execution=setup.execution)
+
+    def loss(params, batch, key, norms, train):
+        table, low = params["embeddings"]["token"]["embedding"], params["adapters"]
+        token = {"embedding": table + low["a"]["kernel"] @ low["b"]["kernel"]}
+        return one.loss(params | {"embeddings": params["embeddings"] | {"token": token}}, batch, key, norms, train)
+
+    return Objective(one.prepare, loss)
+
+
+def low_rank(setup, key):
+    shape = jax.eval_shape(lambda: fresh(setup, key))["embeddings"]["token"]["embedding"].shape
+    a = jax.random.normal(key, (shape[0], 2))
+    return {"adapters": {"a": {"kernel": a}, "b": {"kernel": jnp.zeros((2, shape[1]))}}}
+
+
+ADAPTED = dataclasses.replace(
+    TWO,
+    name="adapted",
+    build=adapted,
+    init_params=low_rank,
+    frozen=lambda setup: Frozen(lambda key: fresh(setup, key)),
+    matrix_axes=lambda params: jax.tree.map(lambda _: None, params),
+    part="",
+)
+
+
+def test_a_record_of_two_models_exports_the_one_that_it_names(text, tmp_path):
+    config = small(debug(), text, tmp_path / "run", export=str(tmp_path / "out"))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon"))
+    summary = assembly.train(config, objective=TWO)
+    trained = restore_params(tmp_path / "run")
+    assert sorted(trained) == ["discriminator", "generator"]
+    loaded = espalier.load(tmp_path / "run").params
+    assert_equal(loaded, trained["discriminator"])
+    exported = espalier.load(f"hf:{tmp_path / 'out'}").params
+    for params in (loaded, exported):  # but for the padding of the vocabulary
+        token = params["embeddings"]["token"]
+        token["embedding"] = token["embedding"][:300]
+    assert_equal(exported, loaded)
+    counted = sum(leaf.size for leaf in jax.tree.leaves(loaded))
+    assert summary["parameters"] == counted
+    again = small(debug(), text, tmp_path / "again", init_from=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="holds several models; export it"):
+        assembly.train(again)
+
+
+def test_a_record_of_adapters_trains_over_the_frozen_weights_it_starts_from(plain, text, tmp_path):
+    config = small(debug(), text, tmp_path / "run", init_from=plain["run_dir"])
+    before = restore_params(plain["run_dir"])
+    summary = assembly.train(config, objective=ADAPTED)
+    assert summary["finished"] and sorted(restore_params(tmp_path / "run")) == ["adapters"]
+    after = espalier.load(tmp_path / "run").params
+    assert float(abs(after.pop("adapters")["b"]["kernel"]).max()) > 0
+    assert_equal(after, before)
+
+
+def assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), one, other)))

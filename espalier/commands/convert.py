@@ -98,6 +98,7 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.data.tokenizer import framed_tokenizer, tokenizer_of
     from espalier.models.config import ModelConfig
     from espalier.models.hub import check_export, save_pretrained
+    from espalier.models.pretrained import part_of
     from espalier.models.published import Published
     from espalier.report.card import model_card
     from espalier.training.checkpoint import read_config
@@ -116,7 +117,7 @@ def export_model(config: ExportConfig) -> dict:
         if published and model.causal:
             published = published.padded_by(tokenizer)
     check_export(config.destination, model, head, tokenizer, published)
-    params = restore_complete(run.path, step=config.step)
+    params = part_of(restore_complete(run.path, step=config.step), saved)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
     save_pretrained(config.destination, model, params, tokenizer, card=card, dtype=dtype, published=published)

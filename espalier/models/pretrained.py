@@ -38,6 +38,11 @@ def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = fr
     return dataclasses.replace(model, **changes)
 
 
+def part_of(params: Any, saved: dict) -> Any:
+    """The parameters of the run's model, where several were trained. saved: config.json."""
+    return params[saved["part"]] if saved.get("part") else params
+
+
 def export_to(path: str | None, run_dir: Path, origin: Saved | None, steps: int) -> Path | None:
     """Where a run of so many steps exports to at its end; None if nowhere, or if it has ended and done so.
 
@@ -61,6 +66,8 @@ def load_weights(
 
     A classifier keeps its head only if the labels of `model` are the same.
     """
+    if origin.config.get("part"):
+        raise UserError(f"{origin.name} holds several models; export it and name the folder: --init-from hf:FOLDER")
     there, their_head = origin.config["model"], origin.config.get("head", origin.config.get("task"))
     labels, problem = tuple(there.get("labels", ())), there.get("problem_type") or SINGLE_LABEL
     same_classes = labels == model.labels and problem == (model.problem_type or SINGLE_LABEL)

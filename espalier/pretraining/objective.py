@@ -13,9 +13,11 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.task import TASKS, Start, Task, TaskRecord, Trained, find
 
 if TYPE_CHECKING:
+    import jax
     from transformers import PreTrainedTokenizerFast
 
     from espalier.data.prepare import Prepared
+    from espalier.training.frozen import Frozen
     from espalier.training.identity import Schedule
     from espalier.training.start import Origin
     from espalier.training.step import Objective
@@ -79,6 +81,16 @@ class TextObjective(TaskRecord):
     layout: Layout
     build: Callable[[Setup], Objective]
     """Makes the objective."""
+    init_params: Callable[[Setup, jax.Array], dict] | None = None
+    """(setup, key) → fresh parameters, where they are not those of one model with the head: adapters, several models.
+    Runs with --init-from begin with them too."""
+    frozen: Callable[[Setup], Frozen | None] = lambda setup: None
+    """What is needed and not trained: a base under adapters, a reference model. Without a `load`, it is read from
+    --init-from where that is given."""
+    matrix_axes: Callable[[Any], Any] | None = None
+    """As Task.matrix_axes."""
+    part: str = ""
+    """As Task.part."""
     own: Any = None
     """Where it is the user's own: the function or record, or what names it."""
     specials: tuple[str, ...] = ()

@@ -67,15 +67,25 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
 
     setup, text = Setup(config, model, tokenizer), HeldOut(prepared, eval_batches)
     tokens = config.batch_size * length
+
+    def fresh(key):
+        if record.init_params is not None:
+            return record.init_params(setup, key)
+        return init_params(model, key, heads=(record.head,))
+
     return Task(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        init_params=lambda key: init_params(model, key, heads=(record.head,)),
+        init_params=fresh,
         objective=record.build(setup),
         batch=lambda step: batches.batch(step, mine),
         eval_batches=eval_batches,
         finalize_eval=record.finalize,
+        frozen=start.base(record.frozen(setup)),
+        matrix_axes=record.matrix_axes,
+        part=record.part,
+        scratch=record.init_params is not None,
         fingerprints=prepared.fingerprints,
         user_code=own_code(record, config),
         settings={"words": prepared.words} if prepared.words else {},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
+    from espalier.training.frozen import Frozen
     from espalier.training.run import RunDirectory
     from espalier.training.start import Origin
     from espalier.training.step import Objective
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Labelled(Protocol):
-    """The labelled data of a task, what is learnt from it, and how well it was learnt."""
+    """The labelled data of a task, what is learnt from it, and how well it was learnt. Tasks are subclasses."""
 
     model: ModelConfig
     """With the labels of this task."""
@@ -42,6 +43,13 @@ class Labelled(Protocol):
     eval_batches: Sequence[dict]
     about: dict[str, str]
     """Rows on the files and what is to be learnt, for the introduction."""
+    frozen: Frozen | None = None
+    """What is not trained (the base under adapters); without a `load`, it is read from --init-from. With it, what is
+    trained begins with `init_params`."""
+    matrix_axes: Callable[[Any], Any] | None = None
+    """As Task.matrix_axes."""
+    part: str = ""
+    """As Task.part."""
 
     def init_params(self, key: jax.Array) -> dict:
         """Fresh parameters with the head of this task."""
@@ -50,6 +58,10 @@ class Labelled(Protocol):
     def batch(self, step: int) -> dict:
         """This process's rows of a step's batch."""
         ...
+
+    def finalize_eval(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Adds what follows from the metrics and counts of an evaluation (F1)."""
+        return metrics
 
     def finish(self, run: RunDirectory, params: Any, mesh: Mesh) -> dict[str, float]:
         """Measure the trained parameters on the validation file and write what a person looks at; the metrics."""
@@ -105,9 +117,13 @@ class FinetuneTask(TaskRecord):
             objective=data.objective,
             batch=data.batch,
             eval_batches=data.eval_batches,
+            finalize_eval=data.finalize_eval,
+            frozen=start.base(data.frozen),
+            matrix_axes=data.matrix_axes,
+            part=data.part,
             fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,
             settings=data.settings,
-            scratch=config.scratch,
+            scratch=config.scratch or data.frozen is not None,
             tokens_per_step=config.batch_size * tokens,
             flops_per_step=config.batch_size * tokens * flops_per_token(start.model, round(tokens), 0.0),
             longest=longest,

@@ -25,6 +25,7 @@ from espalier.training.run import RunDirectory
 from espalier.training.step import Objective
 from finetune.evaluate import confusion, majority_accuracy, metrics, one_class, write_predictions
 from finetune.examples import describe_examples, max_length, read_examples
+from finetune.tasks import Labelled
 from sharding.mesh import host_rows, place_batch
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from finetune.presets import FinetuneConfig
 
 
-class Classification:
-    """A finetune.tasks.Labelled."""
+class Classification(Labelled):
+    """The examples and classes of labelled files."""
 
     def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         self._execution = config.execution
