@@ -32,6 +32,7 @@ AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
 MODULES = {command.name: command.module for command in commands()} | {
     "plan": "espalier.commands.plan.__main__",
     "budget": "espalier.commands.plan.budget.__main__",
+    "prepare": "espalier.data.prepare.__main__",
 }
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if not kind]
 COMMANDS = [
