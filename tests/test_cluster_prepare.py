@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -50,7 +51,8 @@ def test_the_local_executor_gives_the_tokens_of_prepare(tmp_path, shared_data, r
         *("cluster.prepare", "--data.files", pattern, "--data.tokenizer-kind", "bpe", "--vocab-size", 400, "--causal"),
         *("--data.cache", tmp_path / "cluster", "--tasks", 3, *(part for pair in values for part in pair)),
     )
-    stages = [line.split("  ")[0] for line in told.stdout.splitlines()]
+    # A slow machine also says what it waits for.
+    stages = [line.split("  ")[0] for line in told.stdout.splitlines() if re.match(r"\d+/\d+  ", line)]
     assert stages == [f"{n}/{len(stages)}" for n in range(1, len(stages) + 1)] and len(stages) == 3 + bool(filters)
     # Not a word of datatrove's.
     assert told.stderr == ""

@@ -31,6 +31,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
 MODULES = {command.name: command.module for command in commands()} | {
     "plan": "espalier.commands.plan.__main__",
+    "prepare": "espalier.data.prepare.__main__",
     "budget": "espalier.commands.plan.budget.__main__",
     "prepare": "espalier.data.prepare.__main__",
 }
