@@ -8,7 +8,6 @@ import dis
 import functools
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import os
 import sys
@@ -25,10 +24,12 @@ from espalier.files import sha256_of_file, sha256_of_text
 from espalier.flags import nearest
 
 FORMS = "FILE.py:NAME or package.module:NAME"
+_current: dict[Path, str] = {}
+"""SHA-256 of each file as it was last run."""
 
 
 def load(given: str) -> Any:
-    """What `FILE.py:NAME` or `package.module:NAME` names. A file is run once in a process, however often it is named.
+    """What `FILE.py:NAME` or `package.module:NAME` names. A file is run once in a process, anew where it was edited.
 
     Modules beside the file (for the other form: in the working directory) can be imported by it; they hide no module
     that is installed. UserError where there is no such file, module or name, and where it raises.
@@ -106,8 +107,12 @@ def recorded(given: Any) -> dict[str, str]:
     if isinstance(given, str):
         place, _, name = given.rpartition(":")
         load(given)
-        file = Path(place).expanduser().absolute() if place.endswith(".py") or os.sep in place else _file_of(place)
-        return {"file": str(file), "name": name, "sha256": sha256_of_file(file)}
+        if not (place.endswith(".py") or os.sep in place):
+            file = _file_of(place)
+            return {"file": str(file), "name": name, "sha256": sha256_of_file(file)}
+        file = Path(place).expanduser().absolute()
+        # Of what was run, which may have been edited since.
+        return {"file": str(file), "name": name, "sha256": _current[file]}
     inner, arguments = given, []
     while isinstance(inner, functools.partial):
         named = [f"{name}={_plain(value, given)}" for name, value in inner.keywords.items()]
@@ -143,22 +148,23 @@ def _file(given: str, place: str) -> ModuleType:
         raise UserError(
             f"{given}: there is no file {path}; paths are seen from where you are, and NAME follows a colon"
         )
+    source = path.read_bytes()
+    sha256 = hashlib.sha256(source).hexdigest()
     # A name that no package has, so that a file may be called as it likes (data.py, models.py).
-    name = f"espalier_user_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{given}: {path} is no Python file (.py)")
-    _importable(path.parent)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        with one_line(given, str(path)):
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    name = f"espalier_user_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:12]}_{sha256[:12]}"
+    if name not in sys.modules:
+        _importable(path.parent)
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__file__ = str(path)
+        try:
+            with one_line(given, str(path)):
+                # Not by a loader, which may take what it compiled of a file of the same second and size.
+                exec(compile(source, str(path), "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    _current[path] = sha256
+    return sys.modules[name]
 
 
 def _module(given: str, place: str) -> ModuleType:

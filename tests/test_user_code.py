@@ -1,8 +1,10 @@
 """What config.json remembers of code of the user's own: enough to tell it from other code, and no more."""
 
 import functools
+import hashlib
 import importlib.util
 import json
+import os
 
 import numpy as np
 import pytest
@@ -93,6 +95,20 @@ def test_arguments_and_values_around_a_function_count(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_an_edited_file_is_run_anew_and_its_sum_is_of_what_was_run(tmp_path):
+    """Within one process, as in a notebook; also where size and time stamp stay."""
+    path, given = tmp_path / "own.py", f"{tmp_path}/own.py:scale"
+    sums = []
+    for value in (1, 2):
+        path.write_text(f"def scale(x):\n    return {value} * x\n")
+        os.utime(path, (1e9, 1e9))
+        assert user_code.load(given) is user_code.load(given)
+        assert user_code.function(given, "scale(x)")(10) == 10 * value
+        sums.append(user_code.recorded(given)["sha256"])
+        assert sums[-1] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sums[0] != sums[1]
+
+
 def test_two_texts_of_one_name_are_both_remembered(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.py").write_text(f"def texts():\n    return ['{name}']\n")
@@ -126,7 +142,7 @@ def test_processes_may_have_the_code_in_different_places(monkeypatch):
 def test_an_evaluation_without_a_loss_is_known_on_resume(tmp_path):
     run = RunDirectory(tmp_path)
     run.metrics.write_text(json.dumps({"step": 4, "eval/f1": 0.5}) + "\n")
-    tracker = Tracker(run, total_steps=8, start_step=4, last_step=8, tokens_per_step=1)
+    tracker = Tracker(run, total_steps=8, start_step=4, last_step=8)
     assert tracker.has_evaluation(4) and perplexity({"f1": 0.5}) == {"f1": 0.5}
     tracker.close()
 
