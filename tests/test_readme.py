@@ -33,7 +33,6 @@ MODULES = {command.name: command.module for command in commands()} | {
     "plan": "espalier.commands.plan.__main__",
     "prepare": "espalier.data.prepare.__main__",
     "budget": "espalier.commands.plan.budget.__main__",
-    "prepare": "espalier.data.prepare.__main__",
 }
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE) if not kind]
 COMMANDS = [
