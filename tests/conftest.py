@@ -1,5 +1,6 @@
 """Eight CPU devices, no network, a cache of its own, and helpers for data and command lines."""
 
+import gc
 import importlib
 import os
 import pathlib
@@ -45,6 +46,12 @@ settings.load_profile("espalier")
 
 def pytest_collection_modifyitems(items):
     corner.mark(items, ROOT / "tests")
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: no later collection, of which every run makes some, need go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,10 @@
 """A model small enough to train in milliseconds, with the parameter names of a real one."""
 
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from espalier.training import loop
 from espalier.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from espalier.training.frozen import Frozen
-from espalier.training.loop import Result, train
+from espalier.training.loop import Result
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from espalier.training.step import Objective
@@ -34,8 +37,40 @@ def quick_compilation(tmp_path_factory):
     for name, (value, _) in settings.items():
         jax.config.update(name, value)
     yield
+    MADE.clear()
     for name, (_, default) in settings.items():
         jax.config.update(name, default)
+
+
+MADE: dict[Any, tuple[Any, Any]] = {}
+"""What `made_once` made → (its arguments, so that no other object gets their ids; what was made)."""
+
+
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, a pure function, called once for all arguments that are equal: its jitted functions stay traced.
+
+    Equal are arrays of one shape, type and sharding, hashables that compare equal, and else the same object.
+    """
+
+    def key(leaf):
+        if hasattr(leaf, "dtype"):
+            return leaf.shape, str(leaf.dtype), getattr(leaf, "sharding", None)
+        try:
+            hash(leaf)
+        except TypeError:
+            return id(leaf)
+        return leaf
+
+    @functools.wraps(make)
+    def once(*arguments):
+        leaves, structure = jax.tree.flatten(arguments, is_leaf=lambda part: part is EVAL_BATCHES)
+        known = make, structure, *map(key, leaves)
+        if known not in MADE:
+            # The arrays themselves may be donated; what is made of them depends on none of their values.
+            MADE[known] = [leaf for leaf in leaves if not hasattr(leaf, "dtype")], make(*arguments)
+        return MADE[known][1]
+
+    return once
 
 
 def init_params(key):
@@ -59,6 +94,7 @@ def matrix_axes(params):
     return axes | {"layers": {"period": {"0": {"mlp": mlp}}}}
 
 
+@functools.cache
 def objective(noise: float = 0.0) -> Objective:
     """Predict each label; a random part of them, drawn in prepare, counts (so that weights are uneven)."""
 
@@ -118,6 +154,9 @@ def batch(step: int, rows: int = ROWS) -> dict:
     return {"input_ids": ids, "labels": (3 * ids + 1) % VOCAB, "loss_weights": weights}
 
 
+EVAL_BATCHES = [batch(10_000 + i) for i in range(3)]
+
+
 def batches_from(step: int):
     while True:
         yield batch(step)
@@ -153,7 +192,7 @@ def run(config: TrainConfig, **changes) -> Result:
         objective=objective(),
         eval_objective=objective(),
         batches_from=batches_from,
-        eval_batches=[batch(10_000 + i) for i in range(3)],
+        eval_batches=EVAL_BATCHES,
         run=directory,
         config_dict=settings,
         save_tokenizer=lambda folder: None,
@@ -161,7 +200,10 @@ def run(config: TrainConfig, **changes) -> Result:
         mesh=build_mesh(config.mesh),
         tokens_per_step=config.batch_size * LENGTH,
     )
-    return train(config, **arguments | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("build_optimizer", "schedule", "jit_train_step", "make_evaluate"):
+            patch.setattr(loop, name, made_once(getattr(loop, name)))
+        return loop.train(config, **arguments | changes)
 
 
 def metrics_of(run_dir) -> list[dict]:
