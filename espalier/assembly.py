@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from espalier import cli, progress
 from espalier import task as tasks
+from espalier.contracts import Origin
 from espalier.data.loader import prefetch
 from espalier.data.tokenizer import save_tokenizer, tokenizer_of
 from espalier.models.counts import count_params
@@ -30,7 +31,7 @@ from espalier.task import Start, Task, TaskRecord, Trained
 from espalier.training import loop
 from espalier.training.introduction import About, conclude
 from espalier.training.run import RunDirectory, settings, summarise
-from espalier.training.start import Origin, find_origin
+from espalier.training.start import find_origin
 
 
 def train(

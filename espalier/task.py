@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
+    from espalier.contracts import Origin
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
     from espalier.report.task import TaskReport
     from espalier.training.frozen import Frozen
     from espalier.training.identity import Schedule
     from espalier.training.run import Result, RunDirectory
-    from espalier.training.start import Origin
     from espalier.training.step import Objective
 
 TASKS = {

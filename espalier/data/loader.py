@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from espalier.contracts import BatchStream
 from espalier.data.packing import BEGINS, ENDS, Plan, fill
 from espalier.data.tokenizer import SpecialIds
 from espalier.errors import UserError
@@ -19,13 +20,6 @@ Part = slice | np.ndarray
 """Rows of a batch: a slice of them or their numbers."""
 ALL = slice(None)
 ROUNDS = 8
-
-
-class BatchStream(Protocol):
-    """An iterator over batches that can be closed."""
-
-    def __next__(self) -> Batch: ...
-    def close(self) -> object: ...
 
 
 class Store(Protocol):

@@ -5,27 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
+from espalier.contracts import Origin
 from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.heads import LANGUAGE_MODELS
 
 SINGLE_LABEL = "single_label_classification"
-
-
-class Saved(Protocol):
-    """Weights and what stands beside them (training.start.Origin)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def config(self) -> dict: ...
-    @property
-    def done(self) -> int: ...
-    def restore_params(self, abstract: Any) -> Any: ...
 
 
 def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = frozenset()) -> ModelConfig:
@@ -43,7 +32,7 @@ def part_of(params: Any, saved: dict) -> Any:
     return params[saved["part"]] if saved.get("part") else params
 
 
-def export_to(path: str | None, run_dir: Path, origin: Saved | None, steps: int) -> Path | None:
+def export_to(path: str | None, run_dir: Path, origin: Origin | None, steps: int) -> Path | None:
     """Where a run of so many steps exports to at its end; None if nowhere, or if it has ended and done so.
 
     UserError for the run's own folder.
@@ -60,7 +49,7 @@ def export_to(path: str | None, run_dir: Path, origin: Saved | None, steps: int)
 
 
 def load_weights(
-    origin: Saved, model: ModelConfig, head: str, init: Callable[[jax.Array], dict], seed: int
+    origin: Origin, model: ModelConfig, head: str, init: Callable[[jax.Array], dict], seed: int
 ) -> Callable[[Any], Any]:
     """Parameter shapes with shardings → the saved parameters, with the head of init(key) where theirs is another.
 

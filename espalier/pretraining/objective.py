@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import jax
     from transformers import PreTrainedTokenizerFast
 
+    from espalier.contracts import Origin
     from espalier.data.prepare import Prepared
     from espalier.training.frozen import Frozen
     from espalier.training.identity import Schedule
-    from espalier.training.start import Origin
     from espalier.training.step import Objective
 
 Layout = Literal["framed", "shifted"]

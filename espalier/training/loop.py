@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from espalier import progress
+from espalier.contracts import BatchStream, Origin
 from espalier.errors import MachineError
 from espalier.training.checkpoint import Checkpoints, complete_steps
 from espalier.training.collected import Added, Collector
@@ -24,7 +25,7 @@ from espalier.training.guard import StopSignal
 from espalier.training.introduction import UNKNOWN, About, introduce
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
-from espalier.training.start import Origin, beginning, check_fork, first_state, keep_frozen
+from espalier.training.start import beginning, check_fork, first_state, keep_frozen
 from espalier.training.state import TrainState
 from espalier.training.step import Objective, count_tokens, jit_train_step
 from espalier.training.tracker import Tracker
@@ -35,13 +36,6 @@ from sharding.topology import peak_flops
 
 class NonFiniteLoss(MachineError):
     """The loss or the gradient is NaN or infinite."""
-
-
-class BatchStream(Protocol):
-    """An iterator over batches, this process's rows as NumPy arrays; a generator is one."""
-
-    def __next__(self) -> dict: ...
-    def close(self) -> object: ...
 
 
 def train(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from espalier.contracts import Origin
 from espalier.errors import UserError
 from espalier.files import sha256_of_file
 from espalier.training.checkpoint import (
@@ -29,42 +30,6 @@ from espalier.training.state import TrainState, new_state, shard_state
 from espalier.training.tracker import Interval
 from sharding.processes.coordination import from_first
 from sharding.rules import shard_params
-
-
-class Origin(Protocol):
-    """What a run goes on from: a run's checkpoint, or a Hugging Face model (models.hub.Pretrained)."""
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        ...
-
-    @property
-    def revision(self) -> str:
-        """In words, with a commit or a sum by which the files can be told from others of this name."""
-        ...
-
-    @property
-    def config(self) -> dict:
-        """JSON values beside the weights: at least `model` and `task`."""
-        ...
-
-    @property
-    def tokenizer_folder(self) -> Path: ...
-
-    @property
-    def resumed(self) -> bool:
-        """Whether it is the run itself."""
-        ...
-
-    @property
-    def done(self) -> int:
-        """Steps of the run itself; 0 where it is another."""
-        ...
-
-    def restore_params(self, abstract: Any) -> Any:
-        """The parameters as `abstract` says, which may leave out the head."""
-        ...
 
 
 class RunOrigin(NamedTuple):

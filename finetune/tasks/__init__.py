@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
+    from espalier.contracts import Origin
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
     from espalier.training.frozen import Frozen
     from espalier.training.run import RunDirectory
-    from espalier.training.start import Origin
     from espalier.training.step import Objective
     from finetune.presets import FinetuneConfig
 
