@@ -24,7 +24,7 @@ from espalier.training.config import CheckpointConfig
 
 run_dir, pause = sys.argv[1], float(sys.argv[2])
 if "hang" in sys.argv:  # at the last moment of the first save
-    checkpoint._write_manifest = lambda folder: time.sleep(1000)
+    checkpoint.write_manifest = lambda folder: time.sleep(1000)
 
 def batches_from(step):
     for batch in toy.batches_from(step):
