@@ -1,6 +1,7 @@
 """Small models of every family, random parameters without compiling an initialiser, and packed batches."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ def strict_and_quick():
 
 def random_params(config: ModelConfig, heads: tuple[str, ...] = (), seed: int = 0):
     """Parameters with the tree of `init_params`, every leaf random: no bias is zero and no scale is one."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key, heads), jax.random.key(0))
+    shapes = _shapes(config, heads)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -85,6 +86,11 @@ def random_params(config: ModelConfig, heads: tuple[str, ...] = (), seed: int = 
         return noise.astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def _shapes(config: ModelConfig, heads: tuple[str, ...]) -> dict:
+    return jax.eval_shape(lambda key: init_params(config, key, heads), jax.random.key(0))
 
 
 def batch_of(config: ModelConfig, rows: list[list[int]], length: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ one another on the tensor's first axis. All of it are views: nothing is copied b
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,13 @@ class Piece:
 
 
 def param_shapes(config: ModelConfig, head: str) -> dict:
-    """ShapeDtypeStructs of the parameters of a model with this head."""
+    """ShapeDtypeStructs of the parameters of a model with this head, in a tree that the caller may change."""
+    return jax.tree.map(lambda shape: shape, _param_shapes(config, head))
+
+
+@functools.lru_cache(maxsize=64)
+def _param_shapes(config: ModelConfig, head: str) -> dict:
+    # Tracing every layer takes longer than reading a small file, and one file asks for its shapes several times.
     return jax.eval_shape(lambda key: init_params(config, key, heads=(head,)), jax.random.key(0))
 
 
