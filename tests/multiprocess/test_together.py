@@ -99,10 +99,10 @@ def test_a_checkpoint_of_any_number_of_processes_goes_on_in_any_other(run, tmp_p
     meshes = {1: dict(data=2, fsdp=2), 2: dict(data=1, fsdp=4), 4: dict(data=2, fsdp=2, tensor=2)}
     half = {count: tmp_path / f"half-{count}" for count in meshes}
     saved = {1: alone(half[1], meshes[1], steps=4, stop_at=2)}
-    for count in (2, 4):
-        run(count, "worker.py", job(half[count], meshes[count], steps=4, stop_at=2))
-        saved[count] = state_in(half[count] / "final.npz")
     whole = alone(tmp_path / "whole", meshes[1], steps=4)
+
+    def first_half(count):
+        return job(half[count], meshes[count], steps=4, stop_at=2)
 
     def goes_on(source, target):
         folder = tmp_path / f"from-{source}-in-{target}"
@@ -113,9 +113,14 @@ def test_a_checkpoint_of_any_number_of_processes_goes_on_in_any_other(run, tmp_p
         (folder / "config.json").write_text(json.dumps(settings))
         return folder
 
-    for target, sources in ((2, [4]), (4, [1, 2])):
+    run(4, "worker.py", first_half(4))
+    saved[4] = state_in(half[4] / "final.npz")
+    # Two processes go on from four in the group that saves its own half after that: starting one is what costs.
+    for target, sources, then in ((2, [4], [2]), (4, [1, 2], [])):
         folders = {source: goes_on(source, target) for source in sources}
-        group = run(target, "worker.py", *(job(folder, meshes[target], steps=4) for folder in folders.values()))
+        jobs = [job(folder, meshes[target], steps=4) for folder in folders.values()]
+        group = run(target, "worker.py", *jobs, *map(first_half, then))
+        saved |= {count: state_in(half[count] / "final.npz") for count in then}
         for source, folder in folders.items():
             assert "resumed at step 2\n" in group.out(0)
             for got, expected in zip(state_in(folder / "start.npz"), saved[source], strict=True):
