@@ -32,6 +32,7 @@ from espalier.training import loop
 from espalier.training.introduction import About, conclude
 from espalier.training.run import RunDirectory, settings, summarise
 from espalier.training.start import find_origin
+from espalier.training.trainable import Trainable
 
 
 def train(
@@ -104,28 +105,21 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         row=task.row,
         epochs=task.epochs,
     )
-    result = loop.train(
-        config,
+    learnt = Trainable(
         init_params=task.init_params,
+        load_params=load_weights(origin, model, head, task.init_params, config.seed) if origin and not fresh else None,
+        frozen=task.frozen,
         matrix_axes=task.matrix_axes or matrix_axes,
         objective=task.objective,
-        eval_objective=task.objective,
         batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
         eval_batches=task.eval_batches,
         finalize_eval=task.finalize_eval,
-        run=run,
-        config_dict=config_dict,
         save_tokenizer=partial(save_tokenizer, tokenizer),
-        origin=None if fresh else origin,
-        load_params=None
-        if fresh or origin is None
-        else load_weights(origin, model, head, task.init_params, config.seed),
-        mesh=mesh,
         tokens_per_step=round(task.tokens_per_step),
         flops_per_step=task.flops_per_step,
         about=about,
-        frozen=task.frozen,
     )
+    result = loop.train(config, learnt, run, mesh, config_dict, None if fresh else origin)
 
     # From here on every process takes part where parameters are asked for, and the first writes.
     trained, ended = Trained(run, result, mesh), not result.stopped_by

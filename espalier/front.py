@@ -118,7 +118,6 @@ def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float],
             objective=task.objective,
             batch_of=lambda seed, step: runs[seed].task.batch(step),
             mesh=mesh,
-            eval_objective=task.objective,
             eval_batches=task.eval_batches,
             finalize_eval=task.finalize_eval,
         )

@@ -91,7 +91,7 @@ def lora_run(config, **changes):
     return toy.run(
         config,
         **dict(
-            init_params=adapters, matrix_axes=no_matrices, objective=adapted(), eval_objective=adapted(), frozen=BASE
+            init_params=adapters, matrix_axes=no_matrices, objective=adapted(), frozen=BASE
         )
         | changes,
     )
@@ -284,7 +284,6 @@ def preference_run(config, collect=references, **changes):
         init_params=table,
         matrix_axes=no_matrices,
         objective=preferring(collect),
-        eval_objective=preferring(references),
         batches_from=preferences,
         eval_batches=[next(preferences(1000))],
         frozen=Frozen(lambda key: {"reference": table(key)}),

@@ -20,6 +20,7 @@ from espalier.training.loop import Result
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from espalier.training.step import Objective
+from espalier.training.trainable import Trainable
 from sharding.mesh import MeshConfig, build_mesh
 
 VOCAB, WIDTH, LENGTH, ROWS = 32, 16, 8, 16
@@ -178,7 +179,7 @@ def config(run_dir, **changes) -> TrainConfig:
 
 
 def run(config: TrainConfig, **changes) -> Result:
-    """Train the toy as an entry point would."""
+    """Train the toy as an entry point would. changes: fields of Trainable, mesh, origin."""
     assert config.run_dir is not None
     directory = RunDirectory(config.run_dir)
     settings = {"steps": config.steps, "seed": config.seed, "batch_size": config.batch_size}
@@ -186,24 +187,22 @@ def run(config: TrainConfig, **changes) -> Result:
     settings["fingerprints"] = {"train": str(directory.path)}
     origin = find_origin(config, directory)
     directory.check(settings, settings, origin.done if origin else 0)
-    arguments: dict[str, Any] = dict(
+    task = Trainable(
         init_params=init_params,
         matrix_axes=matrix_axes,
         objective=objective(),
-        eval_objective=objective(),
         batches_from=batches_from,
         eval_batches=EVAL_BATCHES,
-        run=directory,
-        config_dict=settings,
         save_tokenizer=lambda folder: None,
-        origin=origin,
-        mesh=build_mesh(config.mesh),
         tokens_per_step=config.batch_size * LENGTH,
     )
+    origin = changes.pop("origin", origin)
+    mesh = changes.pop("mesh", None) or build_mesh(config.mesh)
+    task = dataclasses.replace(task, **changes)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("build_optimizer", "schedule", "jit_train_step", "make_evaluate"):
             patch.setattr(loop, name, made_once(getattr(loop, name)))
-        return loop.train(config, **arguments | changes)
+        return loop.train(config, task, directory, mesh, settings, origin)
 
 
 def metrics_of(run_dir) -> list[dict]:

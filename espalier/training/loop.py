@@ -6,29 +6,26 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from espalier import progress
-from espalier.contracts import BatchStream, Origin
+from espalier.contracts import Origin
 from espalier.errors import MachineError
 from espalier.training.checkpoint import Checkpoints, complete_steps
 from espalier.training.collected import Added, Collector
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate
-from espalier.training.frozen import Frozen
 from espalier.training.guard import StopSignal
-from espalier.training.introduction import UNKNOWN, About, introduce
+from espalier.training.introduction import introduce
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
 from espalier.training.start import beginning, check_fork, first_state, keep_frozen
 from espalier.training.state import TrainState
-from espalier.training.step import Objective, count_tokens, jit_train_step
+from espalier.training.step import count_tokens, jit_train_step
 from espalier.training.tracker import Tracker
+from espalier.training.trainable import Trainable
 from sharding.mesh import place_batch
 from sharding.processes.coordination import from_first
 from sharding.topology import peak_flops
@@ -39,57 +36,36 @@ class NonFiniteLoss(MachineError):
 
 
 def train(
-    config: TrainConfig,
-    *,
-    init_params: Callable[[jax.Array], Any],
-    matrix_axes: Callable[[Any], Any],
-    objective: Objective,
-    eval_objective: Objective,
-    batches_from: Callable[[int], BatchStream],
-    eval_batches: Iterable[dict],
-    run: RunDirectory,
-    config_dict: dict,
-    save_tokenizer: Callable[[Path], Any],
-    mesh: Mesh,
-    tokens_per_step: int,
-    flops_per_step: float | None = None,
-    finalize_eval: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-    origin: Origin | None = None,
-    load_params: Callable[[Any], Any] | None = None,
-    about: About = UNKNOWN,
-    frozen: Frozen | None = None,
+    config: TrainConfig, task: Trainable, run: RunDirectory, mesh: Mesh, config_dict: dict, origin: Origin | None = None
 ) -> Result:
     """Train from the origin until config.steps, stop_at or a signal. What can be refused is refused before any write.
 
-    init_params: key → parameters. matrix_axes: parameter shapes → see `build_optimizer`.
-    batches_from: step → the batches from that step on. eval_batches: gone through at each evaluation.
-    config_dict: JSON values, saved with each checkpoint. save_tokenizer: writes it into the folder that it is given.
-    load_params: parameter shapes with shardings → parameters to start from; default: those of the origin.
-    finalize_eval: adds what follows from the metrics of an evaluation (perplexity; see `make_evaluate`).
-    about, tokens_per_step: for the introduction. frozen: parameters that the model needs and the run does not train.
+    config_dict: JSON values, saved with each checkpoint. origin: what the run goes on from; None = nothing.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        shapes = jax.eval_shape(init_params, jax.random.key(0))
-        base = jax.eval_shape(frozen.init, jax.random.key(0)) if frozen else {}
-        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes), base)
+        shapes = jax.eval_shape(task.init_params, jax.random.key(0))
+        base = jax.eval_shape(task.frozen.init, jax.random.key(0)) if task.frozen else {}
+        optimizer = build_optimizer(config.optimizer, shapes, task.matrix_axes(shapes), base)
         factor = schedule(config.optimizer, config.steps)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
-        start, origin_message, interval, tokens = beginning(origin, load_params)
+        start, origin_message, interval, tokens = beginning(origin, task.load_params)
         last = min(config.stop_at or config.steps, config.steps)
-        introduce(about, config, mesh, origin_message, start, last, tokens_per_step)
+        introduce(task.about, config, mesh, origin_message, start, last, task.tokens_per_step)
         with progress.waiting("making the first state" if origin is None else "loading the first state"):
             state = jax.block_until_ready(
-                first_state(config, init_params, optimizer, mesh, origin, load_params, frozen)
+                first_state(config, task.init_params, optimizer, mesh, origin, task.load_params, task.frozen)
             )
-        train_step = jit_train_step(objective, optimizer, factor, config.accumulation, state)
-        evaluate = make_evaluate(eval_objective, eval_batches, mesh, finalize_eval, config.accumulation)
+        train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state)
+        evaluate = make_evaluate(
+            task.objective, task.eval_batches, mesh, task.finalize_eval, config.accumulation
+        )
 
         stack.enter_context(run.writing(config_dict))
-        save_tokenizer(run.tokenizer)
-        kept = {"frozen": keep_frozen(run, state.frozen, frozen, origin)} if frozen else {}
-        collector = Collector(objective.collect, run.collected, mesh)
+        task.save_tokenizer(run.tokenizer)
+        kept = {"frozen": keep_frozen(run, state.frozen, task.frozen, origin)} if task.frozen else {}
+        collector = Collector(task.objective.collect, run.collected, mesh)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
         peak = peak_flops(mesh.devices.flat[0])
         tracker = Tracker(
@@ -97,8 +73,8 @@ def train(
             total_steps=config.steps,
             start_step=start,
             last_step=last,
-            tokens=start * tokens_per_step if tokens is None else tokens,
-            flops_per_step=flops_per_step,
+            tokens=start * task.tokens_per_step if tokens is None else tokens,
+            flops_per_step=task.flops_per_step,
             peak_flops=peak and peak * mesh.size,
             log_every=config.log_every,
             quiet=jax.process_index() != 0,
@@ -106,7 +82,7 @@ def train(
         )
         stack.callback(tracker.close)
         checkpoints.announce = tracker.say
-        batches = stack.enter_context(contextlib.closing(batches_from(start)))
+        batches = stack.enter_context(contextlib.closing(task.batches_from(start)))
         stop = stack.enter_context(StopSignal())
         # A collection in the middle of a step stalls every device of the mesh.
         gc.disable()

@@ -55,7 +55,6 @@ def sweep(
     objective: Objective,
     batch_of: Callable[[int, int], dict],
     mesh: Mesh,
-    eval_objective: Objective | None = None,
     eval_batches: Iterable[dict] = (),
     finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
 ) -> Sweep:
@@ -98,7 +97,7 @@ def sweep(
             losses.append(metrics["loss"])
         loss_SRs = np.stack([np.asarray(loss_SR) for loss_SR in losses], axis=-1)
 
-        evaluate = make_evaluate(eval_objective or objective, eval_batches, mesh, finalize_eval, config.accumulation)
+        evaluate = make_evaluate(objective, eval_batches, mesh, finalize_eval, config.accumulation)
         rows = []
         for s, seed in enumerate(seeds):
             for r, rate in enumerate(learning_rates):
