@@ -32,6 +32,7 @@ from espalier.training import loop
 from espalier.training.introduction import About, conclude
 from espalier.training.run import RunDirectory, settings, summarise
 from espalier.training.start import find_origin
+from espalier.training.state import combined
 from espalier.training.trainable import Trainable
 
 
@@ -81,8 +82,6 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     handed_on = published_beside(origin.config if origin and not task.scratch else None)
     published, tokenizer = Published.beside(handed_on), task.tokenizer
     exporting = export_to(config.export, run.path, origin, config.steps)
-    if exporting:
-        check_export(exporting, model, head, tokenizer, published)
     recorded = {"task": record.name, "fingerprints": dict(task.fingerprints), "command": call.command}
     if record.name not in tasks.TASKS:
         recorded |= {"head": head} | ({"report": kept(record.report)} if record.report else {})
@@ -90,6 +89,11 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         recorded["part"] = task.part
     if task.user_code:
         recorded["user_code"] = task.user_code
+    if exporting:
+        key = jax.random.key(0)
+        base = jax.eval_shape(task.frozen.init, key) if task.frozen else {}
+        shapes = part_of(combined(jax.eval_shape(task.init_params, key), base), recorded)
+        check_export(exporting, model, head, tokenizer, published, shapes)
     config_dict, defaults = settings(config, model, **recorded, **task.settings, **handed_on)
     run.check(config_dict, defaults, origin.done if origin else 0, task.schedules)
     first = jax.process_index() == 0

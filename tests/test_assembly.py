@@ -18,6 +18,7 @@ import mlm.pretrain
 from clm.loss import causal_lm_objective
 from clm.presets import PretrainConfig, debug
 from espalier import assembly, cli, task, user_code
+from espalier.commands.convert import ExportConfig, export_model
 from espalier.commands.plan.objectives import objective_of
 from espalier.errors import UserError
 from espalier.models.transformer import init_params, matrix_axes
@@ -347,6 +348,13 @@ def test_a_record_of_adapters_trains_over_the_frozen_weights_it_starts_from(plai
     after = espalier.load(tmp_path / "run").params
     assert float(abs(after.pop("adapters")["b"]["kernel"]).max()) > 0
     assert_equal(after, before)
+    # Who wants the model in another format must merge them: said by the command, and before a training begins.
+    with pytest.raises(UserError, match="no place for adapters/a/kernel, adapters/b/kernel"):
+        export_model(ExportConfig(str(tmp_path / "run"), str(tmp_path / "out")))
+    asked = small(debug(), text, tmp_path / "new", init_from=plain["run_dir"], export=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="no place for adapters/a/kernel"):
+        assembly.train(asked, objective=ADAPTED)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "new" / "config.json").exists()
 
 
 def assert_equal(one, other):

@@ -241,7 +241,7 @@ def test_an_error_of_the_user_inside_main_is_one_line(capsys):
     assert capsys.readouterr().err == "error: text/*.jsonl matches nothing; try another glob\n"
 
 
-def test_a_door_learns_what_was_asked_for():
+def test_an_entry_point_learns_what_was_asked_for():
     calls = []
     argv = ["small", "--optimizer.learning_rate=0.1", "--no-json", "--files", "a b.txt", "--", "--steps"][:5]
     cli.run(lambda config, call: calls.append(call), PRESETS, "mlm", "", argv)

@@ -257,7 +257,7 @@ def test_pretraining_goes_on_from_published_weights_and_back(published_bert, cor
         assert part in card, part
 
 
-def test_import_then_every_door(published_bert, corpus, tmp_path):
+def test_import_then_every_entry_point(published_bert, corpus, tmp_path):
     """import → run directory → mlm and finetune from it; the classifier's exported scores are its own."""
     result = import_model(ImportConfig(str(published_bert), str(tmp_path / "imported")))
     assert result["head"] == "masked_lm" and result["model_type"] == "bert"

@@ -431,6 +431,14 @@ def test_an_architecture_without_class_is_not_exported(tmp_path, case):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_without_all_its_parameters_is_not_exported(tmp_path):
+    """For instance what a run over a frozen base trains."""
+    trained = {"head": random_params(BERT, ("masked_lm",))["head"]}
+    with pytest.raises(UserError, match="embeddings/.*not among the parameters"):
+        save_pretrained(tmp_path / "out", BERT, trained)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     params = random_params(BERT, ("masked_lm",))
     (tmp_path / "full").mkdir()

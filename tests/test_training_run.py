@@ -172,7 +172,7 @@ def test_a_schedule_that_would_have_been_another_is_refused_with_a_way(tmp_path,
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_a_door_derives_from_the_length_counts_too(tmp_path):
+def test_what_a_task_derives_from_the_length_counts_too(tmp_path):
     from mlm.masking import mask_rates
 
     run = RunDirectory(tmp_path)

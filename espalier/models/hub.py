@@ -39,6 +39,7 @@ from espalier.models.published import Published, generation_values, vocabulary_f
 from espalier.models.repository import local_folder, revision_of
 from espalier.models.tensor_files import TensorFiles, write_tensors
 from espalier.models.weight_map import (
+    Tensor,
     export,
     known_names,
     leaves_of,
@@ -104,7 +105,7 @@ def save_pretrained(
     head = head or head_of(config, params)
     dtype = dtype or (published.dtype if published else "float32")
     hf = to_hf(config, head, tokenizer, dtype, published)
-    tensors = tensors_of(family_of(config.model_type), config, head, params)
+    tensors = _complete_tensors(config, head, params)
     path = Path(path).expanduser()
     check_new(path)
     with appearing(path) as folder:
@@ -282,11 +283,33 @@ def check_new(path: Path) -> None:
 
 
 def check_export(
-    path: str | os.PathLike, config: ModelConfig, head: str, tokenizer: Any, published: Published | None = None
+    path: str | os.PathLike,
+    config: ModelConfig,
+    head: str,
+    tokenizer: Any,
+    published: Published | None = None,
+    shapes: Any = None,
 ) -> None:
-    """UserError where `save_pretrained` would refuse: before the work, rather than after it."""
+    """UserError where `save_pretrained` would refuse: before the work, rather than after it.
+
+    shapes: the parameters to come, or nothing where they are known to be the model's.
+    """
     check_new(Path(path).expanduser())
     to_hf(config, head, tokenizer, published=published)
+    if shapes is not None:
+        _complete_tensors(config, head, shapes)
+
+
+def _complete_tensors(config: ModelConfig, head: str, params: Any) -> list[Tensor]:
+    """The tensors of a file; UserError unless the parameters are those of the model, all of them and no others."""
+    tensors = tensors_of(family_of(config.model_type), config, head, params)
+    there = {path for path, _ in leaves_of(params)}
+    if missing := ["/".join(path) for path, _ in leaves_of(param_shapes(config, head)) if path not in there]:
+        raise UserError(
+            f"{', '.join(missing[:6])}: not among the parameters, and a model of type {config.model_type} needs them; "
+            "give the complete model, frozen parameters included"
+        )
+    return tensors
 
 
 def _save_tokenizer(
