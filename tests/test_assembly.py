@@ -131,7 +131,7 @@ def test_a_third_objective_is_one_file(plain, text, tmp_path, monkeypatch):
         *("prefix", "causal_lm", True),
         0.5,
     )
-    batch = {name: jnp.ones((2, 8), kind) for name, kind in planned.arrays.items()}
+    batch = {name: jnp.ones((2, 8), kind) for name, kind in planned.arrays(config).items()}
     prepared, norms = planned.build(Setup(config, config.model, None)).prepare(batch, jax.random.key(0), 0, True)
     assert norms == 8 and prepared["loss_weights"][0].tolist() == [0] * 4 + [1] * 4
 

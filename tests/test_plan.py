@@ -12,7 +12,8 @@ import pytest
 from espalier import cli
 from espalier.commands.plan.__main__ import main
 from espalier.commands.plan.compile.slices import devices_of, parse_topology
-from espalier.commands.plan.compile.step import batch_types, lower_step
+from espalier.commands.plan.compile.step import lower_step
+from espalier.commands.plan.objectives import objective_of
 from espalier.commands.plan.planner import make_plan
 from espalier.commands.plan.settings import PRESETS, PlanSettings, as_tokens
 from espalier.data.loader import Rows
@@ -277,9 +278,11 @@ def test_a_planned_batch_has_the_arrays_of_the_loader(word_starts):
     framed = Rows(Store(), pack_best_fit(Store.offsets, 8), 8, specials, "framed", word_starts=word_starts)
     table = np.ones(30, np.int32)
     shifted = Rows(Store(), pack_split(Store.offsets, 8), 8, specials, "shifted", table)
-    for layout, rows, words in (("framed", framed, word_starts), ("shifted", shifted, False)):
+    config = PRESETS["mlm-debug"]()
+    config = dataclasses.replace(config, masking=dataclasses.replace(config.masking, whole_words=word_starts))
+    for of, rows in ((config, framed), (PRESETS["clm-debug"](), shifted)):
         batch = rows.rows(np.arange(1))
-        assert {name: str(values.dtype) for name, values in batch.items()} == batch_types(layout, words)
+        assert {name: str(values.dtype) for name, values in batch.items()} == objective_of(of).arrays(of)
 
 
 def test_whole_words_are_planned_as_they_are_trained():

@@ -115,10 +115,9 @@ class TextObjective(TaskRecord):
         """The special tokens that a tokenizer must have."""
         return SPECIALS[self.layout] + self.specials
 
-    @property
-    def arrays(self) -> Mapping[str, str]:
-        """Name → type of every array of its batches, all [B, T]."""
-        return ARRAYS[self.layout]
+    def arrays(self, config: Any) -> dict[str, str]:
+        """Name → type of every array of its batches, all [B, T] (data.loader.Rows)."""
+        return {**ARRAYS[self.layout]} | ({"word_starts": "bool"} if self.word_starts(config) else {})
 
     def chosen(self, config: Any, objective: Any = None) -> TextObjective:
         given = config.objective if objective is None else objective

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from espalier.commands.plan.objectives import objective_of
 from espalier.models.transformer import init_params, matrix_axes
-from espalier.pretraining.objective import Layout, Setup
+from espalier.pretraining.objective import Setup
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.start import abstract_state
 from espalier.training.step import jit_train_step
@@ -45,16 +45,7 @@ def lower_step(config: Any, mesh: Mesh) -> Program:
         )
         shape = (config.batch_size, config.data.sequence_length)
         split = batch_sharding(shape, mesh, tokens=1)
-        types = batch_types(record.layout, record.word_starts(config))
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in types.items()}
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in record.arrays(config).items()
+        }
         return Program(step.lower(state, batch), (state, batch))
-
-
-def batch_types(layout: Layout, word_starts: bool) -> dict[str, str]:
-    """Name → type of every array [B, T] of a batch."""
-    types = {"input_ids": "int32", "segment_ids": "int32", "positions": "int32"}
-    if word_starts:
-        types["word_starts"] = "bool"
-    if layout == "shifted":
-        types |= {"labels": "int32", "loss_weights": "float32", "label_bytes": "int32"}
-    return types
