@@ -180,8 +180,8 @@ def test_loss_and_gradient_equal_the_full_head(case):
     def loss(params):
         return case.objective.loss(params, prepared, jax.random.key(6), norms, True)[0]
 
-    value, gradient = jax.value_and_grad(loss)(params)
-    expected, expected_gradient = jax.value_and_grad(lambda p: plain_loss(case, p, prepared))(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(lambda p: plain_loss(case, p, prepared)))(params)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     assert_same(gradient, expected_gradient)
 
@@ -189,7 +189,7 @@ def test_loss_and_gradient_equal_the_full_head(case):
 def test_metrics_are_sums_over_the_same_tokens(case):
     params = init_params(case.model, jax.random.key(3), heads=(case.head,))
     prepared, norms = case.objective.prepare(batch(), jax.random.key(5), 0, True)
-    loss, sums = case.objective.loss(params, prepared, jax.random.key(6), norms, True)
+    loss, sums = jax.jit(lambda p: case.objective.loss(p, prepared, jax.random.key(6), norms, True))(params)
     assert float(sums["loss"][0] / sums["loss"][1]) == pytest.approx(float(loss), rel=1e-6)
     if case.head == "causal_lm":
         bits, size = sums["bits_per_byte"]
