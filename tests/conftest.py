@@ -151,3 +151,15 @@ def call_cli(tmp_path, monkeypatch, capsys) -> Callable[..., subprocess.Complete
         return subprocess.CompletedProcess([module, *argv], ended, out, err)
 
     return call
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A masked-LM BERT in a folder, with its parameters."""
+    from tiny_models import BERT, random_params
+
+    from espalier.models.hub import save_pretrained
+
+    params = random_params(BERT, ("masked_lm",))
+    save_pretrained(tmp_path / "bert", BERT, params)
+    return tmp_path / "bert", params

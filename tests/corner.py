@@ -15,8 +15,8 @@ CORNER = {
     "test_cli.py": """test_flags_change_the_preset_and_nothing_else test_the_nearest_flags_are_flags_of_this_preset
         test_help_of_a_preset_lists_every_flag_with_its_meaning_and_value test_required_values_may_stand_first
         test_required_values_that_are_missing_or_too_many_are_named
-        test_a_command_without_presets_takes_flags_and_names_what_is_missing
-        test_the_line_is_the_same_whatever_the_terminal_can_show""",
+        test_a_command_without_presets_takes_flags_and_names_what_is_missing""",
+    "test_exits.py": "test_the_line_is_the_same_whatever_the_terminal_can_show",
     # Unicode's tables are Python's.
     "test_data_alphabet.py": """test_characters_are_normalised_as_unicode_says test_no_character_is_lost
         test_case_and_marks_are_kept_unless_asked_and_alike_in_transformers""",

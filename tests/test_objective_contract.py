@@ -90,10 +90,7 @@ BASE = Frozen(toy.init_params, origin="hf:base at 0123abc")
 def lora_run(config, **changes):
     return toy.run(
         config,
-        **dict(
-            init_params=adapters, matrix_axes=no_matrices, objective=adapted(), frozen=BASE
-        )
-        | changes,
+        **dict(init_params=adapters, matrix_axes=no_matrices, objective=adapted(), frozen=BASE) | changes,
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from espalier.models.config import ModelConfig
 from espalier.models.families.bert import BERT_BASE
@@ -120,3 +121,13 @@ def close(actual, expected, tolerance: float = 1e-5) -> None:
 
 def as_jax(tree):
     return jax.tree.map(jnp.asarray, tree)
+
+
+def same(first, second):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), first, second)
+
+
+def rewrite(folder, change):
+    """Apply `change` to the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})

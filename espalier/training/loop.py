@@ -58,9 +58,7 @@ def train(
                 first_state(config, task.init_params, optimizer, mesh, origin, task.load_params, task.frozen)
             )
         train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state)
-        evaluate = make_evaluate(
-            task.objective, task.eval_batches, mesh, task.finalize_eval, config.accumulation
-        )
+        evaluate = make_evaluate(task.objective, task.eval_batches, mesh, task.finalize_eval, config.accumulation)
 
         stack.enter_context(run.writing(config_dict))
         task.save_tokenizer(run.tokenizer)
