@@ -17,13 +17,14 @@ from espalier import neighbours
 
 if TYPE_CHECKING:
     from espalier.front import plan, sweep, train
-    from espalier.loading import LoadedModel, load
+    from espalier.loading import load
+    from espalier.predict.loaded import LoadedModel
     from espalier.report.tables import metrics, settings
 
 __version__ = "0.1.0"
 
 _FRONT = {
-    "LoadedModel": "espalier.loading",
+    "LoadedModel": "espalier.predict.loaded",
     "load": "espalier.loading",
     "metrics": "espalier.report.tables",
     "plan": "espalier.front",

@@ -83,8 +83,10 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     published, tokenizer = Published.beside(handed_on), task.tokenizer
     exporting = export_to(config.export, run.path, origin, config.steps)
     recorded = {"task": record.name, "fingerprints": dict(task.fingerprints), "command": call.command}
-    if record.name not in tasks.TASKS:
-        recorded |= {"head": head} | ({"report": kept(record.report)} if record.report else {})
+    if head != record.name:
+        recorded["head"] = head
+    if record.name not in tasks.TASKS and record.report:
+        recorded["report"] = kept(record.report)
     if task.part:
         recorded["part"] = task.part
     if task.user_code:

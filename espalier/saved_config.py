@@ -38,17 +38,21 @@ class Saved(NamedTuple):
 
 def as_json(config: Any, command: str) -> str:
     """The text of --print-config. command: recorded as in config.json, it tells which settings were asked for."""
-    return json.dumps(dataclasses.asdict(config) | {"command": command}, indent=1, ensure_ascii=False)
+    task = {"task": config.task} if hasattr(config, "task") else {}
+    return json.dumps(dataclasses.asdict(config) | task | {"command": command}, indent=1, ensure_ascii=False)
 
 
 def read(given: str, config_types: Iterable[type], prog: str) -> Saved:
     """The configuration in `given`: a run directory, its config.json, or a file that --print-config wrote.
 
-    config_types: of the entry point; that which fits the file best is taken. A setting that the file does
-    not have gets the default of its class, and a line tells of it. UserError for an unknown setting or a wrong value.
+    config_types: of the entry point; that of the task in the file is taken, or else which fits the file best. A setting
+    that the file does not have gets the default of its class, and a line tells of it. UserError for an unknown setting
+    or a wrong value.
     """
     path, values = _read(given)
-    config_type = min(config_types, key=lambda kind: (len(_unknown(kind, values)), len(_names(kind) - values.keys())))
+    kinds = list(config_types)
+    kinds = [kind for kind in kinds if getattr(kind, "task", None) == values.get("task")] or kinds
+    config_type = min(kinds, key=lambda kind: (len(_unknown(kind, values)), len(_names(kind) - values.keys())))
     unknown = _unknown(config_type, values)
     if unknown and _is_run_of(config_type, values):
         # What a task records of its own, or a newer version.
@@ -100,8 +104,6 @@ def _is_run_of(config_type: type, values: dict) -> bool:
     """Whether this is the config.json of a run of the task that such configurations train."""
     if "fingerprints" not in values:
         return False
-    if "task" in _names(config_type):
-        return _fits(typing.get_type_hints(config_type)["task"], values.get("task"))
     return getattr(config_type, "task", None) == values.get("task")
 
 

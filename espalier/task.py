@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from espalier.contracts import Origin
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
+    from espalier.predict.loaded import LoadedModel
     from espalier.report.task import TaskReport
     from espalier.training.frozen import Frozen
     from espalier.training.identity import Schedule
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 TASKS = {
     "masked_lm": "mlm.record:MASKED_LM",
     "causal_lm": "clm.record:CAUSAL_LM",
-    "sequence_classification": "finetune.tasks.classify_record:CLASSIFICATION",
+    "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
 
@@ -41,7 +42,7 @@ TASKS = {
 class TaskRecord:
     """What is known of a task before it is opened. Whoever trains, plans or describes a run asks its record.
 
-    A kind of task is a subclass that can open: pretraining.objective.TextObjective, finetune.tasks.FinetuneTask.
+    A kind of task is a subclass that can open: pretraining.objective.TextObjective, finetune.task.FinetuneTask.
     """
 
     name: str
@@ -52,6 +53,8 @@ class TaskRecord:
     """Whether rows may be split over the mesh axis `sequence`."""
     report: TaskReport | None = None
     """What it adds to report and card of its runs; None = nothing."""
+    data: type | None = None
+    """The settings of its data, a dataclass; None = it is not evaluated without training."""
 
     def chosen(self, config: Any, objective: Any = None) -> TaskRecord:
         """The record that this configuration means: this one, or one with an objective of the user's own."""
@@ -69,6 +72,22 @@ class TaskRecord:
     def open(self, config: Any, start: Start) -> Task:
         """Read the data; UserError where it will not do."""
         raise NotImplementedError
+
+    def evaluate(self, model: LoadedModel, data: Any) -> Evaluation:
+        """Measure a model on the validation data that these settings (`self.data`) name, without training."""
+        raise UserError(f"task {self.name} has no evaluation without training")
+
+
+class Evaluation(NamedTuple):
+    """What was measured on a file."""
+
+    metrics: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]] = ()
+    """Each example with what was predicted beside what is right: predictions.jsonl."""
+    files: Mapping[str, Any] = {}
+    """JSON values that a report draws, by the name of their file: confusion.json."""
+    warnings: Sequence[str] = ()
+    """What people must know of these figures, a line each."""
 
 
 class Start(NamedTuple):

@@ -6,7 +6,8 @@ What can be learnt is in finetune/tasks, how any run goes in espalier/assembly.p
 from __future__ import annotations
 
 from espalier import cli
-from finetune.presets import PRESETS, FinetuneConfig
+from finetune.config import FinetuneConfig
+from finetune.presets import PRESETS
 from sharding.processes.coordination import joined
 
 

@@ -18,7 +18,6 @@ from tiny_models import FAMILIES, random_params
 import clm.generate
 import clm.presets
 import clm.pretrain
-import finetune.presets
 import finetune.train
 import mlm.presets
 import mlm.pretrain
@@ -33,6 +32,7 @@ from espalier.models.heads import sequence_logits, span_logits, token_logits
 from espalier.models.hub import load_pretrained, save_pretrained
 from espalier.models.transformer import apply
 from espalier.training.checkpoint import read_config, restore_params
+from finetune.tasks.classify import record as classification
 
 TEXT = "the quick brown fox jumps over the lazy dog while the cat sleeps in the warm sun by the old stone wall "
 QUESTION = "what does the fox jump over?"
@@ -264,9 +264,9 @@ def test_import_then_every_entry_point(published_bert, corpus, tmp_path):
     config = pretraining(mlm.presets, corpus, tmp_path, name="more", init_from=str(tmp_path / "imported"))
     assert mlm.pretrain.main(config)["finished"]
 
-    data = finetune.presets.FinetuneData(train=f"{corpus}/rows.jsonl", validation=f"{corpus}/rows.jsonl")
+    data = classification.ClassifyData(train=f"{corpus}/rows.jsonl", validation=f"{corpus}/rows.jsonl")
     tuning = dataclasses.replace(
-        finetune.presets.classify_debug(),
+        classification.classify_debug(),
         data=data,
         init_from=str(tmp_path / "imported"),
         run_dir=str(tmp_path / "tuned"),
@@ -282,7 +282,7 @@ def test_import_then_every_entry_point(published_bert, corpus, tmp_path):
     # What config.json records beside the settings is known to --from-config.
     again = saved_config.read(str(tmp_path / "more"), [mlm.presets.PretrainConfig], "mlm")
     assert (again.config.data, again.config.run_dir, again.name) == (config.data, None, "more-again")
-    again = saved_config.read(str(tmp_path / "tuned"), [finetune.presets.FinetuneConfig], "finetune")
+    again = saved_config.read(str(tmp_path / "tuned"), [classification.ClassifyConfig], "finetune")
     assert again.config.data == data and again.config.init_from == tuning.init_from
 
     with pytest.raises(UserError, match="weights and no optimizer state"):
@@ -307,9 +307,9 @@ def test_a_decoder_and_its_classifier_go_on_from_published_weights_and_back(publ
         "temperature 0.6, top_k 50, top_p 1; what it says of repetition_penalty 1.1 is not" in capsys.readouterr().out
     )
 
-    data = finetune.presets.FinetuneData(train=f"{corpus}/rows.jsonl", validation=f"{corpus}/rows.jsonl")
+    data = classification.ClassifyData(train=f"{corpus}/rows.jsonl", validation=f"{corpus}/rows.jsonl")
     tuning = dataclasses.replace(
-        finetune.presets.classify_debug(),
+        classification.classify_debug(),
         data=data,
         init_from=config.run_dir,
         run_dir=str(tmp_path / "tuned"),

@@ -24,11 +24,13 @@ from espalier.training.identity import identity
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from espalier.training.state import new_state
-from finetune import evaluate
-from finetune.examples import describe_examples, read_examples
-from finetune.presets import PRESETS, FinetuneConfig, FinetuneData, FinetuneOptimizer
-from finetune.tasks import resolved
-from finetune.tasks.classify import classification_objective
+from finetune.config import FinetuneOptimizer
+from finetune.presets import PRESETS
+from finetune.task import resolved
+from finetune.tasks.classify import metrics as classify_metrics
+from finetune.tasks.classify.examples import describe_examples, read_examples
+from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
+from finetune.tasks.classify.task import classification_objective
 from finetune.train import main
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
@@ -93,19 +95,19 @@ def there(tmp_path_factory):
     )
 
 
-def config_for(there, run_dir, init_from=None, **changes) -> FinetuneConfig:
+def config_for(there, run_dir, init_from=None, **changes) -> ClassifyConfig:
     defaults = dict(
         init_from=str(init_from or there.encoder),
         run_dir=str(run_dir),
         steps=30,
         batch_size=16,
         eval_every=15,
-        data=FinetuneData(train=there.train, validation=there.validation),
+        data=ClassifyData(train=there.train, validation=there.validation),
         optimizer=FinetuneOptimizer(learning_rate=5e-3),
         checkpoint=CheckpointConfig(every=100),
         mesh=MeshConfig(2, 2, 2),
     )
-    return FinetuneConfig(**defaults | changes)
+    return ClassifyConfig(**defaults | changes)
 
 
 def lines_of(path) -> list[dict]:
@@ -166,7 +168,7 @@ def test_a_decoder_reads_both_texts_of_a_pair(there, tmp_path, capsys):
         rows = [f"{random.choice(WORDS['tool'])}\t{random.choice(WORDS[kind])}\t{kind}\n" for kind in kinds]
         (tmp_path / f"{name}.tsv").write_text("one\ttwo\tkind\n" + "".join(rows))
     files = {name: str(tmp_path / f"{name}.tsv") for name in ("train", "validation")}
-    data = FinetuneData(**files, text=("one", "two"), label="kind")
+    data = ClassifyData(**files, text=("one", "two"), label="kind")
     changes = dict(data=data, dropout=0.0, mesh=MeshConfig(1, 1, 1))
     summary = main(config_for(there, tmp_path / "run", there.decoder, **changes))
     assert summary["metrics"]["accuracy"] == 1.0
@@ -208,7 +210,7 @@ def test_parameters_that_do_not_fit_are_listed(there, tmp_path):
 
 def loader(folder, run_dir):
     """(abstract parameters with a head of three classes, the function that loads them)."""
-    origin = find_origin(FinetuneConfig(init_from=str(folder)), RunDirectory(run_dir))
+    origin = find_origin(ClassifyConfig(init_from=str(folder)), RunDirectory(run_dir))
     model = dataclasses.replace(ModelConfig.from_dict(origin.config["model"]), labels=("a", "b", "c"))
     mesh = build_mesh(MeshConfig(2, 2, 2))
 
@@ -274,32 +276,32 @@ def test_metrics_are_those_of_the_textbooks():
     predictions = np.repeat([1, 1, 0, 0], [50, 10, 5, 35])
     f1, other = 100 / 115, 70 / 85
     matthews = (50 * 35 - 10 * 5) / math.sqrt(60 * 55 * 45 * 40)
-    found = evaluate.metrics(labels, predictions, 2)
+    found = classify_metrics.metrics(labels, predictions, 2)
     assert found == pytest.approx({"accuracy": 0.85, "f1": f1, "macro_f1": (f1 + other) / 2, "matthews": matthews})
 
     # Three classes, the last never predicted and the second never right: F1 is 2/4, 0, 0.
-    found = evaluate.metrics(np.array([0, 1, 2]), np.array([0, 0, 1]), 3)
+    found = classify_metrics.metrics(np.array([0, 1, 2]), np.array([0, 0, 1]), 3)
     assert found["f1"] == found["macro_f1"] == pytest.approx((2 / 3) / 3)
-    confusion = evaluate.confusion(np.array([0, 1, 2]), np.array([0, 0, 1]), ["a", "b", "c"])
+    confusion = classify_metrics.confusion(np.array([0, 1, 2]), np.array([0, 0, 1]), ["a", "b", "c"])
     assert confusion["matrix"] == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
-    assert evaluate.metrics(np.array([1, 1]), np.array([1, 1]), 3)["matthews"] == 0.0
+    assert classify_metrics.metrics(np.array([1, 1]), np.array([1, 1]), 3)["matthews"] == 0.0
 
 
 def test_the_majority_is_that_of_the_training_labels():
     """Label 2 is the most frequent where it is learnt from, and 1 of 5 where it is measured."""
-    assert evaluate.majority_accuracy([2, 0, 2, 1], np.array([0, 1, 2, 0, 0])) == 0.2
+    assert classify_metrics.majority_accuracy([2, 0, 2, 1], np.array([0, 1, 2, 0, 0])) == 0.2
     # Of equals the first.
-    assert evaluate.majority_accuracy([1, 0, 1, 0], np.array([0, 1, 1, 1])) == 0.25
+    assert classify_metrics.majority_accuracy([1, 0, 1, 0], np.array([0, 1, 1, 1])) == 0.25
 
 
 def test_one_class_for_all_is_warned_of():
-    warning = evaluate.one_class(np.array([0, 1, 1]), np.array([1, 1, 1]), ["negativ", "好评"])
+    warning = classify_metrics.one_class(np.array([0, 1, 1]), np.array([1, 1, 1]), ["negativ", "好评"])
     assert (
         warning and warning.startswith("warning: every validation example is taken for '好评'") and "\n" not in warning
     )
-    assert evaluate.one_class(np.array([0, 1]), np.array([1, 0]), ["a", "b"]) is None
+    assert classify_metrics.one_class(np.array([0, 1]), np.array([1, 0]), ["a", "b"]) is None
     # Where all are of one class, to say so of all is right.
-    assert evaluate.one_class(np.array([1, 1]), np.array([1, 1]), ["a", "b"]) is None
+    assert classify_metrics.one_class(np.array([1, 1]), np.array([1, 1]), ["a", "b"]) is None
 
 
 def test_defaults_follow_data_and_model():
@@ -344,7 +346,7 @@ def test_what_is_refused_leaves_nothing_behind(there, tmp_path, case):
         if name in changes
     }
     settings = {"train": there.train, "validation": there.validation} | files | changes.pop("data", {})
-    config = dataclasses.replace(config_for(there, tmp_path / "run"), data=FinetuneData(**settings), **changes)
+    config = dataclasses.replace(config_for(there, tmp_path / "run"), data=ClassifyData(**settings), **changes)
     with pytest.raises(UserError, match=words) as error:
         main(config)
     assert "\n" not in str(error.value)
@@ -361,13 +363,13 @@ def test_labels_have_one_order(there, tmp_path):
         rows = [{"sentence": "a crow", "label": label} for label in labels.split()]
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         tokenizer = load_tokenizer(there.encoder / "tokenizer")
-        assert read_examples(FinetuneData(train=path, validation=path), tokenizer, ENCODER).names == order
+        assert read_examples(ClassifyData(train=path, validation=path), tokenizer, ENCODER).names == order
 
 
 def examples_of(there, tmp_path, labels, **settings):
     rows = [{"sentence": f"a crow {number}", "score": label} for number, label in enumerate(labels)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    data = FinetuneData(train=path, validation=path, label="score", **settings)
+    data = ClassifyData(train=path, validation=path, label="score", **settings)
     return read_examples(data, load_tokenizer(there.encoder / "tokenizer"), ENCODER)
 
 
@@ -415,7 +417,7 @@ def test_what_was_read_is_said(there, tmp_path):
     found = examples_of(there, tmp_path, [1] * 1200 + [0] * 34)
     path = str(tmp_path / "rows.jsonl")
     assert found.facts == ()
-    assert describe_examples(FinetuneData(train=path, validation=path), found) == {
+    assert describe_examples(ClassifyData(train=path, validation=path), found) == {
         "training": f"{path}: 1,234 examples, column 'sentence'",
         "validation": f"{path}: 1,234 examples",
         "labels": "2 classes in 'score': 1 1,200 (97.2 %), 0 34 (2.8 %)",
@@ -423,7 +425,7 @@ def test_what_was_read_is_said(there, tmp_path):
     rows = "text;label\nein Spatz;Vogel\neine Säge;Gerät\n"
     (tmp_path / "rows.csv").write_bytes(rows.encode("cp1252"))
     files = dict.fromkeys(("train", "validation"), str(tmp_path / "rows.csv"))
-    data = FinetuneData(**files, encoding="latin-1")
+    data = ClassifyData(**files, encoding="latin-1")
     found = read_examples(data, load_tokenizer(there.encoder / "tokenizer"), ENCODER)
     assert found.facts == (f"{tmp_path}/rows.csv: its columns are separated by semicolons; read as that",)
     assert describe_examples(data, found)["labels"] == "2 classes in 'label': Gerät 1 (50.0 %), Vogel 1 (50.0 %)"
@@ -433,7 +435,7 @@ def test_how_labels_were_allowed_is_not_what_a_run_is():
     """The classes are; so a run of an older version goes on where its labels are refused today, with the flag."""
     changes = (dict(label_kind="classes"), dict(encoding="gbk"))
     plain, *others = (
-        identity(dataclasses.asdict(FinetuneConfig(data=FinetuneData(**change)))) for change in ({}, *changes)
+        identity(dataclasses.asdict(ClassifyConfig(data=ClassifyData(**change)))) for change in ({}, *changes)
     )
     assert [plain == other for other in others] == [True, False]
 
@@ -460,7 +462,7 @@ def test_settings_that_cannot_be_meant():
         (dict(steps=0), "steps=0"),
     ):
         with pytest.raises(UserError, match=words):
-            FinetuneConfig(**changes)
+            ClassifyConfig(**changes)
 
 
 def test_the_command_line_says_it_in_one_line(run_cli, tmp_path):

@@ -11,13 +11,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-ENTRY = {"models", "data", "training", "report", "sharding", "task", "pretraining", "assembly"}
+ENTRY = {"models", "data", "training", "report", "sharding", "task", "pretraining", "assembly", "predict"}
 MAY_IMPORT = {
     "mlm": ENTRY,
     "clm": ENTRY,
     "finetune": ENTRY,
     "models": {"sharding"},
-    "task": {"models", "training", "report", "sharding"},
+    "task": {"models", "training", "report", "sharding", "predict"},
     "pretraining": {"models", "data", "training", "sharding", "task"},
     "assembly": {"models", "data", "training", "report", "sharding", "task"},
     "training": {"sharding"},
@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "sharding": set(),
     "commands": ENTRY | {"mlm", "clm", "finetune"},
     "cluster": {"data"},
-    "loading": {"models", "data", "training"},
+    "predict": {"models", "data", "sharding"},
+    "loading": {"models", "data", "training", "predict"},
     "front": {"assembly", "commands", "models", "sharding", "training"},
-    "__init__": {"front", "loading", "report"},
+    "__init__": {"front", "loading", "predict", "report"},
 }
 """Besides itself and the LEAVES. No entry point imports another, nothing imports `commands` but `front`, which with
 `loading` is what `import espalier` (`__init__`) offers on demand."""
@@ -167,7 +168,7 @@ def test_no_folder_hides_a_library(name):
     "module",
     ["espalier", "espalier.cli", "espalier.progress", "espalier.short_help", "sharding.mesh"]
     + ["espalier.report.render, espalier.report.card, espalier.report.tables"]
-    + ["mlm.record, clm.record, finetune.tasks.classify_record"]
+    + ["mlm.record, clm.record, finetune.tasks.classify.record"]
     + sorted(f"{path.parent.name}.presets" for path in ROOT.glob("*/presets.py"))
     + sorted(f"espalier.{path.parent.name}.config" for path in ROOT.glob("espalier/*/config.py"))
     + sorted(f"espalier.models.families.{path.stem}" for path in ROOT.glob("espalier/models/families/[a-z]*.py")),

@@ -19,8 +19,8 @@ from espalier.report.figures import PALETTES, Bar, Curve, draw, legend
 from espalier.report.page import entries, settings
 from espalier.report.render import write_report
 from espalier.report.style import STYLE
-from finetune.tasks import classify_report
-from finetune.tasks.classify_report import confusion_table
+from finetune.tasks.classify import report as classify_report
+from finetune.tasks.classify.report import confusion_table
 from mlm.report import masked_words
 
 CONFIG = {"task": "masked_lm", "steps": 40, "init_from": None, "optimizer": {"learning_rate": 0.0003, "name": "adamw"}}

@@ -174,7 +174,7 @@ def tiny():
     return replace(debug(), steps=STEPS)
 
 def other():
-    from finetune.presets import classify
+    from finetune.tasks.classify.record import classify
     return classify()
 
 def broken():
@@ -226,7 +226,10 @@ def test_a_preset_of_a_users_own(own, capsys):
         ("models.py:tny", "has no tny; did you mean tiny?; it defines tiny, other, broken, zero"),
         ("models.py:", "names nothing in a file; accepted is FILE.py:NAME"),
         ("models.py:value", "is a mlm.presets.PretrainConfig; accepted is a function without arguments"),
-        ("models.py:other", "returns a finetune.presets.FinetuneConfig; accepted is mlm.presets.PretrainConfig"),
+        (
+            "models.py:other",
+            "returns a finetune.tasks.classify.record.ClassifyConfig; accepted is mlm.presets.PretrainConfig",
+        ),
         ("models.py:broken", "ZeroDivisionError in line 15 of"),
         ("models.py:zero", "steps=0 must be at least 1"),
         ("torn.py:tiny", "SyntaxError in line 1 of"),

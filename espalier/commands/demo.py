@@ -46,13 +46,13 @@ def main(config: DemoConfig) -> dict:
     """Run the demo; returns the `--json` object."""
     print("Espalier demo: tokenizer, masked-LM pretraining, two fine-tunings, one report.", flush=True)
 
-    import finetune.presets
     import finetune.train
     import mlm.presets
     import mlm.pretrain
     from espalier.data.builtin import demo_task
     from espalier.files import write_json
     from espalier.report.render import write_report
+    from finetune.tasks.classify import record as classification
 
     root = Path(config.run_dir)
     task = demo_task(config.seed, config.labels)
@@ -78,7 +78,7 @@ def main(config: DemoConfig) -> dict:
 
     for name, path in rows.items():
         path.write_text(_jsonl(getattr(task, name)), encoding="utf-8")
-    tuning = finetune.presets.demo()
+    tuning = classification.demo()
     tuning = replace(
         tuning,
         data=replace(tuning.data, train=str(rows["train"]), validation=str(rows["validation"])),

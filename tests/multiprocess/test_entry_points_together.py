@@ -11,7 +11,7 @@ from test_finetune import ENCODER, sentences, write_jsonl, write_run
 import finetune.train
 import mlm.pretrain
 from finetune.presets import PRESETS as FINETUNE
-from finetune.presets import FinetuneData
+from finetune.tasks.classify.record import ClassifyData
 from mlm.presets import PRESETS as MLM
 from sharding.mesh import MeshConfig
 
@@ -99,7 +99,7 @@ def test_finetuning(run, tmp_path):
     alone = finetune.train.main(
         dataclasses.replace(
             FINETUNE["classify-debug"](),
-            data=FinetuneData(train=train, validation=validation),
+            data=ClassifyData(train=train, validation=validation),
             init_from=str(base),
             steps=3,
             batch_size=8,

@@ -1,16 +1,13 @@
-"""How good predicted labels are, and the files that show them."""
+"""How good predicted labels are, and the rows that show them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from espalier.data.labelled import Labelled
-from espalier.files import replacing
 
 
 def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:
@@ -59,11 +56,9 @@ def confusion(labels_N: np.ndarray, predictions_N: np.ndarray, names: Sequence[s
     return {"labels": list(names), "matrix": matrix.tolist()}
 
 
-def write_predictions(path: Path, texts: Labelled, labels_N, probability_NC, names: Sequence[str]) -> None:
-    """predictions.jsonl: text (and text_b), label, prediction and its probability, in the order of the file."""
-    with replacing(path) as file:
-        for row, (label, probability_C) in enumerate(zip(labels_N, probability_NC, strict=True)):
-            best = int(np.argmax(probability_C))
-            record = {"text": texts.texts_a[row]} | ({} if texts.texts_b is None else {"text_b": texts.texts_b[row]})
-            record |= {"label": names[label], "prediction": names[best], "probability": float(probability_C[best])}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def predictions(texts: Labelled, labels_N, probability_NC, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of predictions.jsonl: text (and text_b), label, prediction and its probability, in the order of the file."""
+    for row, (label, probability_C) in enumerate(zip(labels_N, probability_NC, strict=True)):
+        best = int(np.argmax(probability_C))
+        record = {"text": texts.texts_a[row]} | ({} if texts.texts_b is None else {"text_b": texts.texts_b[row]})
+        yield record | {"label": names[label], "prediction": names[best], "probability": float(probability_C[best])}

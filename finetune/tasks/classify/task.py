@@ -7,37 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from espalier import progress
 from espalier.data.examples import LabelledBatches
 from espalier.data.tokenizer import special_ids
-from espalier.files import write_json
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
 from espalier.models.transformer import apply, init_params
-from espalier.training.run import RunDirectory
+from espalier.task import Evaluation
 from espalier.training.step import Objective
-from finetune.evaluate import confusion, majority_accuracy, metrics, one_class, write_predictions
-from finetune.examples import describe_examples, max_length, read_examples
-from finetune.tasks import Labelled
-from sharding.mesh import host_rows, place_batch
+from finetune.config import max_length
+from finetune.task import Labelled
+from finetune.tasks.classify.examples import Part, describe_examples, read_examples, read_validation
+from finetune.tasks.classify.metrics import confusion, majority_accuracy, metrics, one_class, predictions
+from sharding.mesh import host_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from finetune.presets import FinetuneConfig
+    from espalier.predict.loaded import LoadedModel
+    from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
 
 
 class Classification(Labelled):
     """The examples and classes of labelled files."""
 
-    def __init__(self, config: FinetuneConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
+    def __init__(self, config: ClassifyConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         self._execution = config.execution
         self._rows = host_rows(config.batch_size, mesh)
         self._examples = read_examples(config.data, tokenizer, model)
@@ -68,20 +68,9 @@ class Classification(Labelled):
     def batch(self, step: int) -> dict:
         return self._batches.batch(step, self._rows)
 
-    def finish(self, run: RunDirectory, params: Any, mesh: Mesh) -> dict[str, float]:
-        """accuracy, majority, f1, macro_f1, matthews; writes predictions.jsonl and confusion.json."""
-        labels_N = np.array(self._examples.validation.labels)
-        with progress.waiting("predicting the labels of the validation file"):
-            probability_NC = class_probabilities(self.model, params, self.eval_batches, mesh, self._execution)
-        predictions_N = probability_NC.argmax(1)
-        if jax.process_index() == 0:
-            path = run.path / "predictions.jsonl"
-            write_predictions(path, self._examples.validation.texts, labels_N, probability_NC, self._names)
-            write_json(run.path / "confusion.json", confusion(labels_N, predictions_N, self._names))
-            if warning := one_class(labels_N, predictions_N, self._names):
-                progress.say(warning)
-        found = metrics(labels_N, predictions_N, len(self._names))
-        return found | {"majority": majority_accuracy(self._examples.train.labels, labels_N)}
+    def evaluate(self, model: LoadedModel) -> Evaluation:
+        """accuracy, majority, f1, macro_f1, matthews; predictions.jsonl and confusion.json."""
+        return measured(model, self._examples.validation, self._examples.names, self._examples.train.labels)
 
 
 def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, key: jax.Array | None = None):
@@ -112,20 +101,23 @@ def classification_objective(model: ModelConfig, *, execution: Execution) -> Obj
     return Objective(prepare, loss)
 
 
-def class_probabilities(
-    model: ModelConfig, params: Any, batches: Sequence[dict], mesh: Mesh, execution: Execution
-) -> np.ndarray:
-    """Probabilities [N, C] of the examples of `batches` (this process's rows), in order; empty rows are left out."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+def measure(model: LoadedModel, data: ClassifyData) -> Evaluation:
+    """A classifier on a labelled file whose labels it knows."""
+    return measured(model, *read_validation(data, model), None)
 
-    def predict(params, batch):
-        return jax.nn.softmax(class_logits(model, params, batch, execution), axis=-1), batch["example_weights"] > 0
 
-    # On every device, so that each process can read the rows of the others too.
-    predict = jax.jit(predict, out_shardings=everywhere)
-    parts = []
-    with jax.set_mesh(mesh):
-        for batch in batches:
-            probability_BC, real_B = jax.device_get(predict(params, place_batch(batch, mesh)))
-            parts.append(probability_BC[real_B])
-    return np.concatenate(parts)
+def measured(
+    model: LoadedModel, part: Part, names: Sequence[str], train_labels: Sequence[int] | None = None
+) -> Evaluation:
+    """train_labels: whose most frequent one is the baseline `majority`; None = that of the file itself."""
+    labels_N = np.array(part.labels)
+    probability_NC = np.array(jax.nn.softmax(np.stack(model.outputs_of_head(part.encoded)), axis=-1))
+    predictions_N = probability_NC.argmax(1)
+    warning = one_class(labels_N, predictions_N, names)
+    found = metrics(labels_N, predictions_N, len(names))
+    return Evaluation(
+        found | {"majority": majority_accuracy(labels_N if train_labels is None else train_labels, labels_N)},
+        list(predictions(part.texts, labels_N, probability_NC, names)),
+        {"confusion.json": confusion(labels_N, predictions_N, names)},
+        [warning] if warning else [],
+    )

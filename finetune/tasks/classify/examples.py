@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from espalier import progress
@@ -11,17 +12,15 @@ from espalier.data.description import listed
 from espalier.data.examples import Example, encode_pairs
 from espalier.data.labelled import Labelled, read_labelled
 from espalier.errors import UserError
-from finetune.labels import class_names, in_order, quoted
+from finetune.config import max_length
+from finetune.tasks.classify.labels import class_names, in_order, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from espalier.models.config import ModelConfig
-    from finetune.presets import FinetuneData
-
-LONGEST = 512
-"""Tokens of an example at most, unless --data.max-length asks for more: attention costs their square."""
-
+    from espalier.predict.loaded import LoadedModel
+    from finetune.tasks.classify.record import ClassifyData
 
 LABELS = 8
 """How many are listed in words."""
@@ -49,19 +48,11 @@ class Examples(NamedTuple):
     """Notices on files whose content does not match their suffix, a line each."""
 
 
-def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Examples:
+def read_examples(data: ClassifyData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Examples:
     """Both files, encoded for the model. UserError where a file or its labels will not do."""
     length = max_length(data, model)
-    files, fingerprints = {}, {}
-    for name in ("train", "validation"):
-        path = getattr(data, name)
-        if path is None:
-            raise UserError(f"no --data.{name} FILE given: name labelled texts (.tsv, .csv, .jsonl, hf:…)")
-        path = os.path.expanduser(path)
-        with progress.waiting(f"reading {path}"):
-            files[name] = _read(path, data)
-            fingerprints[name] = files[name].fingerprint
-    train, validation = files["train"], files["validation"]
+    train, validation = (_opened(data, name) for name in ("train", "validation"))
+    fingerprints = {"train": train.fingerprint, "validation": validation.fingerprint}
     names = class_names(train.labels, f"{data.train}, column {train.label_column!r}", data.label_kind)
     unseen = in_order(set(validation.labels) - set(names))
     if unseen:
@@ -76,19 +67,36 @@ def read_examples(data: FinetuneData, tokenizer: PreTrainedTokenizerFast, model:
         )
 
     numbers = {name: number for number, name in enumerate(names)}
-
-    def part(texts: Labelled) -> Part:
-        with progress.waiting(f"tokenizing {len(texts.texts_a):,} examples"):
-            encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, model.causal)
-        labels = [numbers[label] for label in texts.labels or ()]
-        targets = [example._replace(of_row={"labels": label}) for example, label in zip(encoded, labels, strict=True)]
-        return Part(texts, targets, labels)
-
     facts = tuple(dict.fromkeys((*train.notes, *validation.notes)))
-    return Examples(part(train), part(validation), names, fingerprints, facts)
+    parts = (_part(file, numbers, tokenizer, length, model.causal) for file in (train, validation))
+    return Examples(*parts, names, fingerprints, facts)
 
 
-def describe_examples(data: FinetuneData, examples: Examples) -> dict[str, str]:
+def read_validation(data: ClassifyData, model: LoadedModel) -> tuple[Part, list[str]]:
+    """The validation file alone, for a model that is trained; its examples and the model's labels.
+
+    UserError where it has labels that the model does not know.
+    """
+    file, names = _opened(data, "validation"), list(model.config.labels)
+    if unseen := in_order(set(file.labels) - set(names)):
+        raise UserError(
+            f"{data.validation} has labels that the model does not know: {quoted(unseen)}; known are {quoted(names)}"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    return _part(file, numbers, model.tokenizer, model.longest, model.config.causal), names
+
+
+def _part(
+    texts: Labelled, numbers: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, length: int, causal: bool
+) -> Part:
+    with progress.waiting(f"tokenizing {len(texts.texts_a):,} examples"):
+        encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, causal)
+    labels = [numbers[label] for label in texts.labels or ()]
+    targets = [example._replace(of_row={"labels": label}) for example, label in zip(encoded, labels, strict=True)]
+    return Part(texts, targets, labels)
+
+
+def describe_examples(data: ClassifyData, examples: Examples) -> dict[str, str]:
     """Rows on both files and on the labels, with how often the training file has each, the most frequent first."""
     counts = Counter(examples.train.labels)
     most = sorted(counts, key=lambda label: (-counts[label], label))
@@ -103,17 +111,17 @@ def describe_examples(data: FinetuneData, examples: Examples) -> dict[str, str]:
     }
 
 
-def max_length(data: FinetuneData, model: ModelConfig) -> int:
-    """Tokens of an example at most."""
-    limit = model.max_length
-    if data.max_length is None:
-        return min(limit or model.max_position_embeddings, LONGEST)
-    if limit is not None and data.max_length > limit:
-        raise UserError(f"data.max_length={data.max_length} exceeds the model's {limit} learned positions; try {limit}")
-    return data.max_length
+def _opened(data: ClassifyData, name: str) -> Labelled:
+    """The file that is named `train` or `validation`."""
+    path = getattr(data, name)
+    if path is None:
+        raise UserError(f"no --data.{name} FILE given: name labelled texts (.tsv, .csv, .jsonl, hf:…)")
+    path = os.path.expanduser(path)
+    with progress.waiting(f"reading {path}"):
+        return _read(path, data)
 
 
-def _read(path: str, data: FinetuneData) -> Labelled:
+def _read(path: str, data: ClassifyData) -> Labelled:
     file = read_labelled(path, data.text, data.label, data.encoding)
     if file.labels is None:
         raise UserError(

@@ -1,0 +1,1 @@
+"""What is asked of a model: labels, tags, answers, embeddings, texts. One file a question."""

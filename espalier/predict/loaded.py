@@ -1,0 +1,132 @@
+"""A model with its weights and tokenizer, and what can be asked of it. `espalier.load` gives one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from espalier.data.examples import Example
+from espalier.data.tokenizer import special_ids
+from espalier.errors import UserError
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.logits import batch_of_tokens, head_logits
+from espalier.predict.outputs import outputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SHORTEST = 16
+"""Tokens of a row at least; longer ones are padded to a power of two, so that few programs are compiled."""
+LONGEST = 512
+"""Tokens of an example at most where nothing else is said: attention costs their square."""
+FLOAT32 = Execution(dtype="float32")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model with its weights and tokenizer."""
+
+    config: ModelConfig
+    """The architecture."""
+    params: dict
+    """Parameters as a nested dictionary, float32."""
+    tokenizer: PreTrainedTokenizerFast
+    """Puts the special tokens around a text as the model expects them."""
+    head: str
+    """What stands on the stack: a name in espalier.models.heads.HEADS."""
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    """config.json of the run: its task and settings; of a model in Hugging Face format what concerns a use of it."""
+    execution: Execution = FLOAT32
+    """How predictions are computed."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an example at most: those of the fine-tuning, else all positions, but at most LONGEST."""
+        asked = (self.saved.get("data") or {}).get("max_length")
+        return asked or min(self.config.max_length or self.config.max_position_embeddings, LONGEST)
+
+    def classify(self, texts: str | Sequence[str] | Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """`label`, `probability` and `probabilities` of each text, or pair of texts.
+
+        UserError where the model has no classifier.
+        """
+        return self._answers("sequence_classification", _texts(texts))
+
+    def outputs_of_head(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Logits of the head on each example (models.logits.head_logits), computed in batches of fitting length."""
+        return outputs(
+            head_of,
+            (self.config, self.head, self.execution),
+            self.params,
+            examples,
+            pad_id=special_ids(self.tokenizer).pad,
+            longest=self.config.max_length,
+        )
+
+    def _answers(self, head: str, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        from espalier.predict.use import find, use_of
+
+        use = find(head)
+        if self.head != head and use_of(self).name != use.name:
+            raise UserError(f"this model has the head {self.head} and does not {use.name}; it can {use_of(self).name}")
+        return use.answers(self, inputs)
+
+    def logits(self, texts: str | Sequence[str] | Mapping[str, Any]) -> jax.Array:
+        """Logits in float32, without dropout, equal to those of the class in transformers that loads the model.
+
+        texts: one or more, or what a tokenizer returns for them (`input_ids`, `attention_mask`, …, [B, T], padded on
+        either side). Returns [B, T, V] for a language model (T: tokens of the longest text; what stands at padding
+        means nothing), [B, C] for a classifier of sequences, [B, T, C] for one of tokens.
+
+        >>> model = load(run)
+        >>> scores = model.logits(["To be, or not to be"])
+        >>> scores.shape == (1, len(model.tokenizer("To be, or not to be").input_ids), model.config.vocab_size)
+        True
+        >>> tokens = model.tokenizer(["To be", "or not to be"], return_tensors="np", padding=True)
+        >>> model.logits(tokens).shape[:2] == tokens["input_ids"].shape
+        True
+        """
+        batch = batch_of_tokens(texts if isinstance(texts, Mapping) else self._tokens(texts))
+        length = batch["input_ids"].shape[1]
+        longest = self.config.max_length
+        if longest is not None and length > longest:
+            raise UserError(f"a text of {length} tokens is longer than the model's {longest} positions; shorten it")
+        padded = min(max(SHORTEST, 1 << (length - 1).bit_length()), longest or length * 2)
+        padding = ((0, 0), (0, padded - length))
+        scores = self._logits(self.params, {name: np.pad(array, padding) for name, array in batch.items()})
+        return scores if self.head == "sequence_classification" else scores[:, :length]
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        return jax.jit(functools.partial(head_logits, self.config, self.head))
+
+    def _tokens(self, texts: str | Sequence[str]) -> dict[str, np.ndarray]:
+        """Rows padded on the right, also by a tokenizer that has no padding token."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise UserError("no texts given; give one or more")
+        tokens = self.tokenizer(texts)
+        longest = max(map(len, tokens["input_ids"]))
+        if longest == 0:
+            raise UserError("the texts have no tokens; give one that is not empty")
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return {
+            name: np.array([row + [0] * (longest - len(row)) for row in tokens[name]])
+            for name in names
+            if name in tokens
+        }
+
+
+def head_of(config: ModelConfig, head: str, execution: Execution, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    """head_logits, with what is settled for a model first."""
+    return head_logits(config, head, params, batch, execution)
+
+
+def _texts(texts: str | Sequence[Any]) -> list[tuple[str, str | None]]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    return [(text, None) if isinstance(text, str) else (text[0], text[1]) for text in texts]

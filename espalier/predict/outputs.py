@@ -1,0 +1,87 @@
+"""Many examples through a model: batched by length, in few shapes, results in the order of the examples."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from espalier.data.examples import Example
+from sharding.mesh import BATCH_AXES, constrain
+
+SHORTEST = 16
+"""Tokens of a row at least; longer rows have a power of two of them, or half as many more, so that few programs are
+compiled."""
+TOKENS, ROWS = 4096, 64
+"""Of a batch at most; there are always as many rows as the mesh splits."""
+
+
+def outputs(
+    function: Callable[..., Any],
+    settings: tuple[Hashable, ...],
+    params: Any,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    longest: int | None = None,
+    said: Callable[[int], None] = lambda done: None,
+) -> list[Any]:
+    """`function(*settings, params, batch)`, a tree of arrays [B, …], on every example: a tree of NumPy arrays each.
+
+    batch: `input_ids`, `segment_ids`, `positions`, `token_type_ids`, int32 [B, T]; targets of the examples are not in
+    it. What an array holds at the padding of a row [T] means nothing: cut it to the tokens of the example. function:
+    of a module, so that its programs are found again. longest: tokens that the model takes at most. said: is told how
+    many examples are done. Under jax.set_mesh rows are split over the mesh; every process gives all and gets all.
+    """
+    lengths = np.array([len(example.ids) for example in examples])
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    found: list[Any] = [None] * len(examples)
+    order, done = np.argsort(-lengths, kind="stable"), 0
+    while done < len(order):
+        length = row_length(int(lengths[order[done]]), longest)
+        rows = -(-max(1, min(ROWS, TOKENS // length)) // parts) * parts
+        chosen = order[done : done + rows]
+        batch = padded([examples[index] for index in chosen], _rows(len(chosen), rows, parts), length, pad_id)
+        result = jax.device_get(_compiled(function, settings, params, batch))
+        for row, index in enumerate(chosen):
+            found[index] = jax.tree.map(lambda array, row=row: array[row], result)
+        done += len(chosen)
+        said(done)
+    return found
+
+
+def row_length(tokens: int, longest: int | None = None) -> int:
+    """The length of the row that so many tokens are put into."""
+    step = max(SHORTEST, 1 << max(0, (tokens - 1).bit_length() - 2))
+    length = -(-tokens // step) * step
+    return length if longest is None else min(length, max(longest, tokens))
+
+
+def padded(examples: Sequence[Example], rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The batch of `outputs`, filled up with empty rows."""
+    batch = {name: np.zeros((rows, length), np.int32) for name in ("segment_ids", "positions", "token_type_ids")}
+    batch["input_ids"] = np.full((rows, length), pad_id, np.int32)
+    for row, example in enumerate(examples):
+        size = len(example.ids)
+        batch["input_ids"][row, :size] = example.ids
+        batch["segment_ids"][row, :size] = 1
+        batch["positions"][row, :size] = np.arange(size)
+        batch["token_type_ids"][row, :size] = example.types
+    return batch
+
+
+def _rows(count: int, most: int, parts: int) -> int:
+    """Rows of a batch of so many examples: `most`, or for few of them the next power of two."""
+    return min(most, -(-(1 << (count - 1).bit_length()) // parts) * parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(function, settings, params, batch):
+    batch = {name: constrain(array, "batch", None) for name, array in batch.items()}
+    # Whole on every process, for each reads all rows.
+    return jax.tree.map(lambda array: constrain(array, *(None,) * array.ndim), function(*settings, params, batch))

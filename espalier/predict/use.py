@@ -1,0 +1,50 @@
+"""What can be asked of a model, and the table of it. Imports nothing heavy.
+
+A `Use` is one question: how a row of a file becomes its input, and how inputs become results. The methods of
+LoadedModel, the commands `predict` and `serve`, and the evaluation of a fine-tuning all go through it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from espalier.errors import UserError
+
+if TYPE_CHECKING:
+    from espalier.predict.loaded import LoadedModel
+
+USES = {
+    "sequence_classification": "espalier.predict.classify:CLASSIFY",
+}
+"""Task of a run, or head of a model → module and name of what it is used for. A use that is new is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One question to a model."""
+
+    name: str
+    """Of the method of LoadedModel: classify."""
+    takes: str
+    """Which fields a row has, in words, for messages: "text, or text and text_b"."""
+    reads: Callable[[Mapping[str, Any]], Any]
+    """The fields of a row, strings or JSON values → the input; UserError, in one line, where they will not do."""
+    answers: Callable[[LoadedModel, Sequence[Any]], list[dict[str, Any]]]
+    """Inputs → a result each, in their order: JSON values by name. UserError for an input that the model cannot take;
+    `checked` finds out which."""
+
+
+def use_of(model: LoadedModel) -> Use:
+    """What a model is for: by the task of its run, else by its head. UserError where nothing is."""
+    for name in (model.saved.get("task"), model.head):
+        if name in USES:
+            return find(name)
+    raise UserError(f"a model with the head {model.head!r} predicts nothing; there are uses for {', '.join(USES)}")
+
+
+def find(name: str) -> Use:
+    module, _, attribute = USES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,92 @@
+"""The settings that all fine-tunings share. A task adds its own beside its record (finetune/tasks)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from espalier.data.encodings import codec
+from espalier.errors import UserError
+from espalier.models.config import Execution
+from espalier.short_help import often
+from espalier.training.config import OptimizerConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from espalier.models.config import ModelConfig
+
+LONGEST = 512
+"""Tokens of an example at most, unless --data.max-length asks for more: attention costs their square."""
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """Labelled files: what each holds is said by the subclass of a task."""
+
+    train: str | None = often(None)
+    """File, URL or data set (hf:ID?split=train) to learn from."""
+    validation: str | None = often(None)
+    """What to measure on, given likewise."""
+    encoding: str = "utf-8"
+    """Encoding of the files, by the names of Python: gb18030, big5, cp932, euc-jp, euc-kr, utf-16, cp1252 …"""
+    max_length: int | None = often(None)
+    """Tokens of an example; unset = as many as the model has positions, at most 512."""
+
+    def __post_init__(self):
+        codec(self.encoding)
+        if self.max_length is not None and self.max_length < 8:
+            raise UserError(f"data.max_length={self.max_length} is too short; at least 8")
+
+
+@dataclass(frozen=True)
+class FinetuneOptimizer(OptimizerConfig):
+    """Optimizer and schedule of a fine-tuning."""
+
+    learning_rate: float | None = often(None)  # type: ignore[assignment]
+    """Peak learning rate; unset = 5e-5 × 768 / hidden_size, but not above 3e-4."""
+    warmup: float = 0.1
+    """Warm-up: a fraction of the steps below 1, else a number of steps."""
+    b2: float = 0.999
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """A fine-tuning run; model and tokenizer are those of the checkpoint."""
+
+    task: ClassVar[str]
+    """In espalier.task.TASKS."""
+    steps: int | None = None  # type: ignore[assignment]
+    """Length of the schedule in optimizer steps; unset = three epochs, but at least 200 steps (Mosbach et al. 2021)."""
+    epochs: float | None = often(None)
+    """Length of the schedule in passes over the training file, instead of steps."""
+    eval_every: int | None = None  # type: ignore[assignment]
+    """Steps between evaluations; unset = an epoch, or a tenth of the run if that is longer."""
+    init_from: str | None = often(None)
+    """Whose weights, tokenizer and architecture are taken: a run directory, or hf:PATH_OR_ID (Hugging Face format)."""
+    scratch: bool = often(False)
+    """Take architecture and tokenizer alone and start from random weights, to see what the pretraining is worth."""
+    dropout: float = 0.1
+    """Dropout of hidden states and attention; replaces the checkpoint's."""
+    optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
+    data: FinetuneData = field(default_factory=FinetuneData)
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.epochs is not None and self.epochs <= 0:
+            raise UserError(f"epochs={self.epochs} must be greater than 0; try 3")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
+        if self.init_optimizer:
+            raise UserError(
+                "init_optimizer: a classifier cannot take over a pretraining's optimizer state; leave it out"
+            )
+
+
+def max_length(data: FinetuneData, model: ModelConfig) -> int:
+    """Tokens of an example at most."""
+    limit = model.max_length
+    if data.max_length is None:
+        return min(limit or model.max_position_embeddings, LONGEST)
+    if limit is not None and data.max_length > limit:
+        raise UserError(f"data.max_length={data.max_length} exceeds the model's {limit} learned positions; try {limit}")
+    return data.max_length

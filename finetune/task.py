@@ -1,0 +1,196 @@
+"""What a fine-tuning task is: the class that reads its data, and the record that names and opens it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from espalier import progress
+from espalier.errors import UserError
+from espalier.files import replacing, write_json
+from espalier.task import Evaluation, Start, Task, TaskRecord, Trained
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+    from transformers import PreTrainedTokenizerFast
+
+    from espalier.contracts import Origin
+    from espalier.models.config import ModelConfig
+    from espalier.models.published import Published
+    from espalier.predict.loaded import LoadedModel
+    from espalier.training.frozen import Frozen
+    from espalier.training.step import Objective
+    from finetune.config import FinetuneConfig
+
+
+class Labelled(Protocol):
+    """The labelled data of a task, what is learnt from it, and how well it was learnt. Tasks are subclasses."""
+
+    model: ModelConfig
+    """With the labels of this task."""
+    settings: dict
+    """JSON values that make the run what it is besides its flags (the labels)."""
+    fingerprints: dict[str, str]
+    """SHA-256 of the files."""
+    facts: Sequence[str]
+    """What was read and what it was taken for, a line each, for people."""
+    objective: Objective
+    examples: int
+    """Training examples; an epoch."""
+    tokens_per_row: float
+    """Of an average training example."""
+    eval_batches: Sequence[dict]
+    about: dict[str, str]
+    """Rows on the files and what is to be learnt, for the introduction."""
+    frozen: Frozen | None = None
+    """What is not trained (the base under adapters); without a `load`, it is read from --init-from. With it, what is
+    trained begins with `init_params`."""
+    matrix_axes: Callable[[Any], Any] | None = None
+    """As Task.matrix_axes."""
+    part: str = ""
+    """As Task.part."""
+
+    def init_params(self, key: jax.Array) -> dict:
+        """Fresh parameters with the head of this task."""
+        ...
+
+    def batch(self, step: int) -> dict:
+        """This process's rows of a step's batch."""
+        ...
+
+    def finalize_eval(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Adds what follows from the metrics and counts of an evaluation (F1)."""
+        return metrics
+
+    def evaluate(self, model: LoadedModel) -> Evaluation:
+        """Measure a model on the validation file. Every process calls it, under the mesh, and gets the same."""
+        ...
+
+    def exported(
+        self, tokenizer: PreTrainedTokenizerFast, published: Published | None
+    ) -> tuple[PreTrainedTokenizerFast, Published | None]:
+        """What is written beside exported weights: a tokenizer that puts special tokens around texts as in training."""
+        from espalier.data.tokenizer import framed_tokenizer
+
+        causal = self.model.causal
+        as_trained = framed_tokenizer(tokenizer, causal)
+        return as_trained, published.padded_by(as_trained) if published and causal else published
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTask(TaskRecord):
+    """A task that is learnt from labelled files, on top of a pretrained model."""
+
+    reads: Callable[[Any, ModelConfig, PreTrainedTokenizerFast, Mesh], Labelled]
+    """Its FinetuneConfig, … → the files of config.data, read; UserError where they will not do."""
+    measures: Callable[[LoadedModel, Any], Evaluation] | None = None
+    """A model on the validation file of the data settings; UserError where the file will not do."""
+
+    def evaluate(self, model: LoadedModel, data: Any) -> Evaluation:
+        return self.measures(model, data) if self.measures else super().evaluate(model, data)
+
+    def architecture(
+        self, config: FinetuneConfig, origin: Origin | None, given: frozenset[str]
+    ) -> tuple[ModelConfig, int]:
+        from espalier.models.config import ModelConfig
+        from finetune.config import max_length
+
+        if origin is None or not config.init_from:
+            raise UserError(
+                "no --init-from given: name the run directory of the model that is to be fine-tuned, or hf:PATH_OR_ID"
+            )
+        model = ModelConfig.from_dict(origin.config["model"])
+        model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
+        return model, max_length(config.data, model)
+
+    def open(self, config: FinetuneConfig, start: Start) -> Task:
+        import jax
+
+        from espalier.data.description import epochs_words
+        from espalier.data.tokenizer import fingerprint
+        from espalier.models.counts import flops_per_token
+        from espalier.predict.loaded import LoadedModel
+        from finetune.config import max_length
+
+        tokenizer = start.tokenizer
+        assert tokenizer is not None
+        data = self.reads(config, start.model, tokenizer, start.mesh)
+        config = resolved(config, data.examples, start.model.hidden_size)
+        assert config.steps is not None
+        tokens, longest = data.tokens_per_row, max_length(config.data, start.model)
+
+        def finish(trained: Trained) -> dict[str, Any]:
+            saved = {"task": self.name, "data": dataclasses.asdict(config.data)} | data.settings
+            model = LoadedModel(
+                data.model, trained.params, data.exported(tokenizer, None)[0], self.head, saved, config.execution
+            )
+            with progress.waiting("measuring on the validation file"), jax.set_mesh(trained.mesh):
+                evaluation = data.evaluate(model)
+            if jax.process_index() == 0:
+                write_evaluation(trained.run.path, evaluation)
+            return {"metrics": dict(evaluation.metrics)}
+
+        return Task(
+            config=config,
+            model=data.model,
+            tokenizer=tokenizer,
+            init_params=data.init_params,
+            objective=data.objective,
+            batch=data.batch,
+            eval_batches=data.eval_batches,
+            finalize_eval=data.finalize_eval,
+            frozen=start.base(data.frozen),
+            matrix_axes=data.matrix_axes,
+            part=data.part,
+            fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,
+            settings=data.settings,
+            scratch=config.scratch or data.frozen is not None,
+            tokens_per_step=config.batch_size * tokens,
+            flops_per_step=config.batch_size * tokens * flops_per_token(start.model, round(tokens), 0.0),
+            longest=longest,
+            facts=data.facts,
+            data=data.about,
+            row=f"up to {longest} tokens, {tokens:.0f} on average",
+            epochs=epochs_words(config.steps * config.batch_size / data.examples),
+            finish=finish,
+            summary=lambda step: {"metrics": {}},
+            exported=lambda published: data.exported(tokenizer, published),
+            following=None
+            if config.export
+            else ("./launch.sh", "export", str(config.run_dir), f"exported/{start.run.path.name}"),
+        )
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """predictions.jsonl and the files that a report draws; warnings are said."""
+    if evaluation.rows:
+        with replacing(folder / "predictions.jsonl") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.rows)
+    for name, value in evaluation.files.items():
+        write_json(folder / name, value)
+    for warning in evaluation.warnings:
+        progress.say(warning)
+
+
+def resolved(config: FinetuneConfig, examples: int, width: int) -> FinetuneConfig:
+    """The configuration with everything filled in that depends on the data (examples) or the model (width D)."""
+    epoch = math.ceil(examples / config.batch_size)
+    steps = config.steps or max(200, math.ceil(3 * examples / config.batch_size))
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * examples / config.batch_size)
+    rate = config.optimizer.learning_rate
+    if rate is None:
+        # Wide models want small rates: about 1/D under Adam (Yang et al. 2022); 5e-5 is BERT-base's.
+        rate = min(3e-4, 5e-5 * 768 / width)
+    return replace(
+        config,
+        steps=steps,
+        eval_every=config.eval_every or max(epoch, math.ceil(steps / 10)),
+        optimizer=replace(config.optimizer, learning_rate=rate),
+    )

@@ -1,0 +1,88 @@
+"""What classification is: its settings, presets, and the record from which runs, reports and cards read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from espalier.models.config import Execution
+from espalier.short_help import often
+from espalier.training.config import CheckpointConfig
+from finetune.config import FinetuneConfig, FinetuneData, FinetuneOptimizer
+from finetune.task import FinetuneTask
+from finetune.tasks.classify.report import REPORT
+
+if TYPE_CHECKING:
+    from espalier.predict.loaded import LoadedModel
+    from espalier.task import Evaluation
+    from finetune.tasks.classify.task import Classification
+
+
+@dataclass(frozen=True)
+class ClassifyData(FinetuneData):
+    """Labelled texts with named columns: .tsv, .csv, .jsonl, .json, .parquet (also .gz, .zst, URLs), or hf:…, tfds:…"""
+
+    text: tuple[str, ...] = often(())
+    """One column of text, or two for pairs; unset = guessed from the names, as in GLUE's files."""
+    label: str | None = often(None)
+    """Column of labels; unset = guessed (label, Quality, gold_label, target, class)."""
+    label_kind: Literal["auto", "classes"] = "auto"
+    """auto refuses labels that look like a regression target or an identifier; classes takes each value for a class."""
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(FinetuneConfig):
+    """A fine-tuning run that learns to classify texts."""
+
+    task: ClassVar[str] = "sequence_classification"
+    data: ClassifyData = field(default_factory=ClassifyData)
+
+
+def classify() -> ClassifyConfig:
+    """Classify texts or pairs: `./launch.sh finetune classify --init-from RUN --data.train F --data.validation F`.
+
+    From an mlm or a clm run. Three epochs of batches of 32, dropout 0.1, linear decay (Devlin et al. 2019, app. A.3).
+    """
+    return ClassifyConfig(log_every=10, checkpoint=CheckpointConfig(every=1000))
+
+
+def classify_debug() -> ClassifyConfig:
+    """Ten steps, to see that all runs: `./launch.sh finetune classify-debug --init-from RUN --data.train F …`."""
+    return ClassifyConfig(steps=10, batch_size=8, log_every=5, eval_every=5, checkpoint=CheckpointConfig(every=5))
+
+
+def demo() -> ClassifyConfig:
+    """What the demo does with a thousand short labelled sentences (`./launch.sh`): small model, several epochs."""
+    return ClassifyConfig(
+        steps=150,
+        batch_size=32,
+        log_every=15,
+        eval_every=50,
+        data=ClassifyData(max_length=48),
+        execution=Execution(scan_layers=True),
+        optimizer=FinetuneOptimizer(learning_rate=5e-4),
+        checkpoint=CheckpointConfig(every=1000, keep=1),
+    )
+
+
+def read(*given) -> Classification:
+    from finetune.tasks.classify.task import Classification
+
+    return Classification(*given)
+
+
+def measure(model: LoadedModel, data: ClassifyData) -> Evaluation:
+    from finetune.tasks.classify.task import measure
+
+    return measure(model, data)
+
+
+CLASSIFICATION = FinetuneTask(
+    name="sequence_classification",
+    head="sequence_classification",
+    report=REPORT,
+    data=ClassifyData,
+    splits_rows=False,
+    reads=read,
+    measures=measure,
+)
