@@ -7,7 +7,6 @@ Configurations are those of the presets (`mlm.presets`, `clm.presets`, `finetune
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,48 +75,6 @@ def sweep(config: Any, *, seeds: Sequence[int], learning_rates: Sequence[float],
     >>> found.loss_SRs.shape, [(row["seed"], row["learning_rate"]) for row in found.rows]
     ((2, 2, 10), [(0, 0.0003), (0, 0.003), (1, 0.0003), (1, 0.003)])
     """
-    import jax
+    from espalier.sweeps import sweep_tasks
 
-    from espalier.assembly import opened
-    from espalier.models.pretrained import load_weights
-    from espalier.models.transformer import matrix_axes
-    from espalier.training import sweep as training
-    from espalier.training.start import run_keys
-    from sharding.rules import shard_params
-
-    with tempfile.TemporaryDirectory(prefix="espalier-sweep-") as folder:
-        # Where a run would go: there is none, so every seed begins at its beginning.
-        config = dataclasses.replace(config, run_dir=f"{folder}/none")
-        runs = {
-            seed: opened(dataclasses.replace(config, seed=seed), objective=objective) for seed in dict.fromkeys(seeds)
-        }
-        if not runs:
-            raise UserError("a sweep needs one or more seeds")
-        first = next(iter(runs.values()))
-        task, mesh, origin = first.task, first.mesh, first.origin
-        if task.frozen is not None:
-            raise UserError("a sweep has no place for frozen parameters; train the runs one by one")
-        init = jax.jit(task.init_params)
-
-        def params_of(seed: int) -> Any:
-            if origin is None or task.scratch:
-                return init(run_keys(seed)[0])
-            shapes = jax.eval_shape(task.init_params, jax.random.key(0))
-            layout = shard_params(shapes, mesh)
-            abstract = jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, layout
-            )
-            return load_weights(origin, task.model, first.record.head, task.init_params, seed)(abstract)
-
-        return training.sweep(
-            task.config,
-            seeds=tuple(runs),
-            learning_rates=learning_rates,
-            params_of=params_of,
-            matrix_axes=task.matrix_axes or matrix_axes,
-            objective=task.objective,
-            batch_of=lambda seed, step: runs[seed].task.batch(step),
-            mesh=mesh,
-            eval_batches=task.eval_batches,
-            finalize_eval=task.finalize_eval,
-        )
+    return sweep_tasks(config, seeds=seeds, learning_rates=learning_rates, objective=objective).sweep

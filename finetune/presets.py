@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from finetune.glue import record as glue
 from finetune.tasks.classify import record as classify
 
 PRESETS = {
     "classify": classify.classify,
     "classify-debug": classify.classify_debug,
     "demo": classify.demo,
+    "glue": glue.glue,
 }

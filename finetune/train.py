@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from espalier import cli
 from finetune.config import FinetuneConfig
+from finetune.glue.record import GlueConfig
 from finetune.presets import PRESETS
 from sharding.processes.coordination import joined
 
@@ -15,6 +16,10 @@ from sharding.processes.coordination import joined
 def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     """Run, or resume, the fine-tuning that `config` describes; returns the `--json` object."""
     call.greet()
+    if isinstance(config, GlueConfig):
+        from finetune.glue.run import run
+
+        return run(config)
     from espalier.assembly import train
 
     return train(config, call=call)

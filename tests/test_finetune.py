@@ -10,20 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import write_run
 
-from espalier.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, vocabulary_size
+from espalier.data.tokenizer import load_tokenizer, save_tokenizer
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
-from espalier.files import write_json
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.pretrained import load_weights
 from espalier.models.transformer import init_params
-from espalier.training.checkpoint import Checkpoints, read_config, restore_params
-from espalier.training.config import CheckpointConfig, OptimizerConfig
+from espalier.training.checkpoint import read_config, restore_params
+from espalier.training.config import CheckpointConfig
 from espalier.training.identity import identity
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
-from espalier.training.state import new_state
 from finetune.config import FinetuneOptimizer
 from finetune.presets import PRESETS
 from finetune.task import resolved
@@ -59,27 +58,12 @@ def sentences(count: int) -> list[dict]:
     return rows
 
 
+TEXTS = [row["sentence"] for row in sentences(60)] * 3
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def write_run(folder, model: ModelConfig, extra: dict | None = None):
-    """A run directory as pretraining leaves it, with random weights. extra: parameters that do not belong there."""
-    task = "causal_lm" if model.causal else "masked_lm"
-    texts = [row["sentence"] for row in sentences(60)] * 3
-    tokenizer = train_tokenizer(texts, "bpe" if model.causal else "wordpiece", 300, for_masked_lm=not model.causal)
-    model = dataclasses.replace(model, vocab_size=vocabulary_size(tokenizer))
-    config = {"task": task, "model": dataclasses.asdict(model), "fingerprints": {"tokenizer": fingerprint(tokenizer)}}
-    params = init_params(model, jax.random.key(1), heads=(task,)) | (extra or {})
-    run = RunDirectory(folder)
-    folder.mkdir()
-    write_json(run.config, config)
-    save_tokenizer(tokenizer, run.tokenizer)
-    checkpoints = Checkpoints(run.checkpoints, announce=lambda line: None)
-    checkpoints.save(new_state(params, lambda params: {}, OptimizerConfig(), jax.random.key(0)), config, {"step": 0})
-    checkpoints.close()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +72,8 @@ def there(tmp_path_factory):
     root = tmp_path_factory.mktemp("finetune")
     return SimpleNamespace(
         root=root,
-        encoder=write_run(root / "encoder", ENCODER),
-        decoder=write_run(root / "decoder", DECODER),
+        encoder=write_run(root / "encoder", ENCODER, TEXTS),
+        decoder=write_run(root / "decoder", DECODER, TEXTS),
         train=write_jsonl(root / "train.jsonl", sentences(48)),
         validation=write_jsonl(root / "validation.jsonl", sentences(20)),
     )
@@ -202,7 +186,7 @@ def test_the_trunk_is_that_of_the_checkpoint_and_the_head_is_new(there, kind):
 
 
 def test_parameters_that_do_not_fit_are_listed(there, tmp_path):
-    folder = write_run(tmp_path / "odd", ENCODER, extra={"final_norm": {"scale": jnp.ones(32)}})
+    folder = write_run(tmp_path / "odd", ENCODER, TEXTS, extra={"final_norm": {"scale": jnp.ones(32)}})
     abstract, load = loader(folder, tmp_path / "none")
     with pytest.raises(UserError, match="final_norm/scale is not expected"):
         load(abstract)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from espalier import progress
 from espalier.errors import UserError
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate
@@ -91,10 +92,12 @@ def sweep(
         del first_S
 
         losses = []
-        for number in range(config.steps):
-            batch_S = _stacked([batch_of(seed, number) for seed in seeds])
-            state, metrics = step_SR(state, batch_S)
-            losses.append(metrics["loss"])
+        with progress.waiting(f"training {len(seeds) * len(learning_rates)} runs at once") as far:
+            for number in range(config.steps):
+                batch_S = _stacked(_alike([batch_of(seed, number) for seed in seeds]))
+                state, metrics = step_SR(state, batch_S)
+                losses.append(metrics["loss"])
+                far(f"step {number + 1:,} of {config.steps:,}")
         loss_SRs = np.stack([np.asarray(loss_SR) for loss_SR in losses], axis=-1)
 
         evaluate = make_evaluate(objective, eval_batches, mesh, finalize_eval, config.accumulation)
@@ -106,6 +109,22 @@ def sweep(
                     row |= evaluate(jax.tree.map(lambda leaf, s=s, r=r: leaf[s, r], state))
                 rows.append(row)
         return Sweep(rows, loss_SRs, state.params)
+
+
+def _alike(batches: Sequence[dict]) -> list[dict]:
+    """Batches whose rows are as long as the longest of them: rows of another seed may be longer. Zeros are padding."""
+
+    def widened(*arrays: np.ndarray) -> list[np.ndarray]:
+        shape = np.max([array.shape for array in arrays], axis=0)
+
+        def padding(array: np.ndarray) -> list[tuple[int, int]]:
+            return [(0, most - size) for most, size in zip(shape, array.shape, strict=True)]
+
+        return [np.pad(array, padding(array)) for array in arrays]
+
+    columns = [widened(*leaves) for leaves in zip(*map(jax.tree.leaves, batches), strict=True)]
+    tree = jax.tree.structure(batches[0])
+    return [jax.tree.unflatten(tree, leaves) for leaves in zip(*columns, strict=True)]
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

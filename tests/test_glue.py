@@ -1,0 +1,223 @@
+"""GLUE: its files as they are published, a grid that goes on, the table, and what is submitted."""
+
+import dataclasses
+import json
+import pathlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_runs import write_run
+
+from espalier.errors import UserError
+from espalier.models.config import ModelConfig
+from finetune.config import FinetuneOptimizer
+from finetune.glue.files import write_files
+from finetune.glue.grid import Run, best, median
+from finetune.glue.protocols import PROTOCOLS
+from finetune.glue.record import GlueConfig, GlueData
+from finetune.glue.report import markdown
+from finetune.glue.tasks import BY_KEY, GLUE
+from finetune.train import main
+
+MODEL = ModelConfig(
+    vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, type_vocab_size=2,
+    max_position_embeddings=32, hidden_dropout=0.1, attention_dropout=0.1,
+)  # fmt: skip
+WORDS = "the cat sat on a mat and read no book about red or blue birds".split()
+HEADS = {
+    "SST-2": ("sentence", "label"),
+    "MRPC": ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
+    "STS-B": ("index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2",
+              "score"),
+    "QQP": ("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
+    "MNLI": ("index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse",
+             "sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1", "gold_label"),
+    "QNLI": ("index", "question", "sentence", "label"),
+    "RTE": ("index", "sentence1", "sentence2", "label"),
+    "WNLI": ("index", "sentence1", "sentence2", "label"),
+}  # fmt: skip
+"""The first lines of GLUE's files for training; CoLA's have none."""
+LABELS = {"MNLI": ("neutral", "entailment", "contradiction", "-"), "QNLI": ("entailment", "not_entailment"),
+          "RTE": ("not_entailment", "entailment"), "STS-B": ("5.000", "0.250", "3.800")}  # fmt: skip
+
+
+def words(number: int, count: int = 5) -> str:
+    random = np.random.default_rng(number)
+    return " ".join(random.choice(WORDS, count)) + ' , he said " so'
+
+
+def write_split(path: pathlib.Path, name: str, rows: int, labels: bool = True) -> None:
+    """As GLUE publishes it: tabs, quotation marks that mean nothing."""
+    lines = []
+    if name == "CoLA":
+        lines = [f"gj04\t{number % 2}\t{'*' if number % 3 else ''}\t{words(number)}" for number in range(rows)]
+        if not labels:
+            lines = ["index\tsentence", *(f"{number}\t{words(number)}" for number in range(rows))]
+    else:
+        columns = HEADS[name] if labels else tuple(column for column in HEADS[name] if column != BY_NAME[name].label)
+        values = LABELS.get(name, ("0", "1"))
+        lines = ["\t".join(columns)]
+        for number in range(rows):
+            cells = {column: f"{number}" for column in columns}
+            cells |= {column: words(number * 3 + at) for at, column in enumerate(BY_NAME[name].text)}
+            if labels:
+                cells[BY_NAME[name].label] = values[number % len(values)]
+            lines.append("\t".join(cells[column] for column in columns))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+BY_NAME = {task.name: task for task in GLUE}
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    root = tmp_path_factory.mktemp("glue")
+    glue = root / "GLUE"
+    for task in GLUE:
+        folder = glue / task.folder
+        folder.mkdir(parents=True)
+        for split, rows, labels in (("train", 24, True), (task.dev, 12, True), (task.test, 5, False)):
+            write_split(folder / f"{split}.tsv", task.name, rows, labels)
+    write_split(glue / "MNLI" / "dev_mismatched.tsv", "MNLI", 8)
+    write_split(glue / "MNLI" / "test_mismatched.tsv", "MNLI", 4, labels=False)
+    (glue / "MNLI" / "diagnostic.tsv").write_text("index\tsentence1\tsentence2\n0\tthe cat sat\ta cat sat\n")
+    encoder = write_run(root / "encoder", MODEL, [words(number, 9) for number in range(200)])
+    return SimpleNamespace(root=root, glue=str(glue), encoder=str(encoder))
+
+
+def config_for(there, run_dir, **changes) -> GlueConfig:
+    data = dict(folder=there.glue, max_length=32) | changes.pop("data", {})
+    defaults = dict(
+        init_from=there.encoder,
+        run_dir=str(run_dir),
+        learning_rates=(1e-3,),
+        epoch_counts=(1,),
+        seeds=(0,),
+        batch_sizes=8,
+        optimizer=FinetuneOptimizer(),
+        data=GlueData(**data),
+    )
+    return GlueConfig(**defaults | changes)
+
+
+@pytest.mark.parametrize("task", GLUE, ids=lambda task: task.name)
+def test_the_files_of_every_task_are_read_as_they_are_published(there, tmp_path, task):
+    files = write_files(there.glue, task, tmp_path, None, tests=True)
+    rows = [json.loads(line) for line in files.train.read_text(encoding="utf-8").splitlines()]
+    values = LABELS.get(task.name, ("0", "1"))
+    wanted = [values[number % len(values)] for number in range(24)]
+    assert rows[0]["text"] == words(0) and rows[0].get("text_b", words(1)) == words(1)
+    assert [row["label"] for row in rows] == [label for label in wanted if label != "-"]
+    assert ("text_b" in rows[0]) == (len(task.text) == 2)
+    test = [json.loads(line) for line in files.more[task.test].read_text(encoding="utf-8").splitlines()]
+    assert len(test) == 5 and all("label" not in row for row in test)
+
+
+def test_real_files_are_read(shared_data, tmp_path):
+    counts = {}
+    for key in ("sst2", "mrpc", "rte"):
+        files = write_files(str(shared_data / "glue"), BY_KEY[key], tmp_path / key, 100, tests=False)
+        counts[key] = [len(path.read_text(encoding="utf-8").splitlines()) for path in (files.train, files.dev)]
+    assert counts == {"sst2": [100, 872], "mrpc": [100, 408], "rte": [100, 277]}
+
+
+def test_a_grid_goes_on_and_the_table_says_what_was_done(there, tmp_path, capsys):
+    """Two tasks of one run, one from the MNLI checkpoint; ended runs are not trained again."""
+    config = config_for(
+        there, tmp_path / "run", data=dict(tasks=("rte", "mnli")), learning_rates=(1e-3, 1e-4), from_mnli="yes"
+    )
+    found = main(config)
+    capsys.readouterr()
+    again = main(dataclasses.replace(config, seeds=(0, 1)))
+    said = capsys.readouterr().out
+    # The points of seed 0 have ended; those of seed 1 are new.
+    assert said.count(", seed 1") == 4 and ", seed 0\n" not in said
+    assert list(found["tasks"]) == ["MNLI", "RTE"] and found["missing"] == {}
+    mnli, rte = again["tasks"]["MNLI"], again["tasks"]["RTE"]
+    assert mnli["metrics"] == ["accuracy", "accuracy_mismatched"] and mnli["seeds"] == [0, 1]
+    assert rte["init_from"].startswith(str(tmp_path / "run" / "mnli" / "rate-"))
+    assert len(rte["runs"]) == 4 and rte["min"] <= rte["median"] <= rte["max"]
+    for row in again["tasks"].values():
+        chosen = [run["score"] for run in row["runs"] if run["learning_rate"] == row["learning_rate"]]
+        assert row["median"] == pytest.approx(np.median(chosen)) and row["max"] == max(chosen)
+    assert again["average"] == pytest.approx((mnli["median"] + rte["median"]) / 2)
+    # Weights are kept of the chosen rate alone.
+    kept = {path.parent.name for path in (tmp_path / "run" / "rte").glob("*/checkpoints")}
+    assert kept == {f"rate-{rte['learning_rate']:g}-epochs-1-seed-{seed}" for seed in (0, 1)}
+    submission = tmp_path / "run" / "submission"
+    assert {path.name for path in submission.iterdir()} == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv", "RTE.tsv"}
+    lines = (submission / "RTE.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == list("01234")
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+    page, table = ((tmp_path / "run" / name).read_text(encoding="utf-8") for name in ("report.html", "glue.md"))
+    assert page.count("<circle") == 8 and "MNLI run" in table and table == markdown(again)
+    assert "chosen" not in table and "also what is reported" in table
+
+    other = dataclasses.replace(config, init_from=str(tmp_path / "run" / "mnli"))
+    with pytest.raises(UserError, match="holds a GLUE run with init_from="):
+        main(other)
+
+
+def test_all_at_once_is_what_single_runs_are(there, tmp_path, capsys):
+    """Every loss within 1e-5 of that of the single run, with dropout and the order of its own seed; the same labels."""
+    settings = dict(seeds=(0, 1), learning_rates=(1e-3, 3e-4), epoch_counts=(2,), log_every=1)
+    # A small eps would let Adam blow rounding up where a gradient is nearly zero.
+    settings |= dict(data=dict(tasks=("mrpc",)), optimizer=FinetuneOptimizer(eps=1e-3), submission=False)
+    alone = main(config_for(there, tmp_path / "alone", protocol="electra", **settings))
+    once = main(config_for(there, tmp_path / "once", protocol="electra", at_once=True, **settings))
+    for one, many in zip(alone["tasks"]["MRPC"]["runs"], once["tasks"]["MRPC"]["runs"], strict=True):
+        assert one["metrics"] == pytest.approx(many["metrics"], abs=1e-6)
+        records = map(json.loads, (pathlib.Path(one["folder"]) / "metrics.jsonl").read_text().splitlines())
+        losses = [record["loss"] for record in records if "learning_rate" in record]
+        swept = json.loads((pathlib.Path(many["folder"]) / "grid.json").read_text())["loss"]
+        np.testing.assert_allclose(swept, losses, rtol=1e-5)
+    assert not list((tmp_path / "once").rglob("checkpoints"))
+
+
+def test_what_is_missing_is_named_and_what_is_wrong_refused(there, tmp_path, capsys):
+    config = config_for(there, tmp_path / "run")
+    for change, words in (
+        (dict(data=GlueData()), "no --data.folder given"),
+        (dict(data=GlueData(folder=str(tmp_path / "none"))), "no such folder; accepted is one with GLUE's folders"),
+        (dict(init_from=None), "no --init-from given"),
+    ):
+        with pytest.raises(UserError, match=words):
+            main(dataclasses.replace(config, **change))
+    for change, words in (
+        (dict(data=dict(tasks=("snli",))), "there is no 'snli' in GLUE; accepted are cola, "),
+        (dict(data=dict(train="F")), "GLUE has files of many tasks"),
+        (dict(learning_rates=(0.0,)), "must be above 0"),
+        (dict(steps=3), "a grid has many"),
+    ):
+        with pytest.raises(UserError, match=words):
+            config_for(there, tmp_path / "run", **change)
+    assert not (tmp_path / "run").exists()
+    empty = tmp_path / "GLUE"
+    (empty / "RTE").mkdir(parents=True)
+    with pytest.raises(UserError, match="has the files of none of the tasks"):
+        main(dataclasses.replace(config, data=GlueData(folder=str(empty))))
+    assert "RTE: not run, no train.tsv in" in capsys.readouterr().out
+
+
+def test_the_chosen_point_has_the_highest_median():
+    def run(rate, seed, value):
+        return Run(rate, 3, seed, {"accuracy": value}, pathlib.Path())
+
+    runs = [run(1e-5, seed, value) for seed, value in enumerate((0.9, 0.1, 0.2))]
+    runs += [run(2e-5, seed, value) for seed, value in enumerate((0.3, 0.4, 0.3))]
+    assert [one.learning_rate for one in best(runs, lambda run: run.metrics["accuracy"])] == [2e-5] * 3
+    assert median([3, 1]) == 2 and median([5, 1, 2]) == 2
+
+
+def test_published_grids():
+    """MosaicBERT's rates and decays stand in the ratio of its sources: 5e-6 to 5e-5."""
+    mosaic = PROTOCOLS["mosaicbert"]
+    assert [mosaic.of(key).batch_size for key in ("mnli", "qqp", "rte", "cola")] == [48, 16, 16, 32]
+    assert {mosaic.of(key).weight_decay for key in ("mnli", "qqp", "sst2", "stsb", "mrpc", "qnli", "cola")} == {0.1}
+    assert PROTOCOLS["electra"].of("rte").epochs == (10,) and PROTOCOLS["electra"].of("mnli").epochs == (3,)
+    assert PROTOCOLS["modernbert"].of("sst2").epochs == (1, 2, 3) and PROTOCOLS["modernbert"].of("cola").epochs == (
+        2,
+        5,
+        10,
+    )
