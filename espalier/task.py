@@ -34,6 +34,7 @@ TASKS = {
     "masked_lm": "mlm.record:MASKED_LM",
     "causal_lm": "clm.record:CAUSAL_LM",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
+    "token_classification": "finetune.tasks.tag.record:TAGGING",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
 

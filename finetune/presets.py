@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from finetune.glue import record as glue
 from finetune.tasks.classify import record as classify
+from finetune.tasks.tag import record as tag
 
 PRESETS = {
     "classify": classify.classify,
     "classify-debug": classify.classify_debug,
     "demo": classify.demo,
     "glue": glue.glue,
+    "tag": tag.tag,
 }

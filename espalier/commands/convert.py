@@ -112,7 +112,7 @@ def export_model(config: ExportConfig) -> dict:
     model, head = ModelConfig.from_dict(saved["model"]), saved.get("head", saved["task"])
     tokenizer = tokenizer_of(run.tokenizer, saved)
     published = Published.beside(saved)
-    if head == "sequence_classification" and "imported_from" not in saved:
+    if head in ("sequence_classification", "token_classification") and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, model.causal)
         if published and model.causal:
             published = published.padded_by(tokenizer)

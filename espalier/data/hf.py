@@ -61,12 +61,19 @@ class HfSource:
                 yield from from_text(value, name, self._text_field())
 
     def records(self) -> Iterator[Record]:
-        """All columns of each row; a class label of `datasets` by its name, None where it is -1 (no label)."""
+        """All columns of each row; class labels of `datasets`, also in a list, by their names, None where it is -1 (no
+        label)."""
         import datasets
 
         data = self._data()
         features = data.features or {}
-        names = {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+        names, lists = {}, {}
+        for name, kind in features.items():
+            within = getattr(kind, "feature", None)
+            if isinstance(kind, datasets.ClassLabel):
+                names[name] = kind.names
+            elif isinstance(within, datasets.ClassLabel):
+                lists[name] = within.names
         if self._streaming:
             rows = iter(data.take(self._take))
         else:
@@ -75,8 +82,9 @@ class HfSource:
             rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
             for name, classes in names.items():
-                index = row[name]
-                row[name] = classes[index] if isinstance(index, int) and index >= 0 else None
+                row[name] = _name_of(row[name], classes)
+            for name, classes in lists.items():
+                row[name] = row[name] and [_name_of(index, classes) for index in row[name]]
             yield Record(f"{self.path}:{number}", list(row), list(row.values()))
 
     def fingerprint(self) -> str:
@@ -163,3 +171,7 @@ class HfSource:
             f"hf:{self.path} has no column {self._field!r}; there are {', '.join(map(repr, names))} "
             "(--data.text-field NAME chooses another)"
         )
+
+
+def _name_of(index: Any, classes: list[str]) -> str | None:
+    return classes[index] if isinstance(index, int) and index >= 0 else None

@@ -7,11 +7,12 @@ first bad record is an error with its line.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, NamedTuple, cast
 
 from espalier.data.encodings import Guess, detect, label, other_unicode
@@ -75,6 +76,25 @@ def read_table(path: str, encoding: str = "utf-8") -> Table:
     return table
 
 
+class TextFile(NamedTuple):
+    text: str
+    """Its lines ended by line feeds alone."""
+    notes: tuple[str, ...]
+    """What people should know about the file, a sentence each."""
+    fingerprint: str
+    """SHA-256 of the file, or what stands for the content of something remote."""
+
+
+def read_text(path: str, encoding: str = "utf-8") -> TextFile:
+    """A whole file, or what is behind a URL, as text; unpacked where its name ends in .gz or .zst.
+
+    UserError where it cannot be read or is in another encoding.
+    """
+    with readable(path), open_file(path) as file:
+        text, notes = _text(path, file.read(), encoding)
+        return TextFile(text, tuple(notes), digest(path) if is_remote(path) else sha256_of_file(path))
+
+
 def looks_like_data(table: Table) -> bool:
     """Whether the first line of a table seems to be an example, not the names of columns.
 
@@ -102,21 +122,27 @@ def is_number(value: str) -> bool:
 
 def _read_file(path: str, encoding: str) -> Table:
     kind = _kind(path)
+    with readable(path), open_file(path) as file:
+        if kind == ".parquet":
+            table = _of_records(path, _all(parquet_records(file, path), ""))
+        else:
+            table = _of_text(path, file.read(), kind, encoding)
+        found = digest(path) if is_remote(path) else sha256_of_file(path)
+    return table._replace(fingerprint=found)
+
+
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+    """What goes wrong in reading a file, as a UserError."""
     if not is_remote(path) and not os.path.isfile(path):
         raise UserError(f"no file {path}; check the path (now in {os.getcwd()})")
     try:
-        with open_file(path) as file:
-            if kind == ".parquet":
-                table = _of_records(path, _all(parquet_records(file, path), ""))
-            else:
-                table = _of_text(path, file.read(), kind, encoding)
-        found = digest(path) if is_remote(path) else sha256_of_file(path)
+        yield
     except damaged_errors() as error:
         raise UserError(f"{path} is cut off or damaged ({error}); fetch it again") from error
     except OSError as error:
         why = error.strerror or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read: {why}; check the path and its permissions") from error
-    return table._replace(fingerprint=found)
 
 
 def _kind(path: str) -> str:

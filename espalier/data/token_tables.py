@@ -101,7 +101,7 @@ def blank_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 def _marked_bits(piece: Piece) -> int:
     """WordPiece says itself what is inside a word."""
     text = piece.content.decode()
-    if _unspaced(text[0]) or _unspaced(text[-1]):
+    if unspaced(text[0]) or unspaced(text[-1]):
         return 0
     return CONTINUABLE | (CONTINUES if piece.inside else 0)
 
@@ -143,10 +143,10 @@ def _length(lead: int) -> int:
 
 
 def _in_word(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LMN" and not _unspaced(character)
+    return unicodedata.category(character)[0] in "LMN" and not unspaced(character)
 
 
-def _unspaced(character: str) -> bool:
+def unspaced(character: str) -> bool:
     return any(first <= ord(character) <= last for first, last in UNSPACED)
 
 

@@ -57,6 +57,19 @@ class LoadedModel:
         """
         return self._answers("sequence_classification", _texts(texts))
 
+    def tag(self, texts: str | Sequence[str] | Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """`tokens`, `tags` (one each) and, where tags are of entities, `spans` of each text, or list of words.
+
+        A span has `type`, `text`, `score` (the mean probability of its tags), and `begin` and `end`: characters of the
+        text, or numbers of the words where these were given. A text is cut into words at blanks, between letters and
+        other signs, and in scripts without blanks (Chinese) at each character. UserError where the model has no tagger.
+        """
+        from espalier.predict.tag import read
+
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        given = [read({"text" if isinstance(row, str) else "tokens": row}) for row in rows]
+        return self._answers("token_classification", given)
+
     def outputs_of_head(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Logits of the head on each example (models.logits.head_logits), computed in batches of fitting length."""
         return outputs(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 USES = {
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
+    "token_classification": "espalier.predict.tag:TAG",
 }
 """Task of a run, or head of a model → module and name of what it is used for. A use that is new is one line."""
 

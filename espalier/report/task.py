@@ -44,9 +44,6 @@ class TaskReport:
 
 
 IMPORTED = {
-    "token_classification": TaskReport(
-        pipeline="token-classification", loader="AutoModelForTokenClassification", words="for token classification"
-    ),
     "question_answering": TaskReport(
         pipeline="question-answering", loader="AutoModelForQuestionAnswering", words="for extractive question answering"
     ),

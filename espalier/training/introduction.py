@@ -98,6 +98,9 @@ def result_words(summary: dict) -> str:
     words = {key: f"{name} {form.format(values[key])}" for key, (name, form) in FIGURES.items() if key in values}
     if "majority" in values:
         words["accuracy"] += f" (majority class {values['majority']:.1%})"
+    for key in words:
+        if (baseline := values.get(f"baseline_{key}")) is not None:
+            words[key] += f" (baseline {FIGURES[key][1].format(baseline)})"
     return ", ".join(words.values()).replace("%", " %")
 
 
