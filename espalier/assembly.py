@@ -23,6 +23,7 @@ from espalier.models.hub import Pretrained, check_export, save_pretrained
 from espalier.models.layout import open_mesh
 from espalier.models.pretrained import export_to, load_weights, part_of
 from espalier.models.published import Published, published_beside
+from espalier.models.sentence_transformers import module_files
 from espalier.models.transformer import matrix_axes
 from espalier.report.card import model_card
 from espalier.report.render import write_report
@@ -143,7 +144,16 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
             tokenizer, published = task.exported(published)
         with progress.waiting(f"exporting to {config.export}"):
             params = part_of(params, config_dict)
-            save_pretrained(exporting, model, params, tokenizer, card=model_card(run.path), published=published)
+            save_pretrained(
+                exporting,
+                model,
+                params,
+                tokenizer,
+                head=head,
+                card=model_card(run.path),
+                published=published,
+                also=module_files(config_dict, model.hidden_size),
+            )
         progress.say(f"exported to {config.export}")
     conclude(summary, run, config, call.command, list(task.following) if task.following else None)
     return summary

@@ -14,6 +14,7 @@ from espalier.models.config import ModelConfig
 from espalier.models.hub import Pretrained, load_pretrained
 from espalier.models.pretrained import part_of
 from espalier.models.repository import PREFIX
+from espalier.models.sentence_transformers import read_modules
 from espalier.predict.loaded import LoadedModel
 from espalier.training.checkpoint import read_config
 from espalier.training.frozen import restore_complete
@@ -40,7 +41,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
         config, params, tokenizer = load_pretrained(published.folder, published.head)
         if tokenizer is None:
             raise UserError(f"{source} has no tokenizer; add the files of one (tokenizer.json)")
-        return LoadedModel(config, params, tokenizer, published.head)
+        return LoadedModel(config, params, tokenizer, published.head, read_modules(published.folder))
     if revision is not None:
         raise UserError(f"{source} is a run and has no revisions; leave out revision, or write hf:{source}")
     run = RunDirectory(source)

@@ -35,6 +35,7 @@ TASKS = {
     "causal_lm": "clm.record:CAUSAL_LM",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "token_classification": "finetune.tasks.tag.record:TAGGING",
+    "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.glue import record as glue
 from finetune.tasks.classify import record as classify
+from finetune.tasks.embed import record as embed
 from finetune.tasks.tag import record as tag
 
 PRESETS = {
@@ -12,4 +13,5 @@ PRESETS = {
     "demo": classify.demo,
     "glue": glue.glue,
     "tag": tag.tag,
+    "embed": embed.embed,
 }

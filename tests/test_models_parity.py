@@ -51,7 +51,7 @@ def scores(config, head, params, batch, execution=EXACT):
         return sequence_logits(config, params, x_BTD, batch["segment_ids"])
     if head == "embedding":
         mean_BD = embed_rows(config, params, x_BTD, batch["segment_ids"], "mean")
-        pooling = "pooler" if "head" in params else "last" if config.causal else "cls"
+        pooling = "pooler" if "head" in params else "last" if config.causal else "first"
         return jnp.concatenate([mean_BD, embed_rows(config, params, x_BTD, batch["segment_ids"], pooling)], axis=1)
     return {
         "token_classification": token_logits,

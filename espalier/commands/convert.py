@@ -96,10 +96,12 @@ def import_model(config: ImportConfig) -> dict:
 def export_model(config: ExportConfig) -> dict:
     """Write the folder as a whole; returns the `--json` object."""
     from espalier.data.tokenizer import framed_tokenizer, tokenizer_of
+    from espalier.loading import FRAMED
     from espalier.models.config import ModelConfig
     from espalier.models.hub import check_export, save_pretrained
     from espalier.models.pretrained import part_of
     from espalier.models.published import Published
+    from espalier.models.sentence_transformers import module_files
     from espalier.report.card import model_card
     from espalier.training.checkpoint import read_config
     from espalier.training.frozen import restore_complete
@@ -112,7 +114,7 @@ def export_model(config: ExportConfig) -> dict:
     model, head = ModelConfig.from_dict(saved["model"]), saved.get("head", saved["task"])
     tokenizer = tokenizer_of(run.tokenizer, saved)
     published = Published.beside(saved)
-    if head in ("sequence_classification", "token_classification") and "imported_from" not in saved:
+    if head in FRAMED and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, model.causal)
         if published and model.causal:
             published = published.padded_by(tokenizer)
@@ -120,7 +122,15 @@ def export_model(config: ExportConfig) -> dict:
     params = part_of(restore_complete(run.path, step=config.step), saved)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
-    save_pretrained(config.destination, model, params, tokenizer, card=card, dtype=dtype, published=published)
+    also = module_files(saved, model.hidden_size)
+    save_pretrained(
+        *(config.destination, model, params, tokenizer),
+        head=head,
+        card=card,
+        dtype=dtype,
+        published=published,
+        also=also,
+    )
     progress.say(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}")
     return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype}
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 from espalier.data.encodings import Guess, detect, label, other_unicode
 from espalier.data.formats import PACKED
@@ -60,6 +60,8 @@ class Table(NamedTuple):
     """What people should know about the file, a sentence each."""
     fingerprint: str = ""
     """SHA-256 of the file, or what stands for the content of something remote (data.storage.digest)."""
+    records: Sequence[Record] = ()
+    """The rows as read, each with columns of its own: what JSON holds (lists, objects), strings of a table."""
 
 
 def read_table(path: str, encoding: str = "utf-8") -> Table:
@@ -193,12 +195,17 @@ def _of_records(path: str, records: Sequence[Record], notes: tuple[str, ...] = (
                 problem = "bytes that are not UTF-8" if escaped else "half a surrogate pair (\\ud800 …) is no character"
                 raise UserError(f"{record.name}: {problem}; remove it") from error
         rows.append(Record(record.name, columns, cells))
-    return Table(path, columns, rows, None, notes)
+    read = [Record(record.name, record.columns, [_plain(value) for value in record.values]) for record in records]
+    return Table(path, columns, rows, None, notes, records=read)
 
 
-def _cell(value: object) -> str | None:
-    if hasattr(value, "as_py"):
-        value = value.as_py()  # type: ignore[attr-defined]
+def _plain(value: Any) -> Any:
+    """What Arrow holds as Python's own."""
+    return value.as_py() if hasattr(value, "as_py") else value
+
+
+def _cell(value: Any) -> str | None:
+    value = _plain(value)
     if isinstance(value, str):
         return value
     return json.dumps(value) if isinstance(value, int | float) else None
@@ -296,7 +303,8 @@ def _cells(path: str, text: str, delimiter: str, kind: str) -> Table:
         advice += ' (cells that hold a delimiter or a " need quotes, and " inside them is written "")'
     records = delimited_records(cast(IO[bytes], io.BytesIO(text.encode())), path, LONGEST, delimiter, quoted)
     header, *rows = _all(records, advice)
-    return Table(path, [name.strip() for name in header.values], rows, delimiter, ())
+    columns = [name.strip() for name in header.values]
+    return Table(path, columns, rows, delimiter, (), records=[Record(row.name, columns, row.values) for row in rows])
 
 
 def _read_json(path: str, text: str) -> Table:

@@ -131,7 +131,7 @@ def embed_rows(
     params: dict,
     hidden_BTD: jax.Array,
     segment_ids_BT: jax.Array,
-    pooling: Literal["mean", "cls", "last", "pooler"] = "mean",
+    pooling: Literal["mean", "first", "last", "pooler"] = "mean",
 ) -> jax.Array:
     """An embedding of each row [B, D]: the mean of its tokens, its first or last one, or BERT's pooler on the first.
 
@@ -142,7 +142,7 @@ def embed_rows(
     x_BMD = token_of_row(hidden_BTD, segment_ids_BT, last=pooling == "last")
     if pooling == "pooler":
         if "pooler" not in params.get("head", {}):
-            raise UserError("this model has no pooler; take pooling='mean' or 'cls'")
+            raise UserError("this model has no pooler; take pooling='mean' or 'first'")
         pooler: Any = Pooler(config, hidden_BTD.dtype)
         x_BMD = pooler.apply({"params": params["head"]["pooler"]}, x_BMD)
     return x_BMD[:, 0]

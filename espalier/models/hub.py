@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def save_pretrained(
     card: str | None = None,
     dtype: str | None = None,
     published: Published | None = None,
+    also: Mapping[str, Any] | None = None,
     shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModel*.from_pretrained` and `pipeline` load without remote code.
@@ -99,7 +101,8 @@ def save_pretrained(
     and for those of a decoder without any of its own, a language model. card: the text of README.md. dtype: float32,
     bfloat16 or float16, in which the weights are written, in files of about shard_bytes. published: the files that the
     model comes from (Pretrained.published); what nothing has changed is written as it stood there, and dtype is theirs
-    unless it is given; else float32. The folder must be new or empty; it appears whole. UserError where the
+    unless it is given; else float32. also: further files, path → JSON value. The folder must be new or empty; it
+    appears whole. UserError where the
     architecture is not that of a class in transformers.
     """
     head = head or head_of(config, params)
@@ -116,6 +119,9 @@ def save_pretrained(
             _save_tokenizer(tokenizer, folder, config, published)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        for name, values in (also or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            _write_values(folder / name, values)
         write_tensors(folder, export(tensors, params), dtype, shard_bytes)
 
 
@@ -332,5 +338,5 @@ def _save_tokenizer(
     save_tokenizer(tokenizer, folder, **more)
 
 
-def _write_values(path: Path, values: dict) -> None:
+def _write_values(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

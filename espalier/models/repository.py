@@ -11,8 +11,9 @@ from espalier.files import sha256_of_file, sha256_of_lines
 
 PREFIX = "hf:"
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-UNWANTED = ("*/*", "consolidated*")
-"""Files of a repository on the Hub that are fetched, and duplicates among them that are not; never its pickles."""
+UNWANTED = ("[!1-9]*/*", "consolidated*")
+"""Files of a repository on the Hub that are fetched, and duplicates among them that are not; never its pickles. Folders
+that begin with a number are modules of sentence-transformers (1_Pooling)."""
 
 
 def revision_of(folder: Path) -> str:

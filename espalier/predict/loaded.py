@@ -70,6 +70,28 @@ class LoadedModel:
         given = [read({"text" if isinstance(row, str) else "tokens": row}) for row in rows]
         return self._answers("token_classification", given)
 
+    def embed(self, texts: str | Sequence[str], *, size: int | None = None) -> np.ndarray:
+        """An embedding of each text, float32 [N, D], of length 1: their products are cosines.
+
+        Any model has them; one that was tuned for it (`finetune embed`) or comes in a folder of sentence-transformers
+        is pooled as it says there, another one by the mean of its states (causal: by the last). Of length 1 they are
+        always but where such a folder does not normalise. size: of so many first numbers (Matryoshka), again of
+        length 1. A text that is too long is cut at its end.
+        """
+        from espalier.predict.embed import embed
+
+        return embed(self, [texts] if isinstance(texts, str) else list(texts), size)
+
+    def similarity(
+        self, texts: str | Sequence[str], others: str | Sequence[str] | None = None, *, size: int | None = None
+    ) -> np.ndarray:
+        """Cosines between the embeddings of texts and others, float32 [N, M]; without others among the texts."""
+        from espalier.predict.embed import unit
+
+        rows_ND = unit(self.embed(texts, size=size))
+        columns_MD = rows_ND if others is None else unit(self.embed(others, size=size))
+        return rows_ND @ columns_MD.T
+
     def outputs_of_head(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Logits of the head on each example (models.logits.head_logits), computed in batches of fitting length."""
         return outputs(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 USES = {
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
     "token_classification": "espalier.predict.tag:TAG",
+    "sentence_embedding": "espalier.predict.embed:EMBED",
+    "embedding": "espalier.predict.embed:EMBED",
 }
 """Task of a run, or head of a model → module and name of what it is used for. A use that is new is one line."""
 

@@ -19,7 +19,9 @@ def model_card(run_dir: str | Path) -> str:
     config, summary = run.config, run.summary
     task = report_of(config)
     base = config.get("imported_from") or config.get("init_from") or ""
-    front = ["library_name: transformers", f"pipeline_tag: {task.pipeline}", "tags:", "- espalier", "- jax"]
+    embeds = task.pipeline == "sentence-similarity"
+    library = "sentence-transformers" if embeds else "transformers"
+    front = [f"library_name: {library}", f"pipeline_tag: {task.pipeline}", "tags:", "- espalier", "- jax"]
     if base.startswith("hf:") and not Path(base[3:]).expanduser().exists():
         front.append(f"base_model: {json.dumps(base[3:])}")
 
@@ -28,11 +30,19 @@ def model_card(run_dir: str | Path) -> str:
     text = ["---", *front, "---", "", f"# {title}", ""]
     text.append(
         f"A model of type {config['model']['model_type']}{size}, {task.words}, made with Espalier (JAX). It loads with "
-        "stock classes of transformers."
+        f"stock classes of {library}."
     )
     if task.pipeline in PIPELINES:
         text += _code(
             "from transformers import pipeline", "", f'model = pipeline("{task.pipeline}", "PATH_OR_ID")', "python"
+        )
+    elif embeds:
+        text += _code(
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            'model = SentenceTransformer("PATH_OR_ID")',
+            'vectors = model.encode(["a text", "another"])',
+            "python",
         )
     else:
         text += _code(

@@ -36,6 +36,10 @@ FIGURES = {
     "accuracy": ("accuracy", "{:.1%}"),
     "f1": ("F1", "{:.1%}"),
     "matthews": ("Matthews correlation", "{:.3f}"),
+    "ndcg@10": ("nDCG@10", "{:.3f}"),
+    "mrr@10": ("MRR@10", "{:.3f}"),
+    "recall@10": ("recall@10", "{:.3f}"),
+    "spearman": ("Spearman", "{:.3f}"),
 }
 """Metric → its name and format in a result, in the order in which they are printed."""
 
@@ -96,6 +100,9 @@ def result_words(summary: dict) -> str:
     """The metrics of a run on held-out data: "accuracy 81.5 % (majority class 50.9 %), F1 82.3 %"."""
     values = summary.get("metrics") or summary.get("eval") or {}
     words = {key: f"{name} {form.format(values[key])}" for key, (name, form) in FIGURES.items() if key in values}
+    for key in words:
+        if f"{key}_before" in values:
+            words[key] += f" (before {FIGURES[key][1].format(values[f'{key}_before'])})"
     if "majority" in values:
         words["accuracy"] += f" (majority class {values['majority']:.1%})"
     for key in words:

@@ -1,0 +1,110 @@
+"""The files that make a folder in Hugging Face format one of sentence-transformers: pooling, norm, length of a text.
+
+    modules.json                       transformer → pooling → normalise, in this order
+    1_Pooling/config.json              which pooling
+    sentence_bert_config.json          tokens of a text at most
+    config_sentence_transformers.json  how vectors are compared
+
+They are written in the spelling that every version since 2 reads, and read in that and in the one of version 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from espalier.errors import UserError
+from espalier.models.hf_config import read_json
+
+Pooling = Literal["mean", "first", "last"]
+MODULES = "modules.json"
+POOLINGS = {
+    "mean": "pooling_mode_mean_tokens",
+    "first": "pooling_mode_cls_token",
+    "last": "pooling_mode_lasttoken",
+}
+SPELLED = {"mean": "mean", "cls": "first", "lasttoken": "last"}
+"""Poolings as version 5 calls them → as they are called here."""
+NOT_OURS = ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
+
+
+def module_files(saved: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Path in the folder → JSON value, for the run of a bi-encoder with config.json `saved`; empty for another run.
+
+    width: D, numbers of an embedding.
+    """
+    if saved.get("task") != "sentence_embedding":
+        return {}
+    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    modules = [
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for at, (path, kind) in enumerate(kinds)
+    ]
+    chosen = POOLINGS[saved["pooling"]]
+    names = (*POOLINGS.values(), *(f"pooling_mode_{name}" for name in NOT_OURS))
+    pooling = {"word_embedding_dimension": width} | {name: name == chosen for name in names} | {"include_prompt": True}
+    return {
+        MODULES: modules,
+        "1_Pooling/config.json": pooling,
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": saved["longest"], "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+
+
+def read_modules(folder: Path) -> dict[str, Any]:
+    """What a folder of sentence-transformers says, as the run of a bi-encoder has it; empty for another folder.
+
+    `pooling`, `normalize` (whether vectors have length 1), `longest` (tokens of a text at most, or None), `framed`:
+    that texts are tokenized as its tokenizer does. UserError for modules that are not known here.
+    """
+    if not (folder / MODULES).is_file():
+        return {}
+    modules = _modules(folder)
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise UserError(
+            f"{folder / MODULES} has the modules {', '.join(kinds) or 'none'}; those of Transformer, Pooling and "
+            "Normalize, in this order, are supported"
+        )
+    path = folder / str(modules[1].get("path", "1_Pooling")) / "config.json"
+    if modules[0].get("path") or not path.is_file():
+        lacks = f"its transformer in {modules[0]['path']}" if modules[0].get("path") else f"no {path}"
+        raise UserError(f"{folder} has {lacks}; expected the transformer in the folder itself and {path}")
+    settings = folder / "sentence_bert_config.json"
+    length = read_json(settings).get("max_seq_length") if settings.is_file() else None
+    return {"pooling": _pooling(path), "normalize": len(kinds) == 3, "longest": length, "framed": True}
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    import json
+
+    path = folder / MODULES
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise UserError(f"{path} does not hold a list of modules")
+    return sorted(modules, key=lambda module: module.get("idx", 0))
+
+
+def _pooling(path: Path) -> str:
+    values = read_json(path)
+    named = values.get("pooling_mode")
+    if named is None:
+        found = [name for name, key in POOLINGS.items() if values.get(key)]
+        others = [name for name in NOT_OURS if values.get(f"pooling_mode_{name}")]
+    else:
+        names = [named] if isinstance(named, str) else list(named)
+        found = [SPELLED[name] for name in names if name in SPELLED]
+        others = [name for name in names if name not in SPELLED]
+    if len(found) != 1 or others:
+        there = ", ".join([*found, *others]) or "none"
+        raise UserError(f"{path} pools by {there}; one of mean, first (cls) and last (lasttoken) is supported")
+    return found[0]

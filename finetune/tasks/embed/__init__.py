@@ -1,0 +1,1 @@
+"""Bi-encoder embeddings of sentences."""
