@@ -76,6 +76,8 @@ ICONV = {
 }
 SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949", "ascii": "utf-8", "utf-8-sig": "utf-8"}
 """What decodes all that the named one does, to the same characters, and more."""
+ALONE = re.compile(r"(?<!\S)[^\0-\x7f\ufffd](?=[ \t]+[A-Z]\S*$)", re.MULTILINE)
+"""A character with a tag behind it, on a line of its own."""
 NO_ENCODINGS = frozenset("idna punycode undefined unicode_escape raw_unicode_escape mbcs oem".split())
 """Codecs of Python that are for other things than text files."""
 
@@ -155,8 +157,9 @@ def detect(sample: bytes) -> Guess:
     if _western(sample.decode("cp1252", "replace")):
         return Guess("cp1252")
     texts = {(name := _fitting(names, sample)): _decoded(sample, name) for names in EAST_ASIAN}
-    # Alone between ASCII letters stands an accent with the letter behind it, not a word of East Asia.
-    scores = {name: _common(text, name) for name, text in texts.items() if _in_company(text) >= 0.5}
+    # Alone between ASCII letters stands an accent with the letter behind it, not a word of East Asia. Alone in a cell
+    # stands each character of tagged text.
+    scores = {name: _common(text, name) for name, text in texts.items() if _in_company(ALONE.sub("，，", text)) >= 0.5}
     best = max(scores, key=lambda name: scores[name], default=None)
     return Guess(best if best and scores[best] >= 0.7 else _single_byte(sample))
 
