@@ -53,9 +53,8 @@ def sentence_of_text(text: str) -> Sentence:
     from espalier.data.words import segmenter
 
     begins = np.flatnonzero(segmenter({})(text)).tolist()
-    spans = [
-        (begin, end) for begin, end in zip(begins, [*begins[1:], len(text)], strict=True) if text[begin:end].strip()
-    ]
+    ends = [*begins, len(text)][1:]
+    spans = [(begin, end) for begin, end in zip(begins, ends, strict=True) if text[begin:end].strip()]
     blanks = [begin > 0 and text[begin - 1].isspace() for begin, _ in spans]
     return Sentence([text[begin:end] for begin, end in spans], blanks, text, spans)
 

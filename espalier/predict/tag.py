@@ -36,11 +36,11 @@ def tag(model: LoadedModel, inputs: Sequence[Sentence]) -> list[dict[str, Any]]:
     return [answer(sentence, score_WC, names) for sentence, score_WC in zip(inputs, found, strict=True)]
 
 
-def answer(sentence: Sentence, score_WC: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def answer(sentence: Sentence, score_WC: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
     """The result of a sentence. score_WC: logits of its words."""
     probability_WC = np.asarray(jax.nn.softmax(score_WC.astype(np.float64), axis=-1))
     best_W = probability_WC.argmax(-1)
-    tags = [names[best] for best in best_W]
+    tags = [names[int(best)] for best in best_W]
     result: dict[str, Any] = {"tokens": list(sentence.words), "tags": tags}
     if scheme_of([names]) is not None:
         result["spans"] = spans(sentence, tags, probability_WC.max(-1))

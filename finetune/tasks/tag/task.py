@@ -20,6 +20,7 @@ from espalier.task import Evaluation
 from espalier.training.step import Objective
 from finetune.config import max_length
 from finetune.task import Labelled
+from finetune.tasks.tag.counts import Counts, entity_counts
 from finetune.tasks.tag.examples import Part, describe_examples, read_examples, read_validation
 from finetune.tasks.tag.metrics import MostFrequent, metrics, one_tag
 from sharding.mesh import host_rows
@@ -55,13 +56,22 @@ class Tagging(Labelled):
         self.examples = len(self._batches)
         self.tokens_per_row = sum(len(example.ids) for example in self._examples.train.examples) / self.examples
         self.about = describe_examples(config.data, self._examples)
-        self.objective = tagging_objective(self.model, execution=config.execution)
+        entities = self._examples.scheme is not None
+        self.objective = tagging_objective(self.model, execution=config.execution, entities=entities)
 
     def init_params(self, key: jax.Array) -> dict:
         return init_params(self.model, key, heads=("token_classification",))
 
     def batch(self, step: int) -> dict:
         return self._batches.batch(step, self._rows)
+
+    def finalize_eval(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """f1 of entities, where there are some, from the counts of the objective."""
+        counts = [metrics.pop(f"entities_{name}", None) for name in Counts._fields]
+        if None in counts:
+            return metrics
+        hit, predicted, right = counts
+        return metrics | {"f1": 2 * hit / max(predicted + right, 1)}
 
     def evaluate(self, model: LoadedModel) -> Evaluation:
         """The metrics of `measured`; predictions.jsonl and types.json."""
@@ -70,10 +80,11 @@ class Tagging(Labelled):
         return measured(model, self._examples.validation, self._examples.scheme, baseline)
 
 
-def tagging_objective(model: ModelConfig, *, execution: Execution) -> Objective:
+def tagging_objective(model: ModelConfig, *, execution: Execution, entities: bool = False) -> Objective:
     """The two pure functions of the objective; metrics: loss (nats a word), accuracy.
 
     batch: also `labels` int32 [B, T] and `loss_weights` float32 [B, T], 1 at the first piece of a word, else 0.
+    entities: evaluations also count those of each row (tag.counts): one that reaches over two windows counts as two.
     """
 
     def prepare(batch, key, step, train):
@@ -85,9 +96,13 @@ def tagging_objective(model: ModelConfig, *, execution: Execution) -> Objective:
         logits_BTC = token_logits(model, params, x_BTD, head_key)
         labels_BT, weights_BT = batch["labels"], batch["loss_weights"]
         logprob_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTC), labels_BT[..., None], axis=-1)[..., 0]
-        correct_BT = (jnp.argmax(logits_BTC, axis=-1) == labels_BT).astype(jnp.float32)
+        best_BT = jnp.argmax(logits_BTC, axis=-1)
+        correct_BT = (best_BT == labels_BT).astype(jnp.float32)
         loss_sum, weight = -jnp.sum(weights_BT * logprob_BT), jnp.sum(weights_BT)
         metrics = {"loss": (loss_sum, weight), "accuracy": (jnp.sum(weights_BT * correct_BT), weight)}
+        if entities and not train:
+            counts = entity_counts(model.labels, labels_BT, best_BT, weights_BT > 0)
+            metrics |= {f"entities_{name}": (count, None) for name, count in counts._asdict().items()}
         return loss_sum / norms, jax.lax.stop_gradient(metrics)
 
     return Objective(prepare, loss)
