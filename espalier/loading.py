@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from espalier.models.pretrained import part_of
 from espalier.models.repository import PREFIX
 from espalier.models.sentence_transformers import read_modules
 from espalier.predict.loaded import LoadedModel
+from espalier.predict.use import TUNED
 from espalier.training.checkpoint import read_config
 from espalier.training.frozen import restore_complete
 from espalier.training.run import RunDirectory
@@ -54,5 +56,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     tokenizer = tokenizer_of(run.tokenizer, saved)
     if head in FRAMED and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, config.causal)
+    if (tuned := run.path / TUNED).exists():
+        saved = saved | {"tuned": json.loads(tuned.read_text(encoding="utf-8"))}
     params = part_of(restore_complete(run.path, step=step), saved)
     return LoadedModel(config, jax.tree.map(jnp.asarray, params), tokenizer, head, saved)

@@ -36,6 +36,7 @@ TASKS = {
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "token_classification": "finetune.tasks.tag.record:TAGGING",
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
+    "question_answering": "finetune.tasks.answer.record:ANSWERING",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetune.glue import record as glue
+from finetune.tasks.answer import record as answer
 from finetune.tasks.classify import record as classify
 from finetune.tasks.embed import record as embed
 from finetune.tasks.tag import record as tag
@@ -14,4 +15,5 @@ PRESETS = {
     "glue": glue.glue,
     "tag": tag.tag,
     "embed": embed.embed,
+    "answer": answer.answer,
 }

@@ -92,6 +92,18 @@ class LoadedModel:
         columns_MD = rows_ND if others is None else unit(self.embed(others, size=size))
         return rows_ND @ columns_MD.T
 
+    def answer(self, question: str | Sequence[str], context: str | Sequence[str]) -> list[dict[str, Any]]:
+        """`answer`, `score`, `begin`, `end` (characters of its context) and `n_best` of each question.
+
+        context: of all questions, or of each its own. Of a model that may find none, `answer` is "" then, and
+        `no_answer` says how sure that is. UserError where the model answers no questions.
+        """
+        questions = [question] if isinstance(question, str) else list(question)
+        contexts = [context] * len(questions) if isinstance(context, str) else list(context)
+        if len(questions) != len(contexts):
+            raise UserError(f"{len(questions)} questions and {len(contexts)} contexts; give one, or one for each")
+        return self._answers("question_answering", list(zip(questions, contexts, strict=True)))
+
     def outputs_of_head(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Logits of the head on each example (models.logits.head_logits), computed in batches of fitting length."""
         return outputs(

@@ -44,9 +44,6 @@ class TaskReport:
 
 
 IMPORTED = {
-    "question_answering": TaskReport(
-        pipeline="question-answering", loader="AutoModelForQuestionAnswering", words="for extractive question answering"
-    ),
     "replaced_token_detection": TaskReport(loader="AutoModelForPreTraining", words="for replaced token detection"),
     "embedding": TaskReport(words="for text embeddings"),
 }

@@ -34,6 +34,7 @@ FIGURES = {
     "perplexity": ("perplexity", "{:.4g}"),
     "bits_per_byte": ("bits per byte", "{:.3f}"),
     "accuracy": ("accuracy", "{:.1%}"),
+    "em": ("exact match", "{:.1%}"),
     "f1": ("F1", "{:.1%}"),
     "matthews": ("Matthews correlation", "{:.3f}"),
     "ndcg@10": ("nDCG@10", "{:.3f}"),

@@ -1,0 +1,470 @@
+"""Question answering: files, windows that lose no token, what is learnt, measured, exported and predicted."""
+
+import dataclasses
+import json
+import pathlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from tiny_models import random_params
+from tiny_runs import write_run
+
+import espalier
+from espalier.commands.convert import ExportConfig, export_model
+from espalier.data.tokenizer import framed_tokenizer, special_ids
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.errors import UserError
+from espalier.models.config import Execution
+from espalier.models.families.bert import BERT_BASE
+from espalier.models.families.llama import LLAMA_1B
+from espalier.models.hub import save_pretrained
+from espalier.predict.answer import Answering, Found, find_answers, result_of, windows_of
+from espalier.task import find
+from espalier.training.config import CheckpointConfig
+from finetune.config import FinetuneOptimizer
+from finetune.tasks.answer.examples import part_of
+from finetune.tasks.answer.questions import read_questions, split_by_article
+from finetune.tasks.answer.record import AnswerConfig, AnswerData
+from finetune.tasks.answer.report import entry
+from finetune.tasks.answer.task import answering_objective
+from finetune.train import main
+from sharding.mesh import MeshConfig
+
+ENCODER = dataclasses.replace(
+    BERT_BASE, vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+    max_position_embeddings=64, hidden_dropout=0.1, attention_dropout=0.1,
+)  # fmt: skip
+DECODER = dataclasses.replace(
+    LLAMA_1B, vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+    intermediate_size=32, head_dim=None, max_position_embeddings=64,
+)  # fmt: skip
+NAMES = "ann bob cid dora eve finn gil hal ida jon".split()
+THINGS = "apple pear plum cherry fig melon".split()
+
+
+def question(number: int, rng: np.random.Generator, answerable: bool = True) -> dict:
+    """Who has a thing, out of three sentences; or of a thing that nobody has."""
+    names, things = rng.choice(NAMES, 3, replace=False), rng.choice(THINGS, 4, replace=False)
+    context = " ".join(f"{name} has the {thing} ." for name, thing in zip(names, things[:3], strict=True))
+    at = int(rng.integers(3))
+    answers = [{"text": str(names[at]), "answer_start": context.index(names[at])}] if answerable else []
+    asked = f"who has the {things[at] if answerable else things[3]} ?"
+    return {"context": context, "qas": [{"id": f"q{number}", "question": asked, "answers": answers}]}
+
+
+def squad(path, count: int, seed: int, none: float = 0.0) -> str:
+    """A file of SQuAD's layout with eight articles."""
+    rng = np.random.default_rng(seed)
+    paragraphs = [question(number, rng, rng.random() >= none) for number in range(count)]
+    articles = [{"title": f"Article {n}", "paragraphs": paragraphs[n::8]} for n in range(8)]
+    path.write_text(json.dumps({"version": "v2.0" if none else "1.1", "data": articles}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    root = tmp_path_factory.mktemp("answer")
+    rng = np.random.default_rng(0)
+    texts = [f"{row['context']} {row['qas'][0]['question']}" for row in (question(n, rng) for n in range(60))] * 3
+    return SimpleNamespace(
+        root=root,
+        encoder=write_run(root / "encoder", ENCODER, texts),
+        decoder=write_run(root / "decoder", DECODER, texts),
+        one=squad(root / "one.json", 64, 1),
+        two=squad(root / "two.json", 96, 2, none=0.4),
+        validation=squad(root / "validation.json", 24, 3, none=0.4),
+    )
+
+
+def config_for(there, run_dir, init_from=None, **changes) -> AnswerConfig:
+    defaults = dict(
+        init_from=str(init_from or there.encoder),
+        run_dir=str(run_dir),
+        steps=6,
+        batch_size=16,
+        eval_every=3,
+        data=AnswerData(train=there.two, validation=there.validation),
+        optimizer=FinetuneOptimizer(learning_rate=3e-3),
+        checkpoint=CheckpointConfig(every=100),
+        mesh=MeshConfig(1, 1, 1),
+    )
+    return AnswerConfig(**defaults | changes)
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Tiny programs run for microseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def trained(there, quick, tmp_path_factory):
+    """A run with a no-answer threshold, on a mesh."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    summary = main(config_for(there, folder))
+    return SimpleNamespace(path=folder, summary=summary)
+
+
+def test_what_a_run_measures_and_writes(there, trained, capsys):
+    metrics = trained.summary["metrics"]
+    assert metrics.keys() == {
+        *("em", "f1", "has_answer_em", "has_answer_f1", "no_answer_em", "baseline_em", "baseline_f1", "threshold"),
+        *("best_em", "best_f1", "best_em_threshold", "best_f1_threshold"),
+    }
+    assert metrics["best_f1"] >= metrics["f1"] and metrics["baseline_f1"] > 0
+    tuned = json.loads((trained.path / "tuned.json").read_text())
+    assert tuned == {"no_answer_threshold": metrics["threshold"]}
+    rows = lines_of(trained.path / "predictions.jsonl")
+    assert len(rows) == 24 and np.mean([row["em"] for row in rows]) == pytest.approx(metrics["em"])
+    for row in rows:
+        assert (row["answer"] == "") == (row["no_answer"] > metrics["threshold"])
+        assert row["answer"] == ("" if row["begin"] is None else row["context"][row["begin"] : row["end"]])
+        assert len(row["n_best"]) == 5 and sum(best["score"] for best in row["n_best"]) <= 1 + 1e-6
+        scores = [best["score"] for best in row["n_best"]]
+        assert scores == sorted(scores, reverse=True)
+    page = (trained.path / "report.html").read_text()
+    assert "Mistakes" in page and "<mark>" in page and "exact match" in page
+
+    # What the threshold was chosen on is a part of the training file, and not learnt from.
+    config = json.loads((trained.path / "config.json").read_text())
+    assert config["no_answer"] is True and config["score_by"] == "words"
+
+
+def test_predictions_and_an_evaluation_are_those_of_the_run(there, trained):
+    model = espalier.load(trained.path)
+    rows = lines_of(trained.path / "predictions.jsonl")
+    found = model.answer([row["question"] for row in rows], [row["context"] for row in rows])
+    for got, row in zip(found, rows, strict=True):
+        assert got["answer"] == row["answer"] and got["score"] == pytest.approx(row["score"], abs=1e-3)
+    evaluation = find("question_answering").evaluate(model, AnswerData(validation=there.validation))
+    wanted = trained.summary["metrics"]
+    assert evaluation.metrics == pytest.approx(wanted, abs=1e-3) and len(evaluation.rows) == 24
+    with pytest.raises(UserError, match="2 questions and 1 contexts"):
+        model.answer(["a", "b"], ["c"])
+    with pytest.raises(UserError, match="does not classify; it can answer"):
+        model.classify("text")
+
+
+def test_a_resumed_run_ends_alike(there, trained, tmp_path):
+    run = tmp_path / "parts"
+    assert not main(config_for(there, run, stop_at=3))["finished"]
+    assert main(config_for(there, run))["finished"]
+    for name in ("predictions.jsonl", "tuned.json"):
+        assert (run / name).read_bytes() == (trained.path / name).read_bytes()
+
+
+def test_a_mesh_trains_and_answers_as_one_device(there, trained, tmp_path):
+    main(config_for(there, tmp_path / "mesh", mesh=MeshConfig(2, 2, 2)))
+    mesh, one = (
+        [row["loss"] for row in lines_of(run / "metrics.jsonl") if "loss" in row]
+        for run in (tmp_path / "mesh", trained.path)
+    )
+    assert len(one) >= 2
+    np.testing.assert_allclose(mesh, one, rtol=1e-4)
+    pairs = zip(*(lines_of(run / "predictions.jsonl") for run in (tmp_path / "mesh", trained.path)), strict=True)
+    for got, wanted in pairs:
+        assert got["no_answer"] == pytest.approx(wanted["no_answer"], abs=1e-3)
+
+
+def test_it_learns_and_always_answers_where_all_questions_have_one(there, tmp_path):
+    data = AnswerData(train=there.one, holdout=0.25)
+    rates = dict(optimizer=FinetuneOptimizer(learning_rate=4e-3), dropout=0.0)
+    summary = main(config_for(there, tmp_path / "run", data=data, steps=200, eval_every=200, **rates))
+    assert summary["metrics"].keys() == {"em", "f1", "baseline_em", "baseline_f1"}
+    rows = lines_of(tmp_path / "run" / "predictions.jsonl")
+    assert len(rows) == 16 and all(row["answer"] for row in rows) and not (tmp_path / "run" / "tuned.json").exists()
+    # A name of three; by chance a span of the context would hardly ever be one.
+    assert summary["metrics"]["em"] > summary["metrics"]["baseline_em"] == 0
+    assert np.mean([row["answer"] in NAMES for row in rows]) > 0.7
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_an_export_has_the_same_scores_in_transformers(there, trained, tmp_path, kind, capsys):
+    run = trained.path
+    if kind == "decoder":
+        run = tmp_path / "run"
+        main(config_for(there, run, there.decoder, steps=2))
+        assert "an encoder (mlm) answers better" in " ".join(capsys.readouterr().out.split())
+    export_model(ExportConfig(str(run), str(tmp_path / "exported")))
+    model = hf.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "exported").eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    row = lines_of(run / "predictions.jsonl")[0]
+    tokens = tokenizer(row["question"], row["context"], return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**tokens)
+    expected = torch.stack([theirs.start_logits[0], theirs.end_logits[0]], dim=-1).numpy()
+    ours = espalier.load(run)
+    [window] = windows_of(ours.tokenizer, [(row["question"], row["context"])], 64, 32, kind == "decoder").rows
+    assert window.example.ids == tokens["input_ids"][0].tolist()
+    np.testing.assert_allclose(ours.outputs_of_head([window.example])[0][: len(expected)], expected, atol=1e-4)
+    assert espalier.load(f"hf:{tmp_path / 'exported'}").answer(row["question"], row["context"])[0]["answer"]
+
+
+TEXTS = ["some words of a text that is not long but long enough to learn from , 北京大学在中国 。"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {
+        False: train_tokenizer(TEXTS, "wordpiece", 300),
+        True: train_tokenizer(TEXTS, "bpe", 400, for_masked_lm=False),
+    }
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "stride"), [(16, 0), (16, 3), (16, 128), (33, 5), (64, 32)])
+def test_windows_lose_no_token_of_a_context(tokenizers, causal, length, stride):
+    """As transformers #2548 did, where windows went on by more than they held."""
+    tokenizer = tokenizers[causal]
+    words = ["words of 北京大学", " a text that is not long", "long " * 30]
+    asked = [(words[n % 3], "some words 在中国 of " * size) for n, size in enumerate([0, 1, 2, 3, 5, 9, 14, 25])]
+    found = windows_of(tokenizer, asked, length, stride, causal)
+    framed, specials = framed_tokenizer(tokenizer, causal), special_ids(tokenizer)
+    for number, (question, context) in enumerate(asked):
+        ids = framed(context, add_special_tokens=False)["input_ids"]
+        rows = [row for row in found.rows if row.question == number]
+        seen = [range(row.first, row.first + row.count) for row in rows]
+        assert sorted({at for part in seen for at in part}) == list(range(len(ids)))
+        for row in rows:
+            example = row.example
+            assert (
+                len(example.ids) <= length
+                and example.ids[row.begin : row.begin + row.count] == (ids[row.first : row.first + row.count])
+            )
+            assert example.ids[0] == (specials.bos if causal else specials.cls) and example.ids[-1] == (
+                specials.eos if causal else specials.sep
+            )
+            assert (example.offsets[: row.begin] == -1).all() and (example.offsets[-1] == -1).all()
+        for before, after in zip(seen, seen[1:], strict=False):
+            # As many are shared as asked for, but at most half of a window.
+            assert before.stop - after.start == min(stride, len(before) // 2)
+        if ids and len(rows) == 1 and len(framed(question, context)["input_ids"]) <= length and len(question) < 40:
+            assert rows[0].example.ids == framed(question, context)["input_ids"]
+    assert found.long == sum(len([r for r in found.rows if r.question == n]) > 1 for n in range(len(asked)))
+
+
+def test_each_window_has_the_whole_answer_or_none(tokenizers, tmp_path):
+    """Tokens back to text, against the text itself; Chinese, blanks and accents included."""
+    contexts = ["some words of Café  that is not long . " * 4, "北京大学在中国 。 long 北京 text " * 5]
+    answers = [("Café", 0), ("long .", 1), ("words of", 3), ("北京大学", 2), ("text", 4), ("在中国 。", 1)]
+    rows = []
+    for number, (answer, nth) in enumerate(answers):
+        context = contexts[number // 3]
+        at = [i for i in range(len(context)) if context.startswith(answer, i)][nth]
+        rows.append({"question": "some text", "context": context, "answers": {"text": [answer], "answer_start": [at]}})
+    path = tmp_path / "flat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read_questions(str(path)).questions
+    assert [question.name for question in questions] == [f"{path}:{line}" for line in range(1, 7)]
+    for causal, tokenizer in tokenizers.items():
+        part = part_of(questions, tokenizer, 24, 10, causal)
+        whole = {number: 0 for number in range(6)}
+        for window, row in zip(part.windows.rows, part.rows, strict=True):
+            first, last = row.of_row["span"]
+            none = len(row.ids) - 1 if causal else 0
+            begin = questions[window.question].begins[0]
+            end = begin + len(questions[window.question].answers[0])
+            within = row.offsets[window.begin : window.begin + window.count]
+            if first == none:
+                assert last == none and (begin < within[0, 0] or end > within[-1, 1])
+            else:
+                whole[window.question] += 1
+                context = questions[window.question].context
+                left, right = int(row.offsets[first, 0]), int(row.offsets[last, 1])
+                text, answer = context[left:right].strip(), questions[window.question].answers[0]
+                # Pieces of a byte-level tokenizer may hold more than the answer does.
+                assert text == answer or (causal and answer in text)
+        assert all(whole.values()) and part.split == 0 and part.windows.long == 6
+
+
+def test_best_spans_are_those_of_all(tokenizers):
+    """Against trying every pair of tokens in every window, for scores drawn at random."""
+    tokenizer, rng = tokenizers[False], np.random.default_rng(0)
+    asked = [("some text", "some words of a text 北京 that is not long but long enough " * 2)]
+    windows = windows_of(tokenizer, asked, 20, 5, False)
+    scores = [rng.normal(size=(len(row.example.ids), 2)).astype(np.float32) for row in windows.rows]
+    model = SimpleNamespace(outputs_of_head=lambda examples: scores, config=SimpleNamespace(causal=False))
+    [found] = find_answers(model, asked, Answering(20, answer_tokens=4), windows)
+    expected: dict = {}
+    for row, score_T2 in zip(windows.rows, scores, strict=True):
+        for first in range(row.begin, row.begin + row.count):
+            for last in range(first, min(first + 4, row.begin + row.count)):
+                span = (int(row.example.offsets[first, 0]), int(row.example.offsets[last, 1]))
+                expected[span] = max(expected.get(span, -np.inf), float(score_T2[first, 0]) + float(score_T2[last, 1]))
+    order = sorted(expected, key=lambda span: -expected[span])[:20]
+    assert len(windows.rows) > 2 and found.spans[:20] == order
+    np.testing.assert_allclose(found.score_S[:20], [expected[span] for span in order], rtol=1e-6)
+    assert found.none == min(score_T2[0].sum() for score_T2 in scores)
+
+
+def test_no_answer_is_given_above_the_threshold():
+    found = Found("Ann has it", [(0, 3), (0, 7)], np.array([2.0, 1.0]), 2.5)
+    always, never = (result_of(found, Answering(64, threshold=at)) for at in (0.6, 0.4))
+    assert (always["answer"], always["begin"], always["end"], always["no_answer"]) == ("Ann", 0, 3, 0.5)
+    assert (never["answer"], never["begin"], never["end"]) == ("", None, None)
+    share = np.exp([2.5, 2.0, 1.0]) / np.exp([2.5, 2.0, 1.0]).sum()
+    assert [best["answer"] for best in never["n_best"]] == ["", "Ann", "Ann has"]
+    assert [best["score"] for best in never["n_best"]] == pytest.approx(share)
+    without = result_of(found, Answering(64))
+    assert "no_answer" not in without and without["score"] == pytest.approx(np.e / (1 + np.e))
+    blank = result_of(Found(" ", [], np.array([]), -1.0), Answering(64))
+    assert blank["answer"] == "" and blank["begin"] is None
+
+
+def test_the_loss_is_that_of_transformers_and_micro_batches_add_up(tmp_path):
+    """BertForQuestionAnswering's own, on rows without padding; padding and empty rows then change nothing."""
+    model = dataclasses.replace(ENCODER, hidden_dropout=0.0, attention_dropout=0.0)
+    params = random_params(model, ("question_answering",))
+    save_pretrained(tmp_path / "bert", model, params, head="question_answering")
+    theirs = hf.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "bert").eval()
+    rng = np.random.default_rng(0)
+    ids, span = rng.integers(5, 300, (4, 12)), np.array([[0, 0], [3, 5], [7, 7], [2, 11]])
+    first, last = torch.tensor(span).T
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), start_positions=first, end_positions=last).loss.item()
+
+    segments = np.pad(np.ones((4, 12), np.int32), ((0, 2), (0, 4)))
+    batch = {
+        "input_ids": np.pad(ids, ((0, 2), (0, 4))).astype(np.int32),
+        "segment_ids": segments,
+        "positions": np.arange(16, dtype=np.int32) * segments,
+        "token_type_ids": np.zeros((6, 16), np.int32),
+        "span": np.pad(span, ((0, 2), (0, 0))).astype(np.int32),
+        "example_weights": np.array([1, 1, 1, 1, 0, 0], np.float32),
+    }
+    objective = answering_objective(model, execution=Execution())
+    prepared, norms = objective.prepare(batch, jax.random.key(0), 0, False)
+
+    @jax.jit
+    def run(part):
+        differentiated = jax.value_and_grad(
+            lambda p: objective.loss(p, part, jax.random.key(0), norms, False), has_aux=True
+        )
+        (loss, sums), grads = differentiated(params)
+        return loss, sums, grads
+
+    loss, sums, grads = run(prepared)
+    assert loss == pytest.approx(expected, rel=1e-5) and sums["loss"][1] == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    halves = [run({name: value[start::2] for name, value in prepared.items()}) for start in (0, 1)]
+    together = jax.tree.map(jnp.add, *halves)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), together, (loss, sums, grads))
+
+
+def test_articles_are_held_out_by_their_titles(there):
+    questions = read_questions(there.two).questions
+    kept, held = split_by_article(questions, 0.2)
+    titles = [{question.title for question in part} for part in (kept, held)]
+    assert len(titles[1]) == 2 and not titles[0] & titles[1] and len(kept) + len(held) == 96
+    # Whatever the order of the file, and whatever questions it has of an article.
+    assert {q.title for q in split_by_article(questions[::-1], 0.2)[1]} == titles[1]
+    assert {q.title for q in split_by_article(questions[::3], 0.2)[1]} == titles[1]
+    bare = [question._replace(title="") for question in questions]
+    kept, held = split_by_article(bare, 0.2)
+    assert not {q.context for q in kept} & {q.context for q in held} and 0.1 < len(held) / 96 < 0.3
+    with pytest.raises(UserError, match="on one context"):
+        split_by_article([questions[0]] * 3, 0.2)
+
+
+def test_the_layouts_say_the_same(there, tmp_path):
+    nested = read_questions(there.two).questions
+    flat = tmp_path / "flat.jsonl"
+    rows = [
+        {
+            "id": question.name.split()[-1],
+            "title": question.title,
+            "question": question.question,
+            "context": question.context,
+            "answers": {"text": list(question.answers), "answer_start": list(question.begins)},
+        }
+        for question in nested
+    ]
+    flat.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed = tmp_path / "listed.json"
+    listed.write_text(json.dumps([{**row, "answers": _listed(row["answers"])} for row in rows]))
+    lines = tmp_path / "articles.jsonl"
+    articles = json.loads(pathlib.Path(there.two).read_text())["data"]
+    lines.write_text("".join(json.dumps(article) + "\n" for article in articles))
+    for path in (flat, listed, lines):
+        found = read_questions(str(path)).questions
+        assert [q._replace(name="") for q in found] == [q._replace(name="") for q in nested], path
+
+
+def _listed(answers: dict) -> list[dict]:
+    return [{"text": t, "answer_start": at} for t, at in zip(answers["text"], answers["answer_start"], strict=True)]
+
+
+ROW = {"question": "Who?", "context": "The play is by Marlowe.", "answers": {"text": ["Marlowe"], "answer_start": [15]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": {"text": ["Marlowe"], "answer_start": [14]}, "id": "x7"},
+         "question x7: the answer 'Marlowe' is not at answer_start 14, where ' Marlow' stands; it stands at 15"),
+        ({"answers": {"text": ["Kyd"], "answer_start": [90]}},
+         "at answer_start 90, where the context has no text; it is nowhere in its context"),
+        ({"answers": {"text": ["Kyd"], "answer_start": [-1]}}, "is not at answer_start -1"),
+        ({"answers": {"text": ["Marlowe"], "answer_start": ["15"]}}, "answer_start is '15'; expected the number"),
+        ({"answers": {"text": [""], "answer_start": [0]}}, "an answer without text; a question that has none has"),
+        ({"answers": {"text": "Marlowe", "answer_start": 15}}, "lists of one length"),
+        ({"answers": None}, "has no answers; write \\[\\] where"),
+        ({"context": " "}, "no text under 'context'"),
+        ({"is_impossible": True}, "is_impossible, and has the answer 'Marlowe'"),
+        ({"question": None}, "no text under 'question'"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_in_one_line(tmp_path, change, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ROW | change) + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        read_questions(str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_what_a_run_cannot_start_from_is_refused(there, tmp_path):
+    for data, message in (
+        (dict(train=there.one), "no --data.validation FILE given: .* --data.holdout 0.2"),
+        (dict(validation=there.one), "no --data.train FILE"),
+        (dict(train=str(tmp_path / "none.json"), holdout=0.2), "no file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(config_for(there, tmp_path / "run", data=AnswerData(**data)))
+    for wrong in (dict(holdout=1.0), dict(stride=-1), dict(threshold_part=0.0), dict(validation="a", holdout=0.5)):
+        with pytest.raises(UserError, match="data"):
+            AnswerData(train="a", **wrong)
+    other = tmp_path / "other.json"
+    other.write_text('{"rows": []}')
+    with pytest.raises(UserError, match="neither SQuAD's JSON .* there are the fields 'rows'"):
+        read_questions(str(other))
+    assert not (tmp_path / "run").exists()
+
+
+def test_xquad_is_read_as_it_is(shared_data):
+    questions = read_questions(str(shared_data / "xquad" / "xquad.en.json")).questions
+    assert len(questions) == 1190 and len({question.title for question in questions}) == 48
+    kept, held = split_by_article(questions, 0.2)
+    assert len({question.title for question in held}) == 10 and len(held) == 238
+
+
+def test_the_report_marks_both_answers():
+    row = {
+        "question": "谁写的？", "context": f"这部戏是<马洛>写的。{'x' * 400}马洛", "answers": ["马洛"], 
+        "begins": [5], "answer": "<马洛>写", "begin": 4, "end": 9, "score": 0.4, "f1": 0.8, "em": 0.0, "n_best": [],
+    }  # fmt: skip
+    found = entry(row)
+    assert "这部戏是<mark>&lt;</mark><mark><u>马洛</u></mark><mark>&gt;写</mark>的。" in found and "lang=zh" in found
+    assert found.count("x") < 200 and "…" in found
+    none = entry(row | {"answer": "", "begin": None, "end": None, "answers": [], "begins": []})
+    assert "no answer" in none and "it has none" in none and "<mark>" not in none
