@@ -1,7 +1,8 @@
 """What a person sees while a command runs: lines, a line that is updated in place, and waits.
 
-Everything goes to standard output through Python; threads may print too. If standard output is not a terminal, nothing
-is updated in place: a wait is one line, repeated at growing intervals. A leaf: every module may import it.
+Everything goes to standard output through Python, or to standard error where results go to the former (`on_stderr`);
+threads may print too. If that is not a terminal, nothing is updated in place: a wait is one line, repeated at growing
+intervals. A leaf: every module may import it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
 
 PATIENCE = 1.5
 """Seconds before a wait is reported."""
@@ -22,6 +24,7 @@ WIDEST = 100
 
 _lock = threading.RLock()
 _changing = False
+_aside = False
 _waits: list[threading.Event] = []
 
 
@@ -31,7 +34,7 @@ def say(line: str = "") -> None:
 
 
 def show(line: str) -> None:
-    """Print a line that the next one replaces; an ordinary line if standard output is not a terminal."""
+    """Print a line that the next one replaces; an ordinary line if that is not on a terminal."""
     _write(line, keep=not _terminal())
 
 
@@ -40,6 +43,19 @@ def end() -> None:
     with _lock:
         if _changing:
             _write("", keep=True, over=False)
+
+
+@contextlib.contextmanager
+def on_stderr() -> Iterator[None]:
+    """Within the block all goes to standard error: standard output is for results."""
+    global _aside
+    end()
+    before, _aside = _aside, True
+    try:
+        yield
+    finally:
+        end()
+        _aside = before
 
 
 @contextlib.contextmanager
@@ -131,7 +147,11 @@ def clock(seconds: float) -> str:
 
 
 def _terminal() -> bool:
-    return sys.stdout.isatty()
+    return _stream().isatty()
+
+
+def _stream() -> TextIO:
+    return sys.stderr if _aside else sys.stdout
 
 
 def _write(line: str, keep: bool, over: bool = True) -> None:
@@ -141,7 +161,7 @@ def _write(line: str, keep: bool, over: bool = True) -> None:
         if not keep:
             line = _fitting(line)
         _changing = not keep and bool(line)
-        print(begin + line, end="\n" if keep else "", flush=True)
+        print(begin + line, end="\n" if keep else "", file=_stream(), flush=True)
 
 
 def _fitting(line: str) -> str:

@@ -216,6 +216,7 @@ def test_the_demo_says_what_it_does_before_anything_heavy():
         ("finetune.train classify", "--print-config"),
         ("clm.generate", "--help"),
         ("espalier.data.prepare", "--help"),
+        ("espalier.commands.predict", "--help"),
         ("espalier.commands.report", "--help"),
     ],
 )

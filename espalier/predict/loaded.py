@@ -104,6 +104,16 @@ class LoadedModel:
             raise UserError(f"{len(questions)} questions and {len(contexts)} contexts; give one, or one for each")
         return self._answers("question_answering", list(zip(questions, contexts, strict=True)))
 
+    def fill(self, texts: str | Sequence[str], top_k: int = 5) -> list[dict[str, Any]]:
+        """What may stand at the masks of each text: `filled`, the text with the most probable token at each mask, and
+        `masks`, for each in turn its top_k candidates with `token` (as text), `id` and `probability`.
+
+        A mask is written [MASK] or as the tokenizer writes it. Several masks of a text are filled independently of each
+        other. UserError where the model is no masked LM, and for a text without a mask or with too many tokens.
+        """
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        return self._answers("masked_lm", [(text, top_k) for text in rows])
+
     def outputs_of_head(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Logits of the head on each example (models.logits.head_logits), computed in batches of fitting length."""
         return outputs(

@@ -28,14 +28,16 @@ def outputs(
     *,
     pad_id: int,
     longest: int | None = None,
+    of_row: Sequence[str] = (),
     said: Callable[[int], None] = lambda done: None,
 ) -> list[Any]:
     """`function(*settings, params, batch)`, a tree of arrays [B, …], on every example: a tree of NumPy arrays each.
 
-    batch: `input_ids`, `segment_ids`, `positions`, `token_type_ids`, int32 [B, T]; targets of the examples are not in
-    it. What an array holds at the padding of a row [T] means nothing: cut it to the tokens of the example. function:
-    of a module, so that its programs are found again. longest: tokens that the model takes at most. said: is told how
-    many examples are done. Under jax.set_mesh rows are split over the mesh; every process gives all and gets all.
+    batch: `input_ids`, `segment_ids`, `positions`, `token_type_ids`, int32 [B, T]; of the targets of the examples those
+    that `of_row` names, [B, …], 0 in rows without an example. What an array holds at the padding of a row [T] means
+    nothing: cut it to the tokens of the example. function: of a module, so that its programs are found again. longest:
+    tokens that the model takes at most. said: is told how many examples are done. Under jax.set_mesh rows are split
+    over the mesh; every process gives all and gets all.
     """
     lengths = np.array([len(example.ids) for example in examples])
     mesh = jax.sharding.get_abstract_mesh()
@@ -47,6 +49,10 @@ def outputs(
         rows = -(-max(1, min(ROWS, TOKENS // length)) // parts) * parts
         chosen = order[done : done + rows]
         batch = padded([examples[index] for index in chosen], _rows(len(chosen), rows, parts), length, pad_id)
+        for name in of_row:
+            values = np.stack([np.asarray(examples[index].of_row[name]) for index in chosen])
+            batch[name] = np.zeros((len(batch["input_ids"]), *values.shape[1:]), values.dtype)
+            batch[name][: len(chosen)] = values
         result = jax.device_get(_compiled(function, settings, params, batch))
         for row, index in enumerate(chosen):
             found[index] = jax.tree.map(lambda array, row=row: array[row], result)
@@ -82,6 +88,6 @@ def _rows(count: int, most: int, parts: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled(function, settings, params, batch):
-    batch = {name: constrain(array, "batch", None) for name, array in batch.items()}
+    batch = {name: constrain(array, "batch", *(None,) * (array.ndim - 1)) for name, array in batch.items()}
     # Whole on every process, for each reads all rows.
     return jax.tree.map(lambda array: constrain(array, *(None,) * array.ndim), function(*settings, params, batch))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from espalier.predict.loaded import LoadedModel
 
 USES = {
+    "masked_lm": "espalier.predict.fill:FILL",
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
     "token_classification": "espalier.predict.tag:TAG",
     "sentence_embedding": "espalier.predict.embed:EMBED",
@@ -56,3 +57,25 @@ def use_of(model: LoadedModel) -> Use:
 def find(name: str) -> Use:
     module, _, attribute = USES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def named(name: str) -> Use:
+    """The use of this name ("fill"); UserError where there is none."""
+    uses = {use.name: use for use in map(find, USES)}
+    if name not in uses:
+        raise UserError(f"no use {name!r}; there are {', '.join(uses)}")
+    return uses[name]
+
+
+def checked(use: Use, model: LoadedModel, inputs: Sequence[Any]) -> list[dict[str, Any] | UserError]:
+    """`use.answers`, with the error in the place of an input that the model cannot take.
+
+    Found by halves, so that one bad input among many costs few further calls.
+    """
+    try:
+        return [*use.answers(model, inputs)] if inputs else []
+    except UserError as error:
+        if len(inputs) == 1:
+            return [error]
+        half = len(inputs) // 2
+        return checked(use, model, inputs[:half]) + checked(use, model, inputs[half:])
