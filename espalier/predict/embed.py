@@ -62,9 +62,12 @@ def default_pooling(model: ModelConfig) -> Pooling:
 
 def encoded(model: LoadedModel, texts: Sequence[str]) -> list[Example]:
     """As fine-tuning encodes texts; those for a folder of sentence-transformers as its tokenizer does."""
-    longest = min(model.saved.get("longest") or model.longest, model.config.max_length or 2**31)
     if not model.saved.get("framed"):
+        longest = model.saved.get("longest") or model.longest
         return encode_pairs(model.tokenizer, texts, None, longest, model.config.causal)
+    # Where the folder says nothing of the length, its tokenizer does.
+    longest = model.saved.get("longest") or model.tokenizer.model_max_length
+    longest = min(longest, model.config.max_length or model.config.max_position_embeddings)
     found = model.tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
     return [Example(ids, [0] * len(ids)) for ids in found]
 

@@ -22,7 +22,7 @@ def retrieval(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, float], list[di
     """
     documents_C = documents(pairs)
     found, rows = [], []
-    for query, cosines_C in _cosines(pairs, documents_C, x_TD):
+    for query, cosines_C in cosines(pairs, documents_C, x_TD):
         candidates = documents_C != query
         right = list(pairs.known[query])
         relevance = np.isin(documents_C, right)[candidates]
@@ -47,7 +47,8 @@ def documents(pairs: Pairs) -> np.ndarray:
     return np.unique(np.concatenate([pairs.pairs_N2[:, 1], np.array(hard, np.int32)]))
 
 
-def _cosines(pairs: Pairs, documents_C: np.ndarray, x_TD: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def cosines(pairs: Pairs, documents_C: np.ndarray, x_TD: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(query, its cosines with these documents), of each query of a file."""
     numbers = [query.text for query in pairs.queries]
     for start in range(0, len(numbers), QUERIES):
         chosen = numbers[start : start + QUERIES]
