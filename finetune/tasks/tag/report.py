@@ -41,7 +41,8 @@ def sections(run: RunFiles) -> list[Section]:
                 f"The most confident of {len(wrong):,} predicted entities that are not there; predictions.jsonl holds "
                 "all. Filled: predicted; underlined: what is right."
             )
-            shown = "".join(_shown(*mistake) for mistake in wrong[:MISTAKES])
+            types = [row["name"] for row in measured.get("types", [])]
+            shown = "".join(_shown(*mistake, types) for mistake in wrong[:MISTAKES])
             found.append(Section("Mistakes", f"<ul class=entries>{shown}</ul>", note, STYLE))
     return found
 
@@ -91,11 +92,13 @@ def types_table(rows: Sequence[dict]) -> str:
     return f"<div class=scroll><table class=types><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _shown(score: float, line: dict, mistake: Entity) -> str:
-    """A sentence around a mistake: predicted entities filled, right ones underlined, each with its type."""
+def _shown(score: float, line: dict, mistake: Entity, types: Sequence[str]) -> str:
+    """A sentence around a mistake: predicted entities filled, right ones underlined, each with its type.
+
+    types: of all entities; each has a colour.
+    """
     words, right = line["tokens"], entities(line["tags"])
     first, last = max(0, mistake.begin - AROUND // 2), min(len(words), mistake.end + AROUND // 2)
-    types = sorted({entity.type for entity in right} | {entity.type for entity in entities(line["prediction"])})
     joint = "" if all(len(word) == 1 and word > "\u2e80" for word in words[mistake.begin : mistake.end]) else " "
     parts, at = [], first
     while at < last:
