@@ -35,6 +35,7 @@ TASKS = {
     "causal_lm": "clm.record:CAUSAL_LM",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "token_classification": "finetune.tasks.tag.record:TAGGING",
+    "ranking": "finetune.tasks.rank.record:RANKING",
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
 }
@@ -88,7 +89,7 @@ class Evaluation(NamedTuple):
     rows: Sequence[Mapping[str, Any]] = ()
     """Each example with what was predicted beside what is right: predictions.jsonl."""
     files: Mapping[str, Any] = {}
-    """JSON values that a report draws, by the name of their file: confusion.json."""
+    """JSON values that a report draws, by the name of their file: confusion.json; a string is written as it is."""
     warnings: Sequence[str] = ()
     """What people must know of these figures, a line each."""
 

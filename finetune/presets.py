@@ -6,6 +6,7 @@ from finetune.glue import record as glue
 from finetune.tasks.answer import record as answer
 from finetune.tasks.classify import record as classify
 from finetune.tasks.embed import record as embed
+from finetune.tasks.rank import record as rank
 from finetune.tasks.tag import record as tag
 
 PRESETS = {
@@ -16,4 +17,5 @@ PRESETS = {
     "tag": tag.tag,
     "embed": embed.embed,
     "answer": answer.answer,
+    "rank": rank.rank,
 }

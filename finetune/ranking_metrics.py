@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,29 +12,30 @@ RECALLS = (1, 10)
 """Depths of recall."""
 
 
-def of_query(scores_N: np.ndarray, relevance_N: np.ndarray) -> dict[str, float]:
+def of_query(scores_N: np.ndarray, relevance_N: np.ndarray, missed: Sequence[float] = ()) -> dict[str, float]:
     """`ndcg@10`, `map`, `mrr@10`, `recall@1`, `recall@10` of the candidates of one query.
 
     scores_N: higher is better; of equal ones the later candidate comes first, as trec_eval does by their names.
     relevance_N: 0 = not relevant, else the gain; of nDCG it counts as it is (Järvelin and Kekäläinen 2002), of the
     others a candidate with more than 0 is a hit. mrr@10 is 0 where the first ten have no hit. A query without a hit at
-    all has 0 everywhere.
+    all has 0 everywhere. missed: relevance of what was judged and is no candidate: it counts as not found.
     """
     scores_N, relevance_N = np.asarray(scores_N), np.asarray(relevance_N, np.float64)
     assert scores_N.shape == relevance_N.shape and scores_N.ndim == 1
     order = len(scores_N) - 1 - np.argsort(-scores_N[::-1], kind="stable")
     gains_N = relevance_N[order]
     hits_N = gains_N > 0
-    total = int(hits_N.sum())
+    gains_of_missed = np.asarray(missed, np.float64)
+    total = int(hits_N.sum() + (gains_of_missed > 0).sum())
     names = ("ndcg@10", "map", "mrr@10", *(f"recall@{depth}" for depth in RECALLS))
     if not total:
         return dict.fromkeys(names, 0.0)
     places = np.flatnonzero(hits_N) + 1
-    ideal_N = np.sort(np.maximum(relevance_N, 0))[::-1]
+    ideal_N = np.sort(np.maximum(np.append(relevance_N, gains_of_missed), 0))[::-1]
     values = (
         _dcg(np.maximum(gains_N, 0)) / _dcg(ideal_N),
-        float((np.arange(1, total + 1) / places).sum() / total),
-        1 / places[0] if places[0] <= DEPTH else 0.0,
+        float((np.arange(1, len(places) + 1) / places).sum() / total),
+        1 / places[0] if len(places) and places[0] <= DEPTH else 0.0,
         *(hits_N[:depth].sum() / total for depth in RECALLS),
     )
     return dict(zip(names, map(float, values), strict=True))

@@ -168,12 +168,16 @@ class FinetuneTask(TaskRecord):
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """predictions.jsonl and the files that a report draws; warnings are said."""
+    """predictions.jsonl and further files, JSON or text; warnings are said."""
     if evaluation.rows:
         with replacing(folder / "predictions.jsonl") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.rows)
     for name, value in evaluation.files.items():
-        write_json(folder / name, value)
+        if isinstance(value, str):
+            with replacing(folder / name) as file:
+                file.write(value)
+        else:
+            write_json(folder / name, value)
     for warning in evaluation.warnings:
         progress.say(warning)
 

@@ -140,14 +140,15 @@ class LabelledBatches:
 
         The row length is that of the global batch, so that all hosts agree on it.
         """
-        return self._rows(shuffled(step * self._batch_size + np.arange(self._batch_size), len(self), self._seed), part)
+        return self.rows(shuffled(step * self._batch_size + np.arange(self._batch_size), len(self), self._seed), part)
 
     def fixed(self, part: Part = ALL) -> list[Batch]:
         """All examples in the order of the file; empty rows fill up the last batch."""
         indices = np.append(np.arange(len(self)), np.full(-len(self) % self._batch_size, -1))
-        return [self._rows(chosen, part) for chosen in indices.reshape(-1, self._batch_size)]
+        return [self.rows(chosen, part) for chosen in indices.reshape(-1, self._batch_size)]
 
-    def _rows(self, indices: np.ndarray, part: Part) -> Batch:
+    def rows(self, indices: np.ndarray, part: Part = ALL) -> Batch:
+        """The examples `indices` of a global batch, of which `part` is returned; -1 is an empty row."""
         longest = self._lengths[indices[indices >= 0]].max()
         length = next(length for length in self._row_lengths if length >= longest)
         indices = indices[part]

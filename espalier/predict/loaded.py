@@ -70,6 +70,16 @@ class LoadedModel:
         given = [read({"text" if isinstance(row, str) else "tokens": row}) for row in rows]
         return self._answers("token_classification", given)
 
+    def rank(self, query: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """The texts by their relevance to the query, the best first: `index` (from 0), `text` and `score` of each.
+
+        A score is the model's logit: it may be any number, and says little between queries. UserError where the model
+        is no classifier with one output (`finetune rank`, or a cross-encoder of sentence-transformers).
+        """
+        from espalier.predict.rank import Asked, rank
+
+        return rank(self, [Asked(query, tuple(texts))])[0]["ranking"]
+
     def embed(self, texts: str | Sequence[str], *, size: int | None = None) -> np.ndarray:
         """An embedding of each text, float32 [N, D], of length 1: their products are cosines.
 

@@ -20,6 +20,7 @@ USES = {
     "masked_lm": "espalier.predict.fill:FILL",
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
     "token_classification": "espalier.predict.tag:TAG",
+    "ranking": "espalier.predict.rank:RANK",
     "sentence_embedding": "espalier.predict.embed:EMBED",
     "embedding": "espalier.predict.embed:EMBED",
     "question_answering": "espalier.predict.answer:ANSWER",
