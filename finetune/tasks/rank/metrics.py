@@ -18,7 +18,7 @@ def measured(judged: Judged, scores_N: np.ndarray, baseline_N: np.ndarray) -> Ev
     """scores_N: of every query with each candidate, in the order of examples.ranked_pairs. baseline_N: BM25's."""
     found, of_queries = means(judged.queries, scores_N)
     baseline, _ = means(judged.queries, baseline_N)
-    metrics: dict[str, float] = found | {f"bm25_{name}": value for name, value in baseline.items()}
+    metrics: dict[str, float] = found | {f"baseline_{name}": value for name, value in baseline.items()}
     relevant = [(query, name) for query in judged.queries for name, grade in query.relevance.items() if grade > 0]
     there = sum(name in set(query.candidates or ()) for query, name in relevant)
     metrics["candidates_recall"] = there / max(len(relevant), 1)

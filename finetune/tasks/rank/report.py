@@ -22,10 +22,10 @@ def sections(run: RunFiles) -> list[Section]:
     """The metrics beside those of BM25, the queries that went worst, and some that went best."""
     metrics, rows = run.summary.get("metrics") or {}, run.jsonl("predictions.jsonl")
     found = []
-    if "bm25_ndcg@10" in metrics:
+    if "baseline_ndcg@10" in metrics:
         bars = []
         for name, words in METRICS.items():
-            bars += [(words, metrics[name], "this model"), (words, metrics[f"bm25_{name}"], "BM25")]
+            bars += [(words, metrics[name], "this model"), (words, metrics[f"baseline_{name}"], "BM25")]
         note = (
             "Of the validation queries, as trec_eval and MS MARCO's script count; of what they rank, "
             f"{page.percent(metrics['candidates_recall'])} of all relevant texts are there to be found."
@@ -45,7 +45,7 @@ def sections(run: RunFiles) -> list[Section]:
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
     """The metrics of the whole validation set."""
     metrics = run.summary.get("metrics") or {}
-    shown = [("nDCG@10", "ndcg@10"), ("of BM25", "bm25_ndcg@10"), ("MRR@10", "mrr@10"), ("MAP", "map")]
+    shown = [("nDCG@10", "ndcg@10"), ("of BM25", "baseline_ndcg@10"), ("MRR@10", "mrr@10"), ("MAP", "map")]
     return [(words, page.percent(metrics[name])) for words, name in shown if name in metrics]
 
 
@@ -82,6 +82,6 @@ REPORT = TaskReport(
     loader="AutoModelForSequenceClassification",
     words="fine-tuned to rank texts by their relevance to a query",
     metric_names=METRICS
-    | {f"bm25_{name}": f"{words} of BM25" for name, words in METRICS.items()}
+    | {f"baseline_{name}": f"{words} of BM25" for name, words in METRICS.items()}
     | {"candidates_recall": "part of the relevant texts that are among the ranked ones"},
 )
