@@ -31,7 +31,7 @@ from espalier.report.task import kept
 from espalier.task import Start, Task, TaskRecord, Trained
 from espalier.training import loop
 from espalier.training.introduction import About, conclude
-from espalier.training.run import RunDirectory, settings, summarise
+from espalier.training.run import RunDirectory, settings, summarise, tuned_file
 from espalier.training.start import find_origin
 from espalier.training.state import combined
 from espalier.training.trainable import Trainable
@@ -152,7 +152,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
                 head=head,
                 card=model_card(run.path),
                 published=published,
-                also=module_files(config_dict, model.hidden_size),
+                also=module_files(config_dict, model.hidden_size) | tuned_file(run),
             )
         progress.say(f"exported to {config.export}")
     conclude(summary, run, config, call.command, list(task.following) if task.following else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -12,15 +11,15 @@ import jax.numpy as jnp
 from espalier.data.tokenizer import framed_tokenizer, tokenizer_of
 from espalier.errors import UserError
 from espalier.models.config import ModelConfig
+from espalier.models.hf_config import read_json
 from espalier.models.hub import Pretrained, load_pretrained
 from espalier.models.pretrained import part_of
 from espalier.models.repository import PREFIX
 from espalier.models.sentence_transformers import read_modules
 from espalier.predict.loaded import LoadedModel
-from espalier.predict.use import TUNED
 from espalier.training.checkpoint import read_config
 from espalier.training.frozen import restore_complete
-from espalier.training.run import RunDirectory
+from espalier.training.run import TUNED, RunDirectory
 
 FRAMED = ("sequence_classification", "token_classification", "question_answering", "embedding")
 """Heads of fine-tuned models, whose texts stand between special tokens."""
@@ -43,7 +42,8 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
         config, params, tokenizer = load_pretrained(published.folder, published.head)
         if tokenizer is None:
             raise UserError(f"{source} has no tokenizer; add the files of one (tokenizer.json)")
-        return LoadedModel(config, params, tokenizer, published.head, read_modules(published.folder))
+        saved = read_modules(published.folder) | _tuned(published.folder / TUNED)
+        return LoadedModel(config, params, tokenizer, published.head, saved)
     if revision is not None:
         raise UserError(f"{source} is a run and has no revisions; leave out revision, or write hf:{source}")
     run = RunDirectory(source)
@@ -56,7 +56,11 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     tokenizer = tokenizer_of(run.tokenizer, saved)
     if head in FRAMED and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, config.causal)
-    if (tuned := run.path / TUNED).exists():
-        saved = saved | {"tuned": json.loads(tuned.read_text(encoding="utf-8"))}
+    saved = saved | _tuned(run.tuned)
     params = part_of(restore_complete(run.path, step=step), saved)
     return LoadedModel(config, jax.tree.map(jnp.asarray, params), tokenizer, head, saved)
+
+
+def _tuned(path: Path) -> dict:
+    """What was chosen after the training, as `saved` has it; empty where nothing was."""
+    return {"tuned": read_json(path)} if path.is_file() else {}

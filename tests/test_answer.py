@@ -16,6 +16,8 @@ from tiny_runs import write_run
 
 import espalier
 from espalier.commands.convert import ExportConfig, export_model
+from espalier.commands.predict import PredictConfig, PredictData
+from espalier.commands.predict import main as predict
 from espalier.data.tokenizer import framed_tokenizer, special_ids
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
@@ -208,7 +210,46 @@ def test_an_export_has_the_same_scores_in_transformers(there, trained, tmp_path,
     [window] = windows_of(ours.tokenizer, [(row["question"], row["context"])], 64, 32, kind == "decoder").rows
     assert window.example.ids == tokens["input_ids"][0].tolist()
     np.testing.assert_allclose(ours.outputs_of_head([window.example])[0][: len(expected)], expected, atol=1e-4)
-    assert espalier.load(f"hf:{tmp_path / 'exported'}").answer(row["question"], row["context"])[0]["answer"]
+
+    # The threshold goes with the weights.
+    [found] = espalier.load(f"hf:{tmp_path / 'exported'}").answer(row["question"], row["context"])
+    assert found["answer"] == row["answer"] and found["no_answer"] == pytest.approx(row["no_answer"], abs=1e-3)
+
+
+def test_predict_writes_answers_beside_their_rows(there, trained, tmp_path):
+    rows = lines_of(trained.path / "predictions.jsonl")[:3]
+    asked = [{name: row[name] for name in ("id", "question", "context")} for row in rows]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*asked, {"question": "who?"}]))
+    config = PredictConfig(
+        str(trained.path), PredictData((str(tmp_path / "asked.jsonl"),)), output=str(tmp_path / "answers.jsonl")
+    )
+    predict(config)
+    *found, bad = lines_of(tmp_path / "answers.jsonl")
+    for got, row in zip(found, rows, strict=True):
+        assert (
+            got.keys() == {*("id", "question", "context", "answer", "score", "begin", "end", "no_answer", "n_best")}
+            and got["answer"] == row["answer"]
+        )
+    assert "a row has both, and this one question" in bad["error"]
+
+
+def test_chinese_is_measured_by_characters(there, trained, tmp_path):
+    """By a model that knows none of its characters: what it is measured by hangs on the file alone."""
+    path = tmp_path / "zh.jsonl"
+    context = "北京大学创办于1898年，初名京师大学堂。"
+    row = {
+        "question": "北京大学创办于哪一年？",
+        "context": context,
+        "answers": {"text": ["1898年"], "answer_start": [7]},
+    }
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="gb18030")
+    model = espalier.load(trained.path)
+    with pytest.raises(UserError, match="iconv|--data.encoding"):
+        find("question_answering").evaluate(model, AnswerData(validation=str(path)))
+    evaluation = find("question_answering").evaluate(model, AnswerData(validation=str(path), encoding="gb18030"))
+    assert "f1_in_order" in evaluation.metrics and "has_answer_em" not in evaluation.metrics
+    words = AnswerData(validation=str(path), encoding="gb18030", score_by="words")
+    assert "f1_in_order" not in find("question_answering").evaluate(model, words).metrics
 
 
 TEXTS = ["some words of a text that is not long but long enough to learn from , 北京大学在中国 。"] * 3
@@ -444,6 +485,10 @@ def test_what_a_run_cannot_start_from_is_refused(there, tmp_path):
     for wrong in (dict(holdout=1.0), dict(stride=-1), dict(threshold_part=0.0), dict(validation="a", holdout=0.5)):
         with pytest.raises(UserError, match="data"):
             AnswerData(train="a", **wrong)
+    for name, content in (("empty", '{"data": []}'), ("none", '{"data": [{"title": "a", "paragraphs": []}]}')):
+        (tmp_path / f"{name}.json").write_text(content)
+        with pytest.raises(UserError, match="holds no questions; expected SQuAD's JSON"):
+            read_questions(str(tmp_path / f"{name}.json"))
     other = tmp_path / "other.json"
     other.write_text('{"rows": []}')
     with pytest.raises(UserError, match="neither SQuAD's JSON .* there are the fields 'rows'"):

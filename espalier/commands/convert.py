@@ -105,7 +105,7 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.report.card import model_card
     from espalier.training.checkpoint import read_config
     from espalier.training.frozen import restore_complete
-    from espalier.training.run import RunDirectory
+    from espalier.training.run import RunDirectory, tuned_file
 
     run = RunDirectory(config.run_dir)
     saved = read_config(run.path, config.step)
@@ -122,7 +122,7 @@ def export_model(config: ExportConfig) -> dict:
     params = part_of(restore_complete(run.path, step=config.step), saved)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
-    also = module_files(saved, model.hidden_size)
+    also = module_files(saved, model.hidden_size) | tuned_file(run)
     save_pretrained(
         *(config.destination, model, params, tokenizer),
         head=head,

@@ -27,10 +27,6 @@ USES = {
 }
 """Task of a run, or head of a model → module and name of what it is used for. A use that is new is one line."""
 
-TUNED = "tuned.json"
-"""File of a run with what was chosen after its training for use with the weights (a threshold), as JSON values by
-name: `saved["tuned"]` of a LoadedModel."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Use:

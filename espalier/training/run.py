@@ -26,6 +26,10 @@ from espalier.training.identity import Schedule, check_same_run, completed, diff
 from espalier.training.state import TrainState
 from sharding.processes.coordination import LONG_WAIT, from_first, gather
 
+TUNED = "tuned.json"
+"""File of a run, and of what is exported from it, with what was chosen after the training for use with the weights (a
+threshold): JSON values by name, `saved["tuned"]` of a LoadedModel."""
+
 
 class RunDirectory:
     """The paths of the files of one run."""
@@ -45,6 +49,7 @@ class RunDirectory:
         self.collected = self.path / "collected"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
+        self.tuned = self.path / TUNED
 
     def check_shared(self) -> None:
         """UserError unless every process sees the same folder."""
@@ -188,6 +193,11 @@ def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
     if jax.process_index() == 0:
         write_json(run.summary, summary | {"environment": environment()})
     return summary
+
+
+def tuned_file(run: RunDirectory) -> dict[str, Any]:
+    """TUNED → its values, to be exported beside the weights; empty where nothing was chosen."""
+    return {TUNED: json.loads(run.tuned.read_text(encoding="utf-8"))} if run.tuned.is_file() else {}
 
 
 def environment() -> dict[str, str]:

@@ -21,8 +21,8 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import span_logits
 from espalier.models.transformer import apply, init_params
 from espalier.predict.answer import Answering, find_answers, result_of
-from espalier.predict.use import TUNED
 from espalier.task import Evaluation
+from espalier.training.run import TUNED
 from espalier.training.step import Objective
 from finetune.config import max_length
 from finetune.task import Labelled
