@@ -127,6 +127,11 @@ def _given(command: Any, config_type: type) -> frozenset[str]:
     return found
 
 
+def part_of(kind: type, values: dict, path: str, prefix: str) -> Any:
+    """A dataclass within a configuration, of the values that a file has for it; those it does not know are left out."""
+    return _dataclass(kind, {name: values[name] for name in values.keys() & _names(kind)}, path, prefix, [])
+
+
 def _dataclass(kind: type, values: Any, path: str, prefix: str, missing: list[str]) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{path}: {prefix.rstrip('.')}={values!r} must be an object of settings")

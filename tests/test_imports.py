@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "finetune": ENTRY,
     "models": {"sharding"},
     "task": {"models", "training", "report", "sharding", "predict"},
-    "pretraining": {"models", "data", "training", "sharding", "task"},
+    "pretraining": {"models", "data", "training", "sharding", "task", "predict"},
     "assembly": {"models", "data", "training", "report", "sharding", "task"},
     "training": {"sharding"},
     "report": {"task"},
@@ -217,6 +217,7 @@ def test_the_demo_says_what_it_does_before_anything_heavy():
         ("clm.generate", "--help"),
         ("espalier.data.prepare", "--help"),
         ("espalier.commands.predict", "--help"),
+        ("espalier.commands.evaluate", "--help"),
         ("espalier.commands.report", "--help"),
     ],
 )

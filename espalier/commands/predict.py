@@ -141,6 +141,7 @@ class Answered(NamedTuple):
 def main(config: PredictConfig) -> dict[str, Any]:
     """Write a prediction for every row; returns the `--json` object."""
     from espalier.data.rows import Rows
+    from espalier.predict.loaded import on_all_devices
 
     rows = Rows(config.data.files, config.data.format, codec(config.data.encoding))
     with progress.on_stderr():
@@ -151,7 +152,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
                 f"--output {config.output}: .npy holds embeddings, and this model does {use.name}; try .jsonl"
             )
         began, count, bad = time.monotonic(), 0, 0
-        with _writer(config.output) as write, _watched(config) as said, _on_all_devices(model) as model:
+        with _writer(config.output) as write, _watched(config) as said, on_all_devices(model) as model:
             for chunk in answered(rows, config, model, use):
                 if config.strict and (wrong := next((one for one in chunk if one.error), None)):
                     raise UserError(f"{wrong.name}: {wrong.error}; nothing was written (--strict)")
@@ -291,22 +292,6 @@ def _chunks(rows: Iterable[Row | Reject], pace: _Pace) -> Iterator[list[Row | Re
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-@contextlib.contextmanager
-def _on_all_devices(model: LoadedModel) -> Iterator[LoadedModel]:
-    """Rows split over the devices, each with a copy of the weights."""
-    import jax
-
-    from sharding.mesh import MeshConfig, build_mesh
-
-    if jax.device_count() == 1:
-        yield model
-        return
-    mesh = build_mesh(MeshConfig())
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with jax.set_mesh(mesh):
-        yield replace(model, params=jax.device_put(model.params, whole))
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +17,7 @@ from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.logits import batch_of_tokens, head_logits
 from espalier.predict.outputs import outputs
+from sharding.mesh import MeshConfig, build_mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -192,6 +194,18 @@ class LoadedModel:
 def head_of(config: ModelConfig, head: str, execution: Execution, params: Any, batch: Mapping[str, Any]) -> jax.Array:
     """head_logits, with what is settled for a model first."""
     return head_logits(config, head, params, batch, execution)
+
+
+@contextlib.contextmanager
+def on_all_devices(model: LoadedModel) -> Iterator[LoadedModel]:
+    """For the block, its weights on every device: what is computed is split over them by rows."""
+    if jax.device_count() == 1:
+        yield model
+        return
+    mesh = build_mesh(MeshConfig())
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh):
+        yield replace(model, params=jax.device_put(model.params, whole))
 
 
 def _texts(texts: str | Sequence[Any]) -> list[tuple[str, str | None]]:

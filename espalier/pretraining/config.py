@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from espalier.data.config import DataConfig
+from espalier.data.encodings import codec
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.short_help import often
@@ -30,3 +31,32 @@ class TextConfig(TrainConfig):
         super().__post_init__()
         if self.eval_rows < 1:
             raise UserError(f"eval_rows={self.eval_rows} must be at least 1")
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Text on which a language model is measured without training (`evaluate`)."""
+
+    validation: tuple[str, ...] = often(())
+    """Files, globs or URLs: .txt, .md (one text a file), .jsonl (one a line), .csv, .parquet (one a row), each also .gz
+    or .zst; or a data set: hf:ID_OR_FOLDER?split=test, tfds:NAME_OR_FOLDER?split=test."""
+    text_field: str = "text"
+    """The field of a jsonl line, or the column of a table, that holds its text."""
+    encoding: str = "utf-8"
+    """Encoding of the files, by the names of Python: gb18030, big5, cp932, euc-jp, euc-kr, utf-16, cp1252 …"""
+    lines: bool = False
+    """Take every line of a text for a text of its own: sentences."""
+    length: int | None = None
+    """Tokens that the model reads at once; unset = as many as it has positions, at most 1024 (an encoder: 512)."""
+    stride: int | None = None
+    """Causal models: tokens by which the window moves on in a longer text; unset = length. A shorter one leaves every
+    token length - stride tokens before it, and takes as much longer."""
+    tokens: int | None = None
+    """Stop after so many tokens; unset = all. Of an encoder each token is a row: 100,000 take a while."""
+
+    def __post_init__(self):
+        codec(self.encoding)
+        if self.length is not None and self.length < 8:
+            raise UserError(f"data.length={self.length} is too short; at least 8")
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"data.tokens={self.tokens} must be at least 1")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from espalier import user_code
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
-from espalier.task import TASKS, Start, Task, TaskRecord, Trained, find
+from espalier.pretraining.config import TextFiles
+from espalier.task import TASKS, Evaluation, Start, Task, TaskRecord, Trained, find
 
 if TYPE_CHECKING:
     import jax
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from espalier.contracts import Origin
     from espalier.data.prepare import Prepared
+    from espalier.predict.loaded import LoadedModel
     from espalier.training.frozen import Frozen
     from espalier.training.identity import Schedule
     from espalier.training.step import Objective
@@ -74,6 +76,7 @@ class TextObjective(TaskRecord):
     Its functions are given by name or import what is heavy inside, so that the record itself is light.
     """
 
+    data: type | None = TextFiles
     command: str
     """Of launch.sh, and the package with its presets: mlm."""
     causal: bool
@@ -142,6 +145,11 @@ class TextObjective(TaskRecord):
         from espalier.pretraining.text import open_text
 
         return open_text(self, config, start)
+
+    def evaluate(self, model: LoadedModel, data: TextFiles) -> Evaluation:
+        from espalier.pretraining.evaluate import measure_text
+
+        return measure_text(model, data)
 
 
 FORM = "objective(setup) that returns an espalier.training.step.Objective"

@@ -1,0 +1,148 @@
+"""How probable a text is to a language model: of every token, given those before it or all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from espalier.data.examples import Example
+from espalier.data.tokenizer import special_ids
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.heads import causal_lm_head, masked_lm_head
+from espalier.models.transformer import apply
+from espalier.models.vocabulary import token_logprobs
+from espalier.predict.outputs import outputs
+
+if TYPE_CHECKING:
+    from espalier.predict.loaded import LoadedModel
+
+
+class Scored(NamedTuple):
+    """The tokens of a text, each as likely as the model thinks."""
+
+    logprobs: np.ndarray
+    """float32 [tokens], in nats."""
+    correct: np.ndarray
+    """float32 [tokens]: 1.0 where it is the most probable one."""
+
+
+Said = Callable[[int], None]
+"""Is told how many rows are done."""
+
+
+def causal_scores(
+    model: LoadedModel,
+    texts: Sequence[Sequence[int]],
+    length: int,
+    stride: int | None = None,
+    said: Said = lambda done: None,
+) -> list[Scored]:
+    """log p of each token of a text given those before it; the first one follows the beginning-of-text token.
+
+    texts: token ids, without special tokens. Texts of more than `length` tokens are read in windows of that length,
+    each `stride` tokens further (unset = length): a token is scored in the first window that reaches it, so that all
+    but those of the first have at least length - stride tokens before them.
+    """
+    specials = special_ids(model.tokenizer, need=("bos",))
+    stride = stride or length
+    assert 1 <= stride <= length
+    windows: list[Example] = []
+    of_text: list[tuple[int, int]] = []
+    for number, ids in enumerate(texts):
+        inputs = [specials.bos, *ids[:-1]] if len(ids) else []
+        begin, scored = 0, 0
+        while scored < len(ids):
+            end = min(begin + length, len(ids))
+            row = inputs[begin:end]
+            windows.append(Example(row, [0] * len(row), of_row={"following": int(ids[end - 1])}))
+            of_text.append((number, scored - begin))
+            begin, scored = begin + stride, end
+    found = outputs(
+        following,
+        (model.config, model.execution),
+        model.params,
+        windows,
+        pad_id=specials.pad,
+        longest=model.config.max_length,
+        of_row=("following",),
+        said=said,
+    )
+    parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in texts]
+    for window, (number, known), (logprob_T, correct_T) in zip(windows, of_text, found, strict=True):
+        kept = slice(known, len(window.ids))
+        parts[number].append((logprob_T[kept], correct_T[kept]))
+    return [_joined(part) for part in parts]
+
+
+def pseudo_scores(
+    model: LoadedModel, texts: Sequence[Sequence[int]], length: int, said: Said = lambda done: None
+) -> list[Scored]:
+    """log p of each token of a text given all others: each is masked once (Salazar et al. 2020, eq. 1).
+
+    texts: token ids, without special tokens. A text stands between [CLS] and [SEP], which are not scored; a longer one
+    than `length` tokens, these included, is cut into pieces as equal as can be. A text of n tokens is n rows.
+    """
+    specials = special_ids(model.tokenizer, need=("cls", "sep", "mask"))
+    rows: list[Example] = []
+    for ids in texts:
+        for piece in np.array_split(np.array(ids, np.int64), max(1, -(-len(ids) // (length - 2)))):
+            framed = [specials.cls, *piece.tolist(), specials.sep]
+            for at in range(1, len(framed) - 1):
+                masked = [*framed[:at], specials.mask, *framed[at + 1 :]]
+                rows.append(Example(masked, [0] * len(framed), of_row={"at": at, "label": framed[at]}))
+    found = outputs(
+        hidden,
+        (model.config, model.execution),
+        model.params,
+        rows,
+        pad_id=specials.pad,
+        longest=model.config.max_length,
+        of_row=("at", "label"),
+        said=said,
+    )
+    ends = np.cumsum([len(ids) for ids in texts])
+    return [_joined(found[end - len(ids) : end]) for ids, end in zip(texts, ends, strict=True)]
+
+
+def following(config: ModelConfig, execution: Execution, params: Any, batch: Mapping[str, Any]) -> Any:
+    """(log p, whether it is the best), [B, T], of the token after each; after the last of a row, `following` [B]."""
+    ids_BT, segments_BT = batch["input_ids"], batch["segment_ids"]
+    last_B = segments_BT.sum(1) - 1
+    labels_BT = jnp.where(
+        jnp.arange(ids_BT.shape[1], dtype=jnp.int32)[None] == last_B[:, None],
+        batch["following"][:, None],
+        jnp.roll(ids_BT, -1, axis=1),
+    )
+    inputs = {name: array for name, array in batch.items() if name != "following"}
+    x_BTD = apply(config, params, inputs, execution=execution)
+    features_BTD, table_VD, bias_V = causal_lm_head(config, params, x_BTD, execution)
+    return _logprobs(config, features_BTD, table_VD, bias_V, labels_BT)
+
+
+def hidden(config: ModelConfig, execution: Execution, params: Any, batch: Mapping[str, Any]) -> Any:
+    """(log p, whether it is the best), [B], of `label` [B] at the position `at` [B] of each row."""
+    inputs = {name: array for name, array in batch.items() if name not in ("at", "label")}
+    x_BTD = apply(config, params, inputs, execution=execution)
+    x_BMD = jnp.take_along_axis(x_BTD, batch["at"][:, None, None], axis=1)
+    features_BME, table_VE, bias_V = masked_lm_head(config, params, x_BMD, execution)
+    found = _logprobs(config, features_BME, table_VE, bias_V, batch["label"][:, None])
+    return jax.tree.map(lambda array: array[:, 0], found)
+
+
+def _logprobs(config: ModelConfig, features: Any, table: Any, bias: Any, labels: Any) -> Any:
+    softcap = config.final_logit_softcapping
+    return token_logprobs(features, table, bias, labels, vocab_size=config.vocab_size, softcap=softcap)
+
+
+def _joined(parts: Sequence[tuple[Any, Any]]) -> Scored:
+    logprobs, correct = zip(*parts, strict=True) if parts else ((), ())
+    return Scored(
+        *(
+            np.concatenate([np.atleast_1d(one) for one in (*each, np.zeros(0, np.float32))])
+            for each in (logprobs, correct)
+        )
+    )
