@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from espalier.data.word_pieces import Sentence, Window, encode_words, sentence_of_text, sentence_of_words
@@ -25,7 +24,8 @@ def read(row: Mapping[str, Any]) -> Sentence:
     if tokens is None and isinstance(text, str):
         return sentence_of_text(_valid(text))
     if not isinstance(tokens, Sequence) or not all(isinstance(token, str) for token in tokens):
-        raise UserError(f"no words: a row has text, or a list of tokens, and this one {', '.join(row) or 'nothing'}")
+        given = ", ".join(f"{name} {str(value)[:40]!r}" for name, value in row.items() if value is not None)
+        raise UserError(f"no words: a row has text, or a list of tokens, and this one {given or 'nothing'}")
     return sentence_of_words([_valid(token) for token in tokens])
 
 
@@ -38,7 +38,9 @@ def tag(model: LoadedModel, inputs: Sequence[Sentence]) -> list[dict[str, Any]]:
 
 def answer(sentence: Sentence, score_WC: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
     """The result of a sentence. score_WC: logits of its words."""
-    probability_WC = np.asarray(jax.nn.softmax(score_WC.astype(np.float64), axis=-1))
+    # By NumPy: JAX would compile it for every number of words.
+    exponential_WC = np.exp(score_WC.astype(np.float64) - score_WC.max(-1, keepdims=True))
+    probability_WC = exponential_WC / exponential_WC.sum(-1, keepdims=True)
     best_W = probability_WC.argmax(-1)
     tags = [names[int(best)] for best in best_W]
     result: dict[str, Any] = {"tokens": list(sentence.words), "tags": tags}
