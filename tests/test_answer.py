@@ -18,7 +18,7 @@ import espalier
 from espalier.commands.convert import ExportConfig, export_model
 from espalier.commands.predict import PredictConfig, PredictData
 from espalier.commands.predict import main as predict
-from espalier.data.tokenizer import framed_tokenizer, special_ids
+from espalier.data.tokenizer import framed_tokenizer
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
 from espalier.models.config import Execution
@@ -29,7 +29,7 @@ from espalier.predict.answer import Answering, Found, find_answers, result_of, w
 from espalier.task import find
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneOptimizer
-from finetune.tasks.answer.examples import part_of
+from finetune.tasks.answer.examples import facts_of, part_of
 from finetune.tasks.answer.questions import read_questions, split_by_article
 from finetune.tasks.answer.record import AnswerConfig, AnswerData
 from finetune.tasks.answer.report import entry
@@ -208,7 +208,7 @@ def test_an_export_has_the_same_scores_in_transformers(there, trained, tmp_path,
     expected = torch.stack([theirs.start_logits[0], theirs.end_logits[0]], dim=-1).numpy()
     ours = espalier.load(run)
     [window] = windows_of(ours.tokenizer, [(row["question"], row["context"])], 64, 32, kind == "decoder").rows
-    assert window.example.ids == tokens["input_ids"][0].tolist()
+    assert window.example.ids.tolist() == tokens["input_ids"][0].tolist()
     np.testing.assert_allclose(ours.outputs_of_head([window.example])[0][: len(expected)], expected, atol=1e-4)
 
     # The threshold goes with the weights.
@@ -271,28 +271,34 @@ def test_windows_lose_no_token_of_a_context(tokenizers, causal, length, stride):
     words = ["words of 北京大学", " a text that is not long", "long " * 30]
     asked = [(words[n % 3], "some words 在中国 of " * size) for n, size in enumerate([0, 1, 2, 3, 5, 9, 14, 25])]
     found = windows_of(tokenizer, asked, length, stride, causal)
-    framed, specials = framed_tokenizer(tokenizer, causal), special_ids(tokenizer)
-    for number, (question, context) in enumerate(asked):
+    framed, several = framed_tokenizer(tokenizer, causal), 0
+    for number, (_, context) in enumerate(asked):
         ids = framed(context, add_special_tokens=False)["input_ids"]
         rows = [row for row in found.rows if row.question == number]
         seen = [range(row.first, row.first + row.count) for row in rows]
         assert sorted({at for part in seen for at in part}) == list(range(len(ids)))
         for row in rows:
-            example = row.example
-            assert (
-                len(example.ids) <= length
-                and example.ids[row.begin : row.begin + row.count] == (ids[row.first : row.first + row.count])
-            )
-            assert example.ids[0] == (specials.bos if causal else specials.cls) and example.ids[-1] == (
-                specials.eos if causal else specials.sep
-            )
-            assert (example.offsets[: row.begin] == -1).all() and (example.offsets[-1] == -1).all()
+            assert len(row.example.ids) == len(row.example.types) <= length
+            part = row.example.ids[row.begin : row.begin + row.count].tolist()
+            assert part == ids[row.first : row.first + row.count] and row.example.types[row.begin :].all()
         for before, after in zip(seen, seen[1:], strict=False):
             # As many are shared as asked for, but at most half of a window.
             assert before.stop - after.start == min(stride, len(before) // 2)
-        if ids and len(rows) == 1 and len(framed(question, context)["input_ids"]) <= length and len(question) < 40:
-            assert rows[0].example.ids == framed(question, context)["input_ids"]
-    assert found.long == sum(len([r for r in found.rows if r.question == n]) > 1 for n in range(len(asked)))
+        several += len(rows) > 1
+    assert found.long == several > 1 and (length > 33 or found.cut >= 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_are_those_of_the_tokenizer(tokenizers, causal):
+    """The reference is its own truncation with a stride, by which transformers' examples train."""
+    question, context = "some words 北京", "some words of a text 在中国 that is not long " * 9
+    rows = windows_of(tokenizers[causal], [(question, context)], 30, 8, causal).rows
+    expected = framed_tokenizer(tokenizers[causal], causal)(
+        *(question, context), truncation="only_second", max_length=30, stride=8, return_overflowing_tokens=True,
+        return_token_type_ids=True,
+    )  # fmt: skip
+    assert [row.example.ids.tolist() for row in rows] == expected["input_ids"] and len(rows) > 3
+    assert [row.example.types.tolist() for row in rows] == expected["token_type_ids"]
 
 
 def test_each_window_has_the_whole_answer_or_none(tokenizers, tmp_path):
@@ -316,17 +322,23 @@ def test_each_window_has_the_whole_answer_or_none(tokenizers, tmp_path):
             none = len(row.ids) - 1 if causal else 0
             begin = questions[window.question].begins[0]
             end = begin + len(questions[window.question].answers[0])
-            within = row.offsets[window.begin : window.begin + window.count]
+            offsets = part.windows.contexts[window.question][window.first :][: window.count]
             if first == none:
-                assert last == none and (begin < within[0, 0] or end > within[-1, 1])
+                assert last == none and (begin < offsets[0, 0] or end > offsets[-1, 1])
             else:
                 whole[window.question] += 1
                 context = questions[window.question].context
-                left, right = int(row.offsets[first, 0]), int(row.offsets[last, 1])
+                left, right = int(offsets[first - window.begin, 0]), int(offsets[last - window.begin, 1])
                 text, answer = context[left:right].strip(), questions[window.question].answers[0]
                 # Pieces of a byte-level tokenizer may hold more than the answer does.
                 assert text == answer or (causal and answer in text)
         assert all(whole.values()) and part.split == 0 and part.windows.long == 6
+        # Said to people, with how many there are.
+        facts = facts_of("F", part, 24, 10, 2)
+        assert "F: 6 of 6 questions do not fit 24 tokens" in facts[0] and "the longest answer has" in facts[1]
+        narrow = part_of(questions, tokenizer, 8, 0, causal)
+        facts = " ".join(facts_of("F", narrow, 12, 0, 30))
+        assert narrow.split > 0 and f"F: {narrow.split} answers are whole in no window" in facts
 
 
 def test_best_spans_are_those_of_all(tokenizers):
@@ -341,7 +353,8 @@ def test_best_spans_are_those_of_all(tokenizers):
     for row, score_T2 in zip(windows.rows, scores, strict=True):
         for first in range(row.begin, row.begin + row.count):
             for last in range(first, min(first + 4, row.begin + row.count)):
-                span = (int(row.example.offsets[first, 0]), int(row.example.offsets[last, 1]))
+                tokens = [row.first + at - row.begin for at in (first, last)]
+                span = (int(windows.contexts[0][tokens[0], 0]), int(windows.contexts[0][tokens[1], 1]))
                 expected[span] = max(expected.get(span, -np.inf), float(score_T2[first, 0]) + float(score_T2[last, 1]))
     order = sorted(expected, key=lambda span: -expected[span])[:20]
     assert len(windows.rows) > 2 and found.spans[:20] == order

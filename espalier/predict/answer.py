@@ -35,7 +35,7 @@ class Window(NamedTuple):
     """A row of the model: a question, and a part of its context."""
 
     example: Example
-    """[CLS] question [SEP] part [SEP]; its offsets are those of the context's characters, -1 for all other tokens."""
+    """[CLS] question [SEP] part [SEP]."""
     question: int
     """Number of the question."""
     first: int
@@ -97,21 +97,21 @@ def windows_of(
     texts = list(dict.fromkeys(context for _, context in asked))
     encoded = dict(zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True))
     questions = backend.encode_batch_fast([question for question, _ in asked], add_special_tokens=False)
+    ids_of = {text: found.ids for text, found in encoded.items()}
     offsets = {text: np.array(found.offsets, np.int32).reshape(-1, 2) for text, found in encoded.items()}
     rows, long, cut = [], 0, 0
     for number, ((_, context), question) in enumerate(zip(asked, questions, strict=True)):
-        kept, ids, places = question.ids[: room // 2], encoded[context].ids, offsets[context]
+        kept, ids = question.ids[: room // 2], ids_of[context]
         size = room - len(kept)
         step = max(size - stride, size - size // 2)
         begin = len(kept) + 2
         starts = range(0, max(len(ids) - size, 0) + step, step)
         for start in starts:
             part = ids[start : start + size]
-            at = np.full((begin + len(part) + 1, 2), -1, np.int32)
-            at[begin:-1] = places[start : start + size]
-            types = [0] * begin + [1] * (len(part) + 1)
-            example = Example([first, *kept, between, *part, between], types, at)
-            rows.append(Window(example, number, start, begin, len(part)))
+            # Arrays, for there may be some hundred thousand windows.
+            example_ids = np.array([first, *kept, between, *part, between], np.int32)
+            types = np.repeat(np.array([0, 1], np.int8), (begin, len(part) + 1))
+            rows.append(Window(Example(example_ids, types), number, start, begin, len(part)))
         long += len(starts) > 1
         cut += len(kept) < len(question.ids)
     return Windows(rows, [offsets[context] for _, context in asked], long, cut)
@@ -156,7 +156,7 @@ def find_answers(
     for window, scores_T2 in zip(windows.rows, scores, strict=True):
         number, context = window.question, asked[window.question][1]
         none[number] = min(none[number], scores_T2[no_answer_place(window, model.config.causal)].sum())
-        for span, score in _spans(window, scores_T2, context, how.answer_tokens):
+        for span, score in _spans(window, scores_T2, context, windows.contexts[number], how.answer_tokens):
             spans[number][span] = max(score, spans[number].get(span, -np.inf))
     found = []
     for (_, context), of_question, least in zip(asked, spans, none, strict=True):
@@ -184,7 +184,7 @@ def result_of(found: Found, how: Answering) -> dict[str, Any]:
 
 
 def _spans(
-    window: Window, scores_T2: np.ndarray, context: str, answer_tokens: int
+    window: Window, scores_T2: np.ndarray, context: str, offsets: np.ndarray, answer_tokens: int
 ) -> list[tuple[tuple[int, int], float]]:
     """((begin, end), score) of the best spans of a window, as characters of the context without blanks around them."""
     count, begin = window.count, window.begin
@@ -198,12 +198,10 @@ def _spans(
     flat = score_LC.ravel()
     best = np.argpartition(-flat, CANDIDATES - 1)[:CANDIDATES] if flat.size > CANDIDATES else np.arange(flat.size)
     found = []
-    offsets = window.example.offsets
-    assert offsets is not None
     for index in best:
         more, at = divmod(int(index), count)
         if np.isfinite(flat[index]):
-            left, right = int(offsets[begin + at, 0]), int(offsets[begin + at + more, 1])
+            left, right = int(offsets[window.first + at, 0]), int(offsets[window.first + at + more, 1])
             text = context[left:right]
             left, right = left + len(text) - len(text.lstrip()), right - len(text) + len(text.rstrip())
             if left < right:

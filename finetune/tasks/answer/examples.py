@@ -33,6 +33,8 @@ class Part(NamedTuple):
     for none twice."""
     split: int
     """Answers that are whole in no window."""
+    longest: int
+    """Tokens of the longest answer."""
 
     @property
     def asked(self) -> list[Asked]:
@@ -79,7 +81,7 @@ def read_parts(data: AnswerData, tokenizer: PreTrainedTokenizerFast, model: Mode
     apart = part_of(tuning, tokenizer, length, data.stride, model.causal) if tuning else None
     facts = list(dict.fromkeys(notes))
     for name, part in zip((data.train, measured_on), parts, strict=True):
-        facts += facts_of(str(name), part, length, data.stride)
+        facts += facts_of(str(name), part, length, data.stride, data.answer_tokens)
     if model.causal:
         facts.append("a causal model scores the begin of an answer before it reads on; an encoder (mlm) answers better")
     about = {"training": _words(str(data.train), learnt), "validation": _words(str(measured_on), held)}
@@ -113,7 +115,8 @@ def part_of(
             target = tuple(token - window.first + window.begin for token in span)
         rows.append(window.example._replace(of_row={"span": target}))
     with_answer = sum(bool(question.answers) for question in questions)
-    return Part(questions, windows, rows, with_answer - len(whole))
+    longest = max((span[1] - span[0] + 1 for span in spans if span), default=0)
+    return Part(questions, windows, rows, with_answer - len(whole), longest)
 
 
 def _tokens(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
@@ -138,7 +141,7 @@ def unit_words(data: AnswerData, unit: Unit) -> str:
     return f"{unit}, for most letters of the contexts {most}"
 
 
-def facts_of(name: str, part: Part, length: int, stride: int) -> list[str]:
+def facts_of(name: str, part: Part, length: int, stride: int, answer_tokens: int) -> list[str]:
     """What was cut and divided, a sentence each."""
     found, windows = [], part.windows
     if windows.long:
@@ -152,6 +155,11 @@ def facts_of(name: str, part: Part, length: int, stride: int) -> list[str]:
         found.append(
             f"{name}: {part.split:,} answers are whole in no window and count as none in training; raise --data.stride "
             "or --data.max-length"
+        )
+    if part.longest > answer_tokens:
+        found.append(
+            f"{name}: the longest answer has {part.longest} tokens, and none of more than {answer_tokens} is given; "
+            "raise --data.answer-tokens"
         )
     return found
 

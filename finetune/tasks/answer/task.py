@@ -126,7 +126,7 @@ def measure(model: LoadedModel, data: AnswerData) -> Evaluation:
     )
     part, unit = read_validation(data, model.tokenizer, how.max_length, model.config.causal)
     found = measured(model, part, how, unit)
-    facts = facts_of(str(data.validation), part, how.max_length, how.stride)
+    facts = facts_of(str(data.validation), part, how.max_length, how.stride, how.answer_tokens)
     return found._replace(warnings=[*facts, *found.warnings])
 
 
