@@ -180,7 +180,7 @@ def _completions(config: GenerateConfig) -> list[str]:
     from espalier.models.pretrained import part_of
     from espalier.models.published import Published
     from espalier.training.checkpoint import read_config
-    from espalier.training.frozen import restore_complete
+    from espalier.training.frozen import restore_model
     from espalier.training.run import RunDirectory
 
     saved = read_config(config.run_dir)
@@ -199,7 +199,7 @@ def _completions(config: GenerateConfig) -> list[str]:
             how = ", ".join(f"{name} {value:g}" for name, value in zip(SAMPLED, sampling.drawn, strict=True))
             but = f"; what it says of {', '.join(ignored)} is not applied" if ignored else ""
             progress.say(f"by the model's generation_config.json: {how}{but}")
-    params = part_of(restore_complete(config.run_dir), saved)
+    params = part_of(restore_model(config.run_dir), saved)
     return continue_texts(model, params, tokenizer, config.prompt, sampling, end_ids)
 
 

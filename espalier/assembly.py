@@ -30,6 +30,7 @@ from espalier.report.render import write_report
 from espalier.report.task import kept
 from espalier.task import Start, Task, TaskRecord, Trained
 from espalier.training import loop
+from espalier.training.adapters import merged
 from espalier.training.introduction import About, conclude
 from espalier.training.run import RunDirectory, settings, summarise, tuned_file
 from espalier.training.start import find_origin
@@ -95,7 +96,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     if exporting:
         key = jax.random.key(0)
         base = jax.eval_shape(task.frozen.init, key) if task.frozen else {}
-        shapes = part_of(combined(jax.eval_shape(task.init_params, key), base), recorded)
+        shapes = part_of(merged(combined(jax.eval_shape(task.init_params, key), base)), recorded)
         check_export(exporting, model, head, tokenizer, published, shapes)
     config_dict, defaults = settings(config, model, **recorded, **task.settings, **handed_on)
     run.check(config_dict, defaults, origin.done if origin else 0, task.schedules)
@@ -103,7 +104,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     if first:
         for fact in task.facts:
             progress.say(fact)
-        if task.frozen is not None and fresh:
+        if task.frozen is not None and not (origin and origin.resumed):
             progress.say(f"frozen parameters: {task.frozen.origin}")
 
     about = About(
@@ -114,7 +115,9 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     )
     learnt = Trainable(
         init_params=task.init_params,
-        load_params=load_weights(origin, model, head, task.init_params, config.seed) if origin and not fresh else None,
+        load_params=task.load_params or load_weights(origin, model, head, task.init_params, config.seed)
+        if origin and not fresh
+        else None,
         frozen=task.frozen,
         matrix_axes=task.matrix_axes or matrix_axes,
         objective=task.objective,

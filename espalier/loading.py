@@ -18,7 +18,7 @@ from espalier.models.repository import PREFIX
 from espalier.models.sentence_transformers import read_modules
 from espalier.predict.loaded import LoadedModel
 from espalier.training.checkpoint import read_config
-from espalier.training.frozen import restore_complete
+from espalier.training.frozen import restore_model
 from espalier.training.run import TUNED, RunDirectory
 
 FRAMED = ("sequence_classification", "token_classification", "question_answering", "embedding")
@@ -57,7 +57,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     if head in FRAMED and "imported_from" not in saved:
         tokenizer = framed_tokenizer(tokenizer, config.causal)
     saved = saved | _tuned(run.tuned)
-    params = part_of(restore_complete(run.path, step=step), saved)
+    params = part_of(restore_model(run.path, step=step), saved)
     return LoadedModel(config, jax.tree.map(jnp.asarray, params), tokenizer, head, saved)
 
 

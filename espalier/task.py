@@ -131,6 +131,9 @@ class Task:
     """Adds what follows from the metrics of an evaluation, and from its counts (F1; `training.step.Sums`)."""
     frozen: Frozen | None = None
     """Parameters that the model needs and the run does not train."""
+    load_params: Callable[[Any], Any] | None = None
+    """Shapes of what is trained, with shardings → parameters to start from, where those are not the origin's alone
+    (adapters)."""
     part: str = ""
     """Name of the subtree that is `model`, to be exported and loaded, where several are trained: discriminator."""
     matrix_axes: Callable[[Any], Any] | None = None
@@ -180,8 +183,14 @@ class Trained:
 
     @property
     def params(self) -> Any:
-        """Complete, on the mesh."""
-        return self.result.state.complete
+        """Complete and with adapters merged, on the mesh."""
+        return self._params
+
+    @functools.cached_property
+    def _params(self) -> Any:
+        from espalier.training.adapters import merged
+
+        return merged(self.result.state.complete)
 
     @functools.cached_property
     def collected(self) -> Any:

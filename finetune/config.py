@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -42,10 +43,41 @@ class FinetuneOptimizer(OptimizerConfig):
     """Optimizer and schedule of a fine-tuning."""
 
     learning_rate: float | None = often(None)  # type: ignore[assignment]
-    """Peak learning rate; unset = 5e-5 × 768 / hidden_size, but not above 3e-4."""
+    """Peak learning rate; unset = 5e-5 × 768 / hidden_size, but not above 3e-4; of adapters ten times as much."""
     warmup: float = 0.1
     """Warm-up: a fraction of the steps below 1, else a number of steps."""
     b2: float = 0.999
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of training everything: W + scale · B A (Hu et al. 2021), and the head whole."""
+
+    rank: int | None = often(None)
+    """Rank of the adapters; unset = none, every parameter is trained."""
+    alpha: float = 16.0
+    """The scale is alpha / rank."""
+    targets: str = r"^layers/"
+    """Which matrices have an adapter: a regular expression on paths like layers/period/0/attention/q/kernel; unset =
+    all of the layers (Dettmers et al. 2023)."""
+    rslora: bool = False
+    """The scale is alpha / √rank, so that high ranks learn as well (Kalajdzievski 2023)."""
+    dropout: float = 0.0
+    """Dropout of what the adapters see."""
+
+    def __post_init__(self):
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"lora.rank={self.rank} must be at least 1; leave it out to train every parameter")
+        if not self.alpha > 0:
+            raise UserError(f"lora.alpha={self.alpha} must be greater than 0; try 16")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout={self.dropout} must be at least 0 and below 1; try 0.05")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two small matrices is multiplied by."""
+        assert self.rank is not None
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,7 @@ class FinetuneConfig(TrainConfig):
     dropout: float = 0.1
     """Dropout of hidden states and attention; replaces the checkpoint's."""
     optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: FinetuneData = field(default_factory=FinetuneData)
     execution: Execution = field(default_factory=Execution)
 
@@ -76,6 +109,8 @@ class FinetuneConfig(TrainConfig):
             raise UserError(f"epochs={self.epochs} must be greater than 0; try 3")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
+        if self.scratch and self.lora.rank:
+            raise UserError("scratch: adapters need a pretrained model to adapt; leave out --scratch or --lora.rank")
         if self.init_optimizer:
             raise UserError(
                 "init_optimizer: a classifier cannot take over a pretraining's optimizer state; leave it out"

@@ -106,7 +106,12 @@ class FinetuneTask(TaskRecord):
                 "no --init-from given: name the run directory of the model that is to be fine-tuned, or hf:PATH_OR_ID"
             )
         model = ModelConfig.from_dict(origin.config["model"])
-        model = replace(model, hidden_dropout=config.dropout, attention_dropout=config.dropout)
+        model = replace(
+            model,
+            hidden_dropout=config.dropout,
+            attention_dropout=config.dropout,
+            adapter_dropout=config.lora.dropout if config.lora.rank else 0.0,
+        )
         return model, max_length(config.data, model)
 
     def open(self, config: FinetuneConfig, start: Start) -> Task:
@@ -117,6 +122,7 @@ class FinetuneTask(TaskRecord):
         from espalier.models.counts import flops_per_token
         from espalier.predict.loaded import LoadedModel
         from finetune.config import max_length
+        from finetune.lora import adapt
 
         tokenizer = start.tokenizer
         assert tokenizer is not None
@@ -124,6 +130,8 @@ class FinetuneTask(TaskRecord):
         config = resolved(config, data.examples, start.model.hidden_size)
         assert config.steps is not None
         tokens, longest = data.tokens_per_row, max_length(config.data, start.model)
+        adapters = adapt(config, data, self.head, start) if config.lora.rank else None
+        flops = config.batch_size * tokens * flops_per_token(start.model, round(tokens), 0.0)
 
         def finish(trained: Trained) -> dict[str, Any]:
             saved = {"task": self.name, "data": dataclasses.asdict(config.data)} | data.settings
@@ -140,26 +148,28 @@ class FinetuneTask(TaskRecord):
             config=config,
             model=data.model,
             tokenizer=tokenizer,
-            init_params=data.init_params,
+            init_params=adapters.init_params if adapters else data.init_params,
             objective=data.objective,
             batch=data.batch,
             eval_batches=data.eval_batches,
             finalize_eval=data.finalize_eval,
-            frozen=start.base(data.frozen),
+            frozen=adapters.frozen if adapters else start.base(data.frozen),
+            load_params=adapters.load_params if adapters else None,
             matrix_axes=data.matrix_axes,
             part=data.part,
             fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,
             settings=data.settings,
             scratch=config.scratch or data.frozen is not None,
             tokens_per_step=config.batch_size * tokens,
-            flops_per_step=config.batch_size * tokens * flops_per_token(start.model, round(tokens), 0.0),
+            # Frozen matrices have no gradient: of forward, gradient of what goes in and of the matrix, two are left.
+            flops_per_step=flops * 2 / 3 if adapters else flops,
             longest=longest,
             facts=data.facts,
-            data=data.about,
+            data=data.about | ({"adapters": adapters.words} if adapters else {}),
             row=f"up to {longest} tokens, {tokens:.0f} on average",
             epochs=epochs_words(config.steps * config.batch_size / data.examples),
             finish=finish,
-            summary=lambda step: {"metrics": {}},
+            summary=lambda step: {"metrics": {}} | ({"trained_parameters": adapters.trained} if adapters else {}),
             exported=lambda published: data.exported(tokenizer, published),
             following=None
             if config.export
@@ -192,6 +202,9 @@ def resolved(config: FinetuneConfig, examples: int, width: int) -> FinetuneConfi
     if rate is None:
         # Wide models want small rates: about 1/D under Adam (Yang et al. 2022); 5e-5 is BERT-base's.
         rate = min(3e-4, 5e-5 * 768 / width)
+        if config.lora.rank:
+            # Schulman et al. 2025, "LoRA Without Regret": ten times the best rate of a full fine-tuning, at any rank.
+            rate *= 10
     return replace(
         config,
         steps=steps,

@@ -43,6 +43,20 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
         ("fsdp", None),
     ),
     (r"head/(pooler|\w+_classification|question_answering|replaced_token_detection)/(dense|out)/bias", (None,)),
+    # Adapters follow their kernel; the rank stays whole.
+    (r"(cross_)?attention/q/lora_a", (None, "fsdp")),
+    (r"(cross_)?attention/q/lora_b", ("tensor", None, None)),
+    (r"(cross_)?attention/kv/lora_a", (None, None, "fsdp")),
+    (r"(cross_)?attention/kv/lora_b", (None, "tensor", None, None)),
+    (r"(cross_)?attention/out/lora_a", (None, "tensor", None)),
+    (r"(cross_)?attention/out/lora_b", ("fsdp", None)),
+    (r"mlp/up/lora_a", (None, "fsdp")),
+    (r"mlp/up/lora_b", ("tensor", None)),
+    (r"mlp/gate_up/lora_a", (None, None, "fsdp")),
+    (r"mlp/gate_up/lora_b", (None, "tensor", None)),
+    (r"mlp/down/lora_a", (None, "tensor")),
+    (r"mlp/down/lora_b", ("fsdp", None)),
+    (r"\w+/lora_scale", ()),
     # What an objective of a user's own adds to a model and is small.
     (r"adapters/[^/]+/(kernel|bias|scale)", ()),
 )

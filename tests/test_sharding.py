@@ -14,6 +14,9 @@ import clm.presets
 import mlm.presets
 from espalier.errors import UserError
 from espalier.models.transformer import init_params
+from espalier.training.state import combined
+from finetune.config import LoraConfig
+from finetune.lora import init_adapters, places_of, tree_at
 from sharding import rules
 from sharding.mesh import MeshConfig, build_mesh, check_batch, place_batch
 
@@ -46,11 +49,35 @@ def test_every_rule_is_used():
     trees = [shapes(entry, name) for entry, name in PRESETS]
     # No preset has both biases and gates, or narrow embeddings.
     trees.append(shapes(mlm.presets, "debug", gated_mlp=True, mlp_bias=True, embedding_size=32))
+    trees += [adapters(tree) for tree in trees]
     for tree in trees:
         for key_path, _ in jax.tree_util.tree_leaves_with_path(tree):
             path = rules.path_of(key_path)
             used |= {p for p, _ in rules.RULES if re.search(f"(^|/){p}$", path)}
     assert {pattern for pattern, _ in rules.RULES} - used == {r"adapters/[^/]+/(kernel|bias|scale)"}  # a user's own
+
+
+def adapters(tree):
+    lora = LoraConfig(rank=2)
+    places = places_of(tree, lora.targets)
+    scales = tree_at({place.path: {"lora_scale": jax.ShapeDtypeStruct(place.repeats, jnp.float32)} for place in places})
+    return combined(jax.eval_shape(lambda key: init_adapters(places, lora, key), jax.random.key(0)), scales)
+
+
+def test_adapters_are_split_as_their_matrix_is():
+    tree = shapes(mlm.presets, "debug", gated_mlp=True)
+    for place in places_of(tree, "^layers/"):
+        path, count, inputs = "/".join(place.path), len(place.count), len(place.inputs)
+        kernel, a, b = (
+            tuple(rules.param_spec(f"{path}/{name}", count + axes))
+            for name, axes in (
+                ("kernel", inputs + len(place.outputs)),
+                ("lora_a", 1 + inputs),
+                ("lora_b", len(place.outputs) + 1),
+            )
+        )
+        assert a == (*kernel[:count], None, *kernel[count : count + inputs])
+        assert b == (*kernel[:count], *kernel[count + inputs :], None)
 
 
 def test_unknown_and_ambiguous_parameters_are_named(monkeypatch):

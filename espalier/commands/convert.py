@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from espalier import cli, progress
 from espalier.errors import UserError
+
+if TYPE_CHECKING:
+    from espalier.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class ImportConfig:
     """Which head to take (masked_lm, causal_lm, …, embedding = none); unset = that of the file."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    adapter: str | None = None
+    """An adapter of PEFT (LoRA), to be merged into the weights: a folder, or the name of a repository on the Hub."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
@@ -41,6 +46,10 @@ class ExportConfig:
     """The new folder, which `AutoModel` and `pipeline` load."""
     step: int | None = None
     """Which checkpoint; unset = the newest."""
+    adapter: bool = False
+    """Of a run with --lora: write the adapter alone, in the format of PEFT. Without, it is merged into the weights."""
+    base: str | None = None
+    """With --adapter: what it names as its base model; unset = the --init-from of the run."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the weights are written in; unset = as the model was when it was imported, else float32."""
     json: bool = False
@@ -71,6 +80,10 @@ def import_model(config: ImportConfig) -> dict:
     head = config.head or source.head
     tokenizer = tokenizer_of(source.tokenizer_folder, source.config)
     model, params, _ = load_pretrained(source.folder, head)
+    if config.adapter:
+        from espalier.models.peft import read_adapter
+
+        params = read_adapter(config.adapter, model, head, params)
     given = config.source.removeprefix(PREFIX)
     named = given if Path(given).expanduser().exists() else PREFIX + given
     saved = {
@@ -79,7 +92,9 @@ def import_model(config: ImportConfig) -> dict:
         "labels": list(model.labels),
         "fingerprints": {"tokenizer": fingerprint(tokenizer)},
         **published_beside(source.config),
-        "imported_from": named + (f" at {config.revision}" if config.revision else ""),
+        "imported_from": named
+        + (f" at {config.revision}" if config.revision else "")
+        + (f" with the adapter {config.adapter}" if config.adapter else ""),
     }
     with appearing(target) as folder:
         run = RunDirectory(folder)
@@ -104,7 +119,7 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.models.sentence_transformers import module_files
     from espalier.report.card import model_card
     from espalier.training.checkpoint import read_config
-    from espalier.training.frozen import restore_complete
+    from espalier.training.frozen import restore_model
     from espalier.training.run import RunDirectory, tuned_file
 
     run = RunDirectory(config.run_dir)
@@ -112,6 +127,8 @@ def export_model(config: ExportConfig) -> dict:
     if "task" not in saved:
         raise UserError(f"{run.path} holds no run of mlm, clm or finetune; name a run directory with a checkpoint")
     model, head = ModelConfig.from_dict(saved["model"]), saved.get("head", saved["task"])
+    if config.adapter:
+        return _export_adapter(config, saved, model, head)
     tokenizer = tokenizer_of(run.tokenizer, saved)
     published = Published.beside(saved)
     if head in FRAMED and "imported_from" not in saved:
@@ -119,7 +136,7 @@ def export_model(config: ExportConfig) -> dict:
         if published and model.causal:
             published = published.padded_by(tokenizer)
     check_export(config.destination, model, head, tokenizer, published)
-    params = part_of(restore_complete(run.path, step=config.step), saved)
+    params = part_of(restore_model(run.path, step=config.step), saved)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
     also = module_files(saved, model.hidden_size) | tuned_file(run)
@@ -133,6 +150,27 @@ def export_model(config: ExportConfig) -> dict:
     )
     progress.say(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}")
     return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype}
+
+
+def _export_adapter(config: ExportConfig, saved: dict, model: ModelConfig, head: str) -> dict:
+    from pathlib import Path
+
+    from espalier.models.hub import check_new
+    from espalier.models.peft import save_adapter
+    from espalier.models.repository import PREFIX
+    from espalier.report.card import model_card
+    from espalier.training.frozen import restore_complete
+
+    lora = saved.get("lora") or {}
+    if not lora.get("rank"):
+        raise UserError(f"{config.run_dir} was trained without adapters (--lora.rank); leave out --adapter")
+    check_new(Path(config.destination).expanduser())
+    base = config.base or str(saved["init_from"]).removeprefix(PREFIX)
+    settings = {name: lora[name] for name in ("rank", "alpha", "rslora", "dropout")}
+    params = restore_complete(config.run_dir, step=config.step)
+    save_adapter(config.destination, model, head, params, base, card=model_card(Path(config.run_dir)), **settings)
+    progress.say(f"exported the adapter to {config.destination}: PEFT puts it on {base}")
+    return {"path": config.destination, "head": head, "model_type": model.model_type, "base": base}
 
 
 if __name__ == "__main__":

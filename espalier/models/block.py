@@ -69,10 +69,10 @@ class Attention(nn.Module):
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.kv_heads, c.head_size
 
         def linear(shape: tuple[int, ...], name: str) -> Einsum:
-            return Einsum(shape, c.attention_bias, c.initializer_range, self.dtype, name=name)
+            return Einsum(shape, c.attention_bias, c.initializer_range, self.dtype, c.adapter_dropout, name=name)
 
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
-        q_BTNH = constrain(linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD), "batch", "sequence", "tensor", None)
+        q_BTNH = constrain(linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD, key), "batch", "sequence", "tensor", None)
         source_BTD, spec, places = x_BTD, spec_for(c, self.kind), context.places
         if self.cross:
             assert context.memory is not None
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             spec = dataclasses.replace(spec, causal=False, left=None, right=None)
             index_1S = jnp.arange(source_BTD.shape[1], dtype=jnp.int32)[None, :]
             places = Places(places.q_segments_BT, context.memory.segment_ids_BS, places.q_index_BT, index_1S)
-        kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", source_BTD)
+        kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", source_BTD, key)
         kv_BTCKH = constrain(kv_BTCKH, "batch", "sequence", None, "tensor", None)
         k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
         if c.qk_norm:
@@ -113,8 +113,8 @@ class Attention(nn.Module):
             dropout_key=key,
         )
         bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
-        out = Einsum((N, H, D), bias, output_stddev(c), self.dtype, name="out")
-        return constrain(out("BTNH,NHD->BTD", out_BTNH), "batch", "sequence", None), cache
+        out = Einsum((N, H, D), bias, output_stddev(c), self.dtype, c.adapter_dropout, name="out")
+        return constrain(out("BTNH,NHD->BTD", out_BTNH, key), "batch", "sequence", None), cache
 
 
 class MLP(nn.Module):
@@ -124,24 +124,24 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, key: jax.Array | None = None):
         c = self.config
         D, F = c.hidden_size, c.intermediate_size
 
         def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
-            return Einsum(shape, c.mlp_bias, stddev, self.dtype, name=name)
+            return Einsum(shape, c.mlp_bias, stddev, self.dtype, c.adapter_dropout, name=name)
 
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         if c.gated_mlp:
             # C next to F, not in front: one product without transposing its result (a quarter faster on CPU).
-            gate_up_BTCF = linear((2, D, F), "gate_up")("BTD,CDF->BTCF", x_BTD)
+            gate_up_BTCF = linear((2, D, F), "gate_up")("BTD,CDF->BTCF", x_BTD, key)
             gate_up_BTCF = constrain(gate_up_BTCF, "batch", "sequence", None, "tensor")
             h_BTF = gated(c.hidden_act)(gate_up_BTCF[:, :, 0], gate_up_BTCF[:, :, 1])
         else:
-            up_BTF = constrain(linear((D, F), "up")("BTD,DF->BTF", x_BTD), "batch", "sequence", "tensor")
+            up_BTF = constrain(linear((D, F), "up")("BTD,DF->BTF", x_BTD, key), "batch", "sequence", "tensor")
             h_BTF = activation(c.hidden_act)(up_BTF)
         out = linear((F, D), "down", output_stddev(c))
-        return constrain(out("BTF,FD->BTD", h_BTF), "batch", "sequence", None)
+        return constrain(out("BTF,FD->BTD", h_BTF, key), "batch", "sequence", None)
 
 
 class Block(nn.Module):
@@ -168,7 +168,7 @@ class Block(nn.Module):
             cross = Attention(c, self.kind, self.dtype, self.backend, cross=True, name="cross_attention")
             y_BTD, _ = cross(self._before("cross_attention", x_BTD), context, None, key[3])
             x_BTD = self._after("cross_attention", x_BTD, y_BTD, key[4])
-        x_BTD = self._after("mlp", x_BTD, mlp(self._before("mlp", x_BTD)), key[2])
+        x_BTD = self._after("mlp", x_BTD, mlp(self._before("mlp", x_BTD), key[2]), key[2])
         return x_BTD, cache
 
     def _before(self, name: str, x_BTD: jax.Array, normed: bool = True) -> jax.Array:

@@ -132,6 +132,8 @@ class ModelConfig:
     """What the scores of a classifier of sequences are; unset = one label a text."""
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
+    adapter_dropout: float = 0.0
+    """Of what adapters see, where the parameters have some (--lora.dropout of a fine-tuning)."""
     initializer_range: float = 0.02
 
     def __post_init__(self):
@@ -151,7 +153,7 @@ class ModelConfig:
             )
         if not self.layer_period:
             raise UserError("layer_period is empty; give the kinds of layer that repeat, for instance global")
-        for name in ("hidden_dropout", "attention_dropout"):
+        for name in ("hidden_dropout", "attention_dropout", "adapter_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1; try 0.1")
         fixed, period = len(self.prefix_layers) + len(self.suffix_layers), len(self.layer_period)

@@ -21,24 +21,43 @@ from sharding.mesh import constrain, mesh_platform
 class Einsum(nn.Module):
     """A linear map with the equation at the call: `Einsum((D, N, H), ...)("BTD,DNH->BTNH", x)`.
 
-    The bias has the kernel's output axes, in the kernel's order, which must be their order in the result too.
+    The bias has the kernel's output axes, in the kernel's order, which must be their order in the result too. Where the
+    parameters have an adapter (LoRA, Hu et al. 2021) beside the kernel, its product is added: + scale · B A x, with x
+    dropped out by adapter_dropout where there is a key.
     """
 
     shape: tuple[int, ...]
     bias: bool
     stddev: float
     dtype: jnp.dtype
+    adapter_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+    def __call__(self, equation: str, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.truncated_normal(self.stddev), self.shape, jnp.float32)
         y = jnp.einsum(equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.has_variable("params", "lora_a"):
+            if key is not None and self.adapter_dropout:
+                x = dropout(x, self.adapter_dropout, named_key(key, self.name or ""))
+            y = y + self._adapter(equation, x.astype(self.dtype))
         if not self.bias:
             return y
         letters, result = equation.split(",")[1].split("->")
         sizes = dict(zip(letters, self.shape, strict=True))
         bias = self.param("bias", nn.initializers.zeros, tuple(sizes[a] for a in letters if a in result), jnp.float32)
         return y + bias.astype(self.dtype).reshape([sizes.get(a, 1) for a in result])
+
+    def _adapter(self, equation: str, x: jax.Array) -> jax.Array:
+        """scale · B A x. The layout of the three is said in training/adapters.py."""
+        a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+        source, kernel, result = equation.replace("->", ",").split(",")
+        inputs = "".join(letter for letter in kernel if letter not in result)
+        counting = kernel[: a.ndim - 1 - len(inputs)]
+        outputs = "".join(letter for letter in kernel if letter not in inputs + counting)
+        within = "".join(letter for letter in source if letter not in inputs) + counting + "r"
+        low = jnp.einsum(f"{source},{counting}r{inputs}->{within}", x, a.astype(self.dtype))
+        high = jnp.einsum(f"{within},{counting}{outputs}r->{result}", low, b.astype(self.dtype))
+        return high * scale.astype(self.dtype)
 
 
 def float32_einsum(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -32,7 +32,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __init__(self, folder: Path):
         self._views: dict[str, np.ndarray] = {}
         for path in _files(folder):
-            views = _open(path)
+            views = open_file(path)
             twice = sorted(views.keys() & self._views.keys())
             if twice:
                 raise UserError(f"{path} holds tensors that another file has too: {', '.join(twice)}; keep one of them")
@@ -61,19 +61,13 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype
 
     shard_bytes: tensors of a file together, unless it is a single one. UserError for a value that dtype cannot hold.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     cast = DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]]
     shards: list[list[str]] = []
     shard: dict[str, Any] = {}
     total = size = 0
 
     def flush() -> None:
-        try:
-            save_file(shard, folder / f"{len(shards)}.unfinished", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, above all
-            raise MachineError(f"the weights could not be written to {folder.parent}: {error}") from error
+        write_file(folder / f"{len(shards)}.unfinished", shard)
         shards.append(list(shard))
         shard.clear()
 
@@ -99,6 +93,17 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write one file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, above all
+        raise MachineError(f"the weights could not be written to {path.parent.parent}: {error}") from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -143,7 +148,7 @@ def _is_pickle(path: Path) -> bool:
     return zipped or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or start[257:262] == b"ustar"
 
 
-def _open(path: Path) -> dict[str, np.ndarray]:
+def open_file(path: Path) -> dict[str, np.ndarray]:
     """Views of a file's tensors; UserError where the file is not what it should be."""
     from safetensors import SafetensorError, safe_open
 

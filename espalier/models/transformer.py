@@ -184,15 +184,22 @@ def init_cache(config: ModelConfig, batch_size: int, length: int, dtype=jnp.floa
 def matrix_axes(params: dict) -> dict:
     """For every parameter (reduction axes, output axes) if it is a matrix of a layer, else None: what Muon needs.
 
-    Axes in neither count matrices: keys and values, gate and up, and the repeats of a period are each their own.
+    Axes in neither count matrices: keys and values, gate and up, and the repeats of a period are each their own. Those
+    of an adapter (training/adapters.py) are matrices too, with the rank for outputs or inputs.
     """
 
     def axes(path, leaf):
         names = [entry.key for entry in path]
-        if names[0] != "layers" or names[-1] != "kernel":
+        if names[0] != "layers" or names[-1] not in ("kernel", "lora_a", "lora_b"):
             return None
         stack = 1 if names[1] == "period" else 0
-        return tuple(tuple(axis + stack for axis in group) for group in _MATRIX_AXES[names[-2]])
+        inputs, outputs = _MATRIX_AXES[names[-2]]
+        count = stack + inputs[0]
+        if names[-1] == "lora_a":
+            return tuple(range(count + 1, leaf.ndim)), (count,)
+        if names[-1] == "lora_b":
+            return (leaf.ndim - 1,), tuple(range(count, leaf.ndim - 1))
+        return tuple(tuple(axis + stack for axis in group) for group in (inputs, outputs))
 
     return jax.tree_util.tree_map_with_path(axes, params)
 

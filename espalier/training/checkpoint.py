@@ -185,6 +185,11 @@ def restore_saved(folder: str | Path, abstract: Any, ignore: str | None = None) 
     return _restore(_step_folder(Path(folder), 0), "params", abstract, ignore)
 
 
+def saved_shapes(folder: str | Path, step: int) -> dict[str, Any]:
+    """Path a/b/c → shape and type of the parameters of a step in a folder of checkpoints; reads no arrays."""
+    return _named(_saved_tree(_step_folder(Path(folder), step) / "params"))
+
+
 def saved_paths(folder: str | Path) -> set[str]:
     """The paths of the parameters that `save_params` wrote into this folder, a/b/c; reads no arrays."""
     return set(_named(_saved_tree(_step_folder(Path(folder), 0) / "params")))

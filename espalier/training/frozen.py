@@ -22,6 +22,7 @@ import jax
 
 from espalier.errors import UserError
 from espalier.files import sha256_of_file
+from espalier.training.adapters import beside, merged
 from espalier.training.checkpoint import (
     newest_step,
     read_data,
@@ -29,6 +30,7 @@ from espalier.training.checkpoint import (
     restore_saved,
     save_params,
     saved_paths,
+    saved_shapes,
 )
 from espalier.training.manifest import MANIFEST
 from espalier.training.run import RunDirectory
@@ -101,6 +103,18 @@ def restore_complete(
     trained, frozen = _part(abstract, paths, False), _part(abstract, paths, True)
     read = restore_saved(folder, frozen, ignore="") if frozen else {}
     return combined(restore_params(run_dir, trained, step, ignore=ignore), read) if trained else read
+
+
+def restore_model(
+    run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | None = None
+) -> Any:
+    """As `restore_complete`, with adapters merged into what they change: the parameters of a plain model."""
+    step = newest_step(run_dir) if step is None else step
+    run = RunDirectory(run_dir)
+    if abstract is None or read_data(run_dir, step).get("frozen") is None:
+        return merged(restore_complete(run_dir, abstract, step, ignore=ignore))
+    adapters = beside(abstract, saved_shapes(run.checkpoints, step) | saved_shapes(run.frozen, 0))
+    return merged(restore_complete(run_dir, combined(abstract, adapters), step, ignore=ignore))
 
 
 def _part(tree: Any, paths: set[str], inside: bool, prefix: str = "") -> dict:

@@ -22,7 +22,7 @@ from espalier.training.checkpoint import (
     restore_state,
 )
 from espalier.training.config import TrainConfig
-from espalier.training.frozen import Frozen, restore_complete, restore_frozen, save_frozen
+from espalier.training.frozen import Frozen, restore_frozen, restore_model, save_frozen
 from espalier.training.manifest import MANIFEST
 from espalier.training.optimizer import Optimizer
 from espalier.training.run import RunDirectory
@@ -59,7 +59,7 @@ class RunOrigin(NamedTuple):
         return self.step if self.resumed else 0
 
     def restore_params(self, abstract: Any) -> Any:
-        return restore_complete(self.run_dir, abstract, self.step, ignore=None if "head" in abstract else "head/")
+        return restore_model(self.run_dir, abstract, self.step, ignore=None if "head" in abstract else "head/")
 
 
 def find_origin(
