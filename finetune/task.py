@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from espalier.predict.loaded import LoadedModel
     from espalier.training.frozen import Frozen
     from espalier.training.step import Objective
-    from finetune.config import FinetuneConfig
+    from finetune.config import FinetuneConfig, FinetuneData
 
 
 class Labelled(Protocol):
@@ -34,6 +34,8 @@ class Labelled(Protocol):
 
     model: ModelConfig
     """With the labels of this task."""
+    data: FinetuneData | None = None
+    """The settings of the data with nothing left open, where some were."""
     settings: dict
     """JSON values that make the run what it is besides its flags (the labels)."""
     fingerprints: dict[str, str]
@@ -126,8 +128,9 @@ class FinetuneTask(TaskRecord):
 
         tokenizer = start.tokenizer
         assert tokenizer is not None
+        config = _settled(config, start)
         data = self.reads(config, start.model, tokenizer, start.mesh)
-        config = resolved(config, data.examples, start.model.hidden_size)
+        config = resolved(replace(config, data=data.data or config.data), data.examples, start.model.hidden_size)
         assert config.steps is not None
         tokens, longest = data.tokens_per_row, max_length(config.data, start.model)
         adapters = adapt(config, data, self.head, start) if config.lora.rank else None
@@ -190,6 +193,17 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
             write_json(folder / name, value)
     for warning in evaluation.warnings:
         progress.say(warning)
+
+
+def _settled(config: FinetuneConfig, start: Start) -> FinetuneConfig:
+    """The configuration with what the mesh and an earlier start of the run decide."""
+    if config.execution.scan_layers is None and start.mesh.devices.flat[0].platform == "cpu":
+        # A short job: scanned layers compile in half the time, and run as fast.
+        config = replace(config, execution=replace(config.execution, scan_layers=True))
+    if start.origin is not None and start.origin.resumed and getattr(config.data, "examples_per_row", 1) == 0:
+        per_row = start.origin.config.get("data", {}).get("examples_per_row", 1)
+        config = replace(config, data=replace(config.data, examples_per_row=per_row))  # type: ignore[call-arg]
+    return config
 
 
 def resolved(config: FinetuneConfig, examples: int, width: int) -> FinetuneConfig:

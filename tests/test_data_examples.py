@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from manpages import man_texts
 
-from espalier.data.examples import Example, LabelledBatches, encode_pairs, tagged, token_span
+from espalier.data.examples import Example, LabelledBatches, encode_pairs, fitting_row, tagged, token_span
 from espalier.data.tokenizer import framed_tokenizer, special_ids
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
@@ -99,6 +99,43 @@ def test_fixed_batches_are_the_file():
         **dict.fromkeys(["input_ids", "segment_ids", "positions", "token_type_ids", "labels"], "int32"),
         "example_weights": "float32",
     }
+
+
+def test_rows_of_several_examples_hold_the_same_batches():
+    """Every example once, with its targets, as a segment of its own; rows are about equally long, hosts cut them."""
+    lengths = np.random.default_rng(1).integers(2, 40, 53)
+    of_tokens = [{"tags": np.arange(size)} for size in lengths]
+    drawn = [one._replace(of_tokens=tags) for one, tags in zip(examples(lengths), of_tokens, strict=True)]
+    settings = dict(batch_size=16, seed=7, pad_id=0, max_length=40)
+    packed, single = LabelledBatches(drawn, examples_per_row=4, **settings), LabelledBatches(drawn, **settings)
+    pairs = [(packed.batch(step), single.batch(step)) for step in range(8)]
+    for batch, alone in [*pairs, *zip(packed.fixed(), single.fixed(), strict=True)]:
+        assert batch["input_ids"].shape[0] == 4 and batch["labels"].shape == batch["example_weights"].shape == (4, 4)
+        found = []
+        for row, number in np.argwhere(batch["example_weights"] > 0):
+            own = batch["segment_ids"][row] == number + 1
+            token = int(batch["input_ids"][row, own][0])
+            size = lengths[token - 10]
+            assert batch["input_ids"][row, own].tolist() == [token] * size
+            assert batch["positions"][row, own].tolist() == batch["tags"][row, own].tolist() == list(range(size))
+            assert batch["token_type_ids"][row, own].sum() == 1 and batch["labels"][row, number] == (token - 10) % 3
+            found.append(token)
+        assert sorted(found) == sorted(alone["input_ids"][alone["example_weights"] > 0, 0])
+        assert (batch["segment_ids"] > 0).sum() == (alone["segment_ids"] > 0).sum()
+    used = [(batch["segment_ids"] > 0).sum(1) for batch, _ in pairs]
+    assert all(row.max() - row.min() <= 12 for row in used)
+    widths = [(batch["input_ids"].size, alone["input_ids"].size) for batch, alone in pairs]
+    assert sum(width for width, _ in widths) < 0.7 * sum(width for _, width in widths) and packed.fill > 0.8
+    whole = packed.batch(2)
+    halves = [packed.batch(2, part) for part in (slice(0, 2), slice(2, 4))]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, np.concatenate([half[name] for half in halves]))
+
+
+def test_rows_hold_as_many_examples_as_suit_their_length():
+    found = [fitting_row([tokens] * 9, *cut) for tokens, *cut in ((13, 32, 1), (13, 32, 8), (13, 32, 32), (13, 6, 1))]
+    assert found == [8, 4, 1, 2]
+    assert [fitting_row([tokens] * 9, 32, 1) for tokens in (70, 300)] == [2, 1]
 
 
 def test_epochs_and_hosts():

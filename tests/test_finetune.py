@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import write_run
 
+from espalier.data.examples import Example, LabelledBatches
 from espalier.data.tokenizer import load_tokenizer, save_tokenizer
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
@@ -206,6 +207,39 @@ def loader(folder, run_dir):
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shard_params(shapes, mesh)
     )
     return abstract, load_weights(origin, model, "sequence_classification", init, 0)
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "late", "decoder"])
+def test_rows_of_several_examples_give_the_loss_of_rows_of_one(kind):
+    """And its gradient; micro-batches of such rows add up."""
+    model = dataclasses.replace(DECODER if kind == "decoder" else ENCODER, labels=("a", "b", "c"))
+    if kind != "decoder":
+        model = dataclasses.replace(model, classifier_pooling=kind)
+    params = init_params(model, jax.random.key(0), heads=("sequence_classification",))
+    params = jax.tree.map(lambda x: x + 0.05 * np.sin(np.arange(x.size, dtype=np.float32).reshape(x.shape)), params)
+    random = np.random.default_rng(0)
+    lengths = random.integers(2, 16, 22)
+    drawn = [
+        Example(random.integers(0, 300, size).tolist(), [0] * size, of_row={"labels": number % 3})
+        for number, size in enumerate(lengths)
+    ]
+    objective = classification_objective(model, execution=Execution())
+
+    @jax.jit
+    def run(batch):
+        batch, norms = objective.prepare(batch, jax.random.key(0), 0, False)
+        differentiated = jax.value_and_grad(
+            lambda p: objective.loss(p, batch, jax.random.key(0), norms, False), has_aux=True
+        )
+        (loss, sums), grads = differentiated(params)
+        return loss, sums, grads
+
+    alone, packed = (
+        LabelledBatches(drawn, 16, 3, pad_id=0, max_length=16, examples_per_row=per_row).fixed()[1]
+        for per_row in (1, 4)
+    )
+    assert alone["example_weights"].sum() == packed["example_weights"].sum() == 6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), run(packed), run(alone))
 
 
 def test_the_loss_is_the_weighted_mean_and_micro_batches_add_up():

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 ROW_STEP = 16
 """Row lengths are multiples of it."""
+PACKED = 256
+"""Tokens of a row of several examples at most, on average: attention costs the square of its length."""
+TRIED = 256
+"""Batches by which the row lengths are chosen where rows hold several examples."""
 
 
 class Example(NamedTuple):
@@ -102,21 +106,36 @@ def tagged(example: Example, spans: Sequence[tuple[int, int]], tags: Sequence[in
 
 
 class LabelledBatches:
-    """Examples in batches whose rows are as long as their longest example needs.
+    """Examples in batches whose rows are as long as the batch needs.
 
-    There are two row lengths, so that a jitted step is compiled twice and not for each length: one that holds the
-    longest example of about half of the batches, one that holds all. Arrays: `input_ids`, `segment_ids`, `positions`,
-    `token_type_ids` int32 [B,T], `example_weights` float32 [B] (0 for the rows that fill up the last evaluation batch),
-    and the targets by their names, [B, …] and [B,T], 0 where there is no example or token.
+    There are two row lengths, so that a jitted step is compiled twice and not for each length: one that is enough for
+    about half of the batches, one that holds all. Arrays: `input_ids`, `segment_ids`, `positions`, `token_type_ids`
+    int32 [B,T], `example_weights` float32 [B] (0 where the last evaluation batch has no example), and the targets by
+    their names, [B, …] and [B,T], 0 where there is no example or token.
+
+    With examples_per_row E > 1, a row holds E examples, one behind the other, as segments 1 … E that do not see each
+    other. The examples of a batch are spread so that its B / E rows are about equally long: little of them is padding.
+    What is said of an example then has the shape [B / E, E, …].
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int = 0, *, pad_id: int, max_length: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int = 0,
+        *,
+        pad_id: int,
+        max_length: int,
+        examples_per_row: int = 1,
+    ):
+        """batch_size: examples of a batch. max_length: tokens of an example at most."""
         if not examples:
             raise UserError("there are no labelled examples; give a file with some")
+        assert batch_size % examples_per_row == 0, f"{batch_size} examples in rows of {examples_per_row}"
         self._examples = examples
         self._lengths = np.array([len(example.ids) for example in examples])
         assert self._lengths.max() <= max_length, f"{self._lengths.max()} tokens in a row of {max_length}"
-        self._batch_size, self._seed, self._pad_id = batch_size, seed, pad_id
+        self._batch_size, self._seed, self._pad_id, self._per_row = batch_size, seed, pad_id, examples_per_row
         first = examples[0]
         assert all(
             example.of_row.keys() == first.of_row.keys() and example.of_tokens.keys() == first.of_tokens.keys()
@@ -127,32 +146,83 @@ class LabelledBatches:
             name: _array(np.concatenate([example.of_tokens[name] for example in examples])).dtype
             for name in first.of_tokens
         }
-        # A batch of B is no longer than L with probability (part of the examples up to L)^B.
-        usual = np.quantile(self._lengths, 0.5 ** (1 / batch_size))
-        steps = (-(-int(length) // ROW_STEP) * ROW_STEP for length in (np.ceil(usual), self._lengths.max()))
-        self._row_lengths = tuple(min(length, max_length) for length in steps)
+        if examples_per_row == 1:
+            # A batch of B is no longer than L with probability (part of the examples up to L)^B.
+            usual, longest = np.quantile(self._lengths, 0.5 ** (1 / batch_size)), self._lengths.max()
+        else:
+            needed = [self._needed(self._spread(self._chosen(step))) for step in range(self._tried)]
+            usual, longest = np.median(needed), max(needed)
+        steps = (-(-int(length) // ROW_STEP) * ROW_STEP for length in (np.ceil(usual), longest))
+        self._row_lengths = tuple(min(length, max_length * examples_per_row) for length in steps)
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    @property
+    def fill(self) -> float:
+        """The part of the places of training batches that holds a token, over the first of them."""
+        tokens = places = 0
+        for step in range(self._tried):
+            rows = self._spread(self._chosen(step))
+            tokens += int(self._lengths[rows].sum())
+            places += len(rows) * self._row_length(rows)
+        return tokens / places
 
     def batch(self, step: int, part: Part = ALL) -> Batch:
         """Rows `part` of this step's global batch, in an order of its own in each epoch.
 
         The row length is that of the global batch, so that all hosts agree on it.
         """
-        return self.rows(shuffled(step * self._batch_size + np.arange(self._batch_size), len(self), self._seed), part)
+        return self.rows(self._chosen(step), part)
 
     def fixed(self, part: Part = ALL) -> list[Batch]:
-        """All examples in the order of the file; empty rows fill up the last batch."""
+        """All examples, batch by batch in the order of the file; empty places fill up the last batch."""
         indices = np.append(np.arange(len(self)), np.full(-len(self) % self._batch_size, -1))
         return [self.rows(chosen, part) for chosen in indices.reshape(-1, self._batch_size)]
 
     def rows(self, indices: np.ndarray, part: Part = ALL) -> Batch:
-        """The examples `indices` of a global batch, of which `part` is returned; -1 is an empty row."""
-        longest = self._lengths[indices[indices >= 0]].max()
-        length = next(length for length in self._row_lengths if length >= longest)
-        indices = indices[part]
-        shape, real = (len(indices), length), indices >= 0
+        """The examples `indices` of a global batch, of which the rows `part` are returned; -1 is no example."""
+        return self._filled(self._spread(indices), part)
+
+    @property
+    def _tried(self) -> int:
+        """The first batches, of which it is known what they need."""
+        return min(TRIED, -(-len(self) // self._batch_size))
+
+    def _chosen(self, step: int) -> np.ndarray:
+        """The examples of a batch [B]."""
+        return shuffled(step * self._batch_size + np.arange(self._batch_size), len(self), self._seed)
+
+    def _spread(self, indices: np.ndarray) -> np.ndarray:
+        """Examples [B] by rows [B / E, E]: the longest first, each to the row that has the fewest tokens and room."""
+        if self._per_row == 1:
+            return indices[:, None]
+        lengths = np.where(indices >= 0, self._lengths[indices], 0)
+        rows: list[list[int]] = [[] for _ in range(len(indices) // self._per_row)]
+        tokens = np.zeros(len(rows))
+        for place in np.argsort(-lengths, kind="stable"):
+            row = int(tokens.argmin())
+            rows[row].append(int(indices[place]))
+            tokens[row] += lengths[place] if len(rows[row]) < self._per_row else np.inf
+        return np.array(rows)
+
+    def _needed(self, rows: np.ndarray) -> int:
+        """Tokens of the longest row."""
+        return int(np.where(rows >= 0, self._lengths[rows], 0).sum(1).max())
+
+    def _row_length(self, rows: np.ndarray) -> int:
+        needed = self._needed(rows)
+        # Of packed rows, some batch of a later epoch may need more than any of those that were tried.
+        beyond = -(-needed // (4 * ROW_STEP)) * 4 * ROW_STEP
+        return next((length for length in self._row_lengths if length >= needed), beyond)
+
+    def _filled(self, rows: np.ndarray, part: Part) -> Batch:
+        """rows: examples [B / E, E], -1 for none."""
+        length = self._row_length(rows)
+        rows = rows[part]
+        shape = (len(rows), length)
+        indices = rows if self._per_row > 1 else rows[:, 0]
+        real = indices >= 0
         batch = {
             "input_ids": np.full(shape, self._pad_id, np.int32),
             "segment_ids": np.zeros(shape, np.int32),
@@ -161,20 +231,36 @@ class LabelledBatches:
             "example_weights": real.astype(np.float32),
         }
         for name, values in self._of_row.items():
-            batch[name] = np.zeros((len(indices), *values.shape[1:]), values.dtype)
+            batch[name] = np.zeros((*indices.shape, *values.shape[1:]), values.dtype)
             batch[name][real] = values[indices[real]]
         batch |= {name: np.zeros(shape, dtype) for name, dtype in self._of_tokens.items()}
-        for row, index in enumerate(indices):
-            if index >= 0:
+        for row, chosen in enumerate(rows):
+            begin = 0
+            for number, index in enumerate(chosen, 1):
+                if index < 0:
+                    continue
                 example = self._examples[index]
-                size = len(example.ids)
-                batch["input_ids"][row, :size] = example.ids
-                batch["segment_ids"][row, :size] = 1
-                batch["positions"][row, :size] = np.arange(size)
-                batch["token_type_ids"][row, :size] = example.types
+                end = begin + len(example.ids)
+                batch["input_ids"][row, begin:end] = example.ids
+                batch["segment_ids"][row, begin:end] = number
+                batch["positions"][row, begin:end] = np.arange(end - begin)
+                batch["token_type_ids"][row, begin:end] = example.types
                 for name in self._of_tokens:
-                    batch[name][row, :size] = example.of_tokens[name]
+                    batch[name][row, begin:end] = example.of_tokens[name]
+                begin = end
         return batch
+
+
+def fitting_row(lengths: Sequence[int] | np.ndarray, batch_size: int, parts: int) -> int:
+    """How many examples a row holds, so that it is neither short nor long for a device: a power of two up to 8.
+
+    lengths: tokens of the examples. parts: into how many a batch is cut, by devices and micro-batches.
+    """
+    found = 1
+    for count in (2, 4, 8):
+        if batch_size % (count * parts) == 0 and count * np.mean(lengths) <= PACKED:
+            found = count
+    return found
 
 
 def _array(values: Sequence[Any] | np.ndarray) -> np.ndarray:

@@ -101,11 +101,16 @@ def sequence_logits(
     hidden_BTD: jax.Array,
     segment_ids_BT: jax.Array,
     key: jax.Array | None = None,
+    examples: int | None = None,
 ) -> jax.Array:
-    """Class scores, float32 [B, C], of rows that hold one example each; a key turns dropout on."""
+    """Class scores, float32 [B, C], of rows that hold one example each; a key turns dropout on.
+
+    examples: E, where each row holds so many at most, as segments 1 … E; then [B, E, C].
+    """
     classifier: Any = SequenceClassifier(config)
     weights = params["head"]["sequence_classification"]
-    return classifier.apply({"params": weights}, hidden_BTD, segment_ids_BT, key)
+    scores_BMC = classifier.apply({"params": weights}, hidden_BTD, segment_ids_BT, key, examples)
+    return scores_BMC if examples else scores_BMC[:, 0]
 
 
 def token_logits(config: ModelConfig, params: dict, hidden_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -148,15 +153,23 @@ def embed_rows(
     return x_BMD[:, 0]
 
 
-def mean_of_row(x_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """The mean over the real tokens of each row, [B, 1, D]."""
+def mean_of_row(x_BTD: jax.Array, segment_ids_BT: jax.Array, examples: int | None = None) -> jax.Array:
+    """The mean over the tokens of each row, [B, 1, D], or over those of each segment up to `examples`, [B, E, D]."""
+    if examples:
+        own_BET = segment_ids_BT[:, None] == jnp.arange(1, examples + 1)[:, None]
+        count_BE1 = jnp.maximum(own_BET.sum(2, keepdims=True), 1).astype(x_BTD.dtype)
+        return jnp.einsum("BTD,BET->BED", x_BTD, own_BET.astype(x_BTD.dtype) / count_BE1)
     real_BT = segment_ids_BT != 0
     count_B1 = jnp.maximum(real_BT.sum(1, keepdims=True), 1).astype(x_BTD.dtype)
     return jnp.einsum("BTD,BT->BD", x_BTD, real_BT.astype(x_BTD.dtype) / count_B1)[:, None]
 
 
-def token_of_row(x_BTD: jax.Array, segment_ids_BT: jax.Array, *, last: bool) -> jax.Array:
-    """The first or last real token of each row, [B, 1, D]."""
+def token_of_row(x_BTD: jax.Array, segment_ids_BT: jax.Array, *, last: bool, examples: int | None = None) -> jax.Array:
+    """The first or last real token of each row, [B, 1, D], or of each segment up to `examples`, [B, E, D]."""
+    if examples:
+        own_BET = segment_ids_BT[:, None] == jnp.arange(1, examples + 1)[:, None]
+        at_BE = own_BET.shape[2] - 1 - own_BET[:, :, ::-1].argmax(2) if last else own_BET.argmax(2)
+        return jnp.take_along_axis(x_BTD, at_BE[:, :, None], axis=1)
     real_BT = segment_ids_BT != 0
     at_B = real_BT.shape[1] - 1 - real_BT[:, ::-1].argmax(1) if last else real_BT.argmax(1)
     return jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
@@ -199,20 +212,26 @@ class SequenceClassifier(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segment_ids_BT: jax.Array,
+        key: jax.Array | None = None,
+        examples: int | None = None,
+    ) -> jax.Array:
         c = self.config
         late = not c.causal and c.classifier_pooling == "late"
         if late:
             x_BMD = x_BTD
         elif c.causal or c.classifier_pooling == "cls":
-            x_BMD = token_of_row(x_BTD, segment_ids_BT, last=c.causal)
+            x_BMD = token_of_row(x_BTD, segment_ids_BT, last=c.causal, examples=examples)
         else:
-            x_BMD = mean_of_row(x_BTD, segment_ids_BT)
+            x_BMD = mean_of_row(x_BTD, segment_ids_BT, examples)
         if not c.causal:
             x_BMD = _transformed(c, x_BMD)
             x_BMD = dropout(x_BMD, c.hidden_dropout, key)
         scores_BMC = _scores(c, len(c.labels), x_BMD, bias=not c.causal)
-        return (mean_of_row(scores_BMC, segment_ids_BT) if late else scores_BMC)[:, 0]
+        return mean_of_row(scores_BMC, segment_ids_BT, examples) if late else scores_BMC
 
 
 class TokenClassifier(nn.Module):

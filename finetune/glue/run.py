@@ -184,6 +184,7 @@ def _config_of(config: GlueConfig, task: GlueTask, files: Files, point: Point, o
             label="label",
             label_kind="classes" if task.labels else "numbers",  # type: ignore[arg-type]
             max_length=config.data.max_length or protocol.max_length,
+            examples_per_row=0,
         ),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from espalier.errors import UserError
 from espalier.models.config import Execution
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
@@ -28,6 +29,14 @@ class ClassifyData(FinetuneData):
     """Column of labels; unset = guessed (label, Quality, gold_label, target, class)."""
     label_kind: Literal["auto", "classes"] = "auto"
     """auto refuses labels that look like a regression target or an identifier; classes takes each value for a class."""
+    examples_per_row: int = 1
+    """Examples that share a row, without seeing each other; little of the rows is padding then. 0 = as many as suit
+    their length, up to 8."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.examples_per_row <= 64:
+            raise UserError(f"data.examples_per_row={self.examples_per_row} must lie between 0 and 64; 0 = chosen")
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ def classify() -> ClassifyConfig:
 
     From an mlm or a clm run. Three epochs of batches of 32, dropout 0.1, linear decay (Devlin et al. 2019, app. A.3).
     """
-    return ClassifyConfig(log_every=10, checkpoint=CheckpointConfig(every=1000))
+    return ClassifyConfig(log_every=10, checkpoint=CheckpointConfig(every=1000), data=ClassifyData(examples_per_row=0))
 
 
 def classify_debug() -> ClassifyConfig:
