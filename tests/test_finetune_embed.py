@@ -167,51 +167,50 @@ def objective_of(model, **changes):
 
 
 def test_the_cached_gradient_is_that_of_the_whole_batch_with_the_same_dropout():
-    """Beside one that keeps all activations of all micro-batches, and differentiates through everything at once."""
+    """Cut, on eight devices, beside one that keeps all activations and differentiates through everything at once."""
     model = dataclasses.replace(BERT, hidden_dropout=0.2, attention_dropout=0.2, num_hidden_layers=1)
     params, batch, objective = random_params(model), token_batch(model), objective_of(model)
-    key, A = jax.random.key(7), 4
-    assert objective.gradient is not None
+    key, A = jax.random.key(7), 2
 
     def whole(params, dropping):
         parts = []
         for number in range(A):
             rows = {name: x[number::A].reshape(-1, x.shape[-1]) for name, x in batch["texts"].items()}
             draw = jax.random.fold_in(jax.random.fold_in(key, number), 0) if dropping else None
-            parts.append(pooled(model, "mean", Execution(), params, rows, draw).reshape(2, 3, -1))
+            parts.append(pooled(model, "mean", Execution(), params, rows, draw).reshape(8 // A, 3, -1))
         e_BSD = jnp.stack(parts, axis=1).reshape(8, 3, -1)
         return contrastive(e_BSD, batch, 0.1, True, (32, 8))[0] / 7
 
-    def cached(params, *fixed):
-        return objective.gradient(lambda params: params, params, batch, key, jnp.float32(7), A)
-
-    (loss, sums), gradient = jax.jit(cached)(params)
-    want_loss, want = jax.jit(jax.value_and_grad(lambda params: whole(params, True)))(params)
-    close((loss, gradient), (want_loss, want), 2e-6)
+    (loss, sums), gradient = on(EIGHT, cut(objective, key, A), params, batch)
+    close((loss, gradient), jax.jit(jax.value_and_grad(lambda params: whole(params, True)))(params), 2e-6)
     assert float(sums["loss"][1]) == 7
     # Dropout is on: without it, the loss is another.
     assert abs(float(jax.jit(lambda params: whole(params, False))(params)) - float(loss)) > 1e-2
 
 
-@pytest.mark.parametrize("dropout", [0.2, 0.0])
-def test_on_a_mesh_negatives_come_from_the_whole_batch(dropout):
-    """Sharded and cut equals unsharded and cut, with dropout; without, it equals the whole batch on one device."""
-    model = dataclasses.replace(BERT, hidden_dropout=dropout, attention_dropout=dropout, num_hidden_layers=1)
-    params, batch = random_params(model), token_batch(model, apart_sides=dropout > 0)
-    objective, norms, key = objective_of(model), jnp.float32(7), jax.random.key(7)
-
-    def cut(params, batch):
-        return objective.gradient(lambda params: params, params, batch, key, norms, 2)
+def test_on_a_mesh_negatives_come_from_the_whole_batch():
+    """Queries and documents of different lengths: sharded and cut equals the whole batch on one device."""
+    model = dataclasses.replace(BERT, hidden_dropout=0.0, attention_dropout=0.0, num_hidden_layers=1)
+    params, batch, objective = random_params(model), token_batch(model, apart_sides=True), objective_of(model)
+    key = jax.random.key(7)
 
     def uncut(params, batch):
-        return jax.value_and_grad(lambda p: objective.loss(p, batch, key, norms, True), has_aux=True)(params)
+        whole = jax.value_and_grad(lambda p: objective.loss(p, batch, key, jnp.float32(7), True), has_aux=True)
+        return whole(params)
 
-    found = []
-    for sizes, function in ((EIGHT, cut), (MeshConfig(1, 1, 1), cut if dropout else uncut)):
-        mesh = build_mesh(sizes)
-        with jax.set_mesh(mesh):
-            found.append(jax.device_get(jax.jit(function)(params, place_batch(batch, mesh))))
-    close(*found, 1e-5)
+    close(on(EIGHT, cut(objective, key, 2), params, batch), jax.jit(uncut)(params, batch), 1e-5)
+
+
+def cut(objective, key, accumulation: int):
+    """(params, batch) → ((loss, Sums), gradient), the seven rows with a weight in micro-batches."""
+    assert objective.gradient is not None
+    return lambda params, batch: objective.gradient(lambda p: p, params, batch, key, jnp.float32(7), accumulation)
+
+
+def on(sizes: MeshConfig, function, params, batch):
+    mesh = build_mesh(sizes)
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(function)(params, place_batch(batch, mesh)))
 
 
 # Files
