@@ -17,7 +17,7 @@ from tiny_runs import write_run
 
 import espalier
 from espalier.assembly import opened
-from espalier.commands.convert import ExportConfig, export_model
+from espalier.commands.convert import ExportConfig, ImportConfig, export_model, import_model
 from espalier.errors import UserError
 from espalier.models.config import Execution
 from espalier.models.sentence_transformers import read_modules
@@ -445,6 +445,14 @@ def test_a_folder_as_sentence_transformers_writes_it_is_read(there, tmp_path):
         assert model.saved["pooling"] == name
         texts = ["a red apple", "green leaf " * 20, "蓝色"]
         np.testing.assert_allclose(model.embed(texts), theirs.encode(texts), atol=1e-5)
+    # What always stands before a text is read, and survives a run directory.
+    path = tmp_path / "cls" / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"prompts": {"own": "red green "}, "default_prompt_name": "own"}))
+    want = SentenceTransformer(str(tmp_path / "cls"), device="cpu").encode(texts)
+    import_model(ImportConfig(str(tmp_path / "cls"), str(tmp_path / "imported")))
+    export_model(ExportConfig(str(tmp_path / "imported"), str(tmp_path / "again")))
+    for source in (f"hf:{tmp_path / 'cls'}", tmp_path / "imported", f"hf:{tmp_path / 'again'}"):
+        np.testing.assert_allclose(espalier.load(source).embed(texts), want, atol=1e-5)
     path = tmp_path / "mean" / "1_Pooling" / "config.json"
     path.write_text(path.read_text().replace('"mean"', '"max"'))
     with pytest.raises(UserError, match="pools by max; one of mean, first"):

@@ -71,6 +71,7 @@ def import_model(config: ImportConfig) -> dict:
     from espalier.models.hub import Pretrained, check_new, load_pretrained
     from espalier.models.published import published_beside
     from espalier.models.repository import PREFIX
+    from espalier.models.sentence_transformers import read_modules
     from espalier.training.checkpoint import save_params
     from espalier.training.run import RunDirectory
 
@@ -92,6 +93,7 @@ def import_model(config: ImportConfig) -> dict:
         "labels": list(model.labels),
         "fingerprints": {"tokenizer": fingerprint(tokenizer)},
         **published_beside(source.config),
+        **read_modules(source.folder),
         "imported_from": named
         + (f" at {config.revision}" if config.revision else "")
         + (f" with the adapter {config.adapter}" if config.adapter else ""),

@@ -3,7 +3,7 @@
     modules.json                       transformer → pooling → normalise, in this order
     1_Pooling/config.json              which pooling
     sentence_bert_config.json          tokens of a text at most
-    config_sentence_transformers.json  how vectors are compared
+    config_sentence_transformers.json  how vectors are compared, and what is put before a text
 
 They are written in the spelling that every version since 2 reads, and read in that and in the one of version 5.
 """
@@ -34,9 +34,11 @@ def module_files(saved: Mapping[str, Any], width: int) -> dict[str, Any]:
 
     width: D, numbers of an embedding.
     """
-    if saved.get("task") != "sentence_embedding":
+    if not saved.get("pooling"):
         return {}
-    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    kinds += [("2_Normalize", "Normalize")] * saved.get("normalize", True)
+    prompt = saved.get("prompt")
     modules = [
         {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for at, (path, kind) in enumerate(kinds)
@@ -47,11 +49,10 @@ def module_files(saved: Mapping[str, Any], width: int) -> dict[str, Any]:
     return {
         MODULES: modules,
         "1_Pooling/config.json": pooling,
-        "2_Normalize/config.json": {},
-        "sentence_bert_config.json": {"max_seq_length": saved["longest"], "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": saved.get("longest"), "do_lower_case": False},
         "config_sentence_transformers.json": {
-            "prompts": {},
-            "default_prompt_name": None,
+            "prompts": {"default": prompt} if prompt else {},
+            "default_prompt_name": "default" if prompt else None,
             "similarity_fn_name": "cosine",
         },
     }
@@ -60,8 +61,9 @@ def module_files(saved: Mapping[str, Any], width: int) -> dict[str, Any]:
 def read_modules(folder: Path) -> dict[str, Any]:
     """What a folder of sentence-transformers says, as the run of a bi-encoder has it; empty for another folder.
 
-    `pooling`, `normalize` (whether vectors have length 1), `longest` (tokens of a text at most, or None), `framed`:
-    that texts are tokenized as its tokenizer does. UserError for modules that are not known here.
+    `pooling`, `normalize` (whether vectors have length 1), `longest` (tokens of a text at most, or None), `prompt`
+    (what is put before every text, or None), `framed`: that texts are tokenized as its tokenizer does. UserError for
+    modules that are not known here.
     """
     if not (folder / MODULES).is_file():
         return {}
@@ -78,7 +80,10 @@ def read_modules(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has {lacks}; expected the transformer in the folder itself and {path}")
     settings = folder / "sentence_bert_config.json"
     length = read_json(settings).get("max_seq_length") if settings.is_file() else None
-    return {"pooling": _pooling(path), "normalize": len(kinds) == 3, "longest": length, "framed": True}
+    found = {"pooling": _pooling(path), "normalize": len(kinds) == 3, "longest": length, "prompt": _prompt(folder)}
+    if found["prompt"] and not read_json(path).get("include_prompt", True):
+        raise UserError(f"{path} leaves the prompt out of the pooling, which is not supported")
+    return found | {"framed": True}
 
 
 def _modules(folder: Path) -> list[dict[str, Any]]:
@@ -92,6 +97,12 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise UserError(f"{path} does not hold a list of modules")
     return sorted(modules, key=lambda module: module.get("idx", 0))
+
+
+def _prompt(folder: Path) -> str | None:
+    path = folder / "config_sentence_transformers.json"
+    values = read_json(path) if path.is_file() else {}
+    return (values.get("prompts") or {}).get(values.get("default_prompt_name")) or None
 
 
 def _pooling(path: Path) -> str:

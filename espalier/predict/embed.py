@@ -62,6 +62,8 @@ def default_pooling(model: ModelConfig) -> Pooling:
 
 def encoded(model: LoadedModel, texts: Sequence[str]) -> list[Example]:
     """As fine-tuning encodes texts; those for a folder of sentence-transformers as its tokenizer does."""
+    if prompt := model.saved.get("prompt"):
+        texts = [prompt + text for text in texts]
     if not model.saved.get("framed"):
         longest = model.saved.get("longest") or model.longest
         return encode_pairs(model.tokenizer, texts, None, longest, model.config.causal)
