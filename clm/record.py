@@ -25,7 +25,9 @@ def build(setup: Setup) -> Objective:
 
 def finish(setup: Setup, text: HeldOut, trained: Trained) -> None:
     """Write samples.json: texts that the model wrote from an empty prompt."""
-    from clm.generate import SamplingConfig, continue_texts
+    from espalier.predict.generate import generate
+    from espalier.predict.loaded import LoadedModel
+    from espalier.predict.sampling import SamplingConfig
 
     params = trained.collected
     if params is None:
@@ -33,7 +35,9 @@ def finish(setup: Setup, text: HeldOut, trained: Trained) -> None:
     longest = setup.model.max_length or setup.config.data.sequence_length
     sampling = SamplingConfig(max_new_tokens=min(LONGEST_SAMPLE, longest - 1))
     with progress.waiting("writing samples of text"):
-        texts = continue_texts(setup.model, params, setup.tokenizer, [""] * 3, sampling)
+        assert setup.tokenizer is not None
+        model = LoadedModel(setup.model, params, setup.tokenizer, "causal_lm", execution=setup.execution)
+        texts = generate(model, [""] * 3, sampling)
     write_json(trained.run.path / "samples.json", {"texts": texts})
 
 

@@ -42,7 +42,9 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
         config, params, tokenizer = load_pretrained(published.folder, published.head)
         if tokenizer is None:
             raise UserError(f"{source} has no tokenizer; add the files of one (tokenizer.json)")
-        saved = read_modules(published.folder) | _tuned(published.folder / TUNED)
+        # What generation needs to know of it; pooling, and how it was tuned.
+        saved = {"published": published.config["published"]} | read_modules(published.folder)
+        saved |= _tuned(published.folder / TUNED)
         return LoadedModel(config, params, tokenizer, published.head, saved)
     if revision is not None:
         raise UserError(f"{source} is a run and has no revisions; leave out revision, or write hf:{source}")

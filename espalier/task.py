@@ -38,6 +38,7 @@ TASKS = {
     "ranking": "finetune.tasks.rank.record:RANKING",
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
+    "instruction_tuning": "finetune.tasks.instruct.record:INSTRUCTION",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
 

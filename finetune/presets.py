@@ -7,6 +7,7 @@ from finetune.tasks.answer import record as answer
 from finetune.tasks.classify import record as classify
 from finetune.tasks.embed import record as embed
 from finetune.tasks.rank import record as rank
+from finetune.tasks.instruct import record as instruct
 from finetune.tasks.tag import record as tag
 
 PRESETS = {
@@ -18,4 +19,6 @@ PRESETS = {
     "embed": embed.embed,
     "answer": answer.answer,
     "rank": rank.rank,
+    "instruct": instruct.instruct,
+    "translate": instruct.translate,
 }

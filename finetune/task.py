@@ -47,6 +47,8 @@ class Labelled(Protocol):
     """Training examples; an epoch."""
     tokens_per_row: float
     """Of an average training example."""
+    predicted: float = 0.0
+    """The part of the tokens that are scored over the vocabulary, for counts of operations."""
     eval_batches: Sequence[dict]
     about: dict[str, str]
     """Rows on the files and what is to be learnt, for the introduction."""
@@ -134,7 +136,7 @@ class FinetuneTask(TaskRecord):
         assert config.steps is not None
         tokens, longest = data.tokens_per_row, max_length(config.data, start.model)
         adapters = adapt(config, data, self.head, start) if config.lora.rank else None
-        flops = config.batch_size * tokens * flops_per_token(start.model, round(tokens), 0.0)
+        flops = config.batch_size * tokens * flops_per_token(start.model, round(tokens), data.predicted)
 
         def finish(trained: Trained) -> dict[str, Any]:
             saved = {"task": self.name, "data": dataclasses.asdict(config.data)} | data.settings

@@ -26,7 +26,7 @@ ENTRY = {
 }
 MAY_IMPORT = {
     "mlm": ENTRY,
-    "clm": ENTRY,
+    "clm": ENTRY | {"loading"},
     "finetune": ENTRY,
     "models": {"sharding"},
     "task": {"models", "training", "report", "sharding", "predict"},

@@ -128,7 +128,7 @@ def test_weights_cast_once_are_the_weights_that_the_layers_cast():
     execution = Execution(dtype="bfloat16")
     key, how = jax.random.key(0), Sampling(2, temperature=0.0)
     drawn = generate.generate(config, params, [PROMPTS[0]], key, how, execution=execution)
-    cast = generate._cast_once(params, jnp.dtype("bfloat16"))
+    cast = generate.cast_once(params, jnp.dtype("bfloat16"))
     batch = {"input_ids": np.array([PROMPTS[0]], np.int32)}
     both = [jax.jit(functools.partial(apply, config, execution=execution))(tree, batch) for tree in (params, cast)]
     np.testing.assert_array_equal(*(np.asarray(states, np.float32) for states in both))

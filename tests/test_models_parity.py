@@ -17,9 +17,9 @@ from published import GREEDY, HEADS, IN_BFLOAT16, LANGUAGE_MODELS, ON_A_MESH, OW
 from safetensors import safe_open
 from tiny_models import batch_of, strict_and_quick  # noqa: F401
 
-from clm.generate import SamplingConfig, generate
 from espalier.models.config import Execution
 from espalier.models.families import family_of
+from espalier.models.generate import Sampling, generate
 from espalier.models.heads import (
     causal_lm_head,
     embed_rows,
@@ -248,7 +248,7 @@ def test_greedy_texts_are_those_of_generate(name, monkeypatch):
     theirs = model(name, "causal_lm")
     monkeypatch.setattr(theirs.generation_config, "eos_token_id", None)
     expected = theirs.generate(ids, attention_mask=mask, generation_config=settings)[:, 21:]
-    got = generate(config, params, prompts, SamplingConfig(max_new_tokens=64, temperature=0.0), end_ids=())
+    got = generate(config, params, prompts, jax.random.key(0), Sampling(64, temperature=0.0)).tokens_BG.tolist()
     assert got == expected.tolist()
     assert len({tuple(row) for row in got}) == 3
 

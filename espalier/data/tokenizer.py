@@ -127,7 +127,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
     folder = pathlib.Path(folder)
     if (folder / "tokenizer.json").exists():
         with contextlib.suppress(UserError):
-            if fingerprint(load_tokenizer(folder)) == fingerprint(tokenizer):
+            there = load_tokenizer(folder)
+            if fingerprint(there) == fingerprint(tokenizer) and there.chat_template == tokenizer.chat_template:
                 return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
@@ -144,7 +145,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike
             settings.pop(name, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         # tokenizer.json last: where it is, the others are.
-        for path in sorted(pathlib.Path(unfinished).iterdir(), reverse=True):
+        for path in sorted(pathlib.Path(unfinished).iterdir(), key=lambda path: path.name == "tokenizer.json"):
             os.replace(path, folder / path.name)
 
 

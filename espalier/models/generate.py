@@ -1,14 +1,15 @@
-"""Text generation: tokens drawn one after another with a key/value cache, all in one program.
+"""Text generation: tokens drawn one after another with a key/value cache.
 
-`sample` is pure and runs inside any jitted function: under a mesh, with traced parameters, a key a row. `generate` pads
-lists of token ids to a bucket of lengths and calls a program that is compiled once a bucket.
+`sample` is pure and runs inside any jitted function: under a mesh, with traced parameters, a key a row. `generate`
+pads lists of token ids to a bucket of lengths and of rows, and calls a program that is compiled once a bucket; `stream`
+gives out every token as it is drawn. Beams are in models/beams.py.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +43,13 @@ class Sampling:
     """Draw among the most probable tokens that together reach this probability (Holtzman et al. 2020); 1 = all."""
     end_ids: tuple[int, ...] = ()
     """Tokens at which a row ends."""
+    repetition_penalty: float = 1.0
+    """Scores of tokens that the row has already, its prompt included, are divided by it where they are positive, else
+    multiplied (Keskar et al. 2019, as transformers does); 1 = none."""
+    beams: int = 1
+    """Rows that are followed at once, of which the best is kept; 1 = tokens are drawn (models.beams)."""
+    length_penalty: float = 1.0
+    """With beams: the log-probability of a row is divided by its length to this power; above 0 favours long rows."""
 
 
 class Drawn(NamedTuple):
@@ -50,8 +58,25 @@ class Drawn(NamedTuple):
     tokens_BG: Any
     """int32; -1 after the row's end."""
     logprobs_BG: Any
-    """float32: log p of each token under the model itself, whatever temperature, top_k and top_p it was drawn by; 0
-    after the row's end."""
+    """float32: log p of each token under the model itself, whatever temperature, top_k, top_p and repetition_penalty it
+    was drawn by; 0 after the row's end."""
+
+
+class State(NamedTuple):
+    """A batch of rows in the middle of being continued."""
+
+    count: jax.Array
+    """Tokens drawn."""
+    logits_BV: jax.Array
+    """Of the next token, float32."""
+    cache: dict
+    done_B: jax.Array
+    """Rows that have ended."""
+    seen_BV: jax.Array | None
+    """Tokens that a row has, bool; None where nothing asks for them."""
+    last: dict[str, jax.Array]
+    """Segment and position of the last token of each prompt, int32 [B, 1]."""
+    drawn: Drawn
 
 
 def sample(
@@ -68,47 +93,78 @@ def sample(
     keys_B: a random key for each row. What is drawn for a row depends on its prompt and key alone, wherever it
     stands in the batch and however the batch is split.
     """
+    params = cast_once(params, compute_dtype(execution))
+
+    def turn(state):
+        return advanced(config, params, state, keys_B, sampling, execution)
+
+    def unfinished(state):
+        return (state.count < sampling.max_new_tokens) & ~jnp.all(state.done_B)
+
+    return jax.lax.while_loop(unfinished, turn, begun(config, params, prompt, sampling, execution)).drawn
+
+
+def begun(
+    config: ModelConfig, params: dict, prompt: dict[str, jax.Array], sampling: Sampling, execution: Execution
+) -> State:
+    """The prompts read, with room in the cache for the new tokens; nothing drawn yet."""
     prompt = {name: constrain(array, "batch", None) for name, array in completed(prompt).items()}
     batch, length = prompt["input_ids"].shape
     new = sampling.max_new_tokens
-    dtype = compute_dtype(execution)
-    params = _cast_once(params, dtype)
-
-    def step(inputs, cache):
-        x_BTD, cache = apply(config, params, inputs, execution=execution, cache=cache)
-        features, table, bias = causal_lm_head(config, params, x_BTD[:, -1:], execution)
-        scores_BTV = logits(features, table, bias, config.vocab_size, config.final_logit_softcapping)
-        return scores_BTV[:, 0].astype(jnp.float32), cache
-
-    def turn(carry):
-        count, logits_BV, cache, done_B, drawn = carry
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, count)
-        token_B = next_token(logits_BV, keys, sampling)
-        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-        logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-        drawn = Drawn(
-            drawn.tokens_BG.at[:, count].set(jnp.where(done_B, -1, token_B)),
-            drawn.logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_B)),
-        )
-        done_B |= jnp.isin(token_B, jnp.asarray(sampling.end_ids, jnp.int32))
-        inputs = {
-            "input_ids": token_B[:, None],
-            "segment_ids": prompt["segment_ids"][:, -1:],
-            "positions": prompt["positions"][:, -1:] + 1 + count,
-        }
-        logits_BV, cache = step(inputs, cache)
-        return count + 1, logits_BV, cache, done_B, drawn
-
-    def unfinished(carry):
-        count, _, _, done_B, _ = carry
-        return (count < new) & ~jnp.all(done_B)
-
-    cache = init_cache(config, batch, length + new, dtype)
-    cache["layers"] = jax.tree.map(_split_rows_and_heads, cache["layers"])
-    logits_BV, cache = step(prompt, cache)
+    cache = init_cache(config, batch, length + new, compute_dtype(execution))
+    cache["layers"] = jax.tree.map(split_rows_and_heads, cache["layers"])
+    logits_BV, cache = next_logits(config, params, prompt, cache, execution)
+    real_BT = prompt["segment_ids"] != 0
+    seen_BV = None
+    if sampling.repetition_penalty != 1:
+        rows_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, prompt["input_ids"]].max(real_BT)
+    last = {name: prompt[name][:, -1:] for name in ("segment_ids", "positions")}
     drawn = Drawn(jnp.full((batch, new), -1, jnp.int32), jnp.zeros((batch, new), jnp.float32))
-    done_B = ~jnp.any(prompt["segment_ids"] != 0, axis=1)
-    return jax.lax.while_loop(unfinished, turn, (jnp.int32(0), logits_BV, cache, done_B, drawn))[-1]
+    return State(jnp.int32(0), logits_BV, cache, ~jnp.any(real_BT, axis=1), seen_BV, last, drawn)
+
+
+def advanced(
+    config: ModelConfig, params: dict, state: State, keys_B: jax.Array, sampling: Sampling, execution: Execution
+) -> State:
+    """Another token in every row that has not ended."""
+    count, logits_BV, done_B = state.count, state.logits_BV, state.done_B
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, count)
+    token_B = next_token(penalised(logits_BV, state.seen_BV, sampling.repetition_penalty), keys, sampling)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    drawn = Drawn(
+        state.drawn.tokens_BG.at[:, count].set(jnp.where(done_B, -1, token_B)),
+        state.drawn.logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_B)),
+    )
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(token_B), dtype=jnp.int32), token_B].set(True)
+    inputs = {
+        "input_ids": token_B[:, None],
+        "segment_ids": state.last["segment_ids"],
+        "positions": state.last["positions"] + 1 + count,
+    }
+    logits_BV, cache = next_logits(config, params, inputs, state.cache, execution)
+    done_B |= jnp.isin(token_B, jnp.asarray(sampling.end_ids, jnp.int32))
+    return State(count + 1, logits_BV, cache, done_B, seen_BV, state.last, drawn)
+
+
+def next_logits(
+    config: ModelConfig, params: dict, inputs: dict, cache: dict, execution: Execution
+) -> tuple[jax.Array, dict]:
+    """Scores of the token behind `inputs`, float32 [B, V], and the cache with these."""
+    x_BTD, cache = apply(config, params, inputs, execution=execution, cache=cache)
+    features, table, bias = causal_lm_head(config, params, x_BTD[:, -1:], execution)
+    scores_BTV = logits(features, table, bias, config.vocab_size, config.final_logit_softcapping)
+    return scores_BTV[:, 0].astype(jnp.float32), cache
+
+
+def penalised(scores: jax.Array, seen: jax.Array | None, penalty: float) -> jax.Array:
+    """Scores [..., V] with those of seen tokens (bool) made less."""
+    if seen is None:
+        return scores
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def next_token(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
@@ -137,28 +193,50 @@ def generate(
     sampling: Sampling,
     *,
     execution: Execution = DEFAULT_EXECUTION,
+    numbers: Sequence[int] | None = None,
 ) -> Drawn:
     """Continue lists of token ids, each of at least one; NumPy arrays of as many rows.
 
-    Under jax.set_mesh rows are split over the mesh, with parameters laid out on it. Every process gives all prompts and
-    gets all rows. The model must have a position for every token of the longest prompt and for the new ones.
+    numbers: those of the rows, by which their random keys are made of `key`; unset = 0, 1, … Under jax.set_mesh rows
+    are split over the mesh, with parameters laid out on it. Every process gives all prompts and gets all rows. The
+    model must have a position for every token of the longest prompt and for the new ones.
     """
-    longest = max(map(len, prompts))
-    assert config.max_length is None or longest + sampling.max_new_tokens <= config.max_length
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    input_ids = np.zeros((-(-len(prompts) // parts) * parts, bucket(longest)), np.int32)
-    mask = np.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, -len(ids) :], mask[row, -len(ids) :] = ids, 1
-    prompt = {"input_ids": input_ids, "attention_mask": mask}
-    drawn = jax.device_get(_compiled(config, params, prompt, key, sampling, execution))
+    assert config.max_length is None or max(map(len, prompts)) + sampling.max_new_tokens <= config.max_length
+    prompt, numbers_B = _batch(prompts, numbers)
+    drawn = jax.device_get(_compiled(config, params, prompt, key, numbers_B, sampling, execution))
     return Drawn(*(array[: len(prompts)] for array in drawn))
+
+
+def stream(
+    config: ModelConfig,
+    params: dict,
+    prompt: Sequence[int],
+    key: jax.Array,
+    sampling: Sampling,
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
+) -> Iterator[int]:
+    """The tokens that `generate` adds to one list of token ids, each as soon as it is drawn."""
+    assert sampling.beams == 1, "beams are known at their end"
+    batch, numbers_B = _batch([prompt], None)
+    params = _cast(params, compute_dtype(execution).name)
+    state = _begun(config, params, batch, sampling, execution)
+    for count in range(sampling.max_new_tokens):
+        state = _advanced(config, params, state, key, numbers_B, sampling, execution)
+        token = int(state.drawn.tokens_BG[0, count])
+        yield token
+        if token in sampling.end_ids:
+            return
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
     """A key for each row of a batch, by its number."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
+    return keys_of(key, jnp.arange(rows, dtype=jnp.uint32))
+
+
+def keys_of(key: jax.Array, numbers_B: jax.Array) -> jax.Array:
+    """A key for each number, uint32 [B]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers_B)
 
 
 def bucket(length: int) -> int:
@@ -167,14 +245,7 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
-def _compiled(config, params, prompt, key, sampling, execution) -> Drawn:
-    drawn = sample(config, params, prompt, row_keys(key, len(prompt["input_ids"])), sampling, execution)
-    # Whole on every process, for each reads all rows.
-    return jax.tree.map(lambda array: constrain(array, None, None), drawn)
-
-
-def _cast_once(params: dict, dtype: jnp.dtype) -> dict:
+def cast_once(params: dict, dtype: jnp.dtype) -> dict:
     """Weights of matrix products and lookups in the compute type, as every layer would cast them at every token."""
 
     def cast(path, leaf):
@@ -183,6 +254,47 @@ def _cast_once(params: dict, dtype: jnp.dtype) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _split_rows_and_heads(cached: jax.Array) -> jax.Array:
+def split_rows_and_heads(cached: jax.Array) -> jax.Array:
     """Keys or values [(R,) B, S, K, H] of a cache."""
     return constrain(cached, *(None,) * (cached.ndim - 4), "batch", None, "tensor", None)
+
+
+def _batch(prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Prompts padded to a bucket, on the left, and in number to a power of two that the mesh splits; with the numbers
+    of the rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = -(-(1 << (len(prompts) - 1).bit_length()) // parts) * parts
+    input_ids = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32)
+    mask, numbers_B = np.zeros_like(input_ids), np.zeros(rows, np.uint32)
+    for row, ids in enumerate(prompts):
+        input_ids[row, -len(ids) :], mask[row, -len(ids) :] = ids, 1
+    numbers_B[: len(prompts)] = range(len(prompts)) if numbers is None else numbers
+    return {"input_ids": input_ids, "attention_mask": mask}, numbers_B
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
+def _compiled(config, params, prompt, key, numbers_B, sampling, execution) -> Drawn:
+    if sampling.beams > 1:
+        from espalier.models.beams import search
+
+        drawn = search(config, params, prompt, sampling, execution)
+    else:
+        drawn = sample(config, params, prompt, keys_of(key, numbers_B), sampling, execution)
+    # Whole on every process, for each reads all rows.
+    return jax.tree.map(lambda array: constrain(array, None, None), drawn)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(params, dtype: str) -> dict:
+    return cast_once(params, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
+def _begun(config, params, prompt, sampling, execution) -> State:
+    return begun(config, params, prompt, sampling, execution)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"), donate_argnames="state")
+def _advanced(config, params, state, key, numbers_B, sampling, execution) -> State:
+    return advanced(config, params, state, keys_of(key, numbers_B), sampling, execution)

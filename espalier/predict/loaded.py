@@ -22,6 +22,8 @@ from sharding.mesh import MeshConfig, build_mesh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from espalier.predict.generate import Prompt
+
 SHORTEST = 16
 """Tokens of a row at least; longer ones are padded to a power of two, so that few programs are compiled."""
 LONGEST = 512
@@ -93,6 +95,41 @@ class LoadedModel:
         from espalier.predict.embed import embed
 
         return embed(self, [texts] if isinstance(texts, str) else list(texts), size)
+
+    def generate(
+        self,
+        prompts: str | Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 100,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        """What the model writes after each prompt, of whole characters.
+
+        A prompt is a text; a list of messages (`role`, `content`), for the chat template; or a dictionary with the
+        fields of the template by which the run was tuned. Of a run tuned on chats, a text is what the user says.
+        temperature and so on: as in predict.sampling.SamplingConfig; unset, as the model's generation_config.json says.
+        What is drawn for a prompt depends on its number and the seed alone. UserError where the model is no decoder, or
+        has no positions for a prompt and its continuation.
+        """
+        from espalier.predict.generate import generate
+        from espalier.predict.sampling import SamplingConfig
+
+        if self.head != "causal_lm":
+            raise UserError(f"this model has the head {self.head} and does not generate; a decoder does (causal_lm)")
+        chat = isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], Mapping)
+        one = isinstance(prompts, str | Mapping) or chat and "role" in prompts[0]  # type: ignore[operator]
+        given = [prompts] if one else list(prompts)
+        drawn = SamplingConfig(
+            *(max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, length_penalty, tuple(stop), seed)
+        )
+        return generate(self, given, drawn)  # type: ignore[arg-type]
 
     def similarity(
         self, texts: str | Sequence[str], others: str | Sequence[str] | None = None, *, size: int | None = None

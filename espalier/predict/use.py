@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 USES = {
     "masked_lm": "espalier.predict.fill:FILL",
+    "causal_lm": "espalier.predict.generate:GENERATE",
+    "instruction_tuning": "espalier.predict.generate:GENERATE",
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
     "token_classification": "espalier.predict.tag:TAG",
     "ranking": "espalier.predict.rank:RANK",

@@ -1,0 +1,244 @@
+"""Text that a decoder writes: prompts of three kinds → token ids → text of whole characters.
+
+A prompt is a text that is continued; the messages of a chat, which the chat template ends with an invitation to answer;
+or the fields of the template by which a run was tuned ("{source} = {target}").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from espalier.data.chat import Message, backend, chat_template, end_of_turn, messages_of, render
+from espalier.data.text_template import prompt_text, template_fields
+from espalier.data.tokenizer import plain_backend, special_ids
+from espalier.errors import UserError
+from espalier.models import generate as models
+from espalier.models.published import Published
+from espalier.predict.sampling import SamplingConfig, sampling_of
+from espalier.predict.use import Use
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from espalier.predict.loaded import LoadedModel
+
+Prompt = str | Sequence[Message] | Mapping[str, str]
+TUNED = "instruction_tuning"
+PLACES = 2**16
+"""Tokens of a batch at most, beams and those to come included; and a row at least."""
+ROWS = 64
+DEFAULTS = SamplingConfig()
+
+
+class Way(NamedTuple):
+    """How a model writes."""
+
+    config: SamplingConfig
+    """With what the model's generation_config.json says in place of what is unset."""
+    sampling: models.Sampling
+    ignored: list[str]
+    """What generation_config.json says and is not applied."""
+
+
+def read(row: Mapping[str, Any]) -> Prompt:
+    if "messages" in row:
+        return messages_of(row["messages"], "messages")
+    prompt = row.get("prompt", row.get("text"))
+    if isinstance(prompt, list):
+        return messages_of(prompt, "prompt")
+    if isinstance(prompt, str) and not (set(row) - {"prompt", "text", "completion"}):
+        return prompt
+    fields = {name: value for name, value in row.items() if isinstance(value, str)}
+    if not fields:
+        raise UserError(f"no prompt: a row has prompt or messages, and this one {', '.join(row) or 'nothing'}")
+    return fields
+
+
+def answers(model: LoadedModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """`text` that follows each prompt."""
+    return [{"text": text} for text in generate(model, prompts)]
+
+
+def generate(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig = DEFAULTS,
+    said: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """What the model writes after each prompt, in batches of fitting length. said: is told how many are done.
+
+    What is drawn for a prompt depends on its number and the seed, not on the others. Under jax.set_mesh rows are split
+    over the mesh, and every process gives and gets all. UserError where the model has no positions for a prompt.
+    """
+    way, tokenizer = way_of(model, config), model.tokenizer
+    ids = [prompt_ids(model, prompt) for prompt in prompts]
+    check_room(model, ids, way.config)
+    found, done = [""] * len(ids), 0
+    order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
+    key = jax.random.key(way.config.seed)
+    while done < len(order):
+        length = (models.bucket(len(ids[order[done]])) + way.config.max_new_tokens) * way.config.beams
+        rows = order[
+            done : done + max(1, min(ROWS, 1 << (PLACES // length).bit_length() - 1 if length <= PLACES else 1))
+        ]
+        drawn = models.generate(
+            *(model.config, model.params, [ids[row] for row in rows], key, way.sampling),
+            execution=model.execution,
+            numbers=rows,
+        )
+        for row, tokens in zip(rows, drawn.tokens_BG, strict=True):
+            new = [int(token) for token in tokens if token >= 0 and token not in way.sampling.end_ids]
+            found[row] = written(model, tokenizer.decode(new), way.config.stop)
+        done += len(rows)
+        said(done)
+    return found
+
+
+def stream(model: LoadedModel, prompt: Prompt, config: SamplingConfig = DEFAULTS) -> Iterator[tuple[str, int]]:
+    """What `generate` writes after one prompt, in pieces of whole characters as soon as they are known.
+
+    With each piece the number of tokens drawn so far. Beams are known at their end: then there is one piece.
+    """
+    way = way_of(model, config)
+    if way.config.beams > 1:
+        [text] = generate(model, [prompt], config)
+        yield text, len(plain_backend(model.tokenizer).encode(text, add_special_tokens=False).ids)
+        return
+    ids = prompt_ids(model, prompt)
+    check_room(model, [ids], way.config)
+    key = jax.random.key(way.config.seed)
+    new: list[int] = []
+    shown, longest = "", max(map(len, way.config.stop), default=1) - 1
+    tokens = models.stream(model.config, model.params, ids, key, way.sampling, execution=model.execution)
+    for count, token in enumerate(tokens, 1):
+        if token in way.sampling.end_ids:
+            break
+        new.append(token)
+        whole = model.tokenizer.decode(new)
+        text = written(model, whole, way.config.stop)
+        stopped = any(stop in whole for stop in way.config.stop)
+        # What may yet become another character, or the beginning of a stop, waits.
+        settled = text if stopped else text[: len(text) - longest] if longest else text
+        if not stopped and whole.endswith("\ufffd"):
+            settled = ""
+        if settled.startswith(shown) and len(settled) > len(shown):
+            yield settled[len(shown) :], count
+            shown = settled
+        if stopped:
+            return
+    text = written(model, model.tokenizer.decode(new), way.config.stop)
+    if len(text) > len(shown):
+        yield text[len(shown) :], len(new)
+
+
+def written(model: LoadedModel, text: str, stops: Sequence[str]) -> str:
+    """A decoded text up to the first stop, without incomplete characters; an answer without blanks before it."""
+    text = whole_characters(text)
+    text = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    return text.lstrip(" ") if template_of(model) else text
+
+
+def whole_characters(text: str) -> str:
+    """Decoded tokens without incomplete characters.
+
+    A token of a byte-level vocabulary may be a part of a character. The rest is missing where the text ends at
+    max_new_tokens, and anywhere in the text of a barely trained model; decoders put U+FFFD in its place.
+    """
+    return text.replace("\ufffd", "")
+
+
+def template_of(model: LoadedModel) -> str | None:
+    """The template by which the model was tuned."""
+    return (model.saved.get("data") or {}).get("template") if model.saved.get("task") == TUNED else None
+
+
+def prompt_ids(model: LoadedModel, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt, as the model was trained to read them; an empty text is the beginning-of-text token.
+
+    Text is text: special tokens that it spells out are not such, but in a chat, whose template writes some.
+    """
+    tokenizer, template = model.tokenizer, template_of(model)
+    if template is not None and not isinstance(prompt, Mapping):
+        fields = template_fields(template)[:-1]
+        if not isinstance(prompt, str) or len(fields) > 1:
+            raise UserError(f"this run was tuned by the template {template!r}; give its fields {', '.join(fields)}")
+        prompt = {fields[0]: prompt}
+    if isinstance(prompt, str) and model.saved.get("task") == TUNED:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, Mapping):
+        return _framed(tokenizer, _of_fields(prompt, template))
+    if isinstance(prompt, str):
+        return _framed(tokenizer, prompt)
+    if chat_template(tokenizer) is None:
+        raise UserError("the tokenizer of this model has no chat template; give a text that is to be continued")
+    ids = backend(tokenizer).encode(render(tokenizer, prompt, invite=True), add_special_tokens=False).ids
+    if not ids:
+        raise UserError("the chat template makes nothing of these messages; give one that is not empty")
+    return ids
+
+
+def way_of(model: LoadedModel, config: SamplingConfig) -> Way:
+    """How the model writes by this configuration, and where it ends."""
+    published = Published.beside(model.saved)
+    config, ignored = sampling_of((published.generation_config if published else None) or {}, config)
+    tuned = model.saved.get("task") == TUNED
+    if config.temperature is None and config.beams == 1 and tuned:
+        config = replace(config, temperature=0.0)
+    specials = special_ids(model.tokenizer, need=("bos", "eos"))
+    assert specials.eos is not None
+    ends = {specials.eos, *(published.end_ids if published else ())}
+    if chat_template(model.tokenizer) is not None and template_of(model) is None:
+        ends |= {end for end in [end_of_turn(model.tokenizer)] if end is not None}
+    encode = plain_backend(model.tokenizer).encode
+    for stop in config.stop:
+        ids = encode(stop, add_special_tokens=False).ids
+        ends |= {ids[0]} if len(ids) == 1 else set()
+    sampling = models.Sampling(
+        config.max_new_tokens,
+        *config.drawn,
+        tuple(sorted(ends)),
+        1.0 if config.repetition_penalty is None else config.repetition_penalty,
+        config.beams,
+        config.length_penalty,
+    )
+    return Way(config, sampling, ignored)
+
+
+def check_room(model: LoadedModel, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> None:
+    """UserError where the model has no positions for the longest prompt and what follows it."""
+    longest, limit = max(map(len, prompts), default=0), model.config.max_length
+    total = longest + config.max_new_tokens
+    if limit is not None and total > limit:
+        room = limit - longest
+        raise UserError(
+            f"prompt of {longest} tokens + max_new_tokens={config.max_new_tokens} = {total} exceeds the model's "
+            f"{limit} positions; " + (f"try --sampling.max-new-tokens {room}" if room > 0 else "give a shorter prompt")
+        )
+
+
+def _framed(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """As in training, behind the beginning of a document."""
+    bos = special_ids(tokenizer, need=("bos", "eos")).bos
+    assert bos is not None
+    return [bos, *plain_backend(tokenizer).encode(text, add_special_tokens=False).ids]
+
+
+def _of_fields(fields: Mapping[str, str], template: str | None) -> str:
+    if template is None:
+        raise UserError(
+            f"a row with {', '.join(map(repr, fields))} needs a template, and this model was tuned by none; give "
+            "'prompt' or 'messages'"
+        )
+    wanted = template_fields(template)[:-1]
+    if lacking := [name for name in wanted if name not in fields]:
+        raise UserError(
+            f"no {lacking[0]!r}, which the template {template!r} names; the row has {', '.join(map(repr, fields))}"
+        )
+    return prompt_text(template, fields)
+
+
+GENERATE = Use(name="generate", takes="prompt, or messages, or the fields of the template", reads=read, answers=answers)
