@@ -6,8 +6,8 @@ from finetune.glue import record as glue
 from finetune.tasks.answer import record as answer
 from finetune.tasks.classify import record as classify
 from finetune.tasks.embed import record as embed
-from finetune.tasks.rank import record as rank
 from finetune.tasks.instruct import record as instruct
+from finetune.tasks.rank import record as rank
 from finetune.tasks.tag import record as tag
 
 PRESETS = {

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tiny_models import GPT, LLAMA, close, random_params, strict_and_quick  # noqa: F401
 
-from espalier.models import generate
+from espalier.models import decoding, generate
 from espalier.models.config import Execution
-from espalier.models.generate import Sampling, bucket, next_token, row_keys, sample
+from espalier.models.decoding import Sampling, next_token, sample
+from espalier.models.generate import bucket, row_keys
 from espalier.models.heads import causal_lm_head
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import logits
@@ -79,7 +80,7 @@ def test_tokens_and_log_probabilities_are_those_of_a_forward_pass(name):
 
 def test_a_program_is_compiled_once_a_bucket(monkeypatch):
     traced = []
-    monkeypatch.setattr(generate, "apply", lambda *given, **by: traced.append(1) or apply(*given, **by))
+    monkeypatch.setattr(decoding, "apply", lambda *given, **by: traced.append(1) or apply(*given, **by))
     how = Sampling(5, temperature=0.9)
     run("llama", PROMPTS, how)
     once = len(traced)
@@ -128,7 +129,7 @@ def test_weights_cast_once_are_the_weights_that_the_layers_cast():
     execution = Execution(dtype="bfloat16")
     key, how = jax.random.key(0), Sampling(2, temperature=0.0)
     drawn = generate.generate(config, params, [PROMPTS[0]], key, how, execution=execution)
-    cast = generate.cast_once(params, jnp.dtype("bfloat16"))
+    cast = decoding.cast_once(params, jnp.dtype("bfloat16"))
     batch = {"input_ids": np.array([PROMPTS[0]], np.int32)}
     both = [jax.jit(functools.partial(apply, config, execution=execution))(tree, batch) for tree in (params, cast)]
     np.testing.assert_array_equal(*(np.asarray(states, np.float32) for states in both))

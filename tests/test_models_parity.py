@@ -18,8 +18,9 @@ from safetensors import safe_open
 from tiny_models import batch_of, strict_and_quick  # noqa: F401
 
 from espalier.models.config import Execution
+from espalier.models.decoding import Sampling
 from espalier.models.families import family_of
-from espalier.models.generate import Sampling, generate
+from espalier.models.generate import generate
 from espalier.models.heads import (
     causal_lm_head,
     embed_rows,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.generate import (
+from espalier.models.decoding import (
     Drawn,
     Sampling,
     begun,
@@ -64,7 +64,7 @@ def search(
     sampling: Sampling,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Drawn:
-    """The best of K = sampling.beams continuations of every row; arguments as in models.generate.sample."""
+    """The best of K = sampling.beams continuations of every row; arguments as in models.decoding.sample."""
     params = cast_once(params, compute_dtype(execution))
     K, G = sampling.beams, sampling.max_new_tokens
     end_ids = jnp.asarray(sampling.end_ids, jnp.int32)

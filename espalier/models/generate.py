@@ -1,8 +1,7 @@
-"""Text generation: tokens drawn one after another with a key/value cache.
+"""Text generation: lists of token ids are continued, drawn or by beams.
 
-`sample` is pure and runs inside any jitted function: under a mesh, with traced parameters, a key a row. `generate`
-pads lists of token ids to a bucket of lengths and of rows, and calls a program that is compiled once a bucket; `stream`
-gives out every token as it is drawn. Beams are in models/beams.py.
+`generate` pads prompts to a bucket of lengths and of rows, and calls a program that is compiled once a bucket; `stream`
+gives out every token as it is drawn. The steps themselves are in models/decoding.py, beams in models/beams.py.
 """
 
 from __future__ import annotations
@@ -10,179 +9,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier.models.beams import search
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.heads import causal_lm_head
-from espalier.models.inputs import completed
+from espalier.models.decoding import Drawn, Sampling, State, advanced, begun, cast_once, sample
 from espalier.models.layers import compute_dtype
-from espalier.models.transformer import DEFAULT_EXECUTION, apply, init_cache
-from espalier.models.vocabulary import logits
+from espalier.models.transformer import DEFAULT_EXECUTION
 from sharding.mesh import BATCH_AXES, constrain
 
 SHORTEST = 16
 """Prompts are padded to multiples of this at least."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; known when the program is compiled."""
-
-    max_new_tokens: int
-    """G: tokens added to a row that does not end before."""
-    temperature: float = 1.0
-    """Scores are divided by it; 0 = always the most probable token."""
-    top_k: int = 0
-    """Draw among the k most probable tokens (Fan et al. 2018); 0 = all."""
-    top_p: float = 1.0
-    """Draw among the most probable tokens that together reach this probability (Holtzman et al. 2020); 1 = all."""
-    end_ids: tuple[int, ...] = ()
-    """Tokens at which a row ends."""
-    repetition_penalty: float = 1.0
-    """Scores of tokens that the row has already, its prompt included, are divided by it where they are positive, else
-    multiplied (Keskar et al. 2019, as transformers does); 1 = none."""
-    beams: int = 1
-    """Rows that are followed at once, of which the best is kept; 1 = tokens are drawn (models.beams)."""
-    length_penalty: float = 1.0
-    """With beams: the log-probability of a row is divided by its length to this power; above 0 favours long rows."""
-
-
-class Drawn(NamedTuple):
-    """What was added to each row, its end token included."""
-
-    tokens_BG: Any
-    """int32; -1 after the row's end."""
-    logprobs_BG: Any
-    """float32: log p of each token under the model itself, whatever temperature, top_k, top_p and repetition_penalty it
-    was drawn by; 0 after the row's end."""
-
-
-class State(NamedTuple):
-    """A batch of rows in the middle of being continued."""
-
-    count: jax.Array
-    """Tokens drawn."""
-    logits_BV: jax.Array
-    """Of the next token, float32."""
-    cache: dict
-    done_B: jax.Array
-    """Rows that have ended."""
-    seen_BV: jax.Array | None
-    """Tokens that a row has, bool; None where nothing asks for them."""
-    last: dict[str, jax.Array]
-    """Segment and position of the last token of each prompt, int32 [B, 1]."""
-    drawn: Drawn
-
-
-def sample(
-    config: ModelConfig,
-    params: dict,
-    prompt: dict[str, jax.Array],
-    keys_B: jax.Array,
-    sampling: Sampling,
-    execution: Execution = DEFAULT_EXECUTION,
-) -> Drawn:
-    """Continue every row of a batch.
-
-    prompt: a batch as `apply` takes it, of one document a row, padded on the left; a row of padding alone stays empty.
-    keys_B: a random key for each row. What is drawn for a row depends on its prompt and key alone, wherever it
-    stands in the batch and however the batch is split.
-    """
-    params = cast_once(params, compute_dtype(execution))
-
-    def turn(state):
-        return advanced(config, params, state, keys_B, sampling, execution)
-
-    def unfinished(state):
-        return (state.count < sampling.max_new_tokens) & ~jnp.all(state.done_B)
-
-    return jax.lax.while_loop(unfinished, turn, begun(config, params, prompt, sampling, execution)).drawn
-
-
-def begun(
-    config: ModelConfig, params: dict, prompt: dict[str, jax.Array], sampling: Sampling, execution: Execution
-) -> State:
-    """The prompts read, with room in the cache for the new tokens; nothing drawn yet."""
-    prompt = {name: constrain(array, "batch", None) for name, array in completed(prompt).items()}
-    batch, length = prompt["input_ids"].shape
-    new = sampling.max_new_tokens
-    cache = init_cache(config, batch, length + new, compute_dtype(execution))
-    cache["layers"] = jax.tree.map(split_rows_and_heads, cache["layers"])
-    logits_BV, cache = next_logits(config, params, prompt, cache, execution)
-    real_BT = prompt["segment_ids"] != 0
-    seen_BV = None
-    if sampling.repetition_penalty != 1:
-        rows_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, prompt["input_ids"]].max(real_BT)
-    last = {name: prompt[name][:, -1:] for name in ("segment_ids", "positions")}
-    drawn = Drawn(jnp.full((batch, new), -1, jnp.int32), jnp.zeros((batch, new), jnp.float32))
-    return State(jnp.int32(0), logits_BV, cache, ~jnp.any(real_BT, axis=1), seen_BV, last, drawn)
-
-
-def advanced(
-    config: ModelConfig, params: dict, state: State, keys_B: jax.Array, sampling: Sampling, execution: Execution
-) -> State:
-    """Another token in every row that has not ended."""
-    count, logits_BV, done_B = state.count, state.logits_BV, state.done_B
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, count)
-    token_B = next_token(penalised(logits_BV, state.seen_BV, sampling.repetition_penalty), keys, sampling)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    drawn = Drawn(
-        state.drawn.tokens_BG.at[:, count].set(jnp.where(done_B, -1, token_B)),
-        state.drawn.logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_B)),
-    )
-    seen_BV = state.seen_BV
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(len(token_B), dtype=jnp.int32), token_B].set(True)
-    inputs = {
-        "input_ids": token_B[:, None],
-        "segment_ids": state.last["segment_ids"],
-        "positions": state.last["positions"] + 1 + count,
-    }
-    logits_BV, cache = next_logits(config, params, inputs, state.cache, execution)
-    done_B |= jnp.isin(token_B, jnp.asarray(sampling.end_ids, jnp.int32))
-    return State(count + 1, logits_BV, cache, done_B, seen_BV, state.last, drawn)
-
-
-def next_logits(
-    config: ModelConfig, params: dict, inputs: dict, cache: dict, execution: Execution
-) -> tuple[jax.Array, dict]:
-    """Scores of the token behind `inputs`, float32 [B, V], and the cache with these."""
-    x_BTD, cache = apply(config, params, inputs, execution=execution, cache=cache)
-    features, table, bias = causal_lm_head(config, params, x_BTD[:, -1:], execution)
-    scores_BTV = logits(features, table, bias, config.vocab_size, config.final_logit_softcapping)
-    return scores_BTV[:, 0].astype(jnp.float32), cache
-
-
-def penalised(scores: jax.Array, seen: jax.Array | None, penalty: float) -> jax.Array:
-    """Scores [..., V] with those of seen tokens (bool) made less."""
-    if seen is None:
-        return scores
-    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
-
-
-def next_token(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw one token id a row, int32 [B], from float32 logits; -inf entries are never drawn."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
-        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        # A token is kept while the more probable ones have not reached top_p; the first is always kept.
-        kept_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV < sampling.top_p
-        smallest_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
 def generate(
@@ -245,20 +85,6 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def cast_once(params: dict, dtype: jnp.dtype) -> dict:
-    """Weights of matrix products and lookups in the compute type, as every layer would cast them at every token."""
-
-    def cast(path, leaf):
-        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def split_rows_and_heads(cached: jax.Array) -> jax.Array:
-    """Keys or values [(R,) B, S, K, H] of a cache."""
-    return constrain(cached, *(None,) * (cached.ndim - 4), "batch", None, "tensor", None)
-
-
 def _batch(prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Prompts padded to a bucket, on the left, and in number to a power of two that the mesh splits; with the numbers
     of the rows."""
@@ -276,8 +102,6 @@ def _batch(prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> t
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
 def _compiled(config, params, prompt, key, numbers_B, sampling, execution) -> Drawn:
     if sampling.beams > 1:
-        from espalier.models.beams import search
-
         drawn = search(config, params, prompt, sampling, execution)
     else:
         drawn = sample(config, params, prompt, keys_of(key, numbers_B), sampling, execution)

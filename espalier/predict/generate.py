@@ -17,6 +17,7 @@ from espalier.data.text_template import prompt_text, template_fields
 from espalier.data.tokenizer import plain_backend, special_ids
 from espalier.errors import UserError
 from espalier.models import generate as models
+from espalier.models.decoding import Sampling
 from espalier.models.published import Published
 from espalier.predict.sampling import SamplingConfig, sampling_of
 from espalier.predict.use import Use
@@ -39,7 +40,7 @@ class Way(NamedTuple):
 
     config: SamplingConfig
     """With what the model's generation_config.json says in place of what is unset."""
-    sampling: models.Sampling
+    sampling: Sampling
     ignored: list[str]
     """What generation_config.json says and is not applied."""
 
@@ -197,7 +198,7 @@ def way_of(model: LoadedModel, config: SamplingConfig) -> Way:
     for stop in config.stop:
         ids = encode(stop, add_special_tokens=False).ids
         ends |= {ids[0]} if len(ids) == 1 else set()
-    sampling = models.Sampling(
+    sampling = Sampling(
         config.max_new_tokens,
         *config.drawn,
         tuple(sorted(ends)),
