@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from types import SimpleNamespace
 
 import jax
@@ -18,24 +19,28 @@ import espalier
 from espalier.commands.convert import ExportConfig, export_model
 from espalier.commands.predict import PredictConfig, PredictData
 from espalier.commands.predict import main as predict
-from espalier.data.tokenizer import framed_tokenizer
+from espalier.data.tokenizer import framed_tokenizer, load_tokenizer
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
-from espalier.models.config import Execution
+from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.bert import BERT_BASE
 from espalier.models.families.llama import LLAMA_1B
 from espalier.models.hub import save_pretrained
+from espalier.models.pretrained import load_weights
 from espalier.predict.answer import Answering, Found, find_answers, result_of, windows_of
 from espalier.task import find
 from espalier.training.config import CheckpointConfig
+from espalier.training.run import RunDirectory
+from espalier.training.start import find_origin
 from finetune.config import FinetuneOptimizer
 from finetune.tasks.answer.examples import facts_of, part_of
 from finetune.tasks.answer.questions import read_questions, split_by_article
 from finetune.tasks.answer.record import AnswerConfig, AnswerData
 from finetune.tasks.answer.report import entry
-from finetune.tasks.answer.task import answering_objective
+from finetune.tasks.answer.task import QuestionAnswering, answering_objective
 from finetune.train import main
-from sharding.mesh import MeshConfig
+from sharding.mesh import MeshConfig, build_mesh
+from sharding.rules import shard_params
 
 ENCODER = dataclasses.replace(
     BERT_BASE, vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
@@ -179,16 +184,65 @@ def test_a_mesh_trains_and_answers_as_one_device(there, trained, tmp_path):
         assert got["no_answer"] == pytest.approx(wanted["no_answer"], abs=1e-3)
 
 
-def test_it_learns_and_always_answers_where_all_questions_have_one(there, tmp_path):
+def test_it_learns_as_a_loop_of_pytorch_and_always_answers_where_all_questions_have_one(there, tmp_path):
     data = AnswerData(train=there.one, holdout=0.25)
-    rates = dict(optimizer=FinetuneOptimizer(learning_rate=4e-3), dropout=0.0)
-    summary = main(config_for(there, tmp_path / "run", data=data, steps=200, eval_every=200, **rates))
+    optimizer = FinetuneOptimizer(learning_rate=4e-3)
+    changes = dict(data=data, optimizer=optimizer, dropout=0.0, steps=200, eval_every=200, log_every=1)
+    config = config_for(there, tmp_path / "run", **changes)
+    summary = main(config)
     assert summary["metrics"].keys() == {"em", "f1", "baseline_em", "baseline_f1"}
     rows = lines_of(tmp_path / "run" / "predictions.jsonl")
     assert len(rows) == 16 and all(row["answer"] for row in rows) and not (tmp_path / "run" / "tuned.json").exists()
     # A name of three; by chance a span of the context would hardly ever be one.
     assert summary["metrics"]["em"] > summary["metrics"]["baseline_em"] == 0
     assert np.mean([row["answer"] in NAMES for row in rows]) > 0.7
+
+    losses = [row["loss"] for row in lines_of(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in row][:50]
+    np.testing.assert_allclose(losses, losses_of_pytorch(config, tmp_path, 50), atol=1e-3)
+    assert losses[-1] < losses[0] / 1.5
+
+
+def losses_of_pytorch(config: AnswerConfig, folder: pathlib.Path, steps: int) -> list[float]:
+    """What a loop around transformers' class loses on the same rows from the same weights, head included."""
+    origin = find_origin(config, RunDirectory(folder / "none"))
+    given = ModelConfig.from_dict(origin.config["model"])
+    model = dataclasses.replace(given, hidden_dropout=0.0, attention_dropout=0.0)
+    mesh = build_mesh(config.mesh)
+    tokenizer = load_tokenizer(pathlib.Path(config.init_from) / "tokenizer")
+    learnt = QuestionAnswering(config, model, tokenizer, mesh)
+    shapes = jax.eval_shape(learnt.init_params, jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shard_params(shapes, mesh)
+    )
+    params = load_weights(origin, learnt.model, "question_answering", learnt.init_params, config.seed)(abstract)
+    save_pretrained(folder / "first", learnt.model, params, tokenizer, head="question_answering")
+
+    theirs = hf.AutoModelForQuestionAnswering.from_pretrained(folder / "first").train()
+    free = [p for name, p in theirs.named_parameters() if re.search("bias|LayerNorm|embeddings", name)]
+    decayed = [p for name, p in theirs.named_parameters() if not re.search("bias|LayerNorm|embeddings", name)]
+    o = config.optimizer
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps)
+    warmup, losses = o.warmup * config.steps, []
+    for step in range(steps):
+        for group in adam.param_groups:
+            group["lr"] = o.learning_rate * min((step + 1) / warmup, (config.steps - step) / (config.steps - warmup))
+        batch = {name: torch.tensor(array).long() for name, array in learnt.batch(step).items()}
+        found = theirs(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["segment_ids"],
+            token_type_ids=batch["token_type_ids"],
+        )
+        padding = batch["segment_ids"] == 0
+        both = [logits.masked_fill(padding, -torch.inf) for logits in (found.start_logits, found.end_logits)]
+        ends = [torch.nn.functional.cross_entropy(*pair) for pair in zip(both, batch["span"].T, strict=True)]
+        loss = sum(ends) / 2
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), o.clip_norm)
+        adam.step()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
