@@ -197,13 +197,7 @@ def test_long_sentences_are_learnt_and_tagged_in_windows(there, run):
     assert len(result["tags"]) == len(words[0]) > 30
 
 
-def test_a_decoder_learns_too(there):
-    summary = main(config_for(there, there.root / "decoder-run", there.decoder, mesh=MeshConfig(1, 1, 1)))
-    # Whether Smith follows is not asked of it: each word is tagged by what stands before it.
-    assert summary["metrics"]["f1"] == 1.0
-
-
-def test_tags_of_words(there, capsys):
+def test_a_decoder_learns_tags_of_words(there, capsys):
     """Parts of speech: accuracy, F1 of each, and the most frequent tag of each word beside them."""
     words, _ = sentences(48)
     tags = [["X-1" if word in PEOPLE else "VERB" if word == "went" else "NN" for word in some] for some in words]
@@ -211,7 +205,7 @@ def test_tags_of_words(there, capsys):
     path.write_text("".join(json.dumps({"words": a, "upos": b}) + "\n" for a, b in zip(words, tags, strict=True)))
     folder = there.root / "pos"
     changes = dict(data=dict(train=str(path), validation=str(path)), mesh=MeshConfig(1, 1, 1))
-    summary = main(config_for(there, folder, **changes))
+    summary = main(config_for(there, folder, there.decoder, **changes))
     assert summary["metrics"] == {"accuracy": 1.0, "macro_f1": 1.0, "baseline_accuracy": 1.0}
     assert "tags are taken each for itself (3 of them)" in capsys.readouterr().out
     assert "spans" not in lines_of(folder / "predictions.jsonl")[0]
