@@ -239,7 +239,9 @@ def test_identity_at_any_depth():
 def test_a_session_without_a_step_keeps_the_figures(tmp_path):
     def result(**changes):
         values: dict[str, Any] = dict(step=4, loss=2.0, eval={"loss": 3.0}, tokens=8, tokens_per_second=5.0)
-        values |= dict(first_step_seconds=1.0, mfu=None, data_wait=None, seconds=2.0, finished=True, stopped_by=None)
+        values |= dict(
+            first_step_seconds=1.0, mfu=None, data_wait=None, seconds=2.0, finished=True, stopped_by=None, best=None
+        )
         return types.SimpleNamespace(**values | changes)
 
     run = RunDirectory(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,23 @@ def export_to(path: str | None, run_dir: Path, origin: Origin | None, steps: int
     target = Path(path).expanduser().absolute()
     if target == run_dir or run_dir.is_relative_to(target):
         raise UserError(f"--export {path} is where the run is; name another folder")
-    if origin is not None and origin.done >= steps and (target / "config.json").is_file():
+    if origin is not None and (origin.done >= steps or _ended_early(run_dir, origin)) and _exported(target):
         print(f"exported already to {path}", flush=True)
         return None
     return target
+
+
+def _exported(target: Path) -> bool:
+    return any((target / name).is_file() for name in ("config.json", "modules.json"))
+
+
+def _ended_early(run_dir: Path, origin: Origin) -> bool:
+    """Whether the run itself ended before its last step because nothing got better, as its summary says."""
+    try:
+        best = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("best") or {}
+    except (OSError, ValueError):
+        return False
+    return origin.resumed and bool(best.get("ended"))
 
 
 def load_weights(

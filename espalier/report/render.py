@@ -104,6 +104,9 @@ def subtitle(run: RunFiles) -> str:
     steps = config.get("steps", summary["step"])
     # A run that was extended later has not reached its steps.
     state = "Finished" if summary.get("finished", True) and summary["step"] >= steps else "Paused"
+    if best := summary.get("best"):
+        text += f"; the best by {best['metric']} is of step {best['step']:,}"
+        state = "Ended early" if best["ended"] and state == "Paused" else state
     return f"{text}. {state} at step {summary['step']:,} of {steps:,}."
 
 

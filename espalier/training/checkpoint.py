@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
@@ -73,6 +74,8 @@ class Checkpoints:
         self.folder = Path(folder).resolve()
         self._keep = max(1, keep)
         self.announce = announce
+        self.best: int | None = None
+        """A step that stays on disk however old it is."""
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._failed = False
@@ -151,6 +154,8 @@ class Checkpoints:
                     sync_tree(self.folder / str(step))
                     sync_path(self.folder)
                     for old in complete_steps(self.folder)[: -self._keep]:
+                        if old == self.best:
+                            continue
                         (self.folder / str(old) / MANIFEST).unlink()
                         shutil.rmtree(self.folder / str(old))
                     self.announce(f"saved step {step} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)")
@@ -233,6 +238,16 @@ def read_data(run_dir: str | Path, step: int) -> dict:
 def newest_step(run_dir: str | Path) -> int:
     """The step of a run's newest checkpoint; UserError where there is none."""
     return int(_step_folder(RunDirectory(run_dir).checkpoints, None).name)
+
+
+def given_step(run_dir: str | Path) -> int:
+    """The step whose parameters a run gives to those who use it: its best where it keeps that, else the newest."""
+    run = RunDirectory(run_dir)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        best = json.loads(run.best.read_text(encoding="utf-8"))["step"]
+        if best in complete_steps(run.checkpoints):
+            return best
+    return newest_step(run_dir)
 
 
 def _step_folder(folder: Path, step: int | None) -> Path:

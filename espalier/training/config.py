@@ -22,6 +22,7 @@ EXECUTION_FIELDS = frozenset(
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
         *("distributed", "published", "user_code", "show", "answers", "beams", "max_new_tokens"),
+        *("keep_best", "early_stopping"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -110,6 +111,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class EarlyStopping:
+    """Ending a run that no longer gets better on held-out data. Its best checkpoint is then what it gives."""
+
+    patience: int | None = often(None)
+    """Evaluations without a better one after which the run ends; unset = it goes on to the end of its schedule."""
+    metric: str | None = None
+    """Which metric of the evaluations; unset = that of --keep-best, else loss."""
+    mode: Literal["auto", "min", "max"] = "auto"
+    """Whether low or high values are better; auto = low for losses, perplexities, bits and errors."""
+
+    def __post_init__(self):
+        if self.patience is not None and self.patience < 1:
+            raise UserError(
+                f"early_stopping.patience={self.patience} must be at least 1; leave it out to go on to the end"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What the training loop itself needs; entry points extend it with model, data and objective."""
 
@@ -139,6 +158,10 @@ class TrainConfig:
     """Steps between progress lines and logged metrics."""
     eval_every: int = 500
     """Steps between evaluations on held-out data; the end is always evaluated."""
+    keep_best: str | None = often(None)
+    """Keep the checkpoint that is best by this metric of the evaluations (loss, accuracy, …): it, and not the last one,
+    is measured at the end, exported and loaded."""
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     prefetch: int = 2
     """Batches prepared ahead."""
     workers: int = 1
@@ -158,6 +181,11 @@ class TrainConfig:
                 raise UserError(f"{name}={value} must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
+        if self.keep_best and self.early_stopping.metric not in (None, self.keep_best):
+            raise UserError(
+                f"keep_best={self.keep_best} and early_stopping.metric={self.early_stopping.metric} are two metrics; "
+                "name one"
+            )
         if self.prefetch < 0:
             raise UserError(f"prefetch={self.prefetch} must be at least 0 (0 = prepare no batch ahead)")
         if self.workers < 1:

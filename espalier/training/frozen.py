@@ -24,7 +24,7 @@ from espalier.errors import UserError
 from espalier.files import sha256_of_file
 from espalier.training.adapters import beside, merged
 from espalier.training.checkpoint import (
-    newest_step,
+    given_step,
     read_data,
     restore_params,
     restore_saved,
@@ -87,12 +87,13 @@ def restore_frozen(folder: Path, abstract: Any, record: dict[str, str] | None) -
 def restore_complete(
     run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | None = None
 ) -> Any:
-    """The parameters of a run's checkpoint, trained and frozen together; arguments as in `restore_params`.
+    """The parameters of a run's checkpoint (default: its best where it keeps that, else the newest), trained and frozen
+    together; arguments as in `restore_params`.
 
     With `abstract`, frozen parameters that it does not name are left out (a reference model), and of the two parts
     one of which it names nothing is not read.
     """
-    step = newest_step(run_dir) if step is None else step
+    step = given_step(run_dir) if step is None else step
     record, folder = read_data(run_dir, step).get("frozen"), RunDirectory(run_dir).frozen
     if record is None:
         return restore_params(run_dir, abstract, step, ignore=ignore)
@@ -109,7 +110,7 @@ def restore_model(
     run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | None = None
 ) -> Any:
     """As `restore_complete`, with adapters merged into what they change: the parameters of a plain model."""
-    step = newest_step(run_dir) if step is None else step
+    step = given_step(run_dir) if step is None else step
     run = RunDirectory(run_dir)
     if abstract is None or read_data(run_dir, step).get("frozen") is None:
         return merged(restore_complete(run_dir, abstract, step, ignore=ignore))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from espalier import progress
 from espalier.contracts import Origin
 from espalier.errors import MachineError
+from espalier.training.best import KeptBest
 from espalier.training.checkpoint import Checkpoints, complete_steps
 from espalier.training.collected import Added, Collector
 from espalier.training.config import TrainConfig
@@ -80,6 +81,7 @@ def train(
         )
         stack.callback(tracker.close)
         checkpoints.announce = tracker.say
+        best = KeptBest.of(config, run, tracker, checkpoints)
         batches = stack.enter_context(contextlib.closing(task.batches_from(start)))
         stop = stack.enter_context(StopSignal())
         # A collection in the middle of a step stalls every device of the mesh.
@@ -91,6 +93,8 @@ def train(
                 metrics = evaluate(state)
                 gc.collect()
             tracker.evaluation(step, metrics)
+            if best:
+                best.evaluated(step, metrics)
             return metrics
 
         step, loss, evaluation, pending = start, None, {}, None
@@ -100,7 +104,7 @@ def train(
         known = from_first("evaluated", tracker.has_evaluation(start))
         if start >= last or start and start % config.eval_every == 0 and not known:
             evaluation = evaluated(state, start)
-        while step < last:
+        while step < last and not (best and best.exhausted):
             with tracker.waiting():
                 batch = next(batches)
             with tracker.compiling(batch):
@@ -115,8 +119,8 @@ def train(
 
             stopping = stop.reached(step)
             ending = stopping or step == last
-            saving = step % config.checkpoint.every == 0 or ending
             evaluating = step == last or step % config.eval_every == 0 and not stopping
+            saving = step % config.checkpoint.every == 0 or ending or best is not None and evaluating
             if saving or evaluating:
                 # A NaN or infinite loss ends the run here, before its state replaces a good one on the disk.
                 loss = _report(tracker, checkpoints, collector, pending)
@@ -131,13 +135,17 @@ def train(
                 break
 
         checkpoints.wait()
-        if step < config.steps:
+        found = best.best.record if best else None
+        exhausted = best is not None and best.exhausted
+        if best and found:
+            state, evaluation = best.given(state, step), dict(best.best.metrics)
+        if step < config.steps and not exhausted:
             change = " without --stop-at" if step == last else ""
             tracker.say(f"paused at step {step} of {config.steps}, saved; the same command{change} goes on from here")
         return Result(
             state=state,
             step=step,
-            finished=step == config.steps,
+            finished=step == config.steps or exhausted,
             loss=loss,
             eval=evaluation,
             tokens=tracker.tokens,
@@ -146,7 +154,8 @@ def train(
             seconds=time.perf_counter() - began if step > start else None,
             mfu=tracker.mfu,
             data_wait=tracker.data_wait,
-            stopped_by=stop.number() if step < last else None,
+            stopped_by=stop.number() if step < last and not exhausted else None,
+            best=found,
         )
 
 

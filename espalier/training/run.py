@@ -49,6 +49,7 @@ class RunDirectory:
         self.collected = self.path / "collected"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
+        self.best = self.path / "best.json"
         self.tuned = self.path / TUNED
 
     def check_shared(self) -> None:
@@ -157,11 +158,11 @@ class Result:
     state: TrainState
     step: int
     finished: bool
-    """Whether the schedule was completed, not paused or stopped."""
+    """Whether the schedule was completed, or ended because nothing got better; not paused or stopped."""
     loss: float | None
     """Training loss of the last step; None if there was nothing left to do."""
     eval: dict[str, float]
-    """Metrics of the last evaluation."""
+    """Metrics of the last evaluation, or of that of the best checkpoint where the run keeps it."""
     tokens: int
     """Tokens trained on since step 0, padding not counted."""
     tokens_per_second: float | None
@@ -175,6 +176,8 @@ class Result:
     """The fraction of time in which the device waited for batches, at most; first step and evaluations excluded."""
     stopped_by: int | None
     """The number of the signal that ended the session early."""
+    best: dict[str, Any] | None = None
+    """Step, metric and value of the best checkpoint, whose parameters are in `state`; None where the last is given."""
 
 
 def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
@@ -186,6 +189,8 @@ def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
     names = ("step", "loss", "eval", "tokens", "tokens_per_second", "first_step_seconds", "mfu", "data_wait")
     names += ("seconds", "finished")
     summary = {name: getattr(result, name) for name in (*names, "stopped_by")} | more | {"run_dir": str(run.path)}
+    if result.best:
+        summary["best"] = result.best
     if result.loss is None and run.summary.is_file():
         with contextlib.suppress(ValueError):
             before = json.loads(run.summary.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from espalier.errors import UserError
 from espalier.files import sha256_of_file
 from espalier.training.checkpoint import (
     complete_steps,
-    newest_step,
+    given_step,
     read_config,
     read_data,
     restore_optimizer,
@@ -81,7 +81,7 @@ def find_origin(
             raise UserError(f"{config.init_from} has weights and no optimizer state; leave out --init-optimizer")
         return open_hub(config.init_from)
     folder = run.path if resumed else Path(config.init_from or "").expanduser()
-    step = own[-1] if resumed else from_first("first checkpoint", newest_step(folder))
+    step = own[-1] if resumed else from_first("first checkpoint", given_step(folder))
     return RunOrigin(folder, step, read_config(folder, step), resumed)
 
 

@@ -71,11 +71,17 @@ class Tracker:
         self._shown = time.perf_counter()
         self._clock = self._mark = self._now = Reading(start_step, tokens, self._shown)
         self._metrics = self._board = None
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        """Those before this session, by step; known to the one who writes."""
         self._evaluated: set[int] = set()
         self._compiled: set[tuple] = set()
         if not quiet:
             kept = cut_metrics(run, start_step, within_interval=carried is not None)
-            self._evaluated = {record["step"] for record in kept if any(name.startswith("eval/") for name in record)}
+            for record in kept:
+                found = {name[len("eval/") :]: value for name, value in record.items() if name.startswith("eval/")}
+                if found:
+                    self.evaluations.append((record["step"], found))
+            self._evaluated = {step for step, _ in self.evaluations}
             self._metrics = run.metrics.open("a", encoding="utf-8")
             self._board = _board(run, start_step)
 
