@@ -35,6 +35,7 @@ TASKS = {
     "causal_lm": "clm.record:CAUSAL_LM",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "token_classification": "finetune.tasks.tag.record:TAGGING",
+    "multiple_choice": "finetune.tasks.choose.record:MULTIPLE_CHOICE",
     "ranking": "finetune.tasks.rank.record:RANKING",
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
@@ -58,6 +59,8 @@ class TaskRecord:
     """Whether rows may be split over the mesh axis `sequence`."""
     report: TaskReport | None = None
     """What it adds to report and card of its runs; None = nothing."""
+    measures_heads: tuple[str, ...] = ()
+    """Further heads whose models it measures without training."""
     data: type | None = None
     """The settings of its data, a dataclass; None = it is not evaluated without training."""
 

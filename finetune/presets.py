@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.glue import record as glue
 from finetune.tasks.answer import record as answer
+from finetune.tasks.choose import record as choose
 from finetune.tasks.classify import record as classify
 from finetune.tasks.embed import record as embed
 from finetune.tasks.instruct import record as instruct
@@ -21,4 +22,5 @@ PRESETS = {
     "rank": rank.rank,
     "instruct": instruct.instruct,
     "translate": instruct.translate,
+    "choose": choose.choose,
 }

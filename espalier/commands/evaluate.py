@@ -113,8 +113,9 @@ def record_of(saved: Mapping[str, Any], head: str, task: str | None) -> TaskReco
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}{nearest(task, TASKS)}; there are {', '.join(TASKS)}")
         record = find(task)
-        if record.head != head:
-            raise UserError(f"task {task} is of models with the head {record.head}, and this one has {head}")
+        heads = (record.head, *record.measures_heads)
+        if head not in heads:
+            raise UserError(f"task {task} is of models with the head {' or '.join(heads)}, and this one has {head}")
     else:
         names = [name for name in (saved.get("task"),) if name in TASKS]
         record = next((one for one in map(find, [*names, *TASKS]) if one.head == head), None)

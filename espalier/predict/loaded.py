@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -83,6 +83,20 @@ class LoadedModel:
         from espalier.predict.rank import Asked, rank
 
         return rank(self, [Asked(query, tuple(texts))])[0]["ranking"]
+
+    def choose(
+        self, question: str, choices: Sequence[str], *, normalize: Literal["none", "tokens", "bytes"] | None = None
+    ) -> dict[str, Any]:
+        """Which choice a language model finds the most likely behind the question, trained for it or not.
+
+        `label` (its number, from 0), `choice`, `probability` and `probabilities` (softmax over the scores),
+        `log_likelihoods` (in nats). normalize: by what a log-likelihood is divided to be a score; unset = as in the
+        training, else by nothing. An encoder's are pseudo-log-likelihoods. The question may be empty: then whole texts
+        are compared. UserError where the model is no language model.
+        """
+        from espalier.predict.choose import choose, read
+
+        return choose(self, [read({"question": question, "choices": list(choices)})], normalize)[0]
 
     def embed(self, texts: str | Sequence[str], *, size: int | None = None) -> np.ndarray:
         """An embedding of each text, float32 [N, D], of length 1: their products are cosines.

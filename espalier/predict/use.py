@@ -22,6 +22,7 @@ USES = {
     "instruction_tuning": "espalier.predict.generate:GENERATE",
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
     "token_classification": "espalier.predict.tag:TAG",
+    "multiple_choice": "espalier.predict.choose:CHOOSE",
     "ranking": "espalier.predict.rank:RANK",
     "sentence_embedding": "espalier.predict.embed:EMBED",
     "embedding": "espalier.predict.embed:EMBED",

@@ -1,0 +1,1 @@
+"""Multiple choice: the answer that a language model finds most likely."""

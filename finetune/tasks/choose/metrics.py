@@ -1,0 +1,56 @@
+"""How often the right choice is the most likely one, beside chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from espalier.predict.choose import NORMALIZE, softmax
+from espalier.task import Evaluation
+from finetune.tasks.choose.files import Questions
+
+
+def measured(questions: Questions, scores: Sequence[np.ndarray], normalize: str) -> Evaluation:
+    """scores: of each question, float64 [3, C] (predict.choose.scores). normalize: by which it is predicted.
+
+    `accuracy` by log-likelihood, `accuracy_by_tokens`, `accuracy_by_bytes`, `baseline_accuracy` (chance), and
+    `paradigms` (accuracy of each file) where a folder was read. A choice as likely as the right one makes it wrong.
+    """
+    answered = zip(scores, questions.labels, strict=True)
+    right_N3 = np.array([[_is_right(score_C, label) for score_C in found] for found, label in answered])
+    names = ["accuracy", *(f"accuracy_by_{name}" for name in NORMALIZE[1:])]
+    metrics: dict[str, Any] = dict(zip(names, map(float, right_N3.mean(0)), strict=True))
+    metrics["baseline_accuracy"] = float(np.mean([1 / len(asked.choices) for asked in questions.asked]))
+    at = NORMALIZE.index(normalize)  # type: ignore[arg-type]
+    files: dict[str, Any] = {}
+    if questions.paradigms:
+        paradigms = np.array(questions.paradigms)
+        metrics["paradigms"] = {
+            name: float(right_N3[paradigms == name, at].mean()) for name in dict.fromkeys(questions.paradigms)
+        }
+        files["paradigms.json"] = metrics["paradigms"]
+    rows = []
+    for number, (asked, label, found) in enumerate(zip(questions.asked, questions.labels, scores, strict=True)):
+        best = int(found[at].argmax())
+        rows.append(
+            ({"paradigm": questions.paradigms[number]} if questions.paradigms else {})
+            | {"question": asked.question, "choices": list(asked.choices), "label": label, "prediction": best}
+            | {"probability": float(softmax(found[at])[best]), "log_likelihoods": list(map(float, found[0]))}
+        )
+    return Evaluation(metrics, rows, files, _warnings(questions, rows))
+
+
+def _is_right(score_C: np.ndarray, label: int) -> bool:
+    return bool(score_C[label] > np.delete(score_C, label).max())
+
+
+def _warnings(questions: Questions, rows: Sequence[dict]) -> list[str]:
+    places = {row["prediction"] for row in rows}
+    if len(places) > 1 or len({*questions.labels}) < 2 or len(rows) < 10:
+        return []
+    return [
+        f"warning: choice {places.pop() + 1} is taken every time, whatever is asked; try more --epochs, another "
+        "--optimizer.learning-rate or --data.normalize"
+    ]
