@@ -153,7 +153,7 @@ def test_masks_are_filled_as_transformers_fills_them(models):
     assert found["filled"] == f"巴黎是{first}国的首{second}，"
     for text, top_k, words in [
         ("no mask", 5, "no [MASK] in 'no mask'"),
-        ("[MASK] " + "fox " * 80, 5, "more than the model's 64 positions"),
+        ("[MASK] " + "fox " * 80, 5, "at most 64 are read"),
         ("[MASK]", 0, "top_k is a number from 1 to"),
     ]:
         with pytest.raises(UserError, match=re.escape(words)):

@@ -227,4 +227,13 @@ def answer(model: LoadedModel, asked: Sequence[Asked]) -> list[dict[str, Any]]:
     return [result_of(found, how) for found in find_answers(model, asked, how)]
 
 
-ANSWER = Use(name="answer", takes="question and context", reads=read, answers=answer)
+ANSWER = Use(
+    name="answer",
+    takes="question and context",
+    reads=read,
+    answers=answer,
+    example={
+        "question": "Where does the Danube rise?",
+        "context": "The Danube rises in the Black Forest and flows through ten countries to the Black Sea.",
+    },
+)

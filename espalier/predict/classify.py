@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from espalier.data.examples import encode_pairs
 from espalier.errors import UserError
+from espalier.predict.outputs import softmax
 from espalier.predict.use import Use
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def classify(model: LoadedModel, inputs: Sequence[Texts]) -> list[dict[str, Any]
     labels = model.config.labels
     results = []
     for scores_C in scores(model, inputs):
-        probability_C = np_softmax(scores_C)
+        probability_C = softmax(scores_C)
         best = int(probability_C.argmax())
         results.append(
             {
@@ -46,23 +45,27 @@ def classify(model: LoadedModel, inputs: Sequence[Texts]) -> list[dict[str, Any]
 
 def scores(model: LoadedModel, inputs: Sequence[Texts]) -> list[np.ndarray]:
     """Logits, float32 [C], of each."""
-    paired = {text_b is not None for _, text_b in inputs}
-    if len(paired) > 1:
-        raise UserError("some of the inputs are pairs and others single texts; ask for them apart")
-    examples = encode_pairs(
-        model.tokenizer,
-        [text for text, _ in inputs],
-        [text_b or "" for _, text_b in inputs] if paired == {True} else None,
-        model.longest,
-        model.config.causal,
+    alone, pairs = (
+        [at for at, (_, text_b) in enumerate(inputs) if (text_b is not None) is pair] for pair in (False, True)
     )
+    examples: list[Any] = [None] * len(inputs)
+    for places, pair in ((alone, False), (pairs, True)):
+        encoded = encode_pairs(
+            model.tokenizer,
+            [inputs[at][0] for at in places],
+            [inputs[at][1] or "" for at in places] if pair else None,
+            model.longest,
+            model.config.causal,
+        )
+        for at, example in zip(places, encoded, strict=True):
+            examples[at] = example
     return model.outputs_of_head(examples)
 
 
-def np_softmax(scores_C: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    return np.asarray(jax.nn.softmax(scores_C.astype(np.float64)))
-
-
-CLASSIFY = Use(name="classify", takes="text, or text and text_b", reads=read, answers=classify)
+CLASSIFY = Use(
+    name="classify",
+    takes="text, or text and text_b",
+    reads=read,
+    answers=classify,
+    example={"text": "A moving film, and a funny one.", "text_b": ""},
+)

@@ -97,4 +97,4 @@ def answers(model: LoadedModel, texts: Sequence[str]) -> list[dict[str, Any]]:
     return [{"embedding": row.tolist()} for row in embed(model, texts)]
 
 
-EMBED = Use(name="embed", takes="text", reads=read, answers=answers)
+EMBED = Use(name="embed", takes="text", reads=read, answers=answers, example={"text": "How far is it to the sea?"})

@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 
 MASK = "[MASK]"
 """What a mask may be called for every model, whatever its tokenizer calls it."""
-MASKS, CANDIDATES = 16, 16
-"""Masks of a row and candidates of a mask that one program finds, so that it serves most texts. A text with more masks
-is several rows."""
-MOST = 1000
-"""Candidates of a mask at most."""
+MASKS, CANDIDATES = 16, 100
+"""Masks of a row and candidates of a mask that one program finds, whatever is asked for. A text with more masks is
+several rows."""
 
 Masked = tuple[str, int]
 """A text with masks, and how many candidates are wanted of each."""
@@ -51,9 +49,8 @@ def fill(model: LoadedModel, inputs: Sequence[Masked]) -> list[dict[str, Any]]:
     """`filled` and `masks` of each (LoadedModel.fill)."""
     mask = special_ids(model.tokenizer, need=("mask",)).mask
     assert mask is not None
-    most = max((top_k for _, top_k in inputs), default=1)
-    if most > MOST or any(top_k < 1 for _, top_k in inputs):
-        raise UserError(f"top_k is a number from 1 to {MOST}")
+    if not all(1 <= top_k <= CANDIDATES for _, top_k in inputs):
+        raise UserError(f"top_k is a number from 1 to {CANDIDATES}")
     texts = [text.replace(MASK, str(model.tokenizer.mask_token)) for text, _ in inputs]
     rows: list[Example] = []
     begins, counts = [], []
@@ -66,7 +63,7 @@ def fill(model: LoadedModel, inputs: Sequence[Masked]) -> list[dict[str, Any]]:
             rows.append(example._replace(of_row={"masks": np.pad(some, (0, MASKS - len(some)))}))
     found = outputs(
         most_probable,
-        (model.config, model.execution, min(max(CANDIDATES, 1 << (most - 1).bit_length()), model.config.vocab_size)),
+        (model.config, model.execution, min(CANDIDATES, model.config.vocab_size)),
         model.params,
         rows,
         pad_id=special_ids(model.tokenizer).pad,
@@ -106,9 +103,8 @@ def _masked(model: LoadedModel, text: str, mask: int) -> tuple[Example, np.ndarr
     shown = repr(text if len(text) <= 60 else f"{text[:59]}…")
     if not len(at):
         raise UserError(f"no {MASK} in {shown}; write one where a word is to be found")
-    longest = model.config.max_length or model.config.max_position_embeddings
-    if len(ids) > longest:
-        raise UserError(f"{shown} has {len(ids):,} tokens, more than the model's {longest:,} positions; shorten it")
+    if len(ids) > model.longest:
+        raise UserError(f"{shown} has {len(ids):,} tokens, and at most {model.longest:,} are read; shorten it")
     return Example(ids, tokens.get("token_type_ids", [0] * len(ids))), at.astype(np.int32)
 
 
@@ -122,4 +118,10 @@ def _filled(model: LoadedModel, text: str, tokens: Sequence[str]) -> str:
     return first
 
 
-FILL = Use(name="fill", takes=f"text with {MASK} in it (and top_k, the candidates of each)", reads=read, answers=fill)
+FILL = Use(
+    name="fill",
+    takes=f"text with {MASK} in it (and top_k, the candidates of each)",
+    reads=read,
+    answers=fill,
+    example={"text": f"Paris is the {MASK} of France."},
+)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -18,6 +20,58 @@ SHORTEST = 16
 compiled."""
 TOKENS, ROWS = 4096, 64
 """Of a batch at most; there are always as many rows as the mesh splits."""
+
+
+class Shapes:
+    """The shapes of batches, rows × tokens, that a server keeps to (`fixed_shapes`)."""
+
+    def __init__(self, lengths: Sequence[int], rows: Sequence[int]):
+        """lengths, rows: those there are; at least one of each. Of long rows a batch holds TOKENS, or the fewest."""
+        self.lengths, self._rows = sorted(set(lengths)), sorted(set(rows))
+        self._ready: set[Hashable] = set()
+
+    def all(self) -> list[tuple[int, int]]:
+        return [(rows, length) for length in self.lengths for rows in self._rows_of(length)]
+
+    def length(self, tokens: int) -> int | None:
+        """The row for an example; None where it is too long for all."""
+        return next((length for length in self.lengths if length >= tokens), None)
+
+    def most(self, length: int) -> int:
+        return self._rows_of(length)[-1]
+
+    def rows(self, count: int, length: int) -> int:
+        return next(rows for rows in self._rows_of(length) if rows >= count)
+
+    def prepare(self, key: Hashable, compile: Callable[[int, int], Any]) -> None:
+        """Compile a function for all shapes, if that was not done."""
+        if key not in self._ready:
+            for rows, length in self.all():
+                compile(rows, length)
+            self._ready.add(key)
+
+    def _rows_of(self, length: int) -> list[int]:
+        return [rows for rows in self._rows if rows * length <= TOKENS] or self._rows[:1]
+
+
+_shapes: ContextVar[Shapes | None] = ContextVar("shapes", default=None)
+
+
+@contextlib.contextmanager
+def fixed_shapes(shapes: Shapes) -> Iterator[None]:
+    """Within the block (and thread) `outputs` compiles a function for all these shapes when it is first asked for, and
+    for no others after."""
+    token = _shapes.set(shapes)
+    try:
+        yield
+    finally:
+        _shapes.reset(token)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis, in float64, on the host: the shapes of results are many."""
+    powers = np.exp(scores.astype(np.float64) - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def outputs(
@@ -42,18 +96,34 @@ def outputs(
     lengths = np.array([len(example.ids) for example in examples])
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shapes = _shapes.get()
+
+    def run(chosen: Sequence[Example], rows: int, length: int) -> Any:
+        batch = padded(chosen, rows, length, pad_id)
+        for name in of_row:
+            like = np.asarray(examples[0].of_row[name])
+            batch[name] = np.zeros((rows, *like.shape), like.dtype)
+            for row, example in enumerate(chosen):
+                batch[name][row] = example.of_row[name]
+        return jax.device_get(_compiled(function, settings, params, batch))
+
+    if shapes and examples:
+        of_rows = tuple((name, np.asarray(examples[0].of_row[name]).shape) for name in of_row)
+        shapes.prepare((function, settings, of_rows), lambda rows, length: run([], rows, length))
     found: list[Any] = [None] * len(examples)
     order, done = np.argsort(-lengths, kind="stable"), 0
     while done < len(order):
-        length = row_length(int(lengths[order[done]]), longest)
-        rows = -(-max(1, min(ROWS, TOKENS // length)) // parts) * parts
-        chosen = order[done : done + rows]
-        batch = padded([examples[index] for index in chosen], _rows(len(chosen), rows, parts), length, pad_id)
-        for name in of_row:
-            values = np.stack([np.asarray(examples[index].of_row[name]) for index in chosen])
-            batch[name] = np.zeros((len(batch["input_ids"]), *values.shape[1:]), values.dtype)
-            batch[name][: len(chosen)] = values
-        result = jax.device_get(_compiled(function, settings, params, batch))
+        tokens = int(lengths[order[done]])
+        if shapes and (fixed := shapes.length(tokens)):
+            length = fixed
+            chosen = order[done : done + shapes.most(length)]
+            rows = shapes.rows(len(chosen), length)
+        else:
+            length = row_length(tokens, longest)
+            most = -(-max(1, min(ROWS, TOKENS // length)) // parts) * parts
+            chosen = order[done : done + most]
+            rows = _rows(len(chosen), most, parts)
+        result = run([examples[index] for index in chosen], rows, length)
         for row, index in enumerate(chosen):
             found[index] = jax.tree.map(lambda array, row=row: array[row], result)
         done += len(chosen)

@@ -81,4 +81,13 @@ def scores_of(model: LoadedModel, examples: Sequence[Example]) -> np.ndarray:
     return np.array([logits_C[0] for logits_C in model.outputs_of_head(examples)], np.float32)
 
 
-RANK = Use(name="rank", takes="query and text, or query and a list of texts", reads=read, answers=rank)
+RANK = Use(
+    name="rank",
+    takes="query and text, or query and a list of texts",
+    reads=read,
+    answers=rank,
+    example={
+        "query": "How far is it to the sea?",
+        "texts": ["The sea is an hour away.", "The film was funny.", "Salt water covers most of the planet."],
+    },
+)

@@ -9,6 +9,7 @@ import numpy as np
 
 from espalier.data.word_pieces import Sentence, Window, encode_words, sentence_of_text, sentence_of_words
 from espalier.errors import UserError
+from espalier.predict.outputs import softmax
 from espalier.predict.tags import entities, scheme_of
 from espalier.predict.use import Use
 
@@ -38,9 +39,7 @@ def tag(model: LoadedModel, inputs: Sequence[Sentence]) -> list[dict[str, Any]]:
 
 def answer(sentence: Sentence, score_WC: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
     """The result of a sentence. score_WC: logits of its words."""
-    # By NumPy: JAX would compile it for every number of words.
-    exponential_WC = np.exp(score_WC.astype(np.float64) - score_WC.max(-1, keepdims=True))
-    probability_WC = exponential_WC / exponential_WC.sum(-1, keepdims=True)
+    probability_WC = softmax(score_WC)
     best_W = probability_WC.argmax(-1)
     tags = [names[int(best)] for best in best_W]
     result: dict[str, Any] = {"tokens": list(sentence.words), "tags": tags}
@@ -88,4 +87,10 @@ def _valid(text: str) -> str:
     return text
 
 
-TAG = Use(name="tag", takes="text, or tokens", reads=read, answers=tag)
+TAG = Use(
+    name="tag",
+    takes="text, or tokens",
+    reads=read,
+    answers=tag,
+    example={"text": "Ada Lovelace met Charles Babbage in London."},
+)

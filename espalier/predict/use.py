@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import UserError
@@ -44,6 +44,9 @@ class Use:
     answers: Callable[[LoadedModel, Sequence[Any]], list[dict[str, Any]]]
     """Inputs → a result each, in their order: JSON values by name. UserError for an input that the model cannot take;
     `checked` finds out which."""
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """A row: what the page of `serve` shows first, field by field, and what is asked at its start to have all compiled.
+    A field that is "" may be left out."""
 
 
 def use_of(model: LoadedModel) -> Use:
