@@ -29,6 +29,7 @@ from finetune.presets import PRESETS
 from finetune.task import resolved
 from finetune.tasks.classify import metrics as classify_metrics
 from finetune.tasks.classify.examples import describe_examples, read_examples
+from finetune.tasks.classify.labels import in_order
 from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
 from finetune.tasks.classify.task import classification_objective
 from finetune.train import main
@@ -103,7 +104,9 @@ def test_an_encoder_learns_and_a_resumed_run_ends_alike(there, tmp_path, capsys)
     summary = main(config_for(there, tmp_path / "whole"))
     # 7 of the 20 are birds, the first of the labels that the training file has equally often.
     perfect = dict.fromkeys(("accuracy", "f1", "macro_f1", "matthews"), 1.0)
-    assert summary["metrics"] == perfect | {"majority": 7 / 20}
+    metrics = summary["metrics"]
+    assert {name: metrics[name] for name in (*perfect, "majority")} == perfect | {"majority": 7 / 20}
+    assert all(metrics[f"{name}_interval"] == [1.0, 1.0] for name in perfect) and 0 < metrics["calibration_error"] < 1
     out = " ".join(capsys.readouterr().out.split())
     for words in (
         f"training {there.train}: 48 examples, column 'sentence' validation {there.validation}: 20 examples",
@@ -392,13 +395,47 @@ def examples_of(there, tmp_path, labels, **settings):
 
 
 NO_CLASSES = {
-    "similarity": ([round(number / 10, 1) for number in range(51)] * 4, "looks like a regression target: 51 different"),
-    "half stars": ([0.5, 1.0, 1.5] * 20, r"among them decimals \(0.5, 1.5\); regression is not there yet"),
-    "decimal commas": (["3,8", "2,75", "4"] * 20, r"among them decimals \(2,75, 3,8\)"),
-    "prices": ([number * number for number in range(40)] * 10, "40 different numbers from 0 to 1521; regr"),
     "a number of each row": (list(range(60)), "60 different values in 60 examples .*identifier or a text"),
     "a text of each row": ([f"text {number}" for number in range(60)], "60 different values in 60 examples"),
 }
+
+
+NUMBERS = {
+    "similarity": ([round(number / 10, 1) for number in range(51)] * 4, "from 0 to 5, among them decimals (0.1, 0.2, "),
+    "half stars": ([0.5, 1.0, 1.5] * 20, "from 0.5 to 1.5, among them decimals (0.5, 1.5); regression"),
+    "decimal commas": (["3,8", "2,75", "4"] * 20, "from 2.75 to 4, among them decimals (2,75, 3,8)"),
+    "prices": ([number * number for number in range(40)] * 10, "from 0 to 1521, 40 different ones; regression"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_are_never_taken_for_classes_in_silence(there, tmp_path, case):
+    labels, words = NUMBERS[case]
+    found = examples_of(there, tmp_path, labels)
+    assert (
+        found.kind == "numbers"
+        and found.names == ["score"]
+        and found.train.labels[0] == pytest.approx(float(str(labels[0]).replace(",", ".")))
+    )
+    assert words in found.facts[0] and "--data.label-kind classes takes each for a class" in found.facts[0]
+    forced = examples_of(there, tmp_path, labels, label_kind="classes")
+    assert forced.names == in_order(set(map(str, labels))) and forced.facts[0].endswith(f"{len(forced.names)} classes")
+
+
+def test_lists_are_read_from_arrays_and_from_cells(there, tmp_path):
+    arrays = examples_of(there, tmp_path, [["水果", "red"], ["red"], [], ["bird"]] * 3)
+    assert arrays.kind == "lists" and arrays.names == ["bird", "red", "水果"]
+    assert arrays.train.labels[:4] == [[0, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0]]
+    assert arrays.facts[0].startswith("labels: column 'score' holds lists; several of 3 labels may be right")
+    for cells in (["水果|red", "red", "", "bird"], ["水果; red", "red", "", "bird"], ["水果,red", "red", "", "bird"]):
+        found = examples_of(there, tmp_path, cells * 3, label_kind="lists")
+        assert found.train.labels == arrays.train.labels and found.names == arrays.names
+    with pytest.raises(UserError, match="'x' is not a finite number; correct it"):
+        examples_of(there, tmp_path, ["1", "x"], label_kind="numbers")
+    with pytest.raises(UserError, match="some cells are JSON arrays .* and others are not"):
+        examples_of(there, tmp_path, ['["a"]', "b|c"], label_kind="lists")
+    with pytest.raises(UserError, match="every example has the number 2"):
+        examples_of(there, tmp_path, ["2", "2.0"], label_kind="numbers")
 
 
 @pytest.mark.parametrize("case", NO_CLASSES)
@@ -434,7 +471,7 @@ def test_classes_are_classes(there, tmp_path, labels):
 def test_what_was_read_is_said(there, tmp_path):
     found = examples_of(there, tmp_path, [1] * 1200 + [0] * 34)
     path = str(tmp_path / "rows.jsonl")
-    assert found.facts == ()
+    assert found.facts == ("labels: column 'score' holds 2 classes",)
     assert describe_examples(ClassifyData(train=path, validation=path), found) == {
         "training": f"{path}: 1,234 examples, column 'sentence'",
         "validation": f"{path}: 1,234 examples",
@@ -445,7 +482,7 @@ def test_what_was_read_is_said(there, tmp_path):
     files = dict.fromkeys(("train", "validation"), str(tmp_path / "rows.csv"))
     data = ClassifyData(**files, encoding="latin-1")
     found = read_examples(data, load_tokenizer(there.encoder / "tokenizer"), ENCODER)
-    assert found.facts == (f"{tmp_path}/rows.csv: its columns are separated by semicolons; read as that",)
+    assert found.facts[1:] == (f"{tmp_path}/rows.csv: its columns are separated by semicolons; read as that",)
     assert describe_examples(data, found)["labels"] == "2 classes in 'label': Gerät 1 (50.0 %), Vogel 1 (50.0 %)"
 
 

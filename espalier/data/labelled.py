@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import NamedTuple
 
@@ -77,13 +78,21 @@ def read_labelled(
     return Labelled(
         texts_a=column(text[0]),
         texts_b=column(text[1]) if len(text) == 2 else None,
-        labels=[value.strip() for value in column(label)] if label else None,
+        labels=_label_cells(table, label) or [value.strip() for value in column(label)] if label else None,
         text_columns=tuple(text),
         label_column=label,
         columns=tuple(columns),
         notes=table.notes,
         fingerprint=table.fingerprint,
     )
+
+
+def _label_cells(table: Table, label: str) -> list[str] | None:
+    """Cells that hold lists of names, as JSON arrays; None where some do not. A label that is null is an empty list."""
+    values = [dict(zip(record.columns, record.values, strict=True)).get(label) for record in table.records]
+    if not values or not all(value is None or isinstance(value, list) for value in values) or not any(values):
+        return None
+    return [json.dumps(value or [], ensure_ascii=False) for value in values]
 
 
 def _guess_text(table: Table, label: str | None) -> tuple[str, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from espalier.data.examples import encode_pairs
 from espalier.errors import UserError
 from espalier.predict.outputs import softmax
 from espalier.predict.use import Use
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from espalier.predict.loaded import LoadedModel
 
 Texts = tuple[str, str | None]
@@ -27,20 +27,37 @@ def read(row: Mapping[str, Any]) -> Texts:
 
 
 def classify(model: LoadedModel, inputs: Sequence[Texts]) -> list[dict[str, Any]]:
-    """`label`, `probability` (its own) and `probabilities` (of each label) of each."""
-    labels = model.config.labels
-    results = []
+    """`label`, `probability` (its own) and `probabilities` (of each label) of each.
+
+    Of a model of several labels a text: `labels` (those of at least 0.5) and `probabilities`; of numbers: `score`.
+    """
+    labels, problem = model.config.labels, model.config.problem_type
+    results: list[dict[str, Any]] = []
     for scores_C in scores(model, inputs):
-        probability_C = softmax(scores_C)
-        best = int(probability_C.argmax())
-        results.append(
-            {
-                "label": labels[best],
-                "probability": float(probability_C[best]),
-                "probabilities": dict(zip(labels, map(float, probability_C), strict=True)),
-            }
-        )
+        if problem == "regression":
+            # One score, or one for each thing that is judged.
+            results.append(
+                {"score": float(scores_C[0])} if len(scores_C) == 1 else {"scores": _named(labels, scores_C)}
+            )
+        elif problem == "multi_label_classification":
+            chances_C = 1 / (1 + np.exp(-scores_C.astype(np.float64)))
+            chosen = [label for label, chance in zip(labels, chances_C, strict=True) if chance >= 0.5]
+            results.append({"labels": chosen, "probabilities": _named(labels, chances_C)})
+        else:
+            chances_C = softmax(scores_C)
+            best = int(chances_C.argmax())
+            results.append(
+                {
+                    "label": labels[best],
+                    "probability": float(chances_C[best]),
+                    "probabilities": _named(labels, chances_C),
+                }
+            )
     return results
+
+
+def _named(labels: Sequence[str], values_C: np.ndarray) -> dict[str, float]:
+    return dict(zip(labels, map(float, values_C), strict=True))
 
 
 def scores(model: LoadedModel, inputs: Sequence[Texts]) -> list[np.ndarray]:
@@ -62,10 +79,4 @@ def scores(model: LoadedModel, inputs: Sequence[Texts]) -> list[np.ndarray]:
     return model.outputs_of_head(examples)
 
 
-CLASSIFY = Use(
-    name="classify",
-    takes="text, or text and text_b",
-    reads=read,
-    answers=classify,
-    example={"text": "A moving film, and a funny one.", "text_b": ""},
-)
+CLASSIFY = Use(name="classify", takes="text, or text and text_b", reads=read, answers=classify)

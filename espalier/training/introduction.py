@@ -43,7 +43,9 @@ FIGURES = {
     "ndcg@10": ("nDCG@10", "{:.3f}"),
     "mrr@10": ("MRR@10", "{:.3f}"),
     "recall@10": ("recall@10", "{:.3f}"),
+    "pearson": ("Pearson", "{:.3f}"),
     "spearman": ("Spearman", "{:.3f}"),
+    "rmse": ("error", "{:.4g}"),
 }
 """Metric → its name and format in a result, in the order in which they are printed."""
 
@@ -109,6 +111,8 @@ def result_words(summary: dict) -> str:
             words[key] += f" (before {FIGURES[key][1].format(values[f'{key}_before'])})"
     if "majority" in values:
         words["accuracy"] += f" (majority class {values['majority']:.1%})"
+    if "rmse" in values and "baseline_rmse" in values:
+        words["rmse"] += f" (of the mean {values['baseline_rmse']:.4g})"
     for key in words:
         if (baseline := values.get(f"baseline_{key}")) is not None:
             words[key] += f" (baseline {FIGURES[key][1].format(baseline)})"

@@ -27,8 +27,11 @@ class ClassifyData(FinetuneData):
     """One column of text, or two for pairs; unset = guessed from the names, as in GLUE's files."""
     label: str | None = often(None)
     """Column of labels; unset = guessed (label, Quality, gold_label, target, class)."""
-    label_kind: Literal["auto", "classes"] = "auto"
-    """auto refuses labels that look like a regression target or an identifier; classes takes each value for a class."""
+    label_kind: Literal["auto", "classes", "numbers", "lists"] = often("auto")
+    """What the column of labels holds. auto: numbers (regression) where there are decimals, lists (several labels a
+    text) where cells are JSON arrays, else classes. lists also takes cells like a|b."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: rare classes count as much as frequent ones, all their examples together."""
     examples_per_row: int = 1
     """Examples that share a row, without seeing each other; little of the rows is padding then. 0 = as many as suit
     their length, up to 8."""

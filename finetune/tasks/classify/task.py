@@ -1,6 +1,8 @@
 """Classification of texts or pairs: maximise Σ log p(label | text) over the examples of a batch.
 
-Encoders read the label off their first token or the mean of all, causal models off their last (models.heads).
+Several labels a text are decisions of their own (log p of each, its mean over the labels); numbers are learnt by their
+squared error. Both are the losses of transformers, so that `problem_type` means the same there. Encoders read the label
+off their first token or the mean of all, causal models off their last (models.heads).
 """
 
 from __future__ import annotations
@@ -8,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from espalier.data.description import listed
 from espalier.data.examples import LabelledBatches, fitting_row
 from espalier.data.tokenizer import special_ids
 from espalier.errors import UserError
@@ -25,8 +28,21 @@ from espalier.task import Evaluation
 from espalier.training.step import Objective
 from finetune.config import max_length
 from finetune.task import Labelled
-from finetune.tasks.classify.examples import Part, describe_examples, read_examples, read_validation
-from finetune.tasks.classify.metrics import confusion, majority_accuracy, metrics, one_class, predictions
+from finetune.tasks.classify.examples import LABELS, Examples, Part, describe_examples, read_examples, read_validation
+from finetune.tasks.classify.labels import PROBLEMS
+from finetune.tasks.classify.metrics import (
+    calibration_error,
+    confusion,
+    list_metrics,
+    majority_accuracy,
+    metric_intervals,
+    metrics,
+    most_frequent_set,
+    number_metrics,
+    one_class,
+    predictions,
+    texts_of,
+)
 from sharding.mesh import BATCH_AXES, host_rows
 
 if TYPE_CHECKING:
@@ -53,7 +69,8 @@ class Classification(Labelled):
         self.data = dataclasses.replace(config.data, examples_per_row=per_row)
         self._rows = host_rows(config.batch_size // per_row, mesh)
         self._names = self._examples.names
-        self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=None)
+        problem = PROBLEMS[self._examples.kind]
+        self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=problem)
         self.settings = {"labels": self._names}
         self.fingerprints = self._examples.fingerprints
         self.facts: Sequence[str] = self._examples.facts
@@ -75,7 +92,13 @@ class Classification(Labelled):
         if per_row > 1:
             filled = f"{self._batches.fill:.0%}".replace("%", " %")
             self.about["rows"] = f"{per_row} examples each, {filled} of the places hold a token"
-        self.objective = classification_objective(self.model, execution=config.execution)
+        if config.data.class_weights == "balanced" and self._examples.kind == "numbers":
+            raise UserError("data.class_weights=balanced: numbers have no classes; leave it out")
+        weights = class_weights(self._examples) if config.data.class_weights == "balanced" else None
+        if weights is not None:
+            shown = [f"{name} {weight:.3g}" for name, weight in zip(self._names, weights, strict=True)]
+            self.about["class weights"] = listed(shown, LABELS)
+        self.objective = classification_objective(self.model, execution=config.execution, weights=weights)
 
     def init_params(self, key: jax.Array) -> dict:
         return init_params(self.model, key, heads=("sequence_classification",))
@@ -84,8 +107,12 @@ class Classification(Labelled):
         return self._batches.batch(step, self._rows)
 
     def evaluate(self, model: LoadedModel) -> Evaluation:
-        """accuracy, majority, f1, macro_f1, matthews; predictions.jsonl and confusion.json."""
-        return measured(model, self._examples.validation, self._examples.names, self._examples.train.labels)
+        """The metrics of `measured`; predictions.jsonl and, of classes, confusion.json."""
+        return measured(model, self._examples.validation, self._examples.train.labels)
+
+    def finalize_eval(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """pearson of numbers and f1 of lists, from their counts."""
+        return metrics | finalized(metrics)
 
 
 def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, key: jax.Array | None = None):
@@ -97,44 +124,140 @@ def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, 
     return sequence_logits(model, params, x_BTD, batch["segment_ids"], head_key, examples)
 
 
-def classification_objective(model: ModelConfig, *, execution: Execution) -> Objective:
-    """The two pure functions of the objective; metrics: loss (nats an example), accuracy.
+def class_weights(examples: Examples) -> np.ndarray:
+    """How much each class counts [C], so that all together count alike: N / (C × its examples), as scikit-learn's
+    `balanced`. Of lists: how much a label that is right counts, (examples without it) / (examples with it)."""
+    labels = np.array(examples.train.labels)
+    if examples.kind == "lists":
+        with_it = np.maximum(labels.sum(0), 1)
+        return ((len(labels) - labels.sum(0)) / with_it).astype(np.float32)
+    counts = np.bincount(labels, minlength=len(examples.names))
+    return (len(labels) / (len(counts) * np.maximum(counts, 1))).astype(np.float32)
 
-    batch: also `labels` int32 [B] and `example_weights` float32 [B], 0 for rows that count nothing; both [B, E] where
-    rows hold E examples (data.examples.LabelledBatches).
+
+def classification_objective(
+    model: ModelConfig, *, execution: Execution, weights: np.ndarray | None = None
+) -> Objective:
+    """The two pure functions of the objective; metrics: loss (nats an example, or squared error), and accuracy.
+
+    batch: also `labels` int32 [B] (float32 of numbers, int32 [B, C] of lists) and `example_weights` float32 [B], 0 for
+    rows that count nothing; [B, E] where rows hold E examples (data.examples.LabelledBatches). weights: of the classes
+    [C], in training; the loss is then the weighted mean, as in PyTorch.
     """
+    problem = model.problem_type
+
+    def weighed(batch, train):
+        if weights is None or not train or problem is not None:
+            return batch["example_weights"]
+        return batch["example_weights"] * jnp.asarray(weights)[batch["labels"]]
 
     def prepare(batch, key, step, train):
-        return batch, jnp.maximum(jnp.sum(batch["example_weights"]), 1.0)
+        total = jnp.sum(weighed(batch, train))
+        return batch, jnp.where(total > 0, total, 1.0)
 
     def loss(params, batch, key, norms, train):
         logits_BC = class_logits(model, params, batch, execution, key if train else None)
-        labels_B, weights_B = batch["labels"], batch["example_weights"]
-        logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BC), labels_B[..., None], axis=-1)[..., 0]
-        correct_B = (jnp.argmax(logits_BC, axis=-1) == labels_B).astype(jnp.float32)
-        loss_sum, weight = -jnp.sum(weights_B * logprob_B), jnp.sum(weights_B)
-        metrics = {"loss": (loss_sum, weight), "accuracy": (jnp.sum(weights_B * correct_B), weight)}
+        labels_B, weights_B = batch["labels"], weighed(batch, train)
+        real_B = batch["example_weights"]
+        counts = {}
+        if problem == "regression":
+            nats_B = jnp.square(logits_BC[..., 0] - labels_B)
+            counts["moments"] = _moments(logits_BC[..., 0], labels_B, real_B)
+            right_B = None
+        elif problem == "multi_label_classification":
+            positive = jnp.asarray(weights) if weights is not None and train else 1.0
+            targets_BC = labels_B.astype(jnp.float32)
+            nats_BC = -positive * targets_BC * jax.nn.log_sigmoid(logits_BC)
+            nats_BC -= (1 - targets_BC) * jax.nn.log_sigmoid(-logits_BC)
+            nats_B, said_BC = jnp.mean(nats_BC, axis=-1), (logits_BC > 0).astype(jnp.float32)
+            right_B = jnp.all(said_BC == targets_BC, axis=-1).astype(jnp.float32)
+            both, either = jnp.sum(said_BC * targets_BC, -1), jnp.sum(said_BC + targets_BC, -1)
+            counts["hits"] = jnp.stack([jnp.sum(real_B * both), jnp.sum(real_B * either)])
+        else:
+            nats_B = -jnp.take_along_axis(jax.nn.log_softmax(logits_BC), labels_B[..., None], axis=-1)[..., 0]
+            right_B = (jnp.argmax(logits_BC, axis=-1) == labels_B).astype(jnp.float32)
+        loss_sum = jnp.sum(weights_B * nats_B)
+        metrics = {"loss": (loss_sum, jnp.sum(weights_B))}
+        if right_B is not None:
+            metrics["accuracy"] = (jnp.sum(real_B * right_B), jnp.sum(real_B))
+        metrics |= {name: (count, None) for name, count in counts.items()}
         return loss_sum / norms, jax.lax.stop_gradient(metrics)
 
     return Objective(prepare, loss)
 
 
+def _moments(x_B: jax.Array, y_B: jax.Array, weights_B: jax.Array) -> jax.Array:
+    """Sums of 1, x, y, x², y², xy, float32 [6]: what a correlation is made of."""
+    terms = (jnp.ones_like(x_B), x_B, y_B, x_B * x_B, y_B * y_B, x_B * y_B)
+    return jnp.stack([jnp.sum(weights_B * term) for term in terms])
+
+
+def finalized(metrics: dict[str, Any]) -> dict[str, float]:
+    """pearson of the moments, f1 of the hits, where an evaluation has counted them."""
+    found = {}
+    if "moments" in metrics:
+        n, x, y, xx, yy, xy = metrics["moments"]
+        below = max(n * xx - x * x, 0.0) * max(n * yy - y * y, 0.0)
+        found["pearson"] = float((n * xy - x * y) / math.sqrt(below)) if below > 0 else 0.0
+    if "hits" in metrics:
+        both, either = metrics["hits"]
+        found["f1"] = float(2 * both / max(either, 1.0))
+    return found
+
+
 def measure(model: LoadedModel, data: ClassifyData) -> Evaluation:
     """A classifier on a labelled file whose labels it knows."""
-    return measured(model, *read_validation(data, model), None)
+    return measured(model, read_validation(data, model))
 
 
-def measured(
-    model: LoadedModel, part: Part, names: Sequence[str], train_labels: Sequence[int] | None = None
-) -> Evaluation:
-    """train_labels: whose most frequent one is the baseline `majority`; None = that of the file itself."""
+def measured(model: LoadedModel, part: Part, train_labels: Sequence[Any] | None = None) -> Evaluation:
+    """Metrics with their 95 % intervals and a baseline. Of classes: accuracy, f1, macro_f1, matthews, the calibration
+    error, `majority`; of lists: f1, macro_f1, accuracy, `majority` and `majority_f1` of the most frequent set; of
+    numbers: pearson, spearman, rmse, and `baseline_rmse` of the mean.
+
+    train_labels: by which the baseline is chosen; None = those of the file itself.
+    """
+    names, known = model.config.labels, part.labels if train_labels is None else train_labels
+    scores_NC = np.stack(model.outputs_of_head(part.encoded))
+    if model.config.problem_type == "regression":
+        labels_N, predictions_N = np.array(part.labels, np.float64), scores_NC[:, 0].astype(np.float64)
+        found = number_metrics(labels_N, predictions_N)
+        found["baseline_rmse"] = float(np.sqrt(np.mean((labels_N - np.mean(known)) ** 2)))
+        rows = [
+            texts_of(part.texts, row) | {"label": label, "prediction": float(prediction)}
+            for row, (label, prediction) in enumerate(zip(part.labels, predictions_N, strict=True))
+        ]
+        flat = np.ptp(predictions_N) < 1e-3 * max(np.ptp(labels_N), 1e-9)
+        warning = "warning: every validation example gets the same number, so nothing was learnt that tells them apart"
+        return Evaluation(found, rows, {}, [warning] if flat else [])
+    if model.config.problem_type == "multi_label_classification":
+        labels_NC, said_NC = np.array(part.labels), (scores_NC > 0).astype(int)
+        usual_C = most_frequent_set(np.array(known))
+        found = list_metrics(labels_NC, said_NC) | {
+            "majority": float((labels_NC == usual_C).all(1).mean()),
+            "majority_f1": float(2 * (labels_NC & usual_C).sum() / max((labels_NC + usual_C).sum(), 1)),
+        }
+        chance_NC = 1 / (1 + np.exp(-scores_NC.astype(np.float64)))
+        rows = [
+            texts_of(part.texts, row)
+            | {
+                "labels": [name for name, is_it in zip(names, labels_C, strict=True) if is_it],
+                "predictions": [name for name, is_it in zip(names, said_C, strict=True) if is_it],
+                "probabilities": dict(zip(names, map(float, chance_C), strict=True)),
+            }
+            for row, (labels_C, said_C, chance_C) in enumerate(zip(labels_NC, said_NC, chance_NC, strict=True))
+        ]
+        same = len(np.unique(said_NC, axis=0)) == 1 and len(np.unique(labels_NC, axis=0)) > 1
+        warning = "warning: every validation example gets the same labels, so nothing was learnt that tells them apart"
+        return Evaluation(found, rows, {}, [warning] if same else [])
     labels_N = np.array(part.labels)
-    probability_NC = np.array(jax.nn.softmax(np.stack(model.outputs_of_head(part.encoded)), axis=-1))
+    probability_NC = np.array(jax.nn.softmax(scores_NC, axis=-1))
     predictions_N = probability_NC.argmax(1)
     warning = one_class(labels_N, predictions_N, names)
-    found = metrics(labels_N, predictions_N, len(names))
+    found = metrics(labels_N, predictions_N, len(names)) | metric_intervals(labels_N, predictions_N, len(names))
+    found["calibration_error"] = calibration_error(probability_NC.max(1), predictions_N == labels_N)
     return Evaluation(
-        found | {"majority": majority_accuracy(labels_N if train_labels is None else train_labels, labels_N)},
+        found | {"majority": majority_accuracy(known, labels_N)},
         list(predictions(part.texts, labels_N, probability_NC, names)),
         {"confusion.json": confusion(labels_N, predictions_N, names)},
         [warning] if warning else [],

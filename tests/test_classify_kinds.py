@@ -1,0 +1,197 @@
+"""Numbers and several labels a text: learnt, measured against scipy and scikit-learn, exported, predicted."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score
+from tiny_runs import write_run
+
+import espalier
+from espalier.errors import UserError
+from espalier.models.config import Execution, ModelConfig
+from espalier.models.transformer import init_params
+from finetune.config import FinetuneOptimizer
+from finetune.intervals import bootstrap, mean_interval
+from finetune.tasks.classify import metrics as figures
+from finetune.tasks.classify.record import CLASSIFICATION, ClassifyConfig, ClassifyData
+from finetune.tasks.classify.task import class_logits, class_weights, classification_objective, finalized
+from finetune.train import main
+from sharding.mesh import MeshConfig
+
+MODEL = ModelConfig(
+    vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, type_vocab_size=2,
+    max_position_embeddings=24, hidden_dropout=0.1, attention_dropout=0.1, classifier_pooling="mean",
+)  # fmt: skip
+COLOURS, SIZES = "red blue 绿色".split(), "tiny large".split()
+
+
+def rows(count: int, seed: int) -> list[dict]:
+    """Texts with colours and sizes in them: as lists, and as a number (how many there are, and a half for a size)."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        said = [word for word in COLOURS + SIZES if random.random() < 0.4]
+        text = " ".join(random.permutation(["a", "bird", "sits", *said]))
+        number = sum(word in COLOURS for word in said) + 0.5 * sum(word in SIZES for word in said)
+        found.append({"text": text, "labels": said, "number": number})
+    return found
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kinds")
+    files = {}
+    for name, count in (("train", 160), ("validation", 60)):
+        files[name] = root / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count, count)))
+    encoder = write_run(root / "encoder", MODEL, [row["text"] for row in rows(300, 1)])
+    return SimpleNamespace(root=root, encoder=str(encoder), **{name: str(path) for name, path in files.items()})
+
+
+def config_for(there, run_dir, **data) -> ClassifyConfig:
+    return ClassifyConfig(
+        init_from=there.encoder,
+        run_dir=str(run_dir),
+        steps=120,
+        batch_size=16,
+        eval_every=120,
+        data=ClassifyData(train=there.train, validation=there.validation, text=("text",), examples_per_row=0, **data),
+        optimizer=FinetuneOptimizer(learning_rate=5e-3),
+        mesh=MeshConfig(2, 1, 1),
+    )
+
+
+def test_numbers_are_learnt_and_measured(there, tmp_path, capsys):
+    summary = main(config_for(there, tmp_path / "run", label="number"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("labels: column 'number' holds numbers from 0 to 3.5, among them decimals (0.5, ")
+    found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    labels, predictions = (np.array([row[name] for row in found]) for name in ("label", "prediction"))
+    metrics = summary["metrics"]
+    assert metrics["pearson"] == pytest.approx(pearsonr(labels, predictions).statistic) and metrics["pearson"] > 0.8
+    assert metrics["spearman"] == pytest.approx(spearmanr(labels, predictions).statistic)
+    assert metrics["rmse"] < 0.7 * metrics["baseline_rmse"]
+    low, high = metrics["pearson_interval"]
+    assert low < metrics["pearson"] < high
+    assert summary["eval"]["pearson"] == pytest.approx(metrics["pearson"], abs=1e-4)
+    model = espalier.load(tmp_path / "run")
+    assert model.config.problem_type == "regression" and model.config.labels == ("number",)
+    scores = [result["score"] for result in model.classify([row["text"] for row in found])]
+    np.testing.assert_allclose(scores, predictions, atol=1e-5)
+    again = CLASSIFICATION.evaluate(model, ClassifyData(validation=there.validation, text=("text",), label="number"))
+    assert again.metrics["spearman"] == pytest.approx(metrics["spearman"])
+    assert "Pearson" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_several_labels_a_text_are_learnt_and_measured(there, tmp_path, capsys):
+    summary = main(config_for(there, tmp_path / "run", label="labels"))
+    said = capsys.readouterr().out
+    assert said.startswith("labels: column 'labels' holds lists; several of 5 labels may be right")
+    found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    names = sorted(COLOURS + SIZES)
+    labels, predictions = (
+        np.array([[name in row[key] for name in names] for row in found]) for key in ("labels", "predictions")
+    )
+    metrics = summary["metrics"]
+    for key, average in (("f1", "micro"), ("macro_f1", "macro")):
+        assert metrics[key] == pytest.approx(f1_score(labels, predictions, average=average))
+    assert metrics["accuracy"] == pytest.approx((labels == predictions).all(1).mean())
+    assert metrics["f1"] > metrics["majority_f1"] + 0.1 and metrics["accuracy"] > metrics["majority"]
+    assert summary["eval"]["f1"] == pytest.approx(metrics["f1"], abs=1e-6)
+    model = espalier.load(tmp_path / "run")
+    results = model.classify([row["text"] for row in found])
+    assert [result["labels"] for result in results] == [row["predictions"] for row in found]
+    assert model.classify("a 绿色 bird sits tiny")[0]["labels"] == ["tiny", "绿色"]
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_are_those_of_pytorch(problem, weighted):
+    if weighted and problem == "regression":
+        return
+    labels = ("score",) if problem == "regression" else ("a", "b", "c")
+    model = dataclasses.replace(MODEL, labels=labels, problem_type=problem)
+    params = init_params(model, jax.random.key(0), heads=("sequence_classification",))
+    random = np.random.default_rng(0)
+    params["head"]["sequence_classification"]["out"]["kernel"] = random.normal(size=(32, len(labels))).astype("f4")
+    targets = {
+        None: random.integers(0, 3, 6).astype(np.int32),
+        "multi_label_classification": random.integers(0, 2, (6, 3)).astype(np.int32),
+        "regression": random.normal(size=6).astype(np.float32),
+    }[problem]
+    batch = {
+        "input_ids": random.integers(0, 300, (6, 8)).astype(np.int32),
+        "segment_ids": np.ones((6, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (6, 1)),
+        "labels": targets,
+        "example_weights": np.ones(6, np.float32),
+    }
+    weights = np.array([0.5, 1, 3], np.float32) if weighted else None
+    objective = classification_objective(model, execution=Execution(), weights=weights)
+    prepared, norms = objective.prepare(batch, jax.random.key(0), 0, True)
+    still = dataclasses.replace(model, hidden_dropout=0.0, attention_dropout=0.0)
+    objective = classification_objective(still, execution=Execution(), weights=weights)
+    loss, _ = jax.jit(lambda: objective.loss(params, prepared, jax.random.key(0), norms, True))()
+    logits = torch.tensor(np.array(class_logits(still, params, batch, Execution())))
+    theirs = torch.tensor(targets)
+    weight = None if weights is None else torch.tensor(weights)
+    expected = {
+        None: lambda: torch.nn.functional.cross_entropy(logits, theirs.long(), weight=weight),
+        "multi_label_classification": lambda: torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, theirs.float(), pos_weight=weight
+        ),
+        "regression": lambda: torch.nn.functional.mse_loss(logits[:, 0], theirs),
+    }[problem]()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_rare_classes_weigh_more():
+    def weights(kind, labels, names):
+        examples = SimpleNamespace(kind=kind, train=SimpleNamespace(labels=labels), names=names)
+        return class_weights(examples).tolist()
+
+    # As scikit-learn: N / (C × its examples).
+    assert weights("classes", [0, 0, 0, 1], "ab") == pytest.approx([4 / 6, 2.0])
+    assert weights("lists", [[1, 0], [1, 0], [1, 1]], "ab") == [0.0, 2.0]
+
+
+def test_counts_of_an_evaluation_give_the_correlation():
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(2, 50))
+    moments = np.array([50, x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
+    assert finalized({"moments": moments}) == {"pearson": pytest.approx(pearsonr(x, y).statistic)}
+    assert finalized({"hits": np.array([3.0, 8.0])}) == {"f1": 0.75} and finalized({"loss": 1.0}) == {}
+    tied = np.array([1.0, 2.0, 2.0, 3.0, 3.0, 3.0])
+    assert figures.spearman(tied, x[:6]) == pytest.approx(spearmanr(tied, x[:6]).statistic)
+    assert figures.pearson(np.ones(3), tied[:3]) == 0.0
+
+
+def test_intervals_hold_the_true_value_as_often_as_they_say():
+    """Of 200 samples of a coin of 0.7 about 95 in 100 have it; the metrics' intervals are those of slow draws."""
+    random = np.random.default_rng(0)
+    samples = (random.random((200, 120)) < 0.7).astype(float)
+    tossed = [mean_interval(sample, samples=200, seed=number) for number, sample in enumerate(samples)]
+    assert 0.90 <= np.mean([low <= 0.7 <= high for low, high in tossed]) <= 0.98
+    labels, said = random.integers(0, 3, 150), random.integers(0, 3, 150)
+    found = figures.metric_intervals(labels, said, 3, samples=40)
+    for name in ("accuracy", "macro_f1", "matthews"):
+        slow = bootstrap(lambda drawn, name=name: figures.metrics(labels[drawn], said[drawn], 3)[name], 150, samples=40)
+        assert found[f"{name}_interval"] == pytest.approx(list(slow))
+
+
+def test_calibration_error_is_the_distance_of_confidence_and_accuracy():
+    confidence = np.array([0.95] * 10 + [0.55] * 10)
+    assert figures.calibration_error(confidence, np.array([1] * 9 + [0] + [1] * 5 + [0] * 5)) == pytest.approx(0.05)
+    assert figures.calibration_error(confidence, np.zeros(20)) == pytest.approx(0.75)
+
+
+def test_what_cannot_be_is_refused(there, tmp_path):
+    with pytest.raises(UserError, match="numbers have no classes; leave it out"):
+        main(config_for(there, tmp_path / "run", label="number", class_weights="balanced"))
+    assert not (tmp_path / "run").exists()
