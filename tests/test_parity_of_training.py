@@ -1,0 +1,73 @@
+"""Fifty losses of each task are within 1e-3 of those of a PyTorch loop (tests/parity.py says what a row is)."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from parity import STEPS, TOLERANCE, Row, our_losses, pytorch_losses, settings
+from tiny_runs import write_run
+
+from espalier.models.families.bert import BERT_BASE
+from espalier.models.families.llama import LLAMA_1B
+from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
+
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, head_dim=None)
+BERT = dataclasses.replace(BERT_BASE, **TINY, max_position_embeddings=128)
+LLAMA = dataclasses.replace(LLAMA_1B, **TINY, num_key_value_heads=2)
+
+
+def classified(folder, model, rows, length=None, **data) -> Row:
+    """rows: with text (and text_b), and a label."""
+    path, few = folder / "train.jsonl", folder / "few.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    few.write_text("".join(lines[:8]))
+    texts = [row[name] for row in rows for name in ("text", "text_b") if name in row]
+    columns = tuple(name for name in ("text", "text_b") if name in rows[0])
+    files = ClassifyData(train=str(path), validation=str(few), text=columns, max_length=length, **data)
+    config = ClassifyConfig(**settings(folder, write_run(folder / "base", model, texts, vocabulary=600), data=files))
+
+    def loss(model, tokenizer, chosen):
+        both = [[rows[row][name] for row in chosen] for name in columns]
+        encoded = tokenizer(*both, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        return model(**encoded, labels=_targets(model, [rows[row]["label"] for row in chosen])).loss
+
+    return Row(config, len(rows), loss)
+
+
+def _targets(model, labels) -> torch.Tensor:
+    """As the class in transformers wants them for its problem_type."""
+    return torch.tensor([model.config.label2id[label] for label in labels])
+
+
+def sentences(folder, shared_data) -> Row:
+    """SST-2, several examples a row."""
+    lines = (shared_data / "glue" / "SST-2" / "train.tsv").read_text().splitlines()[1:200]
+    pairs = [line.split("\t") for line in lines]
+    rows = [{"text": text, "label": "good" if label == "1" else "bad"} for text, label in pairs if len(text) < 60]
+    return classified(folder, BERT, rows[:32], examples_per_row=0)
+
+
+def chinese(folder, shared_data) -> Row:
+    """Pairs of Chinese sentences, read by a decoder; the longer ones are cut."""
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(120):
+        first, second = random.choice(["这部电影", "这本书", "那家饭店的菜"], 2)
+        feeling = random.choice(["很好，非常值得推荐", "太差了", "一般"])
+        label = "好评" if "很好" in feeling else "差评"
+        rows.append({"text": f"你觉得{first}怎么样？", "text_b": f"我觉得{second}{feeling}。", "label": label})
+    return classified(folder, LLAMA, rows)
+
+
+ROWS = {"classify": sentences, "classify Chinese pairs by a decoder": chinese}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_fifty_losses_are_those_of_a_pytorch_loop(name, tmp_path, shared_data):
+    row = ROWS[name](tmp_path, shared_data)
+    ours, theirs = our_losses(row, tmp_path / "exported"), pytorch_losses(row, tmp_path / "exported")
+    assert len(ours) == STEPS and np.mean(theirs[-5:]) < 0.9 * theirs[0], "something is learnt"
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
