@@ -24,7 +24,7 @@ from espalier.models.layout import open_mesh
 from espalier.models.pretrained import export_to, load_weights, part_of
 from espalier.models.published import Published, published_beside
 from espalier.models.sentence_transformers import module_files
-from espalier.models.transformer import matrix_axes
+from espalier.models.transformer import layer_depths, matrix_axes
 from espalier.report.card import model_card
 from espalier.report.render import write_report
 from espalier.report.task import kept
@@ -120,6 +120,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         else None,
         frozen=task.frozen,
         matrix_axes=task.matrix_axes or matrix_axes,
+        depths=partial(layer_depths, model) if not task.part else None,
         objective=task.objective,
         batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
         eval_batches=task.eval_batches,

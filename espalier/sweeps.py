@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from espalier.assembly import opened
 from espalier.errors import UserError
 from espalier.models.pretrained import load_weights
-from espalier.models.transformer import matrix_axes
+from espalier.models.transformer import layer_depths, matrix_axes
 from espalier.task import Task
 from espalier.training import sweep as training
 from espalier.training.start import run_keys
@@ -69,6 +70,7 @@ def sweep_tasks(
             learning_rates=learning_rates,
             params_of=params_of,
             matrix_axes=task.matrix_axes or matrix_axes,
+            depths=partial(layer_depths, task.model) if not task.part else None,
             objective=task.objective,
             batch_of=lambda seed, step: runs[seed].task.batch(step),
             mesh=mesh,

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from espalier.models.attention import XLA, choose_backend
 from espalier.models.attention_backend import Use
@@ -212,6 +213,26 @@ _MATRIX_AXES = {
     "gate_up": ((1,), (2,)),
     "down": ((0,), (1,)),
 }
+
+
+def layer_depths(config: ModelConfig, params: dict) -> dict:
+    """For every parameter the layers between it and the head: 0 the head and the norm before it, 1 the last layer, one
+    more than there are layers the embeddings. In a stack an array [R, 1, …], by which its leaf is multiplied."""
+    prefix, size, total = len(config.prefix_layers), len(config.layer_period), config.num_hidden_layers
+
+    def depth(path, leaf):
+        names = [entry.key for entry in path]
+        if names[0] == "embeddings":
+            return total + 1
+        if names[0] != "layers":
+            return 0
+        first = int(names[2]) + {"prefix": 0, "period": prefix, "suffix": prefix + size * config.repeats}[names[1]]
+        if names[1] != "period":
+            return total - first
+        below_R = total - first - size * np.arange(config.repeats)
+        return below_R.reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(depth, params)
 
 
 def _sections(config: ModelConfig):

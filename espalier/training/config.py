@@ -68,6 +68,9 @@ class OptimizerConfig:
     """Parameters whose path matches (regular expression) are not decayed."""
     rate_scales: tuple[tuple[str, float], ...] = ()
     """(regular expression, factor) pairs: the first that matches a path scales its learning rate."""
+    layer_decay: float = 1.0
+    """Learning rates fall by this factor from layer to layer, away from the head: head 1, last layer d, … embeddings
+    d^(layers + 1) (Bao et al. 2022); 1 = the same for all."""
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-6
@@ -90,6 +93,8 @@ class OptimizerConfig:
         for name in ("decay_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"optimizer.layer_decay={self.layer_decay} must be above 0 and at most 1; try 0.9")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1; try 0.9")

@@ -48,7 +48,8 @@ def train(
         stack.enter_context(jax.set_mesh(mesh))
         shapes = jax.eval_shape(task.init_params, jax.random.key(0))
         base = jax.eval_shape(task.frozen.init, jax.random.key(0)) if task.frozen else {}
-        optimizer = build_optimizer(config.optimizer, shapes, task.matrix_axes(shapes), base)
+        depths = task.depths(shapes) if task.depths else None
+        optimizer = build_optimizer(config.optimizer, shapes, task.matrix_axes(shapes), base, depths)
         factor = schedule(config.optimizer, config.steps)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
         start, origin_message, interval, tokens = beginning(origin, task.load_params)

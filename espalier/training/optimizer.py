@@ -1,6 +1,6 @@
 """Optimizers and their schedules: directions from optax, rates and decay by parameter path.
 
-    p ← p − rate · factor(step) · scale(path) · (direction + decay(path) · p)
+    p ← p − rate · factor(step) · scale(path, layer) · (direction + decay(path) · p)
 
 Which there are is `training.optimizers`.
 """
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from espalier.errors import UserError
@@ -31,12 +32,16 @@ class Optimizer(NamedTuple):
     """(grads, opt_state, params, rates, factor) → (params, opt_state, {"gradient_norm": before clipping})"""
 
 
-def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: Any, frozen: Any = None) -> Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, params_shapes: Any, matrix_axes: Any, frozen: Any = None, depths: Any = None
+) -> Optimizer:
     """The optimizer for parameters of these shapes; UserError for a pattern that is no regex or matches nothing.
 
     matrix_axes: a tree like the parameters with (reduction axes, output axes) where an optimizer may treat a leaf as
     matrices (its other axes count them) and None elsewhere. AdamW ignores it. frozen: parameters that are not trained;
-    a pattern of no_decay may match them alone, and that of the class, which nobody gave, may match nothing.
+    a pattern of no_decay may match them alone, and that of the class, which nobody gave, may match nothing. depths: a
+    tree like the parameters with the layers between each and the head, for layer_decay: numbers, or arrays that
+    broadcast.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params_shapes)
     paths = [path_of(key_path) for key_path, _ in leaves]
@@ -55,6 +60,11 @@ def build_optimizer(config: OptimizerConfig, params_shapes: Any, matrix_axes: An
     for pattern, factor in reversed(config.rate_scales):
         hits = _matches(pattern, paths, "rate_scales")
         scales = [factor if hit else scale for hit, scale in zip(hits, scales, strict=True)]
+    if config.layer_decay != 1.0:
+        if depths is None:
+            raise UserError("optimizer.layer_decay: it is not known which layers this model has; leave it out")
+        falls = zip(scales, structure.flatten_up_to(depths), strict=True)
+        scales = [np.asarray(scale * np.power(config.layer_decay, depth), np.float32) for scale, depth in falls]
     stretches = [kind.matrix_scale(*_fans(shape, a)) if a else 1.0 for shape, a in zip(shapes, axes, strict=True)]
 
     def at_matrices(value):

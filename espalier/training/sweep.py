@@ -56,6 +56,7 @@ def sweep(
     objective: Objective,
     batch_of: Callable[[int, int], dict],
     mesh: Mesh,
+    depths: Callable[[Any], Any] | None = None,
     eval_batches: Iterable[dict] = (),
     finalize_eval: Callable[[dict[str, float]], dict[str, float]] = dict,
 ) -> Sweep:
@@ -66,6 +67,8 @@ def sweep(
     """
     if not seeds or not learning_rates:
         raise UserError("a sweep needs one or more seeds and one or more learning_rates")
+    if config.keep_best or config.early_stopping.patience is not None:
+        raise UserError("a sweep keeps no checkpoints and ends no run early; leave out keep_best and early_stopping")
     if objective.collect is not None:
         raise UserError("a sweep has no place for what an objective collects from its state; train the runs one by one")
     if jax.process_count() > 1:
@@ -75,7 +78,8 @@ def sweep(
     with jax.set_mesh(mesh):
         first_S = [params_of(seed) for seed in seeds]
         shapes = jax.eval_shape(lambda params: params, first_S[0])
-        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
+        layers = depths(shapes) if depths else None
+        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes), depths=layers)
 
         def begin(params: Any, key: jax.Array, rate: jax.Array) -> TrainState:
             state = new_state(params, optimizer.init, config.optimizer, jax.random.wrap_key_data(key))

@@ -27,6 +27,8 @@ class Trainable:
     """Parameters that the model needs and the run does not train."""
     matrix_axes: Callable[[Any], Any]
     """Parameter shapes → their matrices (see `build_optimizer`)."""
+    depths: Callable[[Any], Any] | None = None
+    """Parameter shapes → the layers between each and the head (see `build_optimizer`)."""
     objective: Objective
     batches_from: Callable[[int], BatchStream]
     """step → the batches from that step on, this process's rows."""
