@@ -58,6 +58,8 @@ class Parts(NamedTuple):
 
 def read_parts(data: AnswerData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Parts:
     """The files, divided and encoded. UserError where they will not do."""
+    if data.holdout is not None and data.validation is not None:
+        raise UserError("both data.validation and data.holdout are given; measure on a file or on a part of train")
     train, fingerprints = _opened(data, "train"), {}
     fingerprints["train"], notes = train.fingerprint, train.notes
     learnt, measured_on = train.questions, data.validation
@@ -94,8 +96,11 @@ def read_parts(data: AnswerData, tokenizer: PreTrainedTokenizerFast, model: Mode
 def read_validation(
     data: AnswerData, tokenizer: PreTrainedTokenizerFast, length: int, causal: bool
 ) -> tuple[Part, Unit]:
-    """The validation file alone."""
-    questions = _opened(data, "validation").questions
+    """The validation file alone; without one, the part that is held out of the training file."""
+    if data.validation is None and data.holdout is not None:
+        _, questions = split_by_article(_opened(data, "train").questions, data.holdout)
+    else:
+        questions = _opened(data, "validation").questions
     return part_of(questions, tokenizer, length, data.stride, causal), unit_of_file(data, questions)
 
 

@@ -40,8 +40,6 @@ class AnswerData(FinetuneData):
         super().__post_init__()
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise UserError(f"data.holdout={self.holdout} must be between 0 and 1; try 0.2")
-        if self.holdout is not None and self.validation is not None:
-            raise UserError("both data.validation and data.holdout are given; measure on a file or on a part of train")
         if not 0 < self.threshold_part < 1:
             raise UserError(f"data.threshold_part={self.threshold_part} must be between 0 and 1; try 0.1")
         for name, least in (("stride", 0), ("answer_tokens", 1), ("n_best", 1)):

@@ -21,6 +21,7 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import span_logits
 from espalier.models.transformer import apply, init_params
 from espalier.predict.answer import Answering, find_answers, result_of
+from espalier.pretraining.evaluate import interval
 from espalier.task import Evaluation
 from espalier.training.run import TUNED
 from espalier.training.step import Objective
@@ -126,12 +127,13 @@ def measure(model: LoadedModel, data: AnswerData) -> Evaluation:
     )
     part, unit = read_validation(data, model.tokenizer, how.max_length, model.config.causal)
     found = measured(model, part, how, unit)
-    facts = facts_of(str(data.validation), part, how.max_length, how.stride, how.answer_tokens)
+    facts = facts_of(str(data.validation or data.train), part, how.max_length, how.stride, how.answer_tokens)
     return found._replace(warnings=[*facts, *found.warnings])
 
 
 def measured(model: LoadedModel, part: Part, how: Answering, unit: Unit) -> Evaluation:
-    """em, f1, baseline_em, baseline_f1; with questions that have no answer also those of both kinds and best_…"""
+    """em and f1 with intervals, baseline_em, baseline_f1; with questions that have no answer also those of both kinds
+    and best_…"""
     candidates = find_answers(model, part.asked, how, part.windows)
     results = [result_of(found, how) for found in candidates]
     given = [row["answer"] for row in results]
@@ -142,6 +144,7 @@ def measured(model: LoadedModel, part: Part, how: Answering, unit: Unit) -> Eval
         no_answer_N = np.array([each.no_answer for each in candidates])
         found |= at_best_thresholds([each.best for each in candidates], part.answers, no_answer_N, unit)
     exact_N, f1_N = scores(given, part.answers, unit)
+    found |= _intervals(part, {"em": exact_N, "f1": f1_N})
     rows = [
         {
             "id": question.name,
@@ -156,6 +159,18 @@ def measured(model: LoadedModel, part: Part, how: Answering, unit: Unit) -> Eval
         for question, result, exact, f1 in zip(part.questions, results, exact_N, f1_N, strict=True)
     ]
     return Evaluation(found, rows, {}, _warnings(given, part, how))
+
+
+def _intervals(part: Part, scores: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """95 % intervals by resampling contexts, whose questions are alike; none of a single context."""
+    contexts, number_N = np.unique([question.context for question in part.questions], return_inverse=True)
+    if len(contexts) < 2:
+        return {}
+    questions_C = np.bincount(number_N)
+    return {
+        f"{name}_interval": list(interval(np.bincount(number_N, score_N), questions_C))
+        for name, score_N in scores.items()
+    }
 
 
 def _warnings(given: Sequence[str], part: Part, how: Answering) -> list[str]:
