@@ -362,7 +362,7 @@ def config_for(there, run_dir, **changes) -> EmbedConfig:
         data=EmbedData(train=there.train, validation=there.validation),
         optimizer=FinetuneOptimizer(learning_rate=5e-3),
         checkpoint=CheckpointConfig(every=100),
-        mesh=EIGHT,
+        mesh=MeshConfig(2, 1, 1),
     )
     return EmbedConfig(**defaults | changes)
 
