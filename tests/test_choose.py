@@ -153,8 +153,7 @@ def test_the_loss_is_pytorchs_and_is_sharded_alike(there, normalize):
     assert float(loss) == pytest.approx(float(sum(losses)) / 8, rel=1e-4) and float(sums["loss"][1]) == 8
     if normalize == "none":
         one = after(objective, model.params, batch)
-        assert_same(after(objective, model.params, batch, MeshConfig(2, 2, 2)), one)
-        assert_same(after(objective, model.params, batch, MeshConfig(2, 1, 1), accumulation=2), one)
+        assert_same(after(objective, model.params, batch, MeshConfig(2, 2, 2), accumulation=2), one)
     # Parts of a batch are the batch, and empty questions count nothing.
     whole, halves = batches.batch(3), [batches.batch(3, part) for part in (slice(0, 5), slice(5, 8))]
     for name, array in whole.items():
@@ -231,7 +230,8 @@ def test_encoders_are_measured_and_ties_are_wrong(there, tmp_path):
     rows = [{"question": "什么可以吃？", "choices": ["苹果", "苹果"], "label": at % 2} for at in range(4)]
     data = ChooseData(validation=write_jsonl(tmp_path / "rows.jsonl", rows))
     found = measure(load(there.encoder), data).metrics
-    assert found == {"accuracy": 0, "accuracy_by_tokens": 0, "accuracy_by_bytes": 0, "baseline_accuracy": 0.5}
+    names = ("accuracy", *(f"accuracy_by_{name}" for name in ("sum", "tokens", "bytes")))
+    assert found == dict.fromkeys(names, 0) | {"baseline_accuracy": 0.5}
 
 
 # Runs

@@ -397,8 +397,7 @@ def test_losses_are_those_of_pytorch_and_are_sharded_alike(ranker, groups):
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert float(sums["loss"][1]) == (8 if groups else 23)
     one = after(objective, params, batch)
-    assert_same(after(objective, params, batch, MeshConfig(2, 2, 2)), one)
-    assert_same(after(objective, params, batch, MeshConfig(2, 1, 1), accumulation=2), one)
+    assert_same(after(objective, params, batch, MeshConfig(2, 2, 2), accumulation=2), one)
 
 
 def test_an_evaluation_gathers_scores_and_loses_none(ranker):
@@ -548,5 +547,8 @@ def test_a_ranker_goes_on_with_its_head(there, trained, tmp_path):
     write_json(tmp_path / "hf" / "config.json", config | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}})
     still = FinetuneOptimizer(learning_rate=0.0)
     source = f"hf:{tmp_path / 'hf'}"
-    found = main(config_for(there, tmp_path / "more", init_from=source, steps=1, optimizer=still))
+    assert use_of(load(source)).name == "rank"
+    found = main(
+        config_for(there, tmp_path / "more", init_from=source, steps=1, optimizer=still, mesh=MeshConfig(1, 1, 1))
+    )
     assert found["metrics"]["ndcg@10"] == 1.0

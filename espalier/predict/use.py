@@ -50,8 +50,14 @@ class Use:
 
 
 def use_of(model: LoadedModel) -> Use:
-    """What a model is for: by the task of its run, else by its head. UserError where nothing is."""
-    for name in (model.saved.get("task"), model.head):
+    """What a model is for: by the task of its run, else by its head. UserError where nothing is.
+
+    A classifier of the Hub with one output scores pairs, as cross-encoders do, if it is not said to be a regression.
+    """
+    task, config = model.saved.get("task", model.head), model.config
+    if task == "sequence_classification" and len(config.labels) == 1 and config.problem_type is None:
+        task = "ranking"
+    for name in (task, model.head):
         if name in USES:
             return find(name)
     raise UserError(f"a model with the head {model.head!r} predicts nothing; there are uses for {', '.join(USES)}")

@@ -161,7 +161,8 @@ def _row(record: Record, question: Sequence[str], choices: Sequence[str], label:
         # Rows may have fewer than the others.
         while listed and listed[-1] in (None, ""):
             listed.pop()
-    if len(listed) < 2 or not all(isinstance(text, str) and text.strip() for text in listed):
+    texts = [text for text in listed if isinstance(text, str) and text.strip()]
+    if len(listed) < 2 or len(texts) < len(listed):
         raise UserError(f"{record.name}: two or more choices that are texts are needed; correct or remove the row")
     before = [values.get(name) for name in question]
     if not all(part is None or isinstance(part, str) for part in before):
@@ -169,7 +170,7 @@ def _row(record: Record, question: Sequence[str], choices: Sequence[str], label:
     right = values.get(label)
     if isinstance(right, bool) or not isinstance(right, str | int | float) or not str(right).strip():
         raise UserError(f"{record.name}: nothing under {label!r} says which choice is right; correct or remove the row")
-    asked = Asked("\n".join(part for part in before if isinstance(part, str) and part), tuple(listed))
+    asked = Asked("\n".join(part for part in before if isinstance(part, str) and part), tuple(texts))
     try:
         "".join((asked.question, *asked.choices)).encode()
     except UnicodeEncodeError as error:

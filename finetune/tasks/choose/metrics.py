@@ -15,15 +15,18 @@ from finetune.tasks.choose.files import Questions
 def measured(questions: Questions, scores: Sequence[np.ndarray], normalize: str) -> Evaluation:
     """scores: of each question, float64 [3, C] (predict.choose.scores). normalize: by which it is predicted.
 
-    `accuracy` by log-likelihood, `accuracy_by_tokens`, `accuracy_by_bytes`, `baseline_accuracy` (chance), and
-    `paradigms` (accuracy of each file) where a folder was read. A choice as likely as the right one makes it wrong.
+    `accuracy` of these predictions, `accuracy_by_sum`, `accuracy_by_tokens`, `accuracy_by_bytes` by each kind of score,
+    `baseline_accuracy` (chance), and `paradigms` (accuracy of each file) where a folder was read. A choice as likely as
+    the right one makes it wrong.
     """
     answered = zip(scores, questions.labels, strict=True)
     right_N3 = np.array([[_is_right(score_C, label) for score_C in found] for found, label in answered])
-    names = ["accuracy", *(f"accuracy_by_{name}" for name in NORMALIZE[1:])]
-    metrics: dict[str, Any] = dict(zip(names, map(float, right_N3.mean(0)), strict=True))
-    metrics["baseline_accuracy"] = float(np.mean([1 / len(asked.choices) for asked in questions.asked]))
     at = NORMALIZE.index(normalize)  # type: ignore[arg-type]
+    metrics: dict[str, Any] = {"accuracy": float(right_N3[:, at].mean())}
+    metrics |= zip(
+        ("accuracy_by_sum", "accuracy_by_tokens", "accuracy_by_bytes"), map(float, right_N3.mean(0)), strict=True
+    )
+    metrics["baseline_accuracy"] = float(np.mean([1 / len(asked.choices) for asked in questions.asked]))
     files: dict[str, Any] = {}
     if questions.paradigms:
         paradigms = np.array(questions.paradigms)

@@ -13,7 +13,7 @@ from espalier.report.task import TaskReport
 
 MISTAKES = 8
 ACCURACIES = {
-    "accuracy": "by log-likelihood",
+    "accuracy_by_sum": "by log-likelihood",
     "accuracy_by_tokens": "divided by tokens",
     "accuracy_by_bytes": "divided by bytes",
     "baseline_accuracy": "chance",
@@ -67,6 +67,6 @@ REPORT = TaskReport(
     pipeline="text-generation",
     loader="AutoModelForCausalLM",
     words="fine-tuned to choose answers by their likelihood",
-    metric_names={name: "accuracy" if name == "accuracy" else f"accuracy {words}" for name, words in ACCURACIES.items()}
+    metric_names={name: f"accuracy {words}" for name, words in ACCURACIES.items()}
     | {"baseline_accuracy": "accuracy of chance"},
 )

@@ -92,7 +92,7 @@ class MultipleChoice(Labelled):
         return self._batches.batch(step, self._rows)
 
     def evaluate(self, model: LoadedModel) -> Evaluation:
-        """accuracy, accuracy_by_tokens, accuracy_by_bytes and the baseline; predictions.jsonl."""
+        """accuracy, as predicted and by each kind of score, and that of chance; predictions.jsonl."""
         return measured(self._validation, scores_of(model, self._choices), self._normalize)
 
     def exported(
