@@ -20,7 +20,7 @@ from tiny_models import BERT, random_params
 import espalier
 from espalier import cli
 from espalier.commands import serve
-from espalier.commands.serve import ServeConfig, batcher_of, warm_up
+from espalier.commands.serve import ServeConfig, batcher_of, example_of, warm_up
 from espalier.data.tokenizer import vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
@@ -63,7 +63,7 @@ def models(tmp_path_factory):
 @contextlib.contextmanager
 def served(use: Use, batcher: Batcher, limits: Limits = LIMITS):
     """The address of a server in a thread."""
-    app = application(use, batcher, limits, {"use": use.name, "model": "tiny", "takes": use.takes})
+    app = application(use, batcher, limits, {"use": use.name, "model": "tiny", "example": use.example})
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -101,7 +101,7 @@ def test_64_clients_at_once_get_what_each_gets_alone(models):
 
     asked = [[row() for _ in range(generator.integers(1, 5))] for _ in range(64)]
     batcher, _ = batcher_of(model, use, 0.01)
-    warm_up(batcher, use)
+    warm_up(batcher, use, example_of(model, use))
 
     async def client(url, session, rows):
         return [await post(url, rows, session), *[await post(url, one, session) for one in rows]]
@@ -130,7 +130,7 @@ def test_nothing_is_compiled_after_the_start(models, kind):
     use = find(KINDS[kind][0])
     compiled: list[str] = []
     batcher, shapes = batcher_of(model, use, 0.0)
-    warm_up(batcher, use)
+    warm_up(batcher, use, example_of(model, use))
 
     def listen(event: str, seconds: float, **_) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -261,6 +261,12 @@ def test_the_command_starts_tells_where_and_ends_by_ctrl_c(models, start_cli):
     assert json.loads(out.splitlines()[-1]) == {"use": "fill", "rows": 1, "batches": 1}
 
 
+def test_a_decoder_that_was_tuned_by_a_template_is_asked_for_its_fields():
+    tuned = type("Model", (), {"saved": {"data": {"template": "{source} = {target}"}}})()
+    other = type("Model", (), {"saved": {}})()
+    assert [list(example_of(model, find("causal_lm"))) for model in (tuned, other)] == [["source"], ["prompt"]]
+
+
 def test_what_is_missing_is_said_in_one_line(models, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
     for arguments, words in [
@@ -281,6 +287,10 @@ RESULTS = {
     "rank": ({"query": "q", "texts": ["one", "two"]}, {"ranking": [{"index": 1, "text": "two", "score": 0.75}]}),
     "embed": ({"text": "a"}, {"embedding": [0.5, -0.25]}),
     "fill": ({"text": "a"}, {"filled": "the cat", "masks": [[{"token": "cat", "id": 1, "probability": 0.5}]]}),
+    "choose": (
+        {"question": "a", "choices": ["one", "two"]},
+        {"label": 1, "choice": "two", "probability": 0.75, "probabilities": [0.25, 0.75]},
+    ),
     "generate": ({"prompt": "a"}, {"text": "once upon\na time"}),
 }
 """Name of a use → an example of its rows, and a result."""
@@ -291,6 +301,7 @@ SHOWN = {
     "rank": ["two0.7500"],
     "embed": ["2 numbers: 0.5000, -0.2500"],
     "fill": ["the cat", "50.0 %"],
+    "choose": ["two75.0 %", "one25.0 %"],
     "generate": ["once upon\na time"],
 }
 

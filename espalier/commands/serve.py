@@ -6,7 +6,7 @@ import contextlib
 import functools
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,10 +76,12 @@ def main(config: ServeConfig) -> dict[str, Any]:
         model, use = opened(config)
         batcher, shapes = batcher_of(model, use, config.delay)
         with progress.waiting(f"compiling {len(shapes.all())} programs, for rows of up to {shapes.lengths[-1]} tokens"):
-            warm_up(batcher, use)
+            example = example_of(model, use)
+            warm_up(batcher, use, example)
         host, port = listener.getsockname()[:2]
         progress.say(f"{use.name}: http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends)")
-        _run(config, listener, use, batcher, {"use": use.name, "model": config.model, "takes": use.takes})
+        about = {"use": use.name, "model": config.model, "takes": use.takes, "example": example}
+        _run(config, listener, use, batcher, about)
         batcher.close()
     progress.say(f"ended; {batcher.answered:,} rows were answered in {batcher.batches:,} batches")
     return {"use": use.name, "rows": batcher.answered, "batches": batcher.batches}
@@ -143,10 +145,21 @@ def batcher_of(model: LoadedModel, use: Use, delay: float) -> tuple[Batcher, Sha
     return Batcher(answer, most=ROWS[-1], delay=delay, places=WAITING, within=within), shapes
 
 
-def warm_up(batcher: Batcher, use: Use) -> None:
+def example_of(model: LoadedModel, use: Use) -> dict[str, Any]:
+    """That of the use; where a decoder was tuned by a template, its fields."""
+    template = (model.saved.get("data") or {}).get("template") if use.name == "generate" else None
+    if template is None:
+        return dict(use.example)
+    from espalier.data.text_template import template_fields
+
+    (text,) = use.example.values()
+    return dict.fromkeys(template_fields(template)[:-1], text)
+
+
+def warm_up(batcher: Batcher, use: Use, example: Mapping[str, Any]) -> None:
     """Ask the example of the use, so that everything is compiled; what is wrong with it is no matter here."""
-    if use.example:
-        row = {name: value for name, value in use.example.items() if value != ""}
+    if example:
+        row = {name: value for name, value in example.items() if value != ""}
         batcher.ask([use.reads(row)]).result()
         batcher.batches = batcher.answered = 0
 

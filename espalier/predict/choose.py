@@ -219,4 +219,5 @@ CHOOSE = Use(
     takes="question (or context) and choices",
     reads=read,
     answers=lambda model, inputs: choose(model, inputs),
+    example={"question": "The sky is", "choices": ["blue.", "loud.", "made of wood."]},
 )

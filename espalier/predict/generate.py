@@ -242,4 +242,10 @@ def _of_fields(fields: Mapping[str, str], template: str | None) -> str:
     return prompt_text(template, fields)
 
 
-GENERATE = Use(name="generate", takes="prompt, or messages, or the fields of the template", reads=read, answers=answers)
+GENERATE = Use(
+    name="generate",
+    takes="prompt, or messages, or the fields of the template",
+    reads=read,
+    answers=answers,
+    example={"prompt": "Once upon a time"},
+)

@@ -31,7 +31,8 @@ class Limits(NamedTuple):
 
 
 def application(use: Use, batcher: Batcher, limits: Limits, about: Mapping[str, Any]) -> Starlette:
-    """about: what /health and the page say of the model, JSON values with `model`, its name."""
+    """about: what /health and the page say of the model, JSON values: `use` and `model`, by their names, and `example`,
+    a row, whose fields the page has."""
 
     async def predict(request: Request) -> Response:
         rows = _parsed(await _body(request, limits.bytes))
@@ -61,7 +62,7 @@ def application(use: Use, batcher: Batcher, limits: Limits, about: Mapping[str, 
         return _json(results)
 
     async def page(request: Request) -> Response:
-        facts = json.dumps({**about, "example": use.example}, ensure_ascii=False).replace("<", "\\u003c")
+        facts = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("/*ABOUT*/null", facts))
 
     async def health(request: Request) -> Response:
