@@ -12,6 +12,7 @@ from tiny_runs import write_run
 from espalier.models.families.bert import BERT_BASE
 from espalier.models.families.llama import LLAMA_1B
 from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
+from finetune.tasks.tag.record import TagConfig, TagData
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, head_dim=None)
 BERT = dataclasses.replace(BERT_BASE, **TINY, max_position_embeddings=128)
@@ -62,7 +63,34 @@ def chinese(folder, shared_data) -> Row:
     return classified(folder, LLAMA, rows)
 
 
-ROWS = {"classify": sentences, "classify Chinese pairs by a decoder": chinese}
+def tags(folder, shared_data) -> Row:
+    """Sentences of WNUT-17; the loop gives the first piece of each word its tag."""
+    parts = (shared_data / "wnut17" / "train.conll").read_text().replace("\n\t\n", "\n\n").strip().split("\n\n")[:600]
+    rows = [[line.split("\t") for line in part.split("\n") if line.strip()] for part in parts]
+    rows = [row for row in rows if 20 < sum(len(word) for word, _ in row) < 60]
+    path, few = folder / "train.conll", folder / "few.conll"
+    for file, some in ((path, rows), (few, rows[:8])):
+        file.write_text("\t\n".join("".join(f"{word}\t{tag}\n" for word, tag in row) for row in some))
+    texts = [" ".join(word for word, _ in row) for row in rows]
+    files = TagData(train=str(path), validation=str(few))
+    config = TagConfig(**settings(folder, write_run(folder / "base", BERT, texts, vocabulary=1000), data=files))
+
+    def loss(model, tokenizer, chosen):
+        words = [[word for word, _ in rows[row]] for row in chosen]
+        encoded = tokenizer(words, is_split_into_words=True, padding=True, return_tensors="pt")
+        labels = torch.full_like(encoded["input_ids"], -100)
+        for place, row in enumerate(chosen):
+            before = None
+            for at, word in enumerate(encoded.word_ids(place)):
+                if word not in (None, before):
+                    labels[place, at] = model.config.label2id[rows[row][word][1]]
+                before = word
+        return model(**encoded, labels=labels).loss
+
+    return Row(config, len(rows), loss)
+
+
+ROWS = {"classify": sentences, "tag": tags, "classify Chinese pairs by a decoder": chinese}
 
 
 @pytest.mark.parametrize("name", ROWS)
