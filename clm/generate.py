@@ -87,7 +87,7 @@ def read_prompts(config: GenerateConfig) -> list[Prompt]:
     if config.prompt_file is None:
         return list(config.prompt)
     from espalier.data.tables import read_table, read_text
-    from espalier.predict.generate import read
+    from espalier.predict.generate import prompt_of
 
     path = os.path.expanduser(config.prompt_file)
     if not path.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".json")):
@@ -98,7 +98,7 @@ def read_prompts(config: GenerateConfig) -> list[Prompt]:
     prompts = []
     for record in read_table(path).records:
         try:
-            prompts.append(read(dict(zip(record.columns, record.values, strict=True))))
+            prompts.append(prompt_of(dict(zip(record.columns, record.values, strict=True))))
         except UserError as error:
             raise UserError(f"{record.name}: {error}") from error
     return prompts

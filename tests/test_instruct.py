@@ -21,7 +21,7 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneOptimizer
 from finetune.tasks.instruct.examples import Item, fitted, read_part, shown, with_template
 from finetune.tasks.instruct.record import InstructConfig, InstructData
-from finetune.tasks.instruct.task import instruction_objective, row_length
+from finetune.tasks.instruct.task import instruction_objective, measure, row_length
 from finetune.train import main
 from sharding.mesh import MeshConfig
 
@@ -258,6 +258,29 @@ def test_a_decoder_learns_to_answer_and_others_load_it(there, tmp_path, capsys):
     with torch.no_grad():
         written = theirs.generate(**ids, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == "北京"
+
+
+def test_a_decoder_that_was_not_tuned_is_measured(there):
+    """By the default chat template, and by one of fields; the loss is that of each answer in a row of its own."""
+    root, _, validation = there
+    model = espalier.load(root / "decoder")
+    chats = measure(model, InstructData(validation=(validation,), answers=2, max_new_tokens=4, max_length=64))
+    assert chats.metrics["loss"] > 4 and len(chats.rows) == chats.metrics["answers"] == 2
+    assert model.tokenizer.chat_template is None
+    rows = [{"a": "Peru", "b": "Lima"}, {"a": "中国", "b": "北京"}]
+    pairs = write_jsonl(root / "pairs.jsonl", rows)
+    data = InstructData(validation=(pairs,), template="{a} = {b}", answers=2, beams=2, max_new_tokens=4, max_length=64)
+    found = measure(model, data)
+    assert [row["prompt"] for row in found.rows] == [{"a": "Peru"}, {"a": "中国"}]
+    total, count = 0.0, 0
+    for row in rows:
+        prompt, whole = (model.tokenizer.encode(text) for text in (f"{row['a']} =", f"{row['a']} = {row['b']}"))
+        bos = model.tokenizer.bos_token_id
+        scores = jax.nn.log_softmax(model.logits({"input_ids": np.array([[bos, *whole]])}))[0]
+        labels = [*whole, bos][len(prompt) :]
+        total -= sum(float(scores[len(prompt) + at, label]) for at, label in enumerate(labels))
+        count += len(labels)
+    assert found.metrics["tokens"] == count and found.metrics["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_a_run_that_pauses_and_changes_its_mesh_learns_as_one_that_does_not(there, tmp_path):

@@ -10,8 +10,9 @@ from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
 from espalier.models import generate as models
 from espalier.predict import generate
-from espalier.predict.generate import prompt_ids, read, stream, way_of
+from espalier.predict.generate import answers, prompt_ids, prompt_of, read, stream, way_of
 from espalier.predict.loaded import LoadedModel
+from espalier.predict.outputs import Shapes, fixed_shapes
 from espalier.predict.sampling import SamplingConfig
 
 CHAT = (
@@ -111,7 +112,7 @@ def test_a_prompt_is_what_the_run_was_tuned_to_read(model):
     # Text is text.
     assert prompt_ids(model, "<|endoftext|>") == [bos, *encode("<|endoftext|>").ids] != [bos, bos]
     tuned = loaded(task="instruction_tuning", data={"template": "{source} = {target}"})
-    for prompt in ("机器", {"source": "机器"}):
+    for prompt in ("机器", {"source": "机器"}, {"text": "机器"}):
         assert prompt_ids(tuned, prompt) == [bos, *encode("机器 =").ids]
     two = loaded(task="instruction_tuning", data={"template": "{a} {b}: {c}"})
     assert prompt_ids(two, {"a": "x", "b": "y", "c": "no"}) == [bos, *encode("x y:").ids]
@@ -127,8 +128,9 @@ def test_a_prompt_is_what_the_run_was_tuned_to_read(model):
         != way_of(model, SamplingConfig()).sampling.temperature
     )
     for wrong, prompt, message in (
-        (two, "x", "give its fields a, b"),
-        (tuned, {"text": "x"}, "no 'source', which the template '{source} = {target}' names; the row has 'text'"),
+        (two, "x", "no 'a', which the template"),
+        (tuned, {"other": "x"}, "no 'source', which the template '{source} = {target}' names; there is 'other'"),
+        (tuned, [{"role": "user", "content": "x"}], "not on chats; give its fields"),
         (model, {"source": "x"}, "a row with 'source' needs a template"),
         (model, [{"role": "user", "content": "x"}], "no chat template"),
     ):
@@ -136,13 +138,31 @@ def test_a_prompt_is_what_the_run_was_tuned_to_read(model):
             prompt_ids(wrong, prompt)
 
 
-def test_rows_are_read_as_prompts():
-    assert read({"prompt": "x"}) == read({"text": "x"}) == "x"
+def test_rows_are_read_as_prompts_with_settings_of_their_own(model):
+    assert prompt_of({"prompt": "x"}) == prompt_of({"text": "x"}) == "x"
     messages = [{"role": "user", "content": "x"}]
-    assert read({"messages": messages}) == read({"prompt": messages}) == messages
-    assert read({"conversations": 0, "source": "x"}) == {"source": "x"}
+    assert prompt_of({"messages": messages}) == prompt_of({"prompt": messages, "seed": "3"}) == messages
+    assert prompt_of({"conversations": 0, "source": "x"}) == {"source": "x"}
     with pytest.raises(UserError, match="no prompt: a row has prompt or messages, and this one n"):
         read({"n": 3})
+    with pytest.raises(UserError, match="beams='many' is no number; try beams=1"):
+        read({"prompt": "x", "beams": "many"})
+    rows = [{"id": "1", "prompt": "a", "max_new_tokens": "4"}, {"prompt": "b"}, {"prompt": "a", "max_new_tokens": 4}]
+    short, long, again = (found["text"] for found in answers(model, [read(row) for row in rows]))
+    assert [short] == model.generate("a", max_new_tokens=4) and len(long) > len(short)
+
+
+def test_a_server_generates_in_its_own_shapes_alone(model):
+    prompts = ["a", "b", "c" * 20]
+    expected = model.generate(prompts)
+    with fixed_shapes(Shapes([16, 32], [1, 2])):
+        assert model.generate(prompts) == expected
+        compiled = models._compiled._cache_size()
+        assert model.generate(prompts[2:] * 3)[0] and models._compiled._cache_size() == compiled
+        with pytest.raises(UserError, match="ask without settings"):
+            model.generate(prompts, max_new_tokens=3)
+        with pytest.raises(UserError, match="a prompt of 41 tokens is longer than the 32 taken here"):
+            model.generate("d" * 40)
 
 
 def test_generation_beyond_the_learned_positions_is_refused():

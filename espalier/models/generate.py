@@ -34,15 +34,17 @@ def generate(
     *,
     execution: Execution = DEFAULT_EXECUTION,
     numbers: Sequence[int] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> Drawn:
     """Continue lists of token ids, each of at least one; NumPy arrays of as many rows.
 
-    numbers: those of the rows, by which their random keys are made of `key`; unset = 0, 1, … Under jax.set_mesh rows
+    numbers: those of the rows, by which their random keys are made of `key`; unset = 0, 1, … shape: (rows, tokens) that
+    the prompts are padded to; unset = those of their bucket. Under jax.set_mesh rows
     are split over the mesh, with parameters laid out on it. Every process gives all prompts and gets all rows. The
     model must have a position for every token of the longest prompt and for the new ones.
     """
     assert config.max_length is None or max(map(len, prompts)) + sampling.max_new_tokens <= config.max_length
-    prompt, numbers_B = _batch(prompts, numbers)
+    prompt, numbers_B = _batch(prompts, numbers, shape)
     drawn = jax.device_get(_compiled(config, params, prompt, key, numbers_B, sampling, execution))
     return Drawn(*(array[: len(prompts)] for array in drawn))
 
@@ -58,7 +60,7 @@ def stream(
 ) -> Iterator[int]:
     """The tokens that `generate` adds to one list of token ids, each as soon as it is drawn."""
     assert sampling.beams == 1, "beams are known at their end"
-    batch, numbers_B = _batch([prompt], None)
+    batch, numbers_B = _batch([prompt])
     params = _cast(params, compute_dtype(execution).name)
     state = _begun(config, params, batch, sampling, execution)
     for count in range(sampling.max_new_tokens):
@@ -85,13 +87,19 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _batch(prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Prompts padded to a bucket, on the left, and in number to a power of two that the mesh splits; with the numbers
-    of the rows."""
+def _batch(
+    prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None, shape: tuple[int, int] | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Prompts padded on the left, and filled up with empty rows; with the numbers of the rows.
+
+    shape: (rows, tokens); unset = a power of two of rows, and the bucket of the longest prompt. There are always as
+    many rows as the mesh splits.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = -(-(1 << (len(prompts) - 1).bit_length()) // parts) * parts
-    input_ids = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32)
+    rows, length = shape or (1 << (len(prompts) - 1).bit_length(), bucket(max(map(len, prompts))))
+    rows = -(-rows // parts) * parts
+    input_ids = np.zeros((rows, length), np.int32)
     mask, numbers_B = np.zeros_like(input_ids), np.zeros(rows, np.uint32)
     for row, ids in enumerate(prompts):
         input_ids[row, -len(ids) :], mask[row, -len(ids) :] = ids, 1

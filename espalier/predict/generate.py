@@ -17,8 +17,9 @@ from espalier.data.text_template import prompt_text, template_fields
 from espalier.data.tokenizer import plain_backend, special_ids
 from espalier.errors import UserError
 from espalier.models import generate as models
-from espalier.models.decoding import Sampling
+from espalier.models.decoding import Drawn, Sampling
 from espalier.models.published import Published
+from espalier.predict.outputs import shapes_kept
 from espalier.predict.sampling import SamplingConfig, sampling_of
 from espalier.predict.use import Use
 
@@ -45,23 +46,48 @@ class Way(NamedTuple):
     """What generation_config.json says and is not applied."""
 
 
-def read(row: Mapping[str, Any]) -> Prompt:
-    if "messages" in row:
-        return messages_of(row["messages"], "messages")
-    prompt = row.get("prompt", row.get("text"))
-    if isinstance(prompt, list):
-        return messages_of(prompt, "prompt")
-    if isinstance(prompt, str) and not (set(row) - {"prompt", "text", "completion"}):
-        return prompt
-    fields = {name: value for name, value in row.items() if isinstance(value, str)}
+SETTINGS = {
+    "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float,
+    "beams": int, "length_penalty": float, "seed": int,
+}  # fmt: skip
+"""Fields of a row that say how its text is generated."""
+
+
+class Asked(NamedTuple):
+    prompt: Prompt
+    config: SamplingConfig
+
+
+def read(row: Mapping[str, Any]) -> Asked:
+    """Fields are those of the template of a run, a prompt (or text) that is continued, or messages; and SETTINGS."""
+    settings: dict[str, Any] = {}
+    for name, kind in SETTINGS.items():
+        if row.get(name) not in (None, ""):
+            try:
+                settings[name] = kind(row[name])
+            except (TypeError, ValueError):
+                raise UserError(f"{name}={row[name]!r} is no number; try {name}={kind(1)}") from None
+    return Asked(prompt_of(row), SamplingConfig(**settings))
+
+
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """The prompt in the fields of a row. UserError where there is none."""
+    for name in ("messages", "prompt"):
+        if isinstance(row.get(name), list):
+            return messages_of(row[name], name)
+    fields = {name: value for name, value in row.items() if isinstance(value, str) and name not in SETTINGS}
     if not fields:
         raise UserError(f"no prompt: a row has prompt or messages, and this one {', '.join(row) or 'nothing'}")
-    return fields
+    return next(iter(fields.values())) if fields.keys() in ({"prompt"}, {"text"}) else fields
 
 
-def answers(model: LoadedModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def answers(model: LoadedModel, asked: Sequence[Asked]) -> list[dict[str, Any]]:
     """`text` that follows each prompt."""
-    return [{"text": text} for text in generate(model, prompts)]
+    found: dict[int, str] = {}
+    for config in dict.fromkeys(one.config for one in asked):
+        numbers = [number for number, one in enumerate(asked) if one.config == config]
+        found |= zip(numbers, generate(model, [asked[number].prompt for number in numbers], config), strict=True)
+    return [{"text": found[number]} for number in range(len(asked))]
 
 
 def generate(
@@ -76,27 +102,45 @@ def generate(
     over the mesh, and every process gives and gets all. UserError where the model has no positions for a prompt.
     """
     way, tokenizer = way_of(model, config), model.tokenizer
+    if shapes_kept() and config != DEFAULTS:
+        raise UserError("how text is generated is settled here, and nothing is compiled anew; ask without settings")
     ids = [prompt_ids(model, prompt) for prompt in prompts]
     check_room(model, ids, way.config)
     found, done = [""] * len(ids), 0
-    order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))
-    key = jax.random.key(way.config.seed)
-    while done < len(order):
-        length = (models.bucket(len(ids[order[done]])) + way.config.max_new_tokens) * way.config.beams
-        rows = order[
-            done : done + max(1, min(ROWS, 1 << (PLACES // length).bit_length() - 1 if length <= PLACES else 1))
-        ]
-        drawn = models.generate(
-            *(model.config, model.params, [ids[row] for row in rows], key, way.sampling),
-            execution=model.execution,
-            numbers=rows,
-        )
+    for rows, drawn in _batches(model, ids, way):
         for row, tokens in zip(rows, drawn.tokens_BG, strict=True):
             new = [int(token) for token in tokens if token >= 0 and token not in way.sampling.end_ids]
             found[row] = written(model, tokenizer.decode(new), way.config.stop)
         done += len(rows)
         said(done)
     return found
+
+
+def _batches(model: LoadedModel, ids: list[list[int]], way: Way) -> Iterator[tuple[list[int], Drawn]]:
+    """Numbers of prompts, the longest first, and what follows them. Within predict.outputs.fixed_shapes, in those."""
+    key, new, shapes = jax.random.key(way.config.seed), way.config.max_new_tokens, shapes_kept()
+
+    def run(prompts: list[list[int]], numbers: list[int], shape: tuple[int, int] | None) -> Drawn:
+        how = dict(execution=model.execution, numbers=numbers, shape=shape)
+        return models.generate(model.config, model.params, prompts, key, way.sampling, **how)  # type: ignore[arg-type]
+
+    def compiled(rows: int, length: int) -> None:
+        run([[0]], [0], (rows, length))
+
+    if shapes:
+        shapes.prepare(("generate", way.sampling), compiled)
+    order, done = sorted(range(len(ids)), key=lambda number: -len(ids[number])), 0
+    while done < len(order):
+        longest = len(ids[order[done]])
+        length = shapes.length(longest) if shapes else models.bucket(longest)
+        if length is None:
+            most = shapes.lengths[-1] if shapes else 0
+            raise UserError(f"a prompt of {longest} tokens is longer than the {most} taken here")
+        places = (length + new) * way.config.beams
+        most = shapes.most(length) if shapes else max(1, min(ROWS, 1 << (PLACES // places).bit_length() >> 1))
+        rows = order[done : done + most]
+        yield rows, run([ids[row] for row in rows], rows, (shapes.rows(len(rows), length), length) if shapes else None)
+        done += len(rows)
 
 
 def stream(model: LoadedModel, prompt: Prompt, config: SamplingConfig = DEFAULTS) -> Iterator[tuple[str, int]]:
@@ -164,10 +208,11 @@ def prompt_ids(model: LoadedModel, prompt: Prompt) -> list[int]:
     """
     tokenizer, template = model.tokenizer, template_of(model)
     if template is not None and not isinstance(prompt, Mapping):
-        fields = template_fields(template)[:-1]
-        if not isinstance(prompt, str) or len(fields) > 1:
-            raise UserError(f"this run was tuned by the template {template!r}; give its fields {', '.join(fields)}")
-        prompt = {fields[0]: prompt}
+        if not isinstance(prompt, str):
+            raise UserError(f"this run was tuned by the template {template!r}, not on chats; give its fields")
+        prompt = {"prompt": prompt}
+    if isinstance(prompt, Mapping) and template is None:
+        prompt = prompt.get("prompt", prompt.get("text", prompt))
     if isinstance(prompt, str) and model.saved.get("task") == TUNED:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, Mapping):
@@ -229,16 +274,17 @@ def _framed(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def _of_fields(fields: Mapping[str, str], template: str | None) -> str:
+    there = ", ".join(map(repr, fields))
     if template is None:
         raise UserError(
-            f"a row with {', '.join(map(repr, fields))} needs a template, and this model was tuned by none; give "
-            "'prompt' or 'messages'"
+            f"a row with {there} needs a template, and this model was tuned by none; give 'prompt' or 'messages'"
         )
     wanted = template_fields(template)[:-1]
-    if lacking := [name for name in wanted if name not in fields]:
-        raise UserError(
-            f"no {lacking[0]!r}, which the template {template!r} names; the row has {', '.join(map(repr, fields))}"
-        )
+    if len(wanted) == 1 and wanted[0] not in fields:
+        # There is only one that can be meant.
+        fields = {wanted[0]: fields.get("prompt", fields.get("text"))} | fields  # type: ignore[assignment]
+    if lacking := [name for name in wanted if fields.get(name) is None]:
+        raise UserError(f"no {lacking[0]!r}, which the template {template!r} names; there is {there}")
     return prompt_text(template, fields)
 
 

@@ -68,6 +68,11 @@ def fixed_shapes(shapes: Shapes) -> Iterator[None]:
         _shapes.reset(token)
 
 
+def shapes_kept() -> Shapes | None:
+    """Those of the `fixed_shapes` around the call."""
+    return _shapes.get()
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     """Over the last axis, in float64, on the host: the shapes of results are many."""
     powers = np.exp(scores.astype(np.float64) - scores.max(axis=-1, keepdims=True))

@@ -5,6 +5,8 @@ Examples are packed into rows, and none sees another (data.packed_examples).
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import causal_lm_head
 from espalier.models.transformer import apply, init_params
 from espalier.models.vocabulary import token_logprobs
-from espalier.predict.generate import generate
+from espalier.predict.generate import TUNED, generate, prompt_ids
 from espalier.predict.outputs import outputs
 from espalier.predict.sampling import SamplingConfig
 from espalier.task import Evaluation
@@ -146,8 +148,11 @@ def next_scores(model: ModelConfig, execution: Execution, params: Any, batch: di
 
 
 def measure(model: LoadedModel, data: InstructData) -> Evaluation:
-    """A decoder on a file of examples, with its own template where `data` gives none."""
-    return measured(model, read_part(data, "validation", with_template(model.tokenizer, data), model.config), data)
+    """A decoder on a file of examples, asked as one that was tuned so; by its own template where none is given."""
+    tokenizer = with_template(copy.deepcopy(model.tokenizer), data)
+    saved = {**model.saved, "task": TUNED, "data": dataclasses.asdict(data)}
+    model = dataclasses.replace(model, tokenizer=tokenizer, saved=saved)
+    return measured(model, read_part(data, "validation", tokenizer, model.config), data)
 
 
 def measured(model: LoadedModel, part: Part, data: InstructData) -> Evaluation:
@@ -206,8 +211,6 @@ def evenly(items: Sequence[Item], count: int) -> list[Item]:
 
 def answerable(model: LoadedModel, items: Sequence[Item], way: SamplingConfig) -> tuple[list[Item], int]:
     """Those whose prompt leaves room for an answer, and how many do not."""
-    from espalier.predict.generate import prompt_ids
-
     room = model.config.max_length
     if room is None:
         return list(items), 0
