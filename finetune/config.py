@@ -100,6 +100,8 @@ class FinetuneConfig(TrainConfig):
     """Dropout of hidden states and attention; replaces the checkpoint's."""
     optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze: tuple[str, ...] = often(())
+    """What is not trained: embeddings, layers.0-5 (the first six), or a regular expression on paths of parameters."""
     data: FinetuneData = field(default_factory=FinetuneData)
     execution: Execution = field(default_factory=Execution)
 
@@ -109,6 +111,12 @@ class FinetuneConfig(TrainConfig):
             raise UserError(f"epochs={self.epochs} must be greater than 0; try 3")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1; try 0.1")
+        if self.freeze and self.lora.rank:
+            raise UserError(
+                "freeze: with --lora.rank everything but adapters and head is frozen; choose matrices by --lora.targets"
+            )
+        if self.freeze and self.scratch:
+            raise UserError("freeze: what is frozen must come from somewhere; leave out --scratch or --freeze")
         if self.scratch and self.lora.rank:
             raise UserError("scratch: adapters need a pretrained model to adapt; leave out --scratch or --lora.rank")
         if self.init_optimizer:

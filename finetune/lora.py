@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,32 +16,18 @@ import jax.numpy as jnp
 from espalier.errors import UserError
 from espalier.models.heads import LANGUAGE_MODELS
 from espalier.models.layers import named_key
-from espalier.models.pretrained import load_weights
 from espalier.models.transformer import matrix_axes
 from espalier.progress import amount
 from espalier.training.adapters import KERNEL, LORA_A, LORA_B, LORA_SCALE
 from espalier.training.frozen import Frozen
 from espalier.training.state import combined
-from sharding.rules import path_of, shard_params
+from finetune.freezing import Partly, whole_model
+from sharding.rules import path_of
 
 if TYPE_CHECKING:
     from espalier.task import Start
     from finetune.config import FinetuneConfig, LoraConfig
     from finetune.task import Labelled
-
-
-class Adapters(NamedTuple):
-    """What is trained and what is not, for a Task."""
-
-    init_params: Callable[[jax.Array], dict]
-    """key → fresh adapters and head."""
-    frozen: Frozen
-    """The pretrained parameters, and the scales of the adapters."""
-    load_params: Callable[[Any], Any] | None
-    """Shapes → fresh adapters, and the head of the origin where it is for the same labels, else a new one."""
-    words: str
-    trained: int
-    """Parameters."""
 
 
 class Place(NamedTuple):
@@ -56,7 +42,7 @@ class Place(NamedTuple):
     """(R,) in a stack of layers, else ()."""
 
 
-def adapt(config: FinetuneConfig, data: Labelled, head: str, start: Start) -> Adapters:
+def adapt(config: FinetuneConfig, data: Labelled, head: str, start: Start) -> Partly:
     """The adapters that config.lora asks for. UserError where there are none, or nothing to adapt."""
     if data.frozen is not None:
         raise UserError("lora.rank: this task has frozen parameters of its own; leave out --lora.rank")
@@ -76,18 +62,7 @@ def adapt(config: FinetuneConfig, data: Labelled, head: str, start: Start) -> Ad
     def scales() -> dict:
         return tree_at({place.path: {LORA_SCALE: jnp.full(place.repeats, lora.scale)} for place in places})
 
-    read: dict = {}
-
-    def weights() -> dict:
-        """The whole model, once for both parts of it."""
-        assert origin is not None
-        if not read:
-            layout = shard_params(shapes, start.mesh)
-            abstract = jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, layout
-            )
-            read.update(load_weights(origin, data.model, head, data.init_params, config.seed)(abstract))
-        return read
+    weights = whole_model(config, data, head, start)
 
     def load_base(abstract: dict) -> dict:
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -98,7 +73,8 @@ def adapt(config: FinetuneConfig, data: Labelled, head: str, start: Start) -> Ad
         own = {name: part for name, part in abstract.items() if name not in trains}
         layout = jax.tree.map(lambda leaf: leaf.sharding, own)
         fresh = jax.jit(lambda key: init_adapters(places, lora, key), out_shardings=layout)(jax.random.key(config.seed))
-        return fresh | {name: weights()[name] for name in trains if name in abstract}
+        whole = weights()
+        return fresh | {name: whole[name] for name in trains if name in abstract}
 
     frozen = Frozen(
         lambda key: combined(base(data.init_params(key)), scales()),
@@ -106,7 +82,9 @@ def adapt(config: FinetuneConfig, data: Labelled, head: str, start: Start) -> Ad
         origin.revision if origin else "fresh",
     )
     trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init_params, jax.random.key(0))))
-    return Adapters(init_params, frozen, load_trained, _words(places, lora, shapes, trained, bool(trains)), trained)
+    return Partly(
+        init_params, frozen, load_trained, {"adapters": _words(places, lora, shapes, trained, bool(trains))}, trained
+    )
 
 
 def places_of(shapes: Mapping, targets: str) -> list[Place]:

@@ -126,6 +126,7 @@ class FinetuneTask(TaskRecord):
         from espalier.models.counts import flops_per_token
         from espalier.predict.loaded import LoadedModel
         from finetune.config import max_length
+        from finetune.freezing import freeze
         from finetune.lora import adapt
 
         tokenizer = start.tokenizer
@@ -135,7 +136,9 @@ class FinetuneTask(TaskRecord):
         config = resolved(replace(config, data=data.data or config.data), data.examples, start.model.hidden_size)
         assert config.steps is not None
         tokens, longest = data.tokens_per_row, max_length(config.data, start.model)
-        adapters = adapt(config, data, self.head, start) if config.lora.rank else None
+        partly = adapt(config, data, self.head, start) if config.lora.rank else None
+        if config.freeze:
+            partly = freeze(config, data, self.head, start)
         flops = config.batch_size * tokens * flops_per_token(start.model, round(tokens), data.predicted)
 
         def finish(trained: Trained) -> dict[str, Any]:
@@ -153,13 +156,13 @@ class FinetuneTask(TaskRecord):
             config=config,
             model=data.model,
             tokenizer=tokenizer,
-            init_params=adapters.init_params if adapters else data.init_params,
+            init_params=partly.init_params if partly else data.init_params,
             objective=data.objective,
             batch=data.batch,
             eval_batches=data.eval_batches,
             finalize_eval=data.finalize_eval,
-            frozen=adapters.frozen if adapters else start.base(data.frozen),
-            load_params=adapters.load_params if adapters else None,
+            frozen=partly.frozen if partly else start.base(data.frozen),
+            load_params=partly.load_params if partly else None,
             matrix_axes=data.matrix_axes,
             part=data.part,
             fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,
@@ -167,14 +170,14 @@ class FinetuneTask(TaskRecord):
             scratch=config.scratch or data.frozen is not None,
             tokens_per_step=config.batch_size * tokens,
             # Frozen matrices have no gradient: of forward, gradient of what goes in and of the matrix, two are left.
-            flops_per_step=flops * 2 / 3 if adapters else flops,
+            flops_per_step=flops * 2 / 3 if config.lora.rank else flops,
             longest=longest,
             facts=data.facts,
-            data=data.about | ({"adapters": adapters.words} if adapters else {}),
+            data=data.about | (partly.words if partly else {}),
             row=f"up to {longest} tokens, {tokens:.0f} on average",
             epochs=epochs_words(config.steps * config.batch_size / data.examples),
             finish=finish,
-            summary=lambda step: {"metrics": {}} | ({"trained_parameters": adapters.trained} if adapters else {}),
+            summary=lambda step: {"metrics": {}} | ({"trained_parameters": partly.trained} if partly else {}),
             exported=lambda published: data.exported(tokenizer, published),
             following=None
             if config.export

@@ -217,7 +217,8 @@ _MATRIX_AXES = {
 
 def layer_depths(config: ModelConfig, params: dict) -> dict:
     """For every parameter the layers between it and the head: 0 the head and the norm before it, 1 the last layer, one
-    more than there are layers the embeddings. In a stack an array [R, 1, …], by which its leaf is multiplied."""
+    more than there are layers the embeddings. In a stack an array [R, 1, …], by which its leaf is multiplied; where the
+    first layers of the stack are left out, that of the others."""
     prefix, size, total = len(config.prefix_layers), len(config.layer_period), config.num_hidden_layers
 
     def depth(path, leaf):
@@ -229,8 +230,8 @@ def layer_depths(config: ModelConfig, params: dict) -> dict:
         first = int(names[2]) + {"prefix": 0, "period": prefix, "suffix": prefix + size * config.repeats}[names[1]]
         if names[1] != "period":
             return total - first
-        below_R = total - first - size * np.arange(config.repeats)
-        return below_R.reshape(-1, *(1,) * (leaf.ndim - 1))
+        above_R = total - first - size * np.arange(config.repeats - leaf.shape[0], config.repeats)
+        return above_R.reshape(-1, *(1,) * (leaf.ndim - 1))
 
     return jax.tree_util.tree_map_with_path(depth, params)
 

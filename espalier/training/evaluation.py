@@ -43,6 +43,7 @@ def make_evaluate(
     def evaluate(state: TrainState) -> dict[str, float]:
         totals: Totals = {}
         pending: dict = {}
+        complete = state.complete
         every = f" of {len(batches):,}" if isinstance(batches, Sized) else ""
         with progress.waiting("evaluating on held-out data") as far:
             for index, batch in enumerate(batches):
@@ -50,7 +51,7 @@ def make_evaluate(
                 placed = place_batch(batch, mesh)
                 if objective.collect is not None:
                     placed = objective.collect(state, placed, jax.random.fold_in(key_of(index), COLLECTING))
-                sums = sums_of(state.complete, placed, np.uint32(index))
+                sums = sums_of(complete, placed, np.uint32(index))
                 _add(totals, pending)
                 pending = sums
             _add(totals, pending)

@@ -29,7 +29,6 @@ from espalier.training.checkpoint import (
     restore_params,
     restore_saved,
     save_params,
-    saved_paths,
     saved_shapes,
 )
 from espalier.training.manifest import MANIFEST
@@ -100,8 +99,8 @@ def restore_complete(
     if abstract is None:
         return combined(restore_params(run_dir, step=step), restore_frozen(folder, None, record))
     _check(folder, record)
-    paths = saved_paths(folder)
-    trained, frozen = _part(abstract, paths, False), _part(abstract, paths, True)
+    saved = saved_shapes(folder, 0)
+    trained, frozen = _part(abstract, saved, False), _part(abstract, saved, True)
     read = restore_saved(folder, frozen, ignore="") if frozen else {}
     return combined(restore_params(run_dir, trained, step, ignore=ignore), read) if trained else read
 
@@ -118,16 +117,26 @@ def restore_model(
     return merged(restore_complete(run_dir, combined(abstract, adapters), step, ignore=ignore))
 
 
-def _part(tree: Any, paths: set[str], inside: bool, prefix: str = "") -> dict:
-    """The leaves of a nested dict whose path is in `paths`, or those whose path is not."""
+def _part(tree: Any, saved: Mapping[str, Any], inside: bool, prefix: str = "") -> dict:
+    """The shapes of a nested dict that are in `saved` (path → shape), or those that are not; of a stack of which it has
+    the first layers, those, or the others."""
     part = {}
     for name, value in tree.items():
+        there = saved.get(prefix + name)
         if isinstance(value, Mapping):
-            if inner := _part(value, paths, inside, f"{prefix}{name}/"):
+            if inner := _part(value, saved, inside, f"{prefix}{name}/"):
                 part[name] = inner
-        elif (prefix + name in paths) == inside:
+        elif there is not None and (rows := _rows_beyond(value.shape, tuple(there.shape))):
+            count = value.shape[0] - rows if inside else rows
+            part[name] = jax.ShapeDtypeStruct((count, *value.shape[1:]), value.dtype, sharding=value.sharding)
+        elif (there is not None) == inside:
             part[name] = value
     return part
+
+
+def _rows_beyond(wanted: tuple[int, ...], there: tuple[int, ...]) -> int:
+    """How many more rows are wanted than there are."""
+    return max(0, wanted[0] - there[0]) if wanted and there and wanted[1:] == there[1:] else 0
 
 
 def _check(folder: Path, record: dict[str, str] | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from espalier.training.config import OptimizerConfig
@@ -35,7 +36,8 @@ class TrainState:
     """Those of training.optimizers.RATES, float32 scalars: peaks, and weight_decay."""
     frozen: Any = field(default_factory=dict)
     """Parameters that do not change (the base under adapters, a reference model), laid out like `params`; often none.
-    Paths are their own, within the same tree as those of `params` or beside it: see `combined`."""
+    Paths are their own, within the same tree as those of `params` or beside it, but for stacks of layers of which the
+    first are frozen: see `combined`."""
 
     @property
     def complete(self) -> Any:
@@ -44,12 +46,22 @@ class TrainState:
 
 
 def combined(params: Any, frozen: Any) -> Any:
-    """Trainable and frozen parameters as the one tree that a model is applied to; no leaf may be in both."""
+    """Trainable and frozen parameters as the one tree that a model is applied to.
+
+    No leaf may be in both, but for those of repeated layers [R, …], `layers/period/…`: there the frozen ones are the
+    first layers of the stack and the trained ones the others. Of shapes, shapes.
+    """
     return _merged(params, frozen, "") if frozen else params
 
 
 def _merged(params: Any, frozen: Any, path: str) -> Any:
-    assert isinstance(params, Mapping) and isinstance(frozen, Mapping), f"{path} is both trained and frozen"
+    if not (isinstance(params, Mapping) and isinstance(frozen, Mapping)):
+        assert "layers/period/" in path and params.shape[1:] == frozen.shape[1:], f"{path} is both trained and frozen"
+        if isinstance(params, jax.ShapeDtypeStruct):
+            rows = params.shape[0] + frozen.shape[0]
+            return jax.ShapeDtypeStruct((rows, *params.shape[1:]), params.dtype, sharding=params.sharding)
+        numpy = isinstance(params, np.ndarray) and isinstance(frozen, np.ndarray)
+        return (np if numpy else jnp).concatenate([frozen, params])
     shared = {name: _merged(params[name], frozen[name], f"{path}/{name}") for name in params.keys() & frozen.keys()}
     return {**params, **frozen, **shared}
 
