@@ -11,6 +11,7 @@ from tiny_runs import write_run
 
 from espalier.models.families.bert import BERT_BASE
 from espalier.models.families.llama import LLAMA_1B
+from finetune.tasks.answer.record import AnswerConfig, AnswerData
 from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
 from finetune.tasks.tag.record import TagConfig, TagData
 
@@ -39,8 +40,13 @@ def classified(folder, model, rows, length=None, **data) -> Row:
 
 
 def _targets(model, labels) -> torch.Tensor:
-    """As the class in transformers wants them for its problem_type."""
-    return torch.tensor([model.config.label2id[label] for label in labels])
+    """As the class in transformers wants them for its problem_type, by which it chooses its loss."""
+    numbers = model.config.label2id
+    if model.config.problem_type == "regression":
+        return torch.tensor(labels, dtype=torch.float32)
+    if model.config.problem_type == "multi_label_classification":
+        return torch.tensor([[float(name in label) for name in numbers] for label in labels])
+    return torch.tensor([numbers[label] for label in labels])
 
 
 def sentences(folder, shared_data) -> Row:
@@ -90,7 +96,73 @@ def tags(folder, shared_data) -> Row:
     return Row(config, len(rows), loss)
 
 
-ROWS = {"classify": sentences, "tag": tags, "classify Chinese pairs by a decoder": chinese}
+def questions(folder, shared_data) -> Row:
+    """Chinese questions: who has a thing, out of three sentences."""
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(48):
+        names, things = (
+            random.choice(list("甲乙丙丁戊己"), 3, False),
+            random.choice(["苹果", "书", "自行车", "茶"], 3, False),
+        )
+        context = "".join(f"{name}先生有{thing}。" for name, thing in zip(names, things, strict=True))
+        at = int(random.integers(3))
+        answer = f"{names[at]}先生"
+        rows.append((f"谁有{things[at]}？", context, context.index(answer), answer))
+    path, few = folder / "train.json", folder / "few.json"
+    for file, some in ((path, rows), (few, rows[:8])):
+        answers = [[{"text": text, "answer_start": at}] for _, _, at, text in some]
+        asked = [{"id": f"q{n}", "question": row[0], "answers": answers[n]} for n, row in enumerate(some)]
+        paragraphs = [{"context": row[1], "qas": [one]} for row, one in zip(some, asked, strict=True)]
+        file.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    base = write_run(folder / "base", BERT, [question + context for question, context, _, _ in rows], vocabulary=600)
+    config = AnswerConfig(**settings(folder, base, data=AnswerData(train=str(path), validation=str(few))))
+
+    def loss(model, tokenizer, chosen):
+        both = [[rows[row][part] for row in chosen] for part in (0, 1)]
+        encoded = tokenizer(*both, padding=True, return_tensors="pt")
+        found = model(**encoded)
+        ends = [
+            (encoded.char_to_token(place, at, 1), encoded.char_to_token(place, at + len(text) - 1, 1))
+            for place, (_, _, at, text) in enumerate(rows[row] for row in chosen)
+        ]
+        # The class itself takes padding for places where an answer may be.
+        padding = encoded["attention_mask"] == 0
+        scores = [logits.masked_fill(padding, -torch.inf) for logits in (found.start_logits, found.end_logits)]
+        return sum(
+            torch.nn.functional.cross_entropy(score, torch.tensor(places)) / 2
+            for score, places in zip(scores, zip(*ends, strict=True), strict=True)
+        )
+
+    return Row(config, len(rows), loss)
+
+
+def judged(folder, shared_data) -> Row:
+    """How alike two texts are, from 0 to 5 as in STS-B: what they share of their characters, which are Chinese."""
+    random, rows = np.random.default_rng(0), []
+    for _ in range(64):
+        first, second = ("".join(random.choice(list("红蓝绿黄黑白"), 4, False)) for _ in range(2))
+        rows.append({"text": first, "text_b": second, "label": 2.5 * (len(set(first) & set(second)) - 2)})
+    return classified(folder, BERT, rows, length=16)
+
+
+def several(folder, shared_data) -> Row:
+    """Several labels a text, or none; texts are cut."""
+    random, rows = np.random.default_rng(0), []
+    for _ in range(64):
+        said = [word for word in ("sweet", "sour", "咸") if random.random() < 0.4]
+        rows.append({"text": " ".join(["the soup is", *said, "and so is all that comes after it"]), "label": said})
+    return classified(folder, BERT, rows, length=10, examples_per_row=2)
+
+
+ROWS = {
+    "classify": sentences,
+    "classify Chinese pairs by a decoder": chinese,
+    "classify by numbers": judged,
+    "classify by several labels": several,
+    "tag": tags,
+    "answer": questions,
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
