@@ -149,9 +149,9 @@ def judged(folder, shared_data) -> Row:
 def several(folder, shared_data) -> Row:
     """Several labels a text, or none; texts are cut."""
     random, rows = np.random.default_rng(0), []
-    for _ in range(64):
-        said = [word for word in ("sweet", "sour", "咸") if random.random() < 0.4]
-        rows.append({"text": " ".join(["the soup is", *said, "and so is all that comes after it"]), "label": said})
+    for _ in range(24):
+        said = [word for word in ("sweet", "sour", "咸") if random.random() < 0.5]
+        rows.append({"text": " ".join([*said, "soup, and so is all that comes after it"]), "label": said})
     return classified(folder, BERT, rows, length=10, examples_per_row=2)
 
 
@@ -169,5 +169,5 @@ ROWS = {
 def test_fifty_losses_are_those_of_a_pytorch_loop(name, tmp_path, shared_data):
     row = ROWS[name](tmp_path, shared_data)
     ours, theirs = our_losses(row, tmp_path / "exported"), pytorch_losses(row, tmp_path / "exported")
-    assert len(ours) == STEPS and np.mean(theirs[-5:]) < 0.9 * theirs[0], "something is learnt"
+    assert len(ours) == STEPS and np.mean(theirs[-5:]) < theirs[0] - 20 * TOLERANCE, "something is learnt"
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)

@@ -79,4 +79,10 @@ def scores(model: LoadedModel, inputs: Sequence[Texts]) -> list[np.ndarray]:
     return model.outputs_of_head(examples)
 
 
-CLASSIFY = Use(name="classify", takes="text, or text and text_b", reads=read, answers=classify)
+CLASSIFY = Use(
+    name="classify",
+    takes="text, or text and text_b",
+    reads=read,
+    answers=classify,
+    example={"text": "A moving film, and a funny one.", "text_b": ""},
+)
