@@ -6,6 +6,7 @@ Rows of tokens have two lengths, as those of data.examples.LabelledBatches, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -75,18 +76,18 @@ class PairBatches:
         negatives = self._lengths[self._texts(np.arange(len(self)), np.zeros(len(self), np.int64))[:, 2:]]
         return float(self._lengths[self._pairs.pairs_N2].sum(1).mean() + negatives.sum(1).mean())
 
-    def batch(self, step: int, part: Part = ALL) -> Batch:
+    def batch(self, step: int, part: Part = ALL) -> dict[str, Any]:
         """Rows `part` of this step's global batch, in an order of its own in each epoch."""
         places = step * self._batch_size + np.arange(self._batch_size)
         return self._rows(shuffled(places, len(self), self._seed), places // len(self), part)
 
-    def fixed(self, part: Part = ALL) -> list[Batch]:
+    def fixed(self, part: Part = ALL) -> list[dict[str, Any]]:
         """All examples in the order of the file; empty rows fill up the last batch."""
         indices = np.append(np.arange(len(self)), np.full(-len(self) % self._batch_size, -1))
         epochs = np.zeros(self._batch_size, np.int64)
         return [self._rows(chosen, epochs, part) for chosen in indices.reshape(-1, self._batch_size)]
 
-    def _rows(self, indices: np.ndarray, epochs: np.ndarray, part: Part) -> Batch:
+    def _rows(self, indices: np.ndarray, epochs: np.ndarray, part: Part) -> dict[str, Any]:
         ids_BS = self._texts(indices, epochs)
         tokens_BS = self._lengths[ids_BS]
         longest = tokens_BS[:, 0].max(), tokens_BS[:, 1:].max()
@@ -97,7 +98,7 @@ class PairBatches:
         for row, query in enumerate(ids_BS[:, 0]):
             found = self._pairs.known.get(int(query), ())
             known_BP[row, : len(found)] = found
-        batch: Batch = {
+        batch: dict[str, Any] = {
             "text_ids": ids_BS,
             "known": known_BP,
             "example_weights": (indices >= 0).astype(np.float32),
@@ -137,7 +138,7 @@ class PairBatches:
         tokens["input_ids"][:] = self._pad_id
         for place in np.ndindex(ids_BS.shape):
             if ids_BS[place] >= 0:
-                example = self._encoded[ids_BS[place]]
+                example = self._encoded[int(ids_BS[place])]
                 size = len(example.ids)
                 tokens["input_ids"][place][:size] = example.ids
                 tokens["segment_ids"][place][:size] = 1
