@@ -28,8 +28,8 @@ FRAMED = ("sequence_classification", "token_classification", "question_answering
 def load(source: str | os.PathLike[str], *, step: int | None = None, revision: str | None = None) -> LoadedModel:
     """The model of a run directory, or `hf:` before a folder in Hugging Face format or an id on the Hub.
 
-    step: a checkpoint of the run; default: the newest. revision: branch, tag or commit on the Hub. UserError where
-    there is no such model.
+    step: a checkpoint of the run; default: its best where it keeps that, else the newest. revision: branch, tag or
+    commit on the Hub. UserError where there is no such model.
 
     >>> model = load(run)
     >>> model.head, model.config.vocab_size == len(model.tokenizer)

@@ -30,6 +30,8 @@ class ImportConfig:
     """Branch, tag or commit on the Hub."""
     adapter: str | None = None
     """An adapter of PEFT (LoRA), to be merged into the weights: a folder, or the name of a repository on the Hub."""
+    add_tokens: str | None = None
+    """Tokens of a domain that join the vocabulary: a text file, one a line. Each begins as the mean of its pieces."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
@@ -45,7 +47,7 @@ class ExportConfig:
     destination: str
     """The new folder, which `AutoModel` and `pipeline` load."""
     step: int | None = None
-    """Which checkpoint; unset = the newest."""
+    """Which checkpoint; unset = the best where the run keeps it (--keep-best), else the newest."""
     adapter: bool = False
     """Of a run with --lora: write the adapter alone, in the format of PEFT. Without, it is merged into the weights."""
     base: str | None = None
@@ -65,13 +67,15 @@ def import_model(config: ImportConfig) -> dict:
 
     import jax
 
+    from espalier.data.added_tokens import add_tokens
     from espalier.data.tokenizer import fingerprint, save_tokenizer, tokenizer_of
     from espalier.files import appearing, write_json
     from espalier.models.counts import count_params
     from espalier.models.hub import Pretrained, check_new, load_pretrained
-    from espalier.models.published import published_beside
+    from espalier.models.published import published_beside, vocabulary_fingerprint
     from espalier.models.repository import PREFIX
     from espalier.models.sentence_transformers import read_modules
+    from espalier.models.vocabulary import grown
     from espalier.training.checkpoint import save_params
     from espalier.training.run import RunDirectory
 
@@ -85,6 +89,17 @@ def import_model(config: ImportConfig) -> dict:
         from espalier.models.peft import read_adapter
 
         params = read_adapter(config.adapter, model, head, params)
+    published, also = published_beside(source.config), ""
+    if config.add_tokens:
+        assert tokenizer is not None
+        added = add_tokens(tokenizer, config.add_tokens)
+        model, params = grown(model, params, added.pieces)
+        if published.get("published"):
+            # The special tokens are where they were.
+            published["published"] = published["published"] | {"vocabulary": vocabulary_fingerprint(tokenizer)}
+        also = f" with {len(added.pieces)} tokens of {config.add_tokens}"
+        there = f"; {len(added.known)} are there already" if added.known else ""
+        progress.say(f"{len(added.pieces)} tokens added, {model.vocab_size:,} in the vocabulary{there}")
     given = config.source.removeprefix(PREFIX)
     named = given if Path(given).expanduser().exists() else PREFIX + given
     saved = {
@@ -92,11 +107,12 @@ def import_model(config: ImportConfig) -> dict:
         "model": asdict(model),
         "labels": list(model.labels),
         "fingerprints": {"tokenizer": fingerprint(tokenizer)},
-        **published_beside(source.config),
+        **published,
         **read_modules(source.folder),
         "imported_from": named
         + (f" at {config.revision}" if config.revision else "")
-        + (f" with the adapter {config.adapter}" if config.adapter else ""),
+        + (f" with the adapter {config.adapter}" if config.adapter else "")
+        + also,
     }
     with appearing(target) as folder:
         run = RunDirectory(folder)

@@ -6,9 +6,15 @@ causal LM, preference losses and scoring are sums over what `token_logprobs` ret
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from espalier.models.config import ModelConfig
 from espalier.models.layers import float32_einsum
 from sharding.mesh import constrain
 
@@ -85,3 +91,31 @@ def _chunk_logprobs(features_BTD, table_VD, bias_V, labels_BT, vocab_size, softc
     label_BT = jnp.where(entry_V == labels_BT[..., None], scores_BTV, jnp.float32(0)).sum(-1)
     correct_BT = jax.lax.stop_gradient(label_BT >= best_BT).astype(jnp.float32)
     return label_BT - normaliser_BT, correct_BT
+
+
+def grown(
+    config: ModelConfig, params: Mapping[str, Any], pieces: Mapping[int, Sequence[int]]
+) -> tuple[ModelConfig, dict]:
+    """The model with new tokens; NumPy arrays where something has changed.
+
+    pieces: id of a new token → the tokens that it was cut into. Its rows in the embeddings, in an output matrix and in
+    the bias are the means of theirs.
+    """
+    new = dataclasses.replace(config, vocab_size=max(config.vocab_size, *(index + 1 for index in pieces)))
+
+    def rows(leaf: Any) -> np.ndarray:
+        old = np.asarray(leaf)
+        table = np.zeros((new.padded_vocab_size, *old.shape[1:]), old.dtype)
+        table[: config.vocab_size] = old[: config.vocab_size]
+        for index, ids in pieces.items():
+            table[index] = old[list(ids)].mean(0)
+        return table
+
+    def changed(path: tuple, leaf: Any) -> Any:
+        names = tuple(entry.key for entry in path)
+        language = (
+            names[0] == "head" and names[1] in ("masked_lm", "causal_lm") and names[2:] in (("kernel",), ("bias",))
+        )
+        return rows(leaf) if language or names == ("embeddings", "token", "embedding") else leaf
+
+    return new, jax.tree_util.tree_map_with_path(changed, dict(params))
