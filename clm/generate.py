@@ -69,16 +69,18 @@ def main(config: GenerateConfig) -> dict:
     if streamed:
         completions = [_streamed(model, prompt, config.sampling) for prompt in prompts]
     else:
-        began = time.perf_counter()
+        began, drawn = time.perf_counter(), 0
+
+        def said(done: int, tokens: int) -> None:
+            nonlocal drawn
+            drawn = tokens
+            far(f"{done:,} of {len(prompts):,} prompts")
+
         with progress.waiting("continuing the text") as far:
-            completions = generate(
-                *(model, prompts, config.sampling), lambda done: far(f"{done:,} of {len(prompts):,} prompts")
-            )
+            completions = generate(model, prompts, config.sampling, said)
         for prompt, completion in zip(prompts, completions, strict=True):
             print(f"{'─' * 60}\n{shown(prompt)}{completion}")
-        encode = model.tokenizer.backend_tokenizer.encode_batch
-        tokens = sum(len(found.ids) for found in encode(completions, add_special_tokens=False))
-        _say_speed(tokens, time.perf_counter() - began, " with reading and compiling")
+        _say_speed(drawn, time.perf_counter() - began, " with compiling")
     return {"prompts": prompts, "completions": completions, "run_dir": config.run_dir}
 
 

@@ -142,6 +142,8 @@ def test_rows_are_read_as_prompts_with_settings_of_their_own(model):
     assert prompt_of({"prompt": "x"}) == prompt_of({"text": "x"}) == "x"
     messages = [{"role": "user", "content": "x"}]
     assert prompt_of({"messages": messages}) == prompt_of({"prompt": messages, "seed": "3"}) == messages
+    # What was learnt from is asked anew.
+    assert prompt_of({"messages": [*messages, {"role": "assistant", "content": "y"}]}) == messages
     assert prompt_of({"conversations": 0, "source": "x"}) == {"source": "x"}
     with pytest.raises(UserError, match="no prompt: a row has prompt or messages, and this one n"):
         read({"n": 3})

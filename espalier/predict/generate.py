@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from espalier.data.chat import Message, backend, chat_template, end_of_turn, messages_of, render
+from espalier.data.chat import ASSISTANT, Message, backend, chat_template, end_of_turn, messages_of, render
 from espalier.data.text_template import prompt_text, template_fields
 from espalier.data.tokenizer import plain_backend, special_ids
 from espalier.errors import UserError
@@ -74,7 +74,9 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     """The prompt in the fields of a row. UserError where there is none."""
     for name in ("messages", "prompt"):
         if isinstance(row.get(name), list):
-            return messages_of(row[name], name)
+            messages = messages_of(row[name], name)
+            # A chat that was learnt from or is measured on: its last answer is asked for anew.
+            return messages[:-1] if messages[-1]["role"] == ASSISTANT and len(messages) > 1 else messages
     fields = {name: value for name, value in row.items() if isinstance(value, str) and name not in SETTINGS}
     if not fields:
         raise UserError(f"no prompt: a row has prompt or messages, and this one {', '.join(row) or 'nothing'}")
@@ -94,9 +96,10 @@ def generate(
     model: LoadedModel,
     prompts: Sequence[Prompt],
     config: SamplingConfig = DEFAULTS,
-    said: Callable[[int], None] = lambda done: None,
+    said: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> list[str]:
-    """What the model writes after each prompt, in batches of fitting length. said: is told how many are done.
+    """What the model writes after each prompt, in batches of fitting length. said: is told how many are done, and how
+    many tokens were drawn for them.
 
     What is drawn for a prompt depends on its number and the seed, not on the others. Under jax.set_mesh rows are split
     over the mesh, and every process gives and gets all. UserError where the model has no positions for a prompt.
@@ -106,13 +109,13 @@ def generate(
         raise UserError("how text is generated is settled here, and nothing is compiled anew; ask without settings")
     ids = [prompt_ids(model, prompt) for prompt in prompts]
     check_room(model, ids, way.config)
-    found, done = [""] * len(ids), 0
+    found, done, tokens = [""] * len(ids), 0, 0
     for rows, drawn in _batches(model, ids, way):
-        for row, tokens in zip(rows, drawn.tokens_BG, strict=True):
-            new = [int(token) for token in tokens if token >= 0 and token not in way.sampling.end_ids]
+        for row, tokens_G in zip(rows, drawn.tokens_BG.tolist(), strict=True):
+            new = [token for token in tokens_G if token >= 0 and token not in way.sampling.end_ids]
             found[row] = written(model, tokenizer.decode(new), way.config.stop)
-        done += len(rows)
-        said(done)
+        done, tokens = done + len(rows), tokens + int((drawn.tokens_BG >= 0).sum())
+        said(done, tokens)
     return found
 
 

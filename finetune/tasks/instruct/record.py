@@ -32,9 +32,8 @@ class InstructData(FinetuneData):
     """Text with fields of the file, without a chat: "{source} = {target}"; the last field is what is learnt."""
     chat_template: str | None = None
     """File with a Jinja chat template; unset = the tokenizer's, or one that spells the roles out."""
-    answers: int = often(100)
-    """How many examples of the validation file are answered at the end, for BLEU, chrF, ROUGE and the report; 0 =
-    none."""
+    answers: int = 100
+    """How many validation examples are answered at the end, for BLEU, chrF, ROUGE and the report; 0 = none."""
     beams: int = 1
     """Beams of these answers; 1 = the most probable token at each place."""
     max_new_tokens: int = 128
@@ -64,7 +63,7 @@ class InstructConfig(FinetuneConfig):
     dropout: float = 0.0
     """Dropout of hidden states and attention; replaces the checkpoint's."""
     show: int = often(0)
-    """Print so many examples before training, token by token, with those that are learnt in brackets."""
+    """Examples to print, token by token, what is learnt in brackets."""
     data: InstructData = field(default_factory=InstructData)
 
     def __post_init__(self):
