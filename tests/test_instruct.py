@@ -300,6 +300,30 @@ def test_a_run_that_pauses_and_changes_its_mesh_learns_as_one_that_does_not(ther
     assert "answers" not in whole["metrics"]
 
 
+def test_what_ends_an_answer_ends_a_text_of_the_exported_model(there, tmp_path):
+    """A base model ends texts by its own token, and learns to end answers by that of the template."""
+    from espalier.commands.convert import ExportConfig, export_model
+    from espalier.models.hub import save_pretrained
+
+    root = there[0]
+    base = espalier.load(root / "decoder")
+    tokenizer = base.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|pad|>")
+    save_pretrained(tmp_path / "base", base.config, base.params, tokenizer)
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ':' + m.content + '<|pad|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    data = dataclasses.replace(config_for(there, "").data, answers=2, chat_template=str(tmp_path / "chat.jinja"))
+    changes = dict(init_from=f"hf:{tmp_path}/base", steps=2, eval_every=2, data=data, export=str(tmp_path / "once"))
+    main(config_for(there, tmp_path / "run", **changes))
+    export_model(ExportConfig(str(tmp_path / "run"), str(tmp_path / "again")))
+    for folder in ("once", "again"):
+        values = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert values["eos_token_id"] == [tokenizer.eos_token_id, end]
+        assert espalier.load(f"hf:{tmp_path / folder}").tokenizer.chat_template == (tmp_path / "chat.jinja").read_text()
+
+
 def test_an_encoder_is_refused(there, tmp_path):
     from tiny_models import BERT
 

@@ -100,6 +100,17 @@ def test_a_text_is_the_same_among_others_as_alone_and_ends_at_a_stop(model):
     assert generate.generate(model, ["a"], dataclasses.replace(greedy, stop=(stop,))) == [free[: free.index(stop)]]
 
 
+def test_a_blank_before_the_first_word_is_kept():
+    """Unigram writes it into the token of the word, and its decoder drops it from the first."""
+    tokenizer = train_tokenizer(["to be or not to be"] * 9, "unigram", 300, for_masked_lm=False)
+    ids = plain_backend(tokenizer).encode("to be or not", add_special_tokens=False).ids
+    at = next(n for n in range(1, len(ids)) if tokenizer.decode(ids[:n]) == "to be")
+    model = LoadedModel(LLAMA, {}, tokenizer, "causal_lm")
+    assert tokenizer.decode(ids[at:]) == "or not"
+    assert generate.decoded(model, ids[:at], ids[at:]) == " or not"
+    assert generate.decoded(model, [tokenizer.bos_token_id], ids) == "to be or not"
+
+
 def test_same_seed_same_text(model):
     one, same, other = (model.generate("a", max_new_tokens=16, temperature=1.0, seed=seed) for seed in (0, 0, 1))
     assert one == same != other

@@ -128,6 +128,7 @@ def import_model(config: ImportConfig) -> dict:
 @progress.waiting("exporting")
 def export_model(config: ExportConfig) -> dict:
     """Write the folder as a whole; returns the `--json` object."""
+    from espalier.data.chat import end_of_turn
     from espalier.data.tokenizer import framed_tokenizer, tokenizer_of
     from espalier.loading import FRAMED
     from espalier.models.config import ModelConfig
@@ -154,6 +155,8 @@ def export_model(config: ExportConfig) -> dict:
         if published and model.causal:
             published = published.padded_by(tokenizer)
     check_export(config.destination, model, head, tokenizer, published)
+    if published and saved["task"] == "instruction_tuning" and not saved["data"]["template"]:
+        published = published.ended_by(end_of_turn(tokenizer))
     params = part_of(restore_model(run.path, step=config.step), saved)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)

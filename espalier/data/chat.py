@@ -186,7 +186,7 @@ def _render(
         why = " ".join(str(error).split())[:200] or type(error).__name__
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template does not take this chat (roles: {roles}): {why}") from error
-    return texts[0], [tuple(map(int, span)) for span in spans[0]] if track else None
+    return texts[0], [(int(begin), int(end)) for begin, end in spans[0]] if track else None
 
 
 def template_from(path: str) -> str:

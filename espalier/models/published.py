@@ -54,6 +54,13 @@ class Published:
         """With the padding token of a classifier's tokenizer, by which transformers finds where a text ends."""
         return dataclasses.replace(self, config=self.config | {"pad_token_id": tokenizer.pad_token_id})
 
+    def ended_by(self, index: int | None) -> Published:
+        """With another token at which a text ends: that of a chat template."""
+        if index is None or index in self.end_ids:
+            return self
+        values = (self.generation_config or {}) | {"eos_token_id": [*self.end_ids, index]}
+        return dataclasses.replace(self, generation_config=values)
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens at which a text ends, as generation_config.json says, else config.json."""

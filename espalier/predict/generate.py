@@ -104,7 +104,7 @@ def generate(
     What is drawn for a prompt depends on its number and the seed, not on the others. Under jax.set_mesh rows are split
     over the mesh, and every process gives and gets all. UserError where the model has no positions for a prompt.
     """
-    way, tokenizer = way_of(model, config), model.tokenizer
+    way = way_of(model, config)
     if shapes_kept() and config != DEFAULTS:
         raise UserError("how text is generated is settled here, and nothing is compiled anew; ask without settings")
     ids = [prompt_ids(model, prompt) for prompt in prompts]
@@ -113,7 +113,7 @@ def generate(
     for rows, drawn in _batches(model, ids, way):
         for row, tokens_G in zip(rows, drawn.tokens_BG.tolist(), strict=True):
             new = [token for token in tokens_G if token >= 0 and token not in way.sampling.end_ids]
-            found[row] = written(model, tokenizer.decode(new), way.config.stop)
+            found[row] = written(model, decoded(model, ids[row], new), way.config.stop)
         done, tokens = done + len(rows), tokens + int((drawn.tokens_BG >= 0).sum())
         said(done, tokens)
     return found
@@ -166,7 +166,7 @@ def stream(model: LoadedModel, prompt: Prompt, config: SamplingConfig = DEFAULTS
         if token in way.sampling.end_ids:
             break
         new.append(token)
-        whole = model.tokenizer.decode(new)
+        whole = decoded(model, ids, new)
         text = written(model, whole, way.config.stop)
         stopped = any(stop in whole for stop in way.config.stop)
         # What may yet become another character, or the beginning of a stop, waits.
@@ -178,9 +178,18 @@ def stream(model: LoadedModel, prompt: Prompt, config: SamplingConfig = DEFAULTS
             shown = settled
         if stopped:
             return
-    text = written(model, model.tokenizer.decode(new), way.config.stop)
+    text = written(model, decoded(model, ids, new), way.config.stop)
     if len(text) > len(shown):
         yield text[len(shown) :], len(new)
+
+
+def decoded(model: LoadedModel, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """New tokens as text, read behind the last of their prompt: some decoders drop the blank before a first word."""
+    tokenizer, before = model.tokenizer, list(prompt[-1:])
+    if before[0] in special_ids(tokenizer).all:
+        return str(tokenizer.decode(new))
+    first, whole = str(tokenizer.decode(before)), str(tokenizer.decode([*before, *new]))
+    return whole[len(first) :] if whole.startswith(first) else str(tokenizer.decode(new))
 
 
 def written(model: LoadedModel, text: str, stops: Sequence[str]) -> str:

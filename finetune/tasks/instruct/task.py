@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from espalier.data.chat import chat_template
+from espalier.data.chat import chat_template, end_of_turn
 from espalier.data.loader import Batches
 from espalier.data.packed_examples import ExampleRows
 from espalier.data.tokenizer import special_ids
@@ -103,7 +103,9 @@ class InstructionTuning(Labelled):
     def exported(
         self, tokenizer: PreTrainedTokenizerFast, published: Published | None
     ) -> tuple[PreTrainedTokenizerFast, Published | None]:
-        """The tokenizer with its chat template, which puts special tokens where they are; nothing around texts."""
+        """The tokenizer with its chat template, which puts special tokens where they are, and what ends its answers."""
+        if published and self._data.template is None:
+            published = published.ended_by(end_of_turn(tokenizer))
         return tokenizer, published
 
 
