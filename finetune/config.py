@@ -54,7 +54,7 @@ class LoraConfig:
     """Low-rank adapters in place of training everything: W + scale · B A (Hu et al. 2021), and the head whole."""
 
     rank: int | None = often(None)
-    """Rank of the adapters; unset = none, every parameter is trained."""
+    """Rank of adapters; unset = all is trained."""
     alpha: float = 16.0
     """The scale is alpha / rank."""
     targets: str = r"^layers/"
@@ -93,14 +93,15 @@ class FinetuneConfig(TrainConfig):
     eval_every: int | None = None  # type: ignore[assignment]
     """Steps between evaluations; unset = an epoch, or a tenth of the run if that is longer."""
     init_from: str | None = often(None)
-    """Whose weights, tokenizer and architecture are taken: a run directory, or hf:PATH_OR_ID (Hugging Face format)."""
+    """Whose weights, tokenizer and architecture are taken: a run directory, or hf:PATH_OR_ID. The
+    latter is a folder or a repository on the Hub, in Hugging Face format."""
     scratch: bool = often(False)
-    """Take architecture and tokenizer alone and start from random weights, to see what the pretraining is worth."""
+    """Start from random weights, to see what the pretraining is worth. Architecture and tokenizer are taken."""
     dropout: float = 0.1
     """Dropout of hidden states and attention; replaces the checkpoint's."""
     optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    freeze: tuple[str, ...] = often(())
+    freeze: tuple[str, ...] = ()
     """What is not trained: embeddings, layers.0-5 (the first six), or a regular expression on paths of parameters."""
     data: FinetuneData = field(default_factory=FinetuneData)
     execution: Execution = field(default_factory=Execution)

@@ -119,7 +119,7 @@ class CheckpointConfig:
 class EarlyStopping:
     """Ending a run that no longer gets better on held-out data. Its best checkpoint is then what it gives."""
 
-    patience: int | None = often(None)
+    patience: int | None = None
     """Evaluations without a better one after which the run ends; unset = it goes on to the end of its schedule."""
     metric: str | None = None
     """Which metric of the evaluations; unset = that of --keep-best, else loss."""
@@ -163,7 +163,7 @@ class TrainConfig:
     """Steps between progress lines and logged metrics."""
     eval_every: int = 500
     """Steps between evaluations on held-out data; the end is always evaluated."""
-    keep_best: str | None = often(None)
+    keep_best: str | None = None
     """Keep the checkpoint that is best by this metric of the evaluations (loss, accuracy, …): it, and not the last one,
     is measured at the end, exported and loaded."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
