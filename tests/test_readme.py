@@ -52,6 +52,8 @@ SHORTENED = {
     "clm": f"{FEW_ROWS} --eval-rows 8 {TINY} --model.num-key-value-heads 2",
     "finetune": FEW_ROWS,
     "generate": "--sampling.max-new-tokens 4",
+    "predict": "",
+    "evaluate": "",
     "prepare": "",
     "plan": f"{TINY} --model.num-key-value-heads 2 --batch-size 64 --data.sequence-length 128",
     "budget": "",
@@ -103,6 +105,8 @@ KEYS = {
     "generate": {"prompts", "completions"},
     "prepare": {"vocab_size", "train", "validation"},
     "report": {"report"},
+    "predict": {"use", "rows", "bad"},
+    "evaluate": {"task", "metrics"},
     "plan": {"fits", "peak_bytes_per_chip", "basis"},
     "budget": {"parameters", "tokens", "batch_size"},
     "import": {"run_dir", "head"},
@@ -131,6 +135,8 @@ def test_every_command_runs(user, capsys, monkeypatch):
         try:
             if hasattr(module, "PRESETS"):
                 cli.run(module.main, module.PRESETS, prog=name, description="", argv=arguments)
+            elif hasattr(module, "command"):
+                module.command(arguments)
             else:
                 # Where there are no presets the module has one configuration of the command's name.
                 (config,) = (value for key, value in vars(module).items() if key.lower() == f"{name}config")
