@@ -123,6 +123,27 @@ def test_a_row_ends_at_an_end_token_and_others_go_on():
     assert (found.tokens_BG[0, 3:] == -1).all() and (found.tokens_BG[1:] != -1).any()
 
 
+def test_the_cache_is_of_the_type_that_is_computed_in():
+    config, params = model("llama")
+    prompt = {"input_ids": np.ones((2, 16), np.int32), "attention_mask": np.ones((2, 16), np.int32)}
+    for dtype in ("bfloat16", "float32"):
+        start = functools.partial(decoding.begun, config, sampling=Sampling(G), execution=Execution(dtype=dtype))
+        state = jax.eval_shape(start, params, prompt)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state.cache["layers"])} == {dtype}
+        assert state.logits_BV.dtype == np.float32
+
+
+def test_a_prompt_on_its_own_is_streamed_as_it_is_generated():
+    config, params = model("gpt2")
+    for how in (
+        Sampling(G, temperature=0.9, repetition_penalty=1.3),
+        Sampling(G, temperature=0.0, end_ids=tuple(range(0, 200, 3))),
+    ):
+        drawn = generate.generate(config, params, PROMPTS[:1], jax.random.key(2), how).tokens_BG[0]
+        streamed = list(generate.stream(config, params, PROMPTS[0], jax.random.key(2), how))
+        assert streamed == [token for token in drawn if token >= 0]
+
+
 def test_weights_cast_once_are_the_weights_that_the_layers_cast():
     """As the layers cast them at every token: nothing changes by it."""
     config, params = model("llama")

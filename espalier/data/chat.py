@@ -52,6 +52,7 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def default_template(tokenizer: PreTrainedTokenizerFast) -> str:
     """DEFAULT with the special tokens of a tokenizer. UserError where it cannot write the names of the roles."""
     specials = special_ids(tokenizer, need=("bos", "eos"))
+    assert specials.bos is not None and specials.eos is not None
     begin, end = (str(tokenizer.convert_ids_to_tokens(index)) for index in (specials.bos, specials.eos))
     unknown = tokenizer.unk_token_id
     for role in ("system", "user", ASSISTANT):
@@ -180,7 +181,7 @@ def _render(
             chat_template=template,
             return_assistant_tokens_mask=track,
             add_generation_prompt=invite,
-            **tokenizer.special_tokens_map,
+            **tokenizer.special_tokens_map,  # type: ignore[arg-type]
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__

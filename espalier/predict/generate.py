@@ -185,7 +185,7 @@ def stream(model: LoadedModel, prompt: Prompt, config: SamplingConfig = DEFAULTS
 
 def decoded(model: LoadedModel, prompt: Sequence[int], new: Sequence[int]) -> str:
     """New tokens as text, read behind the last of their prompt: some decoders drop the blank before a first word."""
-    tokenizer, before = model.tokenizer, list(prompt[-1:])
+    tokenizer, before, new = model.tokenizer, list(prompt[-1:]), list(new)
     if before[0] in special_ids(tokenizer).all:
         return str(tokenizer.decode(new))
     first, whole = str(tokenizer.decode(before)), str(tokenizer.decode([*before, *new]))
