@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score
 from tiny_runs import write_run
@@ -16,6 +17,8 @@ import espalier
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.transformer import init_params
+from espalier.predict.outputs import softmax
+from finetune.calibration import best_threshold, calibration_error, fitted_temperature
 from finetune.config import FinetuneOptimizer
 from finetune.intervals import bootstrap, mean_interval
 from finetune.tasks.classify import metrics as figures
@@ -107,7 +110,10 @@ def test_several_labels_a_text_are_learnt_and_measured(there, tmp_path, capsys):
     model = espalier.load(tmp_path / "run")
     results = model.classify([row["text"] for row in found])
     assert [result["labels"] for result in results] == [row["predictions"] for row in found]
-    assert model.classify("a 绿色 bird sits tiny")[0]["labels"] == ["tiny", "绿色"]
+    # What the text says is more probable than what it does not, label by label.
+    said = np.array([[name in row["text"].split() for name in names] for row in found])
+    chances = np.array([[result["probabilities"][name] for name in names] for result in results])
+    assert all(chances[said[:, at], at].mean() > chances[~said[:, at], at].mean() for at in range(len(names)))
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
@@ -158,7 +164,7 @@ def test_rare_classes_weigh_more():
 
     # As scikit-learn: N / (C × its examples).
     assert weights("classes", [0, 0, 0, 1], "ab") == pytest.approx([4 / 6, 2.0])
-    assert weights("lists", [[1, 0], [1, 0], [1, 1]], "ab") == [0.0, 2.0]
+    assert weights("lists", [[1, 0], [1, 0], [1, 1]], "ab") == pytest.approx([1 / 3, 2.0])
 
 
 def test_counts_of_an_evaluation_give_the_correlation():
@@ -187,8 +193,82 @@ def test_intervals_hold_the_true_value_as_often_as_they_say():
 
 def test_calibration_error_is_the_distance_of_confidence_and_accuracy():
     confidence = np.array([0.95] * 10 + [0.55] * 10)
-    assert figures.calibration_error(confidence, np.array([1] * 9 + [0] + [1] * 5 + [0] * 5)) == pytest.approx(0.05)
-    assert figures.calibration_error(confidence, np.zeros(20)) == pytest.approx(0.75)
+    assert calibration_error(confidence, np.array([1] * 9 + [0] + [1] * 5 + [0] * 5)) == pytest.approx(0.05)
+    assert calibration_error(confidence, np.zeros(20)) == pytest.approx(0.75)
+
+
+def test_a_temperature_undoes_what_was_too_sure():
+    """Labels are drawn by the scores; those times 3 have the temperature 3, which is PyTorch's best too."""
+    random = np.random.default_rng(0)
+    scores = random.normal(size=(4000, 3))
+    labels = (scores + random.gumbel(size=scores.shape)).argmax(1)
+    found = fitted_temperature(3 * scores, labels)
+    assert found == pytest.approx(3, rel=0.1)
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=50)
+
+    def nats():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(torch.tensor(3 * scores) / log_temperature.exp(), torch.tensor(labels))
+        loss.backward()
+        return loss
+
+    optimizer.step(nats)
+    assert found == pytest.approx(log_temperature.exp().item(), rel=1e-3)
+    before, after = (softmax(3 * scores / temperature) for temperature in (1.0, found))
+    errors = [calibration_error(chances.max(1), chances.argmax(1) == labels) for chances in (before, after)]
+    assert errors[1] < 0.03 < errors[0]
+    # Each label is given from where half of those that have it begin.
+    chances = np.array([[0.9, 0.2], [0.8, 0.3], [0.7, 0.1], [0.6, 0.35]])
+    assert best_threshold(chances, np.array([[1, 0], [1, 1], [1, 0], [1, 1]])) == 0.3
+
+
+def test_runs_of_lists_are_the_same_on_a_mesh_and_after_a_break(there, tmp_path):
+    """With class weights and a part that is calibrated on; in transformers the export gives the same scores."""
+    model = dataclasses.replace(MODEL, classifier_pooling="cls")  # which transformers has
+    encoder = str(write_run(tmp_path / "encoder", model, [row["text"] for row in rows(300, 1)]))
+    given = dict(label="labels", class_weights="balanced", calibration_part=0.25)
+    whole = dataclasses.replace(config_for(there, tmp_path / "whole", **given), init_from=encoder)
+    short = dict(steps=8, eval_every=8, dropout=0.0, mesh=MeshConfig(1, 1, 1), export=str(tmp_path / "exported"))
+    summary = main(dataclasses.replace(whole, **short))
+    short |= dict(run_dir=str(tmp_path / "parts"), mesh=MeshConfig(2, 2, 2), export=None)
+    parts = dataclasses.replace(whole, **short)
+    main(dataclasses.replace(parts, stop_at=4))
+    again = main(parts)
+
+    def rows_of(name):
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    ours, theirs = rows_of("whole"), rows_of("parts")
+    chances = [[list(row["probabilities"].values()) for row in found] for found in (ours, theirs)]
+    np.testing.assert_allclose(*chances, atol=2e-4)
+    tuned, tuned_again = (json.loads((tmp_path / name / "tuned.json").read_text()) for name in ("whole", "parts"))
+    assert tuned == pytest.approx(tuned_again, rel=0.02) and tuned["threshold"] == summary["metrics"]["threshold"]
+    assert summary["eval"]["loss"] == pytest.approx(again["eval"]["loss"], abs=1e-4)
+    assert "calibration_error_before" in summary["metrics"]
+    assert "Calibration" in (tmp_path / "whole" / "report.html").read_text()
+
+    texts = [row["text"] for row in ours]
+    model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert model.config.problem_type == "multi_label_classification"
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.numpy()
+    expected = 1 / (1 + np.exp(-logits / tuned["temperature"]))
+    np.testing.assert_allclose(chances[0], expected, atol=1e-4)
+    for source in (tmp_path / "whole", f"hf:{tmp_path}/exported"):
+        loaded = espalier.load(source)
+        assert [result["labels"] for result in loaded.classify(texts)] == [row["predictions"] for row in ours]
+    few = loaded.classify(texts, threshold=0.9)
+    assert [row["labels"] for row in few] == [
+        [name for name, chance in row["probabilities"].items() if chance >= 0.9] for row in ours
+    ]
+    with pytest.raises(UserError, match="of the 160 examples .* are 8; there must be 20"):
+        main(config_for(there, tmp_path / "run", label="labels", calibration_part=0.05))
+    with pytest.raises(UserError, match="numbers have no probabilities"):
+        main(config_for(there, tmp_path / "run", label="number", calibration_part=0.2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_is_refused(there, tmp_path):

@@ -75,7 +75,8 @@ def test_a_run_is_measured_as_it_measured_itself(tmp_path, ask):
     found = json.loads(last)
     assert code == 0 and found["task"] == "sequence_classification"
     # The majority of the run is that of its training file.
-    compared = written.keys() - {"majority"}
+    compared = written.keys() - {"majority", "calibration_error"}
+    assert found["metrics"]["calibration_error"] == pytest.approx(written["calibration_error"], abs=1e-7)
     assert {name: found["metrics"][name] for name in compared} == {name: written[name] for name in compared}
     assert any(line.split()[:1] == ["accuracy"] for line in shown)
     output = tmp_path / "out"

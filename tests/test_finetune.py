@@ -374,6 +374,76 @@ def test_what_is_refused_leaves_nothing_behind(there, tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
+CHINESE = [("这部电影很好看，非常值得推荐给大家", "好评"), ("剧情太差了，浪费时间，不值得看", "差评")] * 4
+CSV = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in CHINESE)
+UNREADABLE = {
+    "GBK": (CSV.encode("gbk"), r"it looks like GB18030 \(or GBK\); convert it with `iconv -f GB18030 -t UTF-8`"),
+    "Big5": (
+        "text\tlabel\n這部電影很好看\t好評\n劇情太差了，浪費時間\t差評\n音樂和畫面都很美\t好評\n".encode("big5"),
+        "it looks like Big5; convert it with `iconv -f BIG5 -t UTF-8`",
+    ),
+    "UTF-16": (CSV.encode("utf-16"), "it looks like UTF-16LE; convert it with `iconv -f UTF-16LE -t UTF-8`"),
+    "no header": (b"good\tpos\nbad\tneg\n", "there are 'good', 'pos'; if these are an example and not names, put"),
+    "a sentence first": ("真的很好看。\t好评\n不好看\t差评\n".encode(), "the first line looks like data, not like"),
+    "wide commas": ("文本，label\n好看，好评\n".encode(), "separated by '，', a sign of text; .* '文本,label'"),
+    "names alone": (b"text\tlabel\n", "holds no rows"),
+    "nothing": (b"", "holds no rows: it is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_files_that_cannot_be_read_as_they_are_are_named(there, tmp_path, case, split):
+    content, words = UNREADABLE[case]
+    bad, good = tmp_path / "bad.tsv", tmp_path / "good.tsv"
+    bad.write_bytes(content)
+    good.write_text(CSV)
+    data = ClassifyData(**{"train": str(good), "validation": str(good)} | {split: str(bad)})
+    with pytest.raises(UserError, match=words) as error:
+        main(config_for(there, tmp_path / "run", data=data))
+    assert "bad.tsv" in str(error.value) and "\n" not in str(error.value) and "latin" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_that_are_cut_are_counted(there, tmp_path):
+    """A word is a token here, and [CLS] and [SEP] stand around them: 14 fit."""
+    rows = [{"text": " ".join(["we"] * count), "label": str(count % 2)} for count in (3, 14, 15, 20)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    tokenizer = load_tokenizer(there.encoder / "tokenizer")
+    facts = read_examples(ClassifyData(train=path, validation=path), tokenizer, ENCODER).facts
+    assert facts[1:] == (
+        f"{path}: 2 of 4 examples are longer than 16 tokens, the longest by 6; their ends were cut off",
+    )
+
+
+def test_a_run_starts_from_a_classifier_with_other_labels(there, tmp_path, capsys):
+    """As RTE from MNLI: the stack is that of the other task and the head is new; equal labels keep the head."""
+    alone = dict(mesh=MeshConfig(1, 1, 1))
+    model = dataclasses.replace(ENCODER, classifier_pooling="cls")  # which transformers has
+    encoder = write_run(tmp_path / "encoder", model, [row["sentence"] for row in sentences(60)])
+    main(config_for(there, tmp_path / "three", encoder, steps=2, export=str(tmp_path / "exported"), **alone))
+    rows = [row | {"label": "是" if row["label"] == "bird" else "不是"} for row in sentences(24)]
+    path = write_jsonl(tmp_path / "two.jsonl", rows)
+    data = ClassifyData(train=path, validation=path)
+    still = dict(steps=1, optimizer=FinetuneOptimizer(learning_rate=0.0), **alone)
+    before = restore_params(tmp_path / "three")
+    for name, origin in (("run", tmp_path / "three"), ("hub", f"hf:{tmp_path / 'exported'}")):
+        capsys.readouterr()
+        main(config_for(there, tmp_path / name, origin, data=data, **still))
+        said = " ".join(capsys.readouterr().out.split())
+        assert "is for the labels bird, fruit, tool: a new one begins at random" in said
+        after = restore_params(tmp_path / name)
+        assert after["head"]["sequence_classification"]["out"]["kernel"].shape == (32, 2)
+        jax.tree.map(np.testing.assert_array_equal, after["layers"], before["layers"])
+        size = read_config(tmp_path / name)["model"]["vocab_size"]
+        ours, theirs = (params["embeddings"]["token"]["embedding"][:size] for params in (after, before))
+        np.testing.assert_array_equal(ours, theirs)
+        assert read_config(tmp_path / name)["labels"] == ["不是", "是"]
+    main(config_for(there, tmp_path / "again", tmp_path / "three", **still))
+    assert "begins at random" not in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, restore_params(tmp_path / "again"), before)
+
+
 def test_labels_have_one_order(there, tmp_path):
     """By number where all are numbers, equal ones by their text: never by the seed of Python's hashes."""
     for labels, order in (

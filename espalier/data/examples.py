@@ -36,6 +36,8 @@ class Example(NamedTuple):
     """Targets of the example by name, a number or an array of one shape; int32 where all are whole, else float32."""
     of_tokens: Mapping[str, Sequence[Any] | np.ndarray] = {}
     """Targets by name, one for each token."""
+    cut: int = 0
+    """Tokens of its texts for which there was no room."""
 
 
 def encode_pairs(
@@ -63,12 +65,13 @@ def encode_pairs(
 
     def framed(*parts: Any) -> Example:
         """parts: (encoding, tokens kept of it), the first behind `first`, each before `between`."""
-        ids, types, places = [first], [0], [(-1, -1)]
+        ids, types, places, cut = [first], [0], [(-1, -1)], 0
         for number, (encoding, keep) in enumerate(parts):
             ids += [*encoding.ids[:keep], between]
             types += [number] * (len(ids) - len(types))
+            cut += max(len(encoding.ids) - keep, 0)
             places += [*encoding.offsets[:keep], (-1, -1)] if offsets else []
-        return Example(ids, types, np.array(places, np.int32) if offsets else None)
+        return Example(ids, types, np.array(places, np.int32) if offsets else None, cut=cut)
 
     encoded_a = encode(list(texts_a), add_special_tokens=False)
     if texts_b is None:

@@ -29,31 +29,48 @@ def read(row: Mapping[str, Any]) -> Texts:
 def classify(model: LoadedModel, inputs: Sequence[Texts]) -> list[dict[str, Any]]:
     """`label`, `probability` (its own) and `probabilities` (of each label) of each.
 
-    Of a model of several labels a text: `labels` (those of at least 0.5) and `probabilities`; of numbers: `score`.
+    Of a model of several labels a text: `labels` (those of at least the model's threshold) and `probabilities`; of
+    numbers: `score`.
     """
     labels, problem = model.config.labels, model.config.problem_type
+    if not inputs:
+        return []
+    scores_NC = np.stack(scores(model, inputs))
+    if problem == "regression":
+        # One score, or one for each thing that is judged.
+        one = len(labels) == 1
+        return [{"score": float(row_C[0])} if one else {"scores": _named(labels, row_C)} for row_C in scores_NC]
     results: list[dict[str, Any]] = []
-    for scores_C in scores(model, inputs):
-        if problem == "regression":
-            # One score, or one for each thing that is judged.
-            results.append(
-                {"score": float(scores_C[0])} if len(scores_C) == 1 else {"scores": _named(labels, scores_C)}
-            )
-        elif problem == "multi_label_classification":
-            chances_C = 1 / (1 + np.exp(-scores_C.astype(np.float64)))
-            chosen = [label for label, chance in zip(labels, chances_C, strict=True) if chance >= 0.5]
-            results.append({"labels": chosen, "probabilities": _named(labels, chances_C)})
+    for chances_C in probabilities(model, scores_NC):
+        named = _named(labels, chances_C)
+        if problem == "multi_label_classification":
+            results.append({"labels": at_least(threshold_of(model), named), "probabilities": named})
         else:
-            chances_C = softmax(scores_C)
             best = int(chances_C.argmax())
-            results.append(
-                {
-                    "label": labels[best],
-                    "probability": float(chances_C[best]),
-                    "probabilities": _named(labels, chances_C),
-                }
-            )
+            results.append({"label": labels[best], "probability": float(chances_C[best]), "probabilities": named})
     return results
+
+
+def probabilities(model: LoadedModel, scores_NC: np.ndarray) -> np.ndarray:
+    """Of each label, float64 [N, C], with the temperature that was fitted for the model, if one was.
+
+    Of one label a text they add up to 1; of several each stands alone.
+    """
+    scores_NC = np.asarray(scores_NC, np.float64) / (model.saved.get("tuned") or {}).get("temperature", 1.0)
+    if model.config.problem_type == "multi_label_classification":
+        # The logistic function, without overflow.
+        return 0.5 + 0.5 * np.tanh(scores_NC / 2)
+    return softmax(scores_NC)
+
+
+def threshold_of(model: LoadedModel) -> float:
+    """From which probability a model of several labels a text gives a label."""
+    return (model.saved.get("tuned") or {}).get("threshold", 0.5)
+
+
+def at_least(threshold: float, probabilities: Mapping[str, float]) -> list[str]:
+    """The labels with such a probability."""
+    return [label for label, probability in probabilities.items() if probability >= threshold]
 
 
 def _named(labels: Sequence[str], values_C: np.ndarray) -> dict[str, float]:

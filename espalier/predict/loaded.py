@@ -54,12 +54,23 @@ class LoadedModel:
         asked = (self.saved.get("data") or {}).get("max_length")
         return asked or min(self.config.max_length or self.config.max_position_embeddings, LONGEST)
 
-    def classify(self, texts: str | Sequence[str] | Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    def classify(
+        self, texts: str | Sequence[str] | Sequence[tuple[str, str]], *, threshold: float | None = None
+    ) -> list[dict[str, Any]]:
         """`label`, `probability` and `probabilities` of each text, or pair of texts.
 
-        UserError where the model has no classifier.
+        Of a model that gives several labels a text: `labels` and `probabilities`, each of its own; of one that judges
+        by a number: `score`. threshold: from which probability one of several labels is given; unset = that of the
+        model, 0.5 where none was chosen. UserError where the model has no classifier.
         """
-        return self._answers("sequence_classification", _texts(texts))
+        from espalier.predict.classify import at_least
+
+        results = self._answers("sequence_classification", _texts(texts))
+        if threshold is None:
+            return results
+        if self.config.problem_type != "multi_label_classification":
+            raise UserError("threshold: this model does not give several labels a text; leave it out")
+        return [result | {"labels": at_least(threshold, result["probabilities"])} for result in results]
 
     def tag(self, texts: str | Sequence[str] | Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """`tokens`, `tags` (one each) and, where tags are of entities, `spans` of each text, or list of words.

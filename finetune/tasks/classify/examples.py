@@ -13,7 +13,9 @@ from espalier import progress
 from espalier.data.description import listed
 from espalier.data.examples import Example, encode_pairs
 from espalier.data.labelled import Labelled, read_labelled
+from espalier.data.loader import permute
 from espalier.errors import UserError
+from finetune.calibration import FEWEST
 from finetune.config import max_length
 from finetune.tasks.classify.labels import PROBLEMS, in_order, labels_of, lists_of, numbers_of, quoted
 
@@ -43,6 +45,8 @@ class Examples(NamedTuple):
 
     train: Part
     validation: Part
+    apart: Part | None
+    """Of the training file, but not learnt from: what probabilities are calibrated on. None = nothing."""
     kind: str
     """What the labels are: classes, numbers or lists."""
     names: list[str]
@@ -53,8 +57,13 @@ class Examples(NamedTuple):
     """Notices on files whose content does not match their suffix, a line each."""
 
 
-def read_examples(data: ClassifyData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig) -> Examples:
-    """Both files, encoded for the model. UserError where a file or its labels will not do."""
+def read_examples(
+    data: ClassifyData, tokenizer: PreTrainedTokenizerFast, model: ModelConfig, seed: int = 0
+) -> Examples:
+    """Both files, encoded for the model. UserError where a file or its labels will not do.
+
+    seed: chooses the part of the training file that is not learnt from.
+    """
     length = max_length(data, model)
     train, validation = (_opened(data, name) for name in ("train", "validation"))
     fingerprints = {"train": train.fingerprint, "validation": validation.fingerprint}
@@ -81,7 +90,8 @@ def read_examples(data: ClassifyData, tokenizer: PreTrainedTokenizerFast, model:
     }
     cut = (_cut(parts[name], str(getattr(data, name)), length) for name in parts)
     facts = tuple(dict.fromkeys((found.words, *train.notes, *validation.notes, *filter(None, cut))))
-    return Examples(parts["train"], parts["validation"], found.kind, names, fingerprints, facts)
+    learnt, apart = _divided(parts["train"], data, found.kind, seed)
+    return Examples(learnt, parts["validation"], apart, found.kind, names, fingerprints, facts)
 
 
 def read_validation(data: ClassifyData, model: LoadedModel) -> Part:
@@ -117,13 +127,42 @@ def _part(texts: Labelled, labels: list[Any], tokenizer: PreTrainedTokenizerFast
     return Part(texts, targets, labels)
 
 
+def _divided(part: Part, data: ClassifyData, kind: str, seed: int) -> tuple[Part, Part | None]:
+    """What is learnt from, and what is calibrated on: so much of it as data.calibration_part says."""
+    if not data.calibration_part:
+        return part, None
+    if kind == "numbers":
+        raise UserError("data.calibration_part: numbers have no probabilities to calibrate; leave it out")
+    total = len(part.labels)
+    count = round(total * data.calibration_part)
+    if count < FEWEST or count > total - FEWEST:
+        raise UserError(
+            f"data.calibration_part={data.calibration_part:g} of the {total:,} examples of {data.train} are {count:,}; "
+            f"there must be {FEWEST} at least, and as many to learn from"
+        )
+    order = permute(np.arange(total), total, seed)
+    return _some(part, np.sort(order[count:])), _some(part, np.sort(order[:count]))
+
+
+def _some(part: Part, chosen: np.ndarray) -> Part:
+    """The examples of these numbers."""
+    texts = {
+        name: [values[number] for number in chosen]
+        for name in ("texts_a", "texts_b", "labels")
+        if (values := getattr(part.texts, name)) is not None
+    }
+    encoded, labels = ([values[number] for number in chosen] for values in (part.encoded, part.labels))
+    return Part(part.texts._replace(**texts), encoded, labels)
+
+
 def _cut(part: Part, path: str, length: int) -> str | None:
-    """A line on examples that fill the row to its end, and so may have lost some of their text."""
-    full = sum(len(example.ids) >= length for example in part.encoded)
-    if not full:
+    """A line on examples that have more tokens than there is room for."""
+    lost = [example.cut for example in part.encoded if example.cut]
+    if not lost:
         return None
     return (
-        f"{path}: {full:,} of {len(part.encoded):,} examples have {length} tokens or more; what is beyond was cut off"
+        f"{path}: {len(lost):,} of {len(part.encoded):,} examples are longer than {length} tokens, the longest by "
+        f"{max(lost):,}; their ends were cut off"
     )
 
 
@@ -136,6 +175,8 @@ def describe_examples(data: ClassifyData, examples: Examples) -> dict[str, str]:
         "training": f"{data.train}: {total:,} examples, {columns}",
         "validation": f"{data.validation}: {len(examples.validation.labels):,} examples",
     }
+    if examples.apart:
+        found["calibration"] = f"on {len(examples.apart.labels):,} further examples of {data.train}, not learnt from"
     if examples.kind == "numbers":
         values = np.array(examples.train.labels)
         spread = f"from {values.min():g} to {values.max():g}, mean {values.mean():.3g}, deviation {values.std():.3g}"
@@ -164,9 +205,15 @@ def _opened(data: ClassifyData, name: str) -> Labelled:
 def _read(path: str, data: ClassifyData) -> Labelled:
     file = read_labelled(path, data.text, data.label, data.encoding)
     if file.labels is None:
+        there = ", ".join(map(repr, file.columns))
+        if len(file.columns) == 1 and (wide := next((sign for sign in "，；｜" if sign in file.columns[0]), None)):
+            raise UserError(
+                f"{path}: its columns are separated by {wide!r}, a sign of text; separate them by commas or tabs, for "
+                f"instance {','.join(file.columns[0].split(wide))!r}"
+            )
         raise UserError(
-            f"{path} has no column of labels that is known by its name; name it with --data.label: there are "
-            f"{', '.join(map(repr, file.columns))}"
+            f"{path} has no column of labels that is known by its name; name it with --data.label: there are {there}; "
+            "if these are an example and not names, put a line of names in front: text and label"
         )
     if "" in file.labels and data.label_kind != "lists":
         raise UserError(f"{path}: {file.labels.count('')} examples have an empty label; label or remove them")

@@ -10,9 +10,6 @@ import numpy as np
 from espalier.data.labelled import Labelled
 from finetune.intervals import SAMPLES, bootstrap, draws, interval
 
-BINS = 15
-"""Of the calibration error (Guo et al. 2017)."""
-
 
 def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:
     """accuracy, f1, macro_f1 and matthews.
@@ -40,15 +37,12 @@ def metric_intervals(
     labels_N: np.ndarray, predictions_N: np.ndarray, classes: int, samples: int = SAMPLES
 ) -> dict[str, list[float]]:
     """95 % intervals of accuracy, f1, macro_f1 and matthews as `accuracy_interval` …, from the same draws."""
-    tables = np.stack(
-        [
-            np.bincount(labels_N[drawn] * classes + predictions_N[drawn], minlength=classes**2)
-            for drawn in draws(len(labels_N), samples)
-        ]
-    )
-    table_SCC = tables.reshape(-1, classes, classes).astype(np.float64)
-    right_SC, true_SC, said_SC = table_SCC.diagonal(axis1=1, axis2=2), table_SCC.sum(2), table_SCC.sum(1)
-    total_S, right_S = table_SCC.sum((1, 2)), right_SC.sum(1)
+    right_SC, true_SC, said_SC = (np.empty((samples, classes)) for _ in range(3))
+    for number, drawn in enumerate(draws(len(labels_N), samples)):
+        true_N, said_N = labels_N[drawn], predictions_N[drawn]
+        for counts_SC, chosen in ((right_SC, true_N[true_N == said_N]), (true_SC, true_N), (said_SC, said_N)):
+            counts_SC[number] = np.bincount(chosen, minlength=classes)
+    total_S, right_S = np.full(samples, float(len(labels_N))), right_SC.sum(1)
     f1_SC = 2 * right_SC / np.maximum(true_SC + said_SC, 1)
     # Gorodkin 2004, equation 8.
     above_S = right_S * total_S - (true_SC * said_SC).sum(1)
@@ -60,16 +54,6 @@ def metric_intervals(
         "matthews": np.where(below_S > 0, above_S / np.where(below_S > 0, below_S, 1), 0.0),
     }
     return {f"{name}_interval": list(interval(value_S)) for name, value_S in values.items()}
-
-
-def calibration_error(confidence_N: np.ndarray, right_N: np.ndarray) -> float:
-    """Expected calibration error (Guo et al. 2017): how far confidence and accuracy are apart, on average over BINS."""
-    bins_N = np.clip(np.ceil(confidence_N * BINS).astype(int) - 1, 0, BINS - 1)
-    gaps = [
-        abs(right_N[bins_N == number].mean() - confidence_N[bins_N == number].mean()) * np.mean(bins_N == number)
-        for number in np.unique(bins_N)
-    ]
-    return float(sum(gaps))
 
 
 def majority_accuracy(train_labels: Sequence[int] | np.ndarray, labels_N: np.ndarray) -> float:

@@ -32,12 +32,17 @@ class ClassifyData(FinetuneData):
     text) where cells are JSON arrays, else classes. lists also takes cells like a|b."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: rare classes count as much as frequent ones, all their examples together."""
+    calibration_part: float = 0.0
+    """A part of the training file that is not learnt from: on it, a temperature is fitted after the training, so that
+    probabilities mean what they say (Guo et al. 2017), and of lists the threshold. Try 0.1; 0 = none."""
     examples_per_row: int = 1
     """Examples that share a row, without seeing each other; little of the rows is padding then. 0 = as many as suit
     their length, up to 8."""
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.calibration_part < 1:
+            raise UserError(f"data.calibration_part={self.calibration_part} must be at least 0 and below 1; try 0.1")
         if not 0 <= self.examples_per_row <= 64:
             raise UserError(f"data.examples_per_row={self.examples_per_row} must lie between 0 and 64; 0 = chosen")
 

@@ -35,7 +35,9 @@ def sections(run: RunFiles) -> list[Section]:
         note = f"{total:,} held-out examples by true label (row) and predicted label (column)."
         found.append(Section("Confusion matrix", confusion_table(labels, confusion["matrix"]), note, STYLE))
     if predictions:
-        found.append(_calibration(predictions))
+        chances = [(p["probability"], p["label"] == p["prediction"]) for p in predictions]
+        note = "How often the label is right, by the probability that the model gave it; the line is that probability."
+        found.append(_calibration(chances, "examples", note))
     wrong = [p for p in predictions if p["label"] != p["prediction"]]
     if wrong:
         wrong = sorted(wrong, key=lambda p: -p["probability"])
@@ -59,6 +61,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
         ("error (RMSE)", "rmse", page.number),
         ("error of the mean", "baseline_rmse", page.number),
         ("calibration error", "calibration_error", page.percent),
+        ("before its temperature", "calibration_error_before", page.percent),
     ]
     found = []
     for name, key, write in shown:
@@ -69,20 +72,18 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     return found
 
 
-def _calibration(predictions: Sequence[dict]) -> Section:
-    """How often the model is right where it says so: a bar for each tenth of probability, its target as a line."""
+def _calibration(chances: Sequence[tuple[float, bool]], unit: str, note: str) -> Section:
+    """How often that is so which the model gave a probability: a bar for each tenth, its target as a line."""
     rows = []
     for tenth in range(10):
-        inside = [p for p in predictions if tenth / 10 < p["probability"] <= (tenth + 1) / 10]
+        inside = [(said, so) for said, so in chances if min(int(10 * said), 9) == tenth]
         if inside:
-            right = sum(p["label"] == p["prediction"] for p in inside) / len(inside)
-            said = sum(p["probability"] for p in inside) / len(inside)
+            given, right = (sum(values) / len(inside) for values in zip(*inside, strict=True))
             rows.append(
-                f"<li><span>{10 * tenth} – {page.percent((tenth + 1) / 10, 0)}<small>{len(inside):,} examples</small>"
-                f"</span><i><b style='width:{100 * right:.1f}%'></b><u style='left:{100 * said:.1f}%'></u></i>"
+                f"<li><span>{10 * tenth} – {page.percent((tenth + 1) / 10, 0)}<small>{len(inside):,} {unit}</small>"
+                f"</span><i><b style='width:{100 * right:.1f}%'></b><u style='left:{100 * given:.1f}%'></u></i>"
                 f"<em>{page.percent(right, 0)}</em></li>"
             )
-    note = "How often the label is right, by the probability that the model gave it; the line is that probability."
     return Section("Calibration", f"<ul class='bars calibration'>{''.join(rows)}</ul>", note, STYLE)
 
 
@@ -124,6 +125,9 @@ def _of_lists(predictions: Sequence[dict]) -> list[Section]:
     rows.sort(key=lambda row: -row[1])
     bars = page.bars([(name, f1, words) for f1, _, name, words in rows[:40]])
     found = [Section("Labels", bars, "F1 of each label on the held-out examples, the most frequent label first.")]
+    chances = [(said, name in p["labels"]) for p in predictions for name, said in p["probabilities"].items()]
+    note = "How often a label is right, by the probability that the model gave it; the line is that probability."
+    found.append(_calibration(chances, "labels of texts", note))
     wrong = [p for p in predictions if p["labels"] != p["predictions"]]
     items = (
         (f"{', '.join(p['labels']) or 'none'}; predicted {', '.join(p['predictions']) or 'none'}", "", _text(p))
@@ -216,5 +220,7 @@ REPORT = TaskReport(
         "rmse": "root of the mean squared error",
         "baseline_rmse": "the same of the mean",
         "calibration_error": "expected calibration error",
+        "calibration_error_before": "the same without the fitted temperature",
+        "threshold": "probability from which a label is given",
     },
 )

@@ -25,24 +25,13 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
 from espalier.models.transformer import apply, init_params
 from espalier.task import Evaluation
+from espalier.training.run import TUNED
 from espalier.training.step import Objective
 from finetune.config import max_length
 from finetune.task import Labelled
-from finetune.tasks.classify.examples import LABELS, Examples, Part, describe_examples, read_examples, read_validation
+from finetune.tasks.classify.examples import LABELS, Examples, describe_examples, read_examples, read_validation
 from finetune.tasks.classify.labels import PROBLEMS
-from finetune.tasks.classify.metrics import (
-    calibration_error,
-    confusion,
-    list_metrics,
-    majority_accuracy,
-    metric_intervals,
-    metrics,
-    most_frequent_set,
-    number_metrics,
-    one_class,
-    predictions,
-    texts_of,
-)
+from finetune.tasks.classify.measured import measured, tuned
 from sharding.mesh import BATCH_AXES, host_rows
 
 if TYPE_CHECKING:
@@ -57,7 +46,7 @@ class Classification(Labelled):
 
     def __init__(self, config: ClassifyConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         self._execution = config.execution
-        self._examples = read_examples(config.data, tokenizer, model)
+        self._examples = read_examples(config.data, tokenizer, model, config.seed)
         lengths = [len(example.ids) for example in self._examples.train.encoded]
         parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.accumulation
         per_row = config.data.examples_per_row or fitting_row(lengths, config.batch_size, parts)
@@ -107,8 +96,12 @@ class Classification(Labelled):
         return self._batches.batch(step, self._rows)
 
     def evaluate(self, model: LoadedModel) -> Evaluation:
-        """The metrics of `measured`; predictions.jsonl and, of classes, confusion.json."""
-        return measured(model, self._examples.validation, self._examples.train.labels)
+        """The metrics of `measured`; predictions.jsonl and, of classes, confusion.json; tuned.json."""
+        chosen = {} if self._examples.apart is None else tuned(model, self._examples.apart)
+        if chosen:
+            model = dataclasses.replace(model, saved={**model.saved, "tuned": chosen})
+        found = measured(model, self._examples.validation, self._examples.train.labels)
+        return found._replace(files={**found.files, TUNED: chosen} if chosen else found.files)
 
     def finalize_eval(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """pearson of numbers and f1 of lists, from their counts."""
@@ -126,11 +119,12 @@ def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, 
 
 def class_weights(examples: Examples) -> np.ndarray:
     """How much each class counts [C], so that all together count alike: N / (C × its examples), as scikit-learn's
-    `balanced`. Of lists: how much a label that is right counts, (examples without it) / (examples with it)."""
+    `balanced`. Of lists: how much a label that is right counts, (examples without it) / (examples with it), both at
+    least 1."""
     labels = np.array(examples.train.labels)
     if examples.kind == "lists":
-        with_it = np.maximum(labels.sum(0), 1)
-        return ((len(labels) - labels.sum(0)) / with_it).astype(np.float32)
+        with_it = labels.sum(0)
+        return (np.maximum(len(labels) - with_it, 1) / np.maximum(with_it, 1)).astype(np.float32)
     counts = np.bincount(labels, minlength=len(examples.names))
     return (len(labels) / (len(counts) * np.maximum(counts, 1))).astype(np.float32)
 
@@ -208,57 +202,3 @@ def finalized(metrics: dict[str, Any]) -> dict[str, float]:
 def measure(model: LoadedModel, data: ClassifyData) -> Evaluation:
     """A classifier on a labelled file whose labels it knows."""
     return measured(model, read_validation(data, model))
-
-
-def measured(model: LoadedModel, part: Part, train_labels: Sequence[Any] | None = None) -> Evaluation:
-    """Metrics with their 95 % intervals and a baseline. Of classes: accuracy, f1, macro_f1, matthews, the calibration
-    error, `majority`; of lists: f1, macro_f1, accuracy, `majority` and `majority_f1` of the most frequent set; of
-    numbers: pearson, spearman, rmse, and `baseline_rmse` of the mean.
-
-    train_labels: by which the baseline is chosen; None = those of the file itself.
-    """
-    names, known = model.config.labels, part.labels if train_labels is None else train_labels
-    scores_NC = np.stack(model.outputs_of_head(part.encoded))
-    if model.config.problem_type == "regression":
-        labels_N, predictions_N = np.array(part.labels, np.float64), scores_NC[:, 0].astype(np.float64)
-        found = number_metrics(labels_N, predictions_N)
-        found["baseline_rmse"] = float(np.sqrt(np.mean((labels_N - np.mean(known)) ** 2)))
-        rows = [
-            texts_of(part.texts, row) | {"label": label, "prediction": float(prediction)}
-            for row, (label, prediction) in enumerate(zip(part.labels, predictions_N, strict=True))
-        ]
-        flat = np.ptp(predictions_N) < 1e-3 * max(np.ptp(labels_N), 1e-9)
-        warning = "warning: every validation example gets the same number, so nothing was learnt that tells them apart"
-        return Evaluation(found, rows, {}, [warning] if flat else [])
-    if model.config.problem_type == "multi_label_classification":
-        labels_NC, said_NC = np.array(part.labels), (scores_NC > 0).astype(int)
-        usual_C = most_frequent_set(np.array(known))
-        found = list_metrics(labels_NC, said_NC) | {
-            "majority": float((labels_NC == usual_C).all(1).mean()),
-            "majority_f1": float(2 * (labels_NC & usual_C).sum() / max((labels_NC + usual_C).sum(), 1)),
-        }
-        chance_NC = 1 / (1 + np.exp(-scores_NC.astype(np.float64)))
-        rows = [
-            texts_of(part.texts, row)
-            | {
-                "labels": [name for name, is_it in zip(names, labels_C, strict=True) if is_it],
-                "predictions": [name for name, is_it in zip(names, said_C, strict=True) if is_it],
-                "probabilities": dict(zip(names, map(float, chance_C), strict=True)),
-            }
-            for row, (labels_C, said_C, chance_C) in enumerate(zip(labels_NC, said_NC, chance_NC, strict=True))
-        ]
-        same = len(np.unique(said_NC, axis=0)) == 1 and len(np.unique(labels_NC, axis=0)) > 1
-        warning = "warning: every validation example gets the same labels, so nothing was learnt that tells them apart"
-        return Evaluation(found, rows, {}, [warning] if same else [])
-    labels_N = np.array(part.labels)
-    probability_NC = np.array(jax.nn.softmax(scores_NC, axis=-1))
-    predictions_N = probability_NC.argmax(1)
-    warning = one_class(labels_N, predictions_N, names)
-    found = metrics(labels_N, predictions_N, len(names)) | metric_intervals(labels_N, predictions_N, len(names))
-    found["calibration_error"] = calibration_error(probability_NC.max(1), predictions_N == labels_N)
-    return Evaluation(
-        found | {"majority": majority_accuracy(known, labels_N)},
-        list(predictions(part.texts, labels_N, probability_NC, names)),
-        {"confusion.json": confusion(labels_N, predictions_N, names)},
-        [warning] if warning else [],
-    )
