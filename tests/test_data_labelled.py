@@ -91,6 +91,11 @@ def test_errors_name_file_and_line(tmp_path, name, content, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_folder_is_no_unknown_kind_of_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        read_labelled(str(tmp_path))
+
+
 READABLE = {
     "semicolons": ("a.csv", "text;label\nfine, really;1\n\"bad; so\";0\n", "separated by semicolons"),
     "tabs in .csv": ("a.csv", 'text\tlabel\nfine, really\t1\n"bad; so"\t0\n', "separated by tabs"),

@@ -188,7 +188,7 @@ def test_what_is_missing_is_named_and_what_is_wrong_refused(there, tmp_path, cap
         (dict(data=dict(tasks=("snli",))), "there is no 'snli' in GLUE; accepted are cola, "),
         (dict(data=dict(train="F")), "GLUE has files of many tasks"),
         (dict(learning_rates=(0.0,)), "must be above 0"),
-        (dict(steps=3), "a grid has many"),
+        (dict(steps=3), "steps=3: a grid has lengths of its own"),
     ):
         with pytest.raises(UserError, match=words):
             config_for(there, tmp_path / "run", **change)

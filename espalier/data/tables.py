@@ -151,6 +151,8 @@ def _kind(path: str) -> str:
     name = plain_name(path)
     packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
     kind = os.path.splitext(name.removesuffix(packing))[1]
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; name a file in it ({EXPECTED})")
     if kind in SPREADSHEETS:
         raise UserError(f"{path} is a spreadsheet; open it and save it as CSV in UTF-8")
     if kind not in KINDS:

@@ -63,7 +63,8 @@ class GlueConfig(FinetuneConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.steps is not None or self.epochs is not None:
-            raise UserError("steps and epochs: a grid has many; give --epoch-counts 3 5")
+            given = f"steps={self.steps}" if self.steps is not None else f"epochs={self.epochs}"
+            raise UserError(f"{given}: a grid has lengths of its own; give --epoch-counts, for instance 3 5")
         if any(not 0 < rate < math.inf for rate in self.learning_rates):
             raise UserError(f"learning_rates={self.learning_rates} must be above 0; try 1e-5 3e-5 5e-5")
         if any(not 0 < count < math.inf for count in self.epoch_counts):
