@@ -37,6 +37,8 @@ class ChooseData(FinetuneData):
 class ChooseConfig(FinetuneConfig):
     """A fine-tuning run that learns to prefer the right choice."""
 
+    SELDOM: ClassVar[tuple[str, ...]] = ("stop_at", "scratch")
+
     task: ClassVar[str] = "multiple_choice"
     data: ChooseData = field(default_factory=ChooseData)
 

@@ -31,7 +31,7 @@ class EmbedData(FinetuneData):
     """Column of the text that belongs to it, or of a list of them; unset = guessed (positive, document, answer …)."""
     negatives: tuple[str, ...] = often(())
     """Columns of hard negatives, texts or lists of them; unset = guessed (negative, negatives, negative_1 …)."""
-    score: str | None = often(None)
+    score: str | None = None
     """Column that says how alike the two texts are, in numbers; unset = guessed (score, similarity_score …)."""
     label: str | None = None
     """Column that says by 1 or 0 whether the two texts belong together; unset = guessed (label, Quality …)."""
@@ -48,15 +48,17 @@ class EmbedData(FinetuneData):
 class EmbedConfig(FinetuneConfig):
     """A fine-tuning run that learns sentence embeddings."""
 
+    SELDOM: ClassVar[tuple[str, ...]] = ("stop_at", "scratch")
+
     task: ClassVar[str] = "sentence_embedding"
     data: EmbedData = field(default_factory=EmbedData)
     pooling: Literal["mean", "first", "last"] | None = often(None)
     """Mean of a text's states, or its first or last one; unset = as the model says, else mean (causal: last)."""
     temperature: float = often(0.05)
     """What cosines are divided by."""
-    symmetric: bool = often(False)
+    symmetric: bool = False
     """Let each positive find its query too, not only each query its positive."""
-    matryoshka: tuple[int, ...] = often(())
+    matryoshka: tuple[int, ...] = ()
     """Sizes to which embeddings may be cut: the loss is summed over these and the whole (Kusupati et al. 2022)."""
     scored: Literal["cosent", "cosine"] = "cosent"
     """The loss of pairs with a score: their order within the batch (CoSENT), or the square error of the cosine."""

@@ -27,7 +27,7 @@ class RankData(FinetuneData):
     """Column of queries; unset = guessed (query, question, …)."""
     text: str | None = often(None)
     """Column of texts; unset = guessed (text, passage, document, …)."""
-    label: str | None = often(None)
+    label: str | None = None
     """Column of relevance: 0, 1 or grades; unset = guessed (relevance, label, score, …)."""
     negatives: int = often(7)
     """Irrelevant texts for each relevant one that are learnt from, where the file does not pair them itself."""
