@@ -87,7 +87,7 @@ def adapt(config: FinetuneConfig, data: Labelled, head: str, start: Start) -> Pa
     )
 
 
-def places_of(shapes: Mapping, targets: str) -> list[Place]:
+def places_of(shapes: Any, targets: str) -> list[Place]:
     """The kernels of layers whose path matches. UserError for what is no regular expression, or matches none."""
     try:
         pattern = re.compile(targets)

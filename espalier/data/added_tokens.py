@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from espalier.errors import UserError
 
@@ -53,6 +53,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike) -> A
         raise UserError(f"add_tokens: {path} has no token that is new ({len(known)} are there already); leave it out")
     # Words are found whatever their case, where the tokenizer ignores that; BERT would put blanks into Chinese ones.
     words = {text: WITHOUT_BLANKS.search(text) is None for text in pieces}
-    tokenizer.add_tokens([AddedToken(text, single_word=words[text], normalized=words[text]) for text in pieces])
+    new: list[Any] = [AddedToken(text, single_word=words[text], normalized=words[text]) for text in pieces]
+    tokenizer.add_tokens(new)
     after = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
     return Added({after[text]: ids for text, ids in pieces.items()}, known)

@@ -26,9 +26,9 @@ TRIED = 256
 
 
 class Example(NamedTuple):
-    ids: Sequence[int]
+    ids: Sequence[int] | np.ndarray
     """Special tokens included."""
-    types: Sequence[int]
+    types: Sequence[int] | np.ndarray
     """Which of its texts each token belongs to (0 or 1)."""
     offsets: np.ndarray | None = None
     """int32 [tokens, 2]: the characters begin … end of its text that a token stands for; -1 for special tokens."""

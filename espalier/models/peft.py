@@ -131,7 +131,7 @@ def read_adapter(folder: str | os.PathLike, config: ModelConfig, head: str, para
         else:
             whole[plain] = view
     full = {plain_name(family, name.removeprefix(PREFIX)): name for name in tensors}
-    views, there = {}, tensors_of(family, config, head, params)
+    views, there = {}, tensors_of(family, config, head, dict(params))
     for tensor in there:
         plain = plain_name(family, tensor.name)
         module = plain.removesuffix(".weight")

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sharding.rules import shard_params
 
@@ -100,6 +101,6 @@ def _changed(kernel: Any, *adapter: Any) -> Any:
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return kernel
     # The other parameters are passed on as they are: only kernels need new memory.
-    layout = kernel.sharding if isinstance(kernel, jax.Array) and not isinstance(kernel, jax.core.Tracer) else None
+    layout = kernel.sharding if isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer) else None
     new = jax.jit(lambda w, a, b, s: w + low_rank_change(a, b, s, w.ndim), out_shardings=layout)(kernel, *adapter)
     return np.asarray(new) if isinstance(kernel, np.ndarray) else new

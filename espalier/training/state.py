@@ -55,15 +55,19 @@ def combined(params: Any, frozen: Any) -> Any:
 
 
 def _merged(params: Any, frozen: Any, path: str) -> Any:
-    if not (isinstance(params, Mapping) and isinstance(frozen, Mapping)):
-        assert "layers/period/" in path and params.shape[1:] == frozen.shape[1:], f"{path} is both trained and frozen"
-        if isinstance(params, jax.ShapeDtypeStruct):
-            rows = params.shape[0] + frozen.shape[0]
-            return jax.ShapeDtypeStruct((rows, *params.shape[1:]), params.dtype, sharding=params.sharding)
-        numpy = isinstance(params, np.ndarray) and isinstance(frozen, np.ndarray)
-        return (np if numpy else jnp).concatenate([frozen, params])
-    shared = {name: _merged(params[name], frozen[name], f"{path}/{name}") for name in params.keys() & frozen.keys()}
-    return {**params, **frozen, **shared}
+    if isinstance(params, Mapping) and isinstance(frozen, Mapping):
+        both = params.keys() & frozen.keys()
+        return {**params, **frozen} | {name: _merged(params[name], frozen[name], f"{path}/{name}") for name in both}
+    return _stacked(params, frozen, path)
+
+
+def _stacked(last: Any, first: Any, path: str) -> Any:
+    assert "layers/period/" in path and last.shape[1:] == first.shape[1:], f"{path} is both trained and frozen"
+    if isinstance(last, jax.ShapeDtypeStruct):
+        rows = last.shape[0] + first.shape[0]
+        return jax.ShapeDtypeStruct((rows, *last.shape[1:]), last.dtype, sharding=last.sharding)
+    numpy = isinstance(last, np.ndarray) and isinstance(first, np.ndarray)
+    return (np if numpy else jnp).concatenate([first, last])
 
 
 def new_state(

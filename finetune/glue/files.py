@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,11 +108,11 @@ def _table(source: str, task: GlueTask, name: str) -> Table | None:
 def _rows(table: Table, task: GlueTask, source: str, name: str) -> Iterator[dict[str, str]]:
     library = source.startswith(LIBRARIES)
     text, label = (task.fields, "label") if library else (task.text, task.label)
-    columns = list(table.columns)
-    first: list[list[str | None]] = []
+    columns: list[str] = list(table.columns)
+    first: list[Sequence[str | None]] = []
     if not library and not task.header and name in ("train", task.dev):
         # CoLA: the first line is an example; its cells stand where the names of columns would.
-        first, columns = [list(table.columns)], list(COLA_COLUMNS)
+        first, columns = [list(table.columns)], [*map(str, COLA_COLUMNS)]
         if len(table.columns) != len(COLA_COLUMNS):
             raise UserError(
                 f"{table.path} has {len(table.columns)} columns; GLUE's CoLA has {len(COLA_COLUMNS)}: "
@@ -125,7 +125,7 @@ def _rows(table: Table, task: GlueTask, source: str, name: str) -> Iterator[dict
         )
     at = [columns.index(column) for column in text]
     label_at = columns.index(label) if label in columns else None
-    for values in (*first, *(list(row.values) for row in table.rows)):
+    for values in (*first, *(row.values for row in table.rows)):
         row = {"text": values[at[0]] or ""}
         if len(at) == 2:
             row["text_b"] = values[at[1]] or ""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -80,7 +80,8 @@ def _sweep(config: FinetuneConfig, points: dict[tuple[float, int], Path]) -> Non
             path.mkdir(parents=True, exist_ok=True)
             params = jax.tree.map(lambda leaf, s=s, r=r: leaf[s, r], swept.params)
             # As a run at its end: what is measured is written where a run of its own would have it.
-            found = tasks[seed].finish(SimpleNamespace(run=SimpleNamespace(path=path), params=params, mesh=mesh))
+            trained: Any = SimpleNamespace(run=SimpleNamespace(path=path), params=params, mesh=mesh)
+            found = tasks[seed].finish(trained)
             write_json(path / "grid.json", found | {"loss": swept.loss_SRs[s, r].astype(float).tolist()})
 
 

@@ -56,7 +56,7 @@ def units(text: str, unit: Unit) -> list[str]:
     if unit == "words":
         text = "".join(character for character in text if character not in string.punctuation)
         return ARTICLES.sub(" ", text).split()
-    found = []
+    found: list[str] = []
     for character in text:
         if character in string.punctuation or unicodedata.category(character).startswith("P"):
             continue

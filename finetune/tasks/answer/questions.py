@@ -103,7 +103,7 @@ def _questions(path: str, place: str, record: Mapping[str, Any]) -> Iterator[Que
     elif "paragraphs" in record:
         for paragraph in _objects(record["paragraphs"], f"{place}: paragraphs"):
             for number, asked in enumerate(_objects(paragraph.get("qas"), f"{place}: qas"), 1):
-                row = {"title": record.get("title"), "context": paragraph.get("context")} | asked
+                row = {"title": record.get("title"), "context": paragraph.get("context"), **asked}
                 yield _question(f"{place}: question {asked.get('id', number)}", row)
     elif "question" in record:
         named = record.get("id") is not None

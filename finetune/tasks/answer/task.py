@@ -137,7 +137,7 @@ def measured(model: LoadedModel, part: Part, how: Answering, unit: Unit) -> Eval
     candidates = find_answers(model, part.asked, how, part.windows)
     results = [result_of(found, how) for found in candidates]
     given = [row["answer"] for row in results]
-    found: dict[str, Any] = metrics(given, part.answers, unit) | baseline(part.asked, part.answers, unit)
+    found: dict[str, Any] = {**metrics(given, part.answers, unit), **baseline(part.asked, part.answers, unit)}
     if how.threshold is not None:
         found["threshold"] = how.threshold
     if how.threshold is not None and not all(part.answers):
