@@ -18,6 +18,7 @@ from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.transformer import init_params
 from espalier.predict.outputs import softmax
+from espalier.report.card import model_card
 from finetune.calibration import best_threshold, calibration_error, fitted_temperature
 from finetune.config import FinetuneOptimizer
 from finetune.intervals import bootstrap, mean_interval
@@ -89,7 +90,11 @@ def test_numbers_are_learnt_and_measured(there, tmp_path, capsys):
     np.testing.assert_allclose(scores, predictions, atol=1e-5)
     again = CLASSIFICATION.evaluate(model, ClassifyData(validation=there.validation, text=("text",), label="number"))
     assert again.metrics["spearman"] == pytest.approx(metrics["spearman"])
-    assert "Pearson" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Pearson, 95 % between" in page and "squared error over the steps" in page and "nats per" not in page
+    card = model_card(tmp_path / "run")
+    assert f"| Pearson correlation | {metrics['pearson']:.4g} (95 %: {low:.4g} to {high:.4g}) |" in card
+    assert "loss (squared error)" in card
 
 
 def test_several_labels_a_text_are_learnt_and_measured(there, tmp_path, capsys):

@@ -20,7 +20,7 @@ from espalier.models.description import describe
 from espalier.models.families.bert import BERT_BASE
 from espalier.progress import amount
 from espalier.training.config import TrainConfig
-from espalier.training.introduction import conclude, result_words, without_stop
+from espalier.training.introduction import conclude, interval_words, result_words, without_stop
 from espalier.training.run import RunDirectory
 from sharding.mesh import MeshConfig, build_mesh
 
@@ -97,6 +97,15 @@ def test_the_result_is_in_words():
         "accuracy 81.5 % (majority class 50.9 %), F1 82.3 %, Matthews correlation 0.632"
     )
     assert result_words({"metrics": {}, "eval": {}}) == ""
+    several = {"accuracy": 0.5, "f1": 0.8, "majority": 0.1, "majority_f1": 0.2}
+    assert result_words({"metrics": several}) == (
+        "accuracy 50.0 % (most frequent set 10.0 %), F1 80.0 % (most frequent set 20.0 %)"
+    )
+    numbers = {"pearson": 0.9, "rmse": 0.352, "baseline_rmse": 1.169, "pearson_interval": [0.875, 0.9251]}
+    assert result_words({"metrics": numbers}) == "Pearson 0.900, error 0.352 (of the mean 1.169)"
+    assert interval_words({"metrics": numbers}) == "Pearson 0.875 to 0.925"
+    assert interval_words({"metrics": measured | {"f1_interval": [0.8, 0.84]}}) == "F1 80.0 to 84.0 %"
+    assert interval_words({"metrics": measured}) == ""
 
 
 @pytest.mark.parametrize(

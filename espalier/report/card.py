@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.report.run_files import RunFiles, read_run
-from espalier.report.task import TaskReport, report_of
+from espalier.report.task import TaskReport, loss_words, report_of
 
 PIPELINES = ("fill-mask", "text-generation", "text-classification", "token-classification")
 """Pipelines of transformers that the card shows for loading the model; for others it shows the class."""
@@ -54,7 +54,7 @@ def model_card(run_dir: str | Path) -> str:
         )
     for heading, rows in (
         ("Data", _data(config)),
-        ("Results on held-out data", _results(task, summary)),
+        ("Results on held-out data", _results(task, run)),
         ("Settings", _settings(task, run)),
         ("Environment", summary.get("environment", {})),
     ):
@@ -90,14 +90,17 @@ def _data(config: dict) -> dict[str, str]:
     return ({"started from": base} if base else {}) | rows
 
 
-def _results(task: TaskReport, summary: dict) -> dict[str, str]:
-    measured = (summary.get("eval") or {}) | (summary.get("metrics") or {})
-    names: dict[str, str] = {"loss": f"loss (nats per {task.unit})", **task.metric_names}
-    return {
-        names.get(str(name), str(name).replace("_", " ")): f"{value:.4g}"
-        for name, value in measured.items()
-        if isinstance(value, int | float)
-    }
+def _results(task: TaskReport, run: RunFiles) -> dict[str, str]:
+    """The metrics, with the intervals that hold them in 95 of 100 cases where a task has some."""
+    measured = (run.summary.get("eval") or {}) | (run.summary.get("metrics") or {})
+    names: dict[str, str] = {"loss": f"loss ({loss_words(task, run.config)})", **task.metric_names}
+    found = {}
+    for name, value in measured.items():
+        if isinstance(value, int | float):
+            low_high = measured.get(f"{name}_interval")
+            sure = " (95 %: {:.4g} to {:.4g})".format(*low_high) if low_high else ""
+            found[names.get(str(name), str(name).replace("_", " "))] = f"{value:.4g}{sure}"
+    return found
 
 
 def _settings(task: TaskReport, run: RunFiles) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from espalier.report import page
 from espalier.report.figures import Bar, Curve, draw, legend
 from espalier.report.page import Section
 from espalier.report.run_files import RunFiles, read_run
-from espalier.report.task import report_of
+from espalier.report.task import loss_words, report_of
 
 CURVES = ("accuracy", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second")
 """Metrics beside the loss that are drawn, in this order; those that only some tasks have follow them."""
@@ -48,7 +48,7 @@ def loss_sections(run: RunFiles) -> list[Section]:
         return []
     task = report_of(run.config)
     bar, note = task.baseline(run) or (None, "")
-    return [Section("Loss", _picture(loss, f"nats per {task.unit}", bar=bar), note)]
+    return [Section("Loss", _picture(loss, loss_words(task, run.config), bar=bar), note)]
 
 
 def compared_run_sections(run: RunFiles) -> list[Section]:
@@ -114,12 +114,13 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     """The figures at the head of the page: (name, value)."""
     summary, own = run.summary, report_of(run.config).tiles(run)
     held_out, final = summary.get("eval") or {}, summary.get("metrics") or {}
+    shown = any(name.startswith("accuracy") for name, _ in own)
     others = sorted(held_out.keys() - final.keys() - {"loss", "perplexity", "bits_per_byte", "accuracy"})
     candidates: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("held-out loss", held_out.get("loss"), lambda x: f"{x:.3f}"),
         ("perplexity", held_out.get("perplexity"), page.number),
         ("bits per byte", held_out.get("bits_per_byte"), lambda x: f"{x:.3f}"),
-        ("held-out accuracy", None if "accuracy" in dict(own) else held_out.get("accuracy"), page.percent),
+        ("held-out accuracy", None if shown else held_out.get("accuracy"), page.percent),
         *((f"held-out {name.replace('_', ' ')}", held_out[name], page.number) for name in others),
         ("parameters", summary.get("parameters"), page.number),
         ("tokens trained on", summary.get("tokens"), page.number),

@@ -24,6 +24,8 @@ class TaskReport:
     """What was trained, from config.json: the first words under the name of the run."""
     unit: str = "example"
     """What the loss is the mean over: nats per `unit`."""
+    loss: Callable[[dict], str | None] = lambda config: None
+    """What the loss is, from config.json, where it is not in nats."""
     sections: Callable[[RunFiles], list[Section]] = lambda run: []
     """Shown after the loss."""
     tiles: Callable[[RunFiles], list[tuple[str, str]]] = lambda run: []
@@ -48,6 +50,11 @@ IMPORTED = {
     "embedding": TaskReport(words="for text embeddings"),
 }
 """Heads with which a model can be imported and exported, though no task here trains them."""
+
+
+def loss_words(task: TaskReport, config: dict) -> str:
+    """What the loss of a run is: "nats per example"."""
+    return task.loss(config) or f"nats per {task.unit}"
 
 
 def report_of(config: Mapping[str, Any]) -> TaskReport:

@@ -119,7 +119,7 @@ def result_words(summary: dict) -> str:
     if "rmse" in values and "baseline_rmse" in values:
         words["rmse"] += f" (of the mean {values['baseline_rmse']:.4g})"
     for key in words:
-        if (baseline := values.get(f"baseline_{key}")) is not None:
+        if key != "rmse" and (baseline := values.get(f"baseline_{key}")) is not None:
             words[key] += f" (baseline {FIGURES[key][1].format(baseline)})"
     return ", ".join(words.values()).replace("%", " %")
 

@@ -63,10 +63,9 @@ def majority_accuracy(train_labels: Sequence[int] | np.ndarray, labels_N: np.nda
 
 def number_metrics(labels_N: np.ndarray, predictions_N: np.ndarray) -> dict[str, Any]:
     """pearson, spearman and rmse, with 95 % intervals. A correlation is 0 where one side does not vary."""
-    correlations = {"pearson": pearson, "spearman": spearman}
-    found: dict[str, Any] = {name: measure(labels_N, predictions_N) for name, measure in correlations.items()}
-    found["rmse"] = float(np.sqrt(np.mean((labels_N - predictions_N) ** 2)))
-    for name, measure in correlations.items():
+    measures = {"pearson": pearson, "spearman": spearman, "rmse": _root_of_mean_square}
+    found: dict[str, Any] = {name: measure(labels_N, predictions_N) for name, measure in measures.items()}
+    for name, measure in measures.items():
         low_high = bootstrap(lambda drawn, of=measure: of(labels_N[drawn], predictions_N[drawn]), len(labels_N))
         found[f"{name}_interval"] = list(low_high)
     return found
@@ -136,6 +135,10 @@ def predictions(texts: Labelled, labels_N, probability_NC, names: Sequence[str])
 def texts_of(texts: Labelled, row: int) -> dict[str, Any]:
     """text, and text_b of a pair."""
     return {"text": texts.texts_a[row]} | ({} if texts.texts_b is None else {"text_b": texts.texts_b[row]})
+
+
+def _root_of_mean_square(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((a_N - b_N) ** 2)))
 
 
 def _ranks(values_N: np.ndarray) -> np.ndarray:

@@ -53,7 +53,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     rounded = "{:.3f}".format
     shown = [
         ("accuracy", "accuracy", page.percent),
-        ("majority class", "majority", page.percent),
+        ("most frequent set" if "majority_f1" in final else "majority class", "majority", page.percent),
         (f"F1 of {labels[1]}" if len(labels) == 2 else "F1", "f1", page.percent),
         ("Matthews", "matthews", rounded),
         ("Pearson", "pearson", rounded),
@@ -67,8 +67,8 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     for name, key, write in shown:
         if final.get(key) is not None:
             low_high = final.get(f"{key}_interval")
-            more = f" ({write(low_high[0])} – {write(low_high[1])})" if low_high else ""
-            found.append((f"{name}{', 95 % interval' if low_high else ''}", write(final[key]) + more))
+            sure = f", 95 % between {write(low_high[0])} and {write(low_high[1])}" if low_high else ""
+            found.append((name + sure, write(final[key])))
     return found
 
 
@@ -141,12 +141,16 @@ def _of_lists(predictions: Sequence[dict]) -> list[Section]:
 
 
 def title(config: dict) -> str:
-    labels, problem = config.get("labels"), (config.get("model") or {}).get("problem_type")
+    labels, problem = config.get("labels"), _problem(config)
     if problem == "regression":
         return f"Regression of {labels[0]}" if labels else "Regression"
     if problem == "multi_label_classification" and labels:
         return f"Classifier with {len(labels)} labels, several a text"
     return f"Classifier with {len(labels)} labels" if labels else "Classifier"
+
+
+def _problem(config: dict) -> str | None:
+    return (config.get("model") or {}).get("problem_type")
 
 
 def confusion_table(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
@@ -204,6 +208,7 @@ overflow-wrap:anywhere}
 REPORT = TaskReport(
     title=title,
     unit="example",
+    loss=lambda config: "squared error" if _problem(config) == "regression" else None,
     sections=sections,
     tiles=tiles,
     pipeline="text-classification",
