@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_finetune import ENCODER, sentences, write_jsonl, write_run
+from test_finetune import ENCODER, TEXTS, sentences, write_jsonl
+from tiny_runs import write_run
 
 import finetune.train
 import mlm.pretrain
@@ -90,7 +91,7 @@ def test_pretraining_with_a_cache_on_each_host(run, tmp_path):
 
 
 def test_finetuning(run, tmp_path):
-    base = write_run(tmp_path / "base", dataclasses.replace(ENCODER, classifier_pooling="cls"))
+    base = write_run(tmp_path / "base", dataclasses.replace(ENCODER, classifier_pooling="cls"), TEXTS)
     train, validation = (write_jsonl(tmp_path / f"{n}.jsonl", sentences(n)) for n in (32, 13))
     files = ("--data.train", train, "--data.validation", validation, "--init-from", base)
     shape = ("--steps", 3, "--batch-size", 8, "--export", "both-hf")
@@ -109,6 +110,9 @@ def test_finetuning(run, tmp_path):
         )
     )
     same_results(together, alone)
+    # Of probabilities, which agree to rounding; all others count labels.
+    calibration = [found["metrics"].pop("calibration_error") for found in (together, alone)]
+    assert calibration[0] == pytest.approx(calibration[1], abs=1e-6)
     assert together["metrics"] == alone["metrics"]
     same_weights(tmp_path / "both-hf", tmp_path / "one-hf")
     assert names(tmp_path / "both") == names(tmp_path / "one")
