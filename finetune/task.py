@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -91,13 +92,20 @@ class Labelled(Protocol):
 class FinetuneTask(TaskRecord):
     """A task that is learnt from labelled files, on top of a pretrained model."""
 
-    reads: Callable[[Any, ModelConfig, PreTrainedTokenizerFast, Mesh], Labelled]
-    """Its FinetuneConfig, … → the files of config.data, read; UserError where they will not do."""
-    measures: Callable[[LoadedModel, Any], Evaluation] | None = None
-    """A model on the validation file of the data settings; UserError where the file will not do."""
+    place: str
+    """Module and class that read its data, `finetune.tasks.tag.task:Tagging`, loaded when they are needed.
+
+    The class is a Labelled of (config, model, tokenizer, mesh). The module's function `measure(model, data)` gives the
+    Evaluation of a model on the validation file of the data settings. UserError where a file will not do.
+    """
 
     def evaluate(self, model: LoadedModel, data: Any) -> Evaluation:
-        return self.measures(model, data) if self.measures else super().evaluate(model, data)
+        return importlib.import_module(self.place.partition(":")[0]).measure(model, data)
+
+    def read(self, config: Any, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh) -> Labelled:
+        """The files of config.data."""
+        module, _, name = self.place.partition(":")
+        return getattr(importlib.import_module(module), name)(config, model, tokenizer, mesh)
 
     def architecture(
         self, config: FinetuneConfig, origin: Origin | None, given: frozenset[str]
@@ -132,7 +140,7 @@ class FinetuneTask(TaskRecord):
         tokenizer = start.tokenizer
         assert tokenizer is not None
         config = _settled(config, start)
-        data = self.reads(config, start.model, tokenizer, start.mesh)
+        data = self.read(config, start.model, tokenizer, start.mesh)
         config = resolved(replace(config, data=data.data or config.data), data.examples, start.model.hidden_size)
         assert config.steps is not None
         tokens, longest = data.tokens_per_row, max_length(config.data, start.model)

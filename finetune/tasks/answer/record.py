@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from espalier.errors import UserError
 from espalier.short_help import often
@@ -11,11 +11,6 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
 from finetune.task import FinetuneTask
 from finetune.tasks.answer.report import REPORT
-
-if TYPE_CHECKING:
-    from espalier.predict.loaded import LoadedModel
-    from espalier.task import Evaluation
-    from finetune.tasks.answer.task import QuestionAnswering
 
 
 @dataclass(frozen=True)
@@ -63,24 +58,11 @@ def answer() -> AnswerConfig:
     return AnswerConfig(log_every=10, checkpoint=CheckpointConfig(every=1000))
 
 
-def read(*given) -> QuestionAnswering:
-    from finetune.tasks.answer.task import QuestionAnswering
-
-    return QuestionAnswering(*given)
-
-
-def measure(model: LoadedModel, data: AnswerData) -> Evaluation:
-    from finetune.tasks.answer.task import measure
-
-    return measure(model, data)
-
-
 ANSWERING = FinetuneTask(
     name="question_answering",
     head="question_answering",
     report=REPORT,
     data=AnswerData,
     splits_rows=False,
-    reads=read,
-    measures=measure,
+    place="finetune.tasks.answer.task:QuestionAnswering",
 )

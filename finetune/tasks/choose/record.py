@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
 from finetune.task import FinetuneTask
 from finetune.tasks.choose.report import REPORT
-
-if TYPE_CHECKING:
-    from espalier.predict.loaded import LoadedModel
-    from espalier.task import Evaluation
-    from finetune.tasks.choose.task import MultipleChoice
 
 
 @dataclass(frozen=True)
@@ -52,18 +47,6 @@ def choose() -> ChooseConfig:
     return ChooseConfig(batch_size=16, log_every=10, checkpoint=CheckpointConfig(every=1000))
 
 
-def read(*given) -> MultipleChoice:
-    from finetune.tasks.choose.task import MultipleChoice
-
-    return MultipleChoice(*given)
-
-
-def measure(model: LoadedModel, data: ChooseData) -> Evaluation:
-    from finetune.tasks.choose.task import measure
-
-    return measure(model, data)
-
-
 MULTIPLE_CHOICE = FinetuneTask(
     name="multiple_choice",
     head="causal_lm",
@@ -71,6 +54,5 @@ MULTIPLE_CHOICE = FinetuneTask(
     report=REPORT,
     data=ChooseData,
     splits_rows=False,
-    reads=read,
-    measures=measure,
+    place="finetune.tasks.choose.task:MultipleChoice",
 )

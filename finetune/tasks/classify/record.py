@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from espalier.errors import UserError
 from espalier.models.config import Execution
@@ -12,11 +12,6 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData, FinetuneOptimizer
 from finetune.task import FinetuneTask
 from finetune.tasks.classify.report import REPORT
-
-if TYPE_CHECKING:
-    from espalier.predict.loaded import LoadedModel
-    from espalier.task import Evaluation
-    from finetune.tasks.classify.task import Classification
 
 
 @dataclass(frozen=True)
@@ -82,24 +77,11 @@ def demo() -> ClassifyConfig:
     )
 
 
-def read(*given) -> Classification:
-    from finetune.tasks.classify.task import Classification
-
-    return Classification(*given)
-
-
-def measure(model: LoadedModel, data: ClassifyData) -> Evaluation:
-    from finetune.tasks.classify.task import measure
-
-    return measure(model, data)
-
-
 CLASSIFICATION = FinetuneTask(
     name="sequence_classification",
     head="sequence_classification",
     report=REPORT,
     data=ClassifyData,
     splits_rows=False,
-    reads=read,
-    measures=measure,
+    place="finetune.tasks.classify.task:Classification",
 )

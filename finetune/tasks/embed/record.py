@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from espalier.errors import UserError
 from espalier.short_help import often
@@ -11,11 +11,6 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
 from finetune.task import FinetuneTask
 from finetune.tasks.embed.report import REPORT
-
-if TYPE_CHECKING:
-    from espalier.predict.loaded import LoadedModel
-    from espalier.task import Evaluation
-    from finetune.tasks.embed.task import SentenceEmbedding
 
 
 @dataclass(frozen=True)
@@ -80,24 +75,11 @@ def embed() -> EmbedConfig:
     return EmbedConfig(batch_size=64, log_every=10, checkpoint=CheckpointConfig(every=1000))
 
 
-def read(*given) -> SentenceEmbedding:
-    from finetune.tasks.embed.task import SentenceEmbedding
-
-    return SentenceEmbedding(*given)
-
-
-def measure(model: LoadedModel, data: EmbedData) -> Evaluation:
-    from finetune.tasks.embed.task import measure
-
-    return measure(model, data)
-
-
 SENTENCE_EMBEDDING = FinetuneTask(
     name="sentence_embedding",
     head="embedding",
     report=REPORT,
     data=EmbedData,
     splits_rows=False,
-    reads=read,
-    measures=measure,
+    place="finetune.tasks.embed.task:SentenceEmbedding",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from espalier.data.text_template import template_parts
 from espalier.errors import UserError
@@ -12,11 +12,6 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
 from finetune.task import FinetuneTask
 from finetune.tasks.instruct.report import REPORT
-
-if TYPE_CHECKING:
-    from espalier.predict.loaded import LoadedModel
-    from espalier.task import Evaluation
-    from finetune.tasks.instruct.task import InstructionTuning
 
 
 @dataclass(frozen=True)
@@ -93,23 +88,10 @@ def translate() -> InstructConfig:
     )
 
 
-def read(*given) -> InstructionTuning:
-    from finetune.tasks.instruct.task import InstructionTuning
-
-    return InstructionTuning(*given)
-
-
-def measure(model: LoadedModel, data: InstructData) -> Evaluation:
-    from finetune.tasks.instruct.task import measure
-
-    return measure(model, data)
-
-
 INSTRUCTION = FinetuneTask(
     name="instruction_tuning",
     head="causal_lm",
     report=REPORT,
     data=InstructData,
-    reads=read,
-    measures=measure,
+    place="finetune.tasks.instruct.task:InstructionTuning",
 )

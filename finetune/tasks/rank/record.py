@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from espalier.errors import UserError
 from espalier.short_help import often
@@ -11,11 +11,6 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
 from finetune.task import FinetuneTask
 from finetune.tasks.rank.report import REPORT
-
-if TYPE_CHECKING:
-    from espalier.predict.loaded import LoadedModel
-    from espalier.task import Evaluation
-    from finetune.tasks.rank.task import Ranking
 
 
 @dataclass(frozen=True)
@@ -65,24 +60,11 @@ def rank() -> RankConfig:
     return RankConfig(log_every=10, checkpoint=CheckpointConfig(every=1000))
 
 
-def read(*given) -> Ranking:
-    from finetune.tasks.rank.task import Ranking
-
-    return Ranking(*given)
-
-
-def measure(model: LoadedModel, data: RankData) -> Evaluation:
-    from finetune.tasks.rank.task import measure
-
-    return measure(model, data)
-
-
 RANKING = FinetuneTask(
     name="ranking",
     head="sequence_classification",
     report=REPORT,
     data=RankData,
     splits_rows=False,
-    reads=read,
-    measures=measure,
+    place="finetune.tasks.rank.task:Ranking",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from espalier.errors import UserError
 from espalier.short_help import often
@@ -11,11 +11,6 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
 from finetune.task import FinetuneTask
 from finetune.tasks.tag.report import REPORT
-
-if TYPE_CHECKING:
-    from espalier.predict.loaded import LoadedModel
-    from espalier.task import Evaluation
-    from finetune.tasks.tag.task import Tagging
 
 
 @dataclass(frozen=True)
@@ -53,24 +48,11 @@ def tag() -> TagConfig:
     return TagConfig(log_every=10, checkpoint=CheckpointConfig(every=1000))
 
 
-def read(*given) -> Tagging:
-    from finetune.tasks.tag.task import Tagging
-
-    return Tagging(*given)
-
-
-def measure(model: LoadedModel, data: TagData) -> Evaluation:
-    from finetune.tasks.tag.task import measure
-
-    return measure(model, data)
-
-
 TAGGING = FinetuneTask(
     name="token_classification",
     head="token_classification",
     report=REPORT,
     data=TagData,
     splits_rows=False,
-    reads=read,
-    measures=measure,
+    place="finetune.tasks.tag.task:Tagging",
 )
