@@ -23,8 +23,8 @@ from espalier.predict.use import use_of
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneOptimizer
 from finetune.tasks.choose.files import read_questions
-from finetune.tasks.choose.record import ChooseConfig, ChooseData, measure
-from finetune.tasks.choose.task import ChoiceBatches, choice_objective
+from finetune.tasks.choose.record import ChooseConfig, ChooseData
+from finetune.tasks.choose.task import ChoiceBatches, choice_objective, measure
 from finetune.train import main
 from sharding.mesh import MeshConfig
 

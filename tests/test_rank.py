@@ -34,8 +34,8 @@ from finetune.tasks.rank.examples import GroupBatches, training_pairs
 from finetune.tasks.rank.files import read_judged
 from finetune.tasks.rank.judged import Judged, Query
 from finetune.tasks.rank.metrics import means, measured, validation_loss
-from finetune.tasks.rank.record import RankConfig, RankData, measure
-from finetune.tasks.rank.task import ranking_objective, scores
+from finetune.tasks.rank.record import RankConfig, RankData
+from finetune.tasks.rank.task import measure, ranking_objective, scores
 from finetune.train import main
 from sharding.mesh import MeshConfig
 
