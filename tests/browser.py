@@ -71,7 +71,7 @@ class Page:
 @contextlib.asynccontextmanager
 async def page(folder: pathlib.Path, width: int = 390, height: int = 844) -> AsyncIterator[Page]:
     """folder: for what the browser keeps."""
-    assert CHROMIUM
+    assert CHROMIUM, "no chromium in the PATH: apt-get install chromium"
     flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-port=0"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder}", "about:blank"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import uvicorn
-from browser import CHROMIUM, page
+from browser import page
 from tiny_models import BERT, random_params
 
 import espalier
@@ -306,7 +306,7 @@ SHOWN = {
 }
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH: `apt-get install chromium` for the page's test")
+@pytest.mark.browser
 def test_the_page_in_a_browser(tmp_path):
     """Fields are typed into and a button is clicked, on a screen of a phone's size, for every kind of result."""
 
