@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from test_finetune import ENCODER, config_for, sentences, write_jsonl
-from test_finetune import TEXTS as SENTENCES
+from labelled_words import ENCODER, config_for, sentences, write_jsonl
+from labelled_words import TEXTS as SENTENCES
 from tiny_models import BERT, GPT, random_params
 from tiny_runs import write_run
 

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from labelled_words import ENCODER, TEXTS, sentences, write_jsonl
 from safetensors.numpy import load_file
-from test_finetune import ENCODER, TEXTS, sentences, write_jsonl
 from tiny_runs import write_run
 
 import finetune.train
