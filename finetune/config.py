@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from espalier import progress
 from espalier.data.encodings import codec
 from espalier.errors import UserError
 from espalier.models.config import Execution
@@ -31,6 +35,19 @@ class FinetuneData:
     """Encoding of the files, by the names of Python: gb18030, big5, cp932, euc-jp, euc-kr, utf-16, cp1252 …"""
     max_length: int | None = often(None)
     """Tokens of an example; unset = as many as the model has positions, at most 512."""
+
+    @contextlib.contextmanager
+    def opening(self, name: str, what: str) -> Iterator[str]:
+        """The path of `train` or `validation`, while it is read, which is said where it takes long.
+
+        what: to be named by who has named none. UserError then.
+        """
+        path = getattr(self, name)
+        if path is None:
+            raise UserError(f"no --data.{name} FILE given: name {what}")
+        path = os.path.expanduser(path)
+        with progress.waiting(f"reading {path}"):
+            yield path
 
     def __post_init__(self):
         codec(self.encoding)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from espalier.contracts import Origin
+    from espalier.data.examples import Example
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
     from espalier.predict.loaded import LoadedModel
@@ -86,6 +87,44 @@ class Labelled(Protocol):
         causal = self.model.causal
         as_trained = framed_tokenizer(tokenizer, causal)
         return as_trained, published.padded_by(as_trained) if published and causal else published
+
+
+class OfExamples(Labelled):
+    """A task whose batches are examples with targets (data.examples.LabelledBatches)."""
+
+    def take(
+        self,
+        config: FinetuneConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        mesh: Mesh,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        examples_per_row: int = 1,
+    ) -> None:
+        """The examples of both files, from which batches, their evaluation and an epoch follow. self.model is known."""
+        from espalier.data.examples import LabelledBatches
+        from espalier.data.tokenizer import special_ids
+        from finetune.config import max_length
+        from sharding.mesh import host_rows
+
+        self.batches, held_out = (
+            LabelledBatches(
+                part,
+                config.batch_size,
+                config.seed,
+                pad_id=special_ids(tokenizer).pad,
+                max_length=max_length(config.data, self.model),
+                examples_per_row=examples_per_row,
+            )
+            for part in (train, validation)
+        )
+        self._rows = host_rows(config.batch_size // examples_per_row, mesh)
+        self.eval_batches = held_out.fixed(self._rows)
+        self.examples = len(train)
+        self.tokens_per_row = sum(len(example.ids) for example in train) / len(train)
+
+    def batch(self, step: int) -> dict:
+        return self.batches.batch(step, self._rows)
 
 
 @dataclass(frozen=True, kw_only=True)

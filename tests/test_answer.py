@@ -288,7 +288,7 @@ def test_predict_writes_answers_beside_their_rows(there, trained, tmp_path):
     asked = [{name: row[name] for name in ("id", "question", "context")} for row in rows]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*asked, {"question": "who?"}]))
     config = PredictConfig(
-        str(trained.path), PredictData((str(tmp_path / "asked.jsonl"),)), output=str(tmp_path / "answers.jsonl")
+        str(trained.path), data=PredictData((str(tmp_path / "asked.jsonl"),)), output=str(tmp_path / "answers.jsonl")
     )
     predict(config)
     *found, bad = lines_of(tmp_path / "answers.jsonl")

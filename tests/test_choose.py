@@ -277,7 +277,7 @@ def test_a_decoder_learns_to_choose_and_a_resumed_run_ends_alike(there, tmp_path
 
 ROW = {"question": "a?", "choices": ["b", "c"], "label": 0}
 BAD = {
-    "no file": (dict(train=None), "no --data.train given"),
+    "no file": (dict(train=None), "no --data.train FILE given"),
     "one choice": ([ROW | {"choices": ["b"]}], "rows.jsonl:1: two or more choices"),
     "empty choice": ([ROW, ROW | {"choices": ["b", " "]}], "rows.jsonl:2: two or more choices"),
     "no list": ([ROW, ROW | {"choices": "b"}], "rows.jsonl:2: 'choices' is no list"),

@@ -255,7 +255,7 @@ def test_rows_are_read_as_they_are_answered(tmp_path):
     rows, asked = Rows([str(path)]), []
     model = type("Model", (), {})()
     use = dataclasses.replace(VECTORS, answers=lambda model, inputs: [asked.append(len(inputs)) or {}] * len(inputs))
-    chunks = predict.answered(rows, PredictConfig("run", PredictData((str(path),))), model, use)
+    chunks = predict.answered(rows, PredictConfig("run", data=PredictData((str(path),))), model, use)
     next(chunks)
     assert sum(asked) == predict.FEWEST and 0 < rows.share < 0.2
     assert sum(map(len, chunks)) == 40_000 - predict.FEWEST and rows.share == 1
@@ -290,7 +290,7 @@ def test_neither_pytorch_nor_tensorflow_is_needed(models, tmp_path):
     code = (
         "import sys\nsys.modules |= {'torch': None, 'tensorflow': None}\n"
         "from espalier.commands.predict import PredictConfig, PredictData, main\n"
-        f"main(PredictConfig('hf:{models}/sequence_classification', PredictData(('{tmp_path}/x.txt',))))\n"
+        f"main(PredictConfig('hf:{models}/sequence_classification', data=PredictData(('{tmp_path}/x.txt',))))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and lines(result.stdout)[0]["label"] in LABELS, result.stderr

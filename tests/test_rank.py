@@ -295,7 +295,7 @@ def test_folders_of_beir_and_ms_marco(tmp_path):
 
 
 BAD = {
-    "no file": (dict(train=None), "no --data.train given"),
+    "no file": (dict(train=None), "no --data.train FILE given"),
     "empty folder": ({}, "holds neither corpus.jsonl .* nor collection.tsv"),
     "no relevance": ([{"query": "a", "text": "b"}], "which column holds the relevance.*--data.label"),
     "no text": ([{"query": "a", "body": "b", "label": 1}], "which column holds the text.*'body'"),

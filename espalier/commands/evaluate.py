@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from espalier import cli, progress
+from espalier.commands.asked_model import AskedModel
 from espalier.errors import UserError
 from espalier.exits import one_line_errors
 from espalier.flags import nearest
@@ -22,29 +23,17 @@ PREFIX = "hf:"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(AskedModel):
     """Measure a model on files: `evaluate RUN --data.validation F`; `evaluate RUN --help` shows the flags of its task.
 
     A fine-tuned model gets the metrics of its task, a decoder perplexity and bits per byte, an encoder
     pseudo-perplexity.
     """
 
-    model: str
-    """Run directory, or hf: before a folder in Hugging Face format or an id on the Hub."""
     task: str | None = None
     """The task by which it is measured; unset = that of the run, or the first that trains such a head."""
     output: str | None = None
     """A folder for what was predicted (predictions.jsonl, and the files that a report draws); unset = none."""
-    step: int | None = None
-    """Which checkpoint of the run; unset = the newest."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in; bfloat16 is faster on GPUs and TPUs."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def main(config: Any) -> dict[str, Any]:

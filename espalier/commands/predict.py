@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from espalier import cli, progress
+from espalier.commands.asked_model import AskedModel
 from espalier.data.encodings import codec
 from espalier.errors import UserError
 from espalier.files import replacing
@@ -77,15 +78,13 @@ class PredictData:
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(AskedModel):
     """Ask a model about every row of files: `predict RUN --data.files F --output PREDICTIONS.jsonl`.
 
     What it answers follows from what it was trained for: a label with probabilities, tags, an answer, a score, an
     embedding, filled masks, text. Each result stands beside its row, in the order of the rows; a bad row has `error`.
     """
 
-    model: str
-    """Run directory, or hf: before a folder in Hugging Face format or an id on the Hub."""
     data: PredictData = field(default_factory=PredictData)
     output: str | None = None
     """File to write, .jsonl or .csv, or .npy for embeddings; unset = standard output, as jsonl."""
@@ -93,16 +92,6 @@ class PredictConfig:
     """What to ask, where it is not what the model was trained for: embed."""
     strict: bool = False
     """End at the first bad row, and write nothing."""
-    step: int | None = None
-    """Which checkpoint of the run; unset = the newest."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in; bfloat16 is faster on GPUs and TPUs."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output; with --output."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         if not self.data.files:

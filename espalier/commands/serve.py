@@ -8,9 +8,10 @@ import signal
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from espalier import cli, progress
+from espalier.commands.asked_model import AskedModel
 from espalier.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,15 +27,13 @@ WAITING = 10_000
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(AskedModel):
     """Serve a model by HTTP: `serve RUN`, then open http://127.0.0.1:8000 or POST rows as JSON to /predict.
 
     Needs Starlette and uvicorn: `./launch.sh python -m pip install starlette uvicorn`. Whoever reaches the address may
     ask; there is no password and no encryption.
     """
 
-    model: str
-    """Run directory, or hf: before a folder in Hugging Face format or an id on the Hub."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 = of all networks of this machine."""
     port: int = 8000
@@ -51,16 +50,6 @@ class ServeConfig:
     """Rows of a request, likewise."""
     limit_seconds: float = 30.0
     """A request that is not answered within is given up (504)."""
-    step: int | None = None
-    """Which checkpoint of the run; unset = the newest."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in; bfloat16 is faster on GPUs and TPUs."""
-    json: bool = False
-    """Print one JSON object as the last line of standard output, at the end."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self):
         if not 0 <= self.port < 2**16:

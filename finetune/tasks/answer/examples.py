@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -181,9 +180,5 @@ def _words(name: str, questions: Sequence[Question]) -> str:
 
 def _opened(data: AnswerData, name: str) -> QuestionFile:
     """The file that is named `train` or `validation`."""
-    path = getattr(data, name)
-    if path is None:
-        raise UserError(f"no --data.{name} FILE given: name questions with answers (SQuAD's .json, .jsonl, hf:…)")
-    path = os.path.expanduser(path)
-    with progress.waiting(f"reading {path}"):
+    with data.opening(name, "questions with answers (SQuAD's .json, .jsonl, hf:…)") as path:
         return read_questions(path, data.encoding)

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from espalier.data.examples import LabelledBatches
-from espalier.data.tokenizer import special_ids
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import span_logits
 from espalier.models.transformer import apply, init_params
@@ -25,11 +23,9 @@ from espalier.pretraining.evaluate import interval
 from espalier.task import Evaluation
 from espalier.training.run import TUNED
 from espalier.training.step import Objective
-from finetune.config import max_length
-from finetune.task import Labelled
+from finetune.task import OfExamples
 from finetune.tasks.answer.examples import Part, facts_of, read_parts, read_validation
 from finetune.tasks.answer.metrics import Unit, at_best_thresholds, baseline, metrics, scores
-from sharding.mesh import host_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,37 +34,21 @@ if TYPE_CHECKING:
     from finetune.tasks.answer.record import AnswerConfig, AnswerData
 
 
-class QuestionAnswering(Labelled):
+class QuestionAnswering(OfExamples):
     """The questions of files, in windows."""
 
     def __init__(self, config: AnswerConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
-        self._rows = host_rows(config.batch_size, mesh)
         self._parts = read_parts(config.data, tokenizer, model)
         self.model = dataclasses.replace(model, labels=(), problem_type=None)
         self.settings = {"no_answer": self._parts.tuning is not None, "score_by": self._parts.unit}
         self.fingerprints = self._parts.fingerprints
         self.facts: Sequence[str] = self._parts.facts
         self.about = self._parts.about
-        self._batches, held_out = (
-            LabelledBatches(
-                part.rows,
-                config.batch_size,
-                config.seed,
-                pad_id=special_ids(tokenizer).pad,
-                max_length=max_length(config.data, model),
-            )
-            for part in (self._parts.train, self._parts.validation)
-        )
-        self.eval_batches: Sequence[dict] = held_out.fixed(self._rows)
-        self.examples = len(self._batches)
-        self.tokens_per_row = sum(len(row.ids) for row in self._parts.train.rows) / self.examples
+        self.take(config, tokenizer, mesh, self._parts.train.rows, self._parts.validation.rows)
         self.objective = answering_objective(self.model, execution=config.execution)
 
     def init_params(self, key: jax.Array) -> dict:
         return init_params(self.model, key, heads=("question_answering",))
-
-    def batch(self, step: int) -> dict:
-        return self._batches.batch(step, self._rows)
 
     def evaluate(self, model: LoadedModel) -> Evaluation:
         """em, f1 and so on (`measured`), with a threshold that is chosen on a part of train; predictions.jsonl."""

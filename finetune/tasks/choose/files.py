@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from espalier import progress
 from espalier.data.encodings import codec
 from espalier.data.records import Record
 from espalier.data.tables import Table, read_table, read_text
@@ -47,14 +46,8 @@ class Questions(NamedTuple):
 
 def read_questions(data: ChooseData, name: str) -> Questions:
     """What is named `train` or `validation`; UserError where it will not do."""
-    path = getattr(data, name)
-    if path is None:
-        raise UserError(
-            f"no --data.{name} given: name questions with choices (.jsonl, .csv, .tsv, hf:…), or minimal pairs (.tsv, "
-            "or a folder of them)"
-        )
-    path = os.path.expanduser(path)
-    with progress.waiting(f"reading {path}"):
+    what = "questions with choices (.jsonl, .csv, .tsv, hf:…), or minimal pairs (.tsv, or a folder of them)"
+    with data.opening(name, what) as path:
         if os.path.isdir(path):
             return _folder(path, data)
         pairs = _pairs(path, data)

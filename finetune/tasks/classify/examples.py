@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,11 +193,7 @@ def describe_examples(data: ClassifyData, examples: Examples) -> dict[str, str]:
 
 def _opened(data: ClassifyData, name: str) -> Labelled:
     """The file that is named `train` or `validation`."""
-    path = getattr(data, name)
-    if path is None:
-        raise UserError(f"no --data.{name} FILE given: name labelled texts (.tsv, .csv, .jsonl, hf:…)")
-    path = os.path.expanduser(path)
-    with progress.waiting(f"reading {path}"):
+    with data.opening(name, "labelled texts (.tsv, .csv, .jsonl, hf:…)") as path:
         return _read(path, data)
 
 

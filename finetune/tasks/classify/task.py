@@ -18,8 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from espalier.data.description import listed
-from espalier.data.examples import LabelledBatches, fitting_row
-from espalier.data.tokenizer import special_ids
+from espalier.data.examples import fitting_row
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
@@ -27,12 +26,11 @@ from espalier.models.transformer import apply, init_params
 from espalier.task import Evaluation
 from espalier.training.run import TUNED
 from espalier.training.step import Objective
-from finetune.config import max_length
-from finetune.task import Labelled
+from finetune.task import OfExamples
 from finetune.tasks.classify.examples import LABELS, Examples, describe_examples, read_examples, read_validation
 from finetune.tasks.classify.labels import PROBLEMS
 from finetune.tasks.classify.measured import measured, tuned
-from sharding.mesh import BATCH_AXES, host_rows
+from sharding.mesh import BATCH_AXES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
 
 
-class Classification(Labelled):
+class Classification(OfExamples):
     """The examples and classes of labelled files."""
 
     def __init__(self, config: ClassifyConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
@@ -56,30 +54,17 @@ class Classification(Labelled):
                 f"such rows, one for each device and micro-batch; try --data.examples-per-row 1"
             )
         self.data = dataclasses.replace(config.data, examples_per_row=per_row)
-        self._rows = host_rows(config.batch_size // per_row, mesh)
         self._names = self._examples.names
         problem = PROBLEMS[self._examples.kind]
         self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=problem)
         self.settings = {"labels": self._names}
         self.fingerprints = self._examples.fingerprints
         self.facts: Sequence[str] = self._examples.facts
-        self._batches, held_out = (
-            LabelledBatches(
-                part.encoded,
-                config.batch_size,
-                config.seed,
-                pad_id=special_ids(tokenizer).pad,
-                max_length=max_length(config.data, model),
-                examples_per_row=per_row,
-            )
-            for part in (self._examples.train, self._examples.validation)
-        )
-        self.eval_batches: Sequence[dict] = held_out.fixed(self._rows)
-        self.examples = len(self._batches)
-        self.tokens_per_row = sum(lengths) / self.examples
+        train, validation = self._examples.train, self._examples.validation
+        self.take(config, tokenizer, mesh, train.encoded, validation.encoded, per_row)
         self.about = describe_examples(config.data, self._examples)
         if per_row > 1:
-            filled = f"{self._batches.fill:.0%}".replace("%", " %")
+            filled = f"{self.batches.fill:.0%}".replace("%", " %")
             self.about["rows"] = f"{per_row} examples each, {filled} of the places hold a token"
         if config.data.class_weights == "balanced" and self._examples.kind == "numbers":
             raise UserError("data.class_weights=balanced: numbers have no classes; leave it out")
@@ -91,9 +76,6 @@ class Classification(Labelled):
 
     def init_params(self, key: jax.Array) -> dict:
         return init_params(self.model, key, heads=("sequence_classification",))
-
-    def batch(self, step: int) -> dict:
-        return self._batches.batch(step, self._rows)
 
     def evaluate(self, model: LoadedModel) -> Evaluation:
         """The metrics of `measured`; predictions.jsonl and, of classes, confusion.json; tuned.json."""

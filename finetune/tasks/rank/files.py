@@ -8,12 +8,10 @@ a folder with corpus.jsonl or collection.tsv        BEIR's and MS MARCO's (finet
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from espalier import progress
 from espalier.data.encodings import codec
 from espalier.data.records import Record
 from espalier.data.tables import Table, read_table, read_text
@@ -33,14 +31,8 @@ NEGATIVES = r"neg(ative)?s?([_ -]?\d+)?|hard_negatives?|negative_passages?"
 
 def read_judged(data: RankData, name: str) -> Judged:
     """What is named `train` or `validation`; UserError where it will not do."""
-    path = getattr(data, name)
-    if path is None:
-        raise UserError(
-            f"no --data.{name} given: name a file of queries and texts (.tsv, .csv, .jsonl, hf:…) or a folder in the "
-            "layout of BEIR or MS MARCO"
-        )
-    path = os.path.expanduser(path)
-    with progress.waiting(f"reading {path}"):
+    what = "a file of queries and texts (.tsv, .csv, .jsonl, hf:…) or a folder in the layout of BEIR or MS MARCO"
+    with data.opening(name, what) as path:
         if collection_of(path):
             return checked(read_collection(path, name, data.run if name == "validation" else None))
         if data.run is not None and name == "validation":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -187,9 +186,5 @@ def _labelled(window: Window, label_W: np.ndarray) -> Window:
 
 def _opened(data: TagData, name: str) -> Tagged:
     """The file that is named `train` or `validation`."""
-    path = getattr(data, name)
-    if path is None:
-        raise UserError(f"no --data.{name} FILE given: name tagged sentences (columns as CoNLL's, .jsonl, hf:…)")
-    path = os.path.expanduser(path)
-    with progress.waiting(f"reading {path}"):
+    with data.opening(name, "tagged sentences (columns as CoNLL's, .jsonl, hf:…)") as path:
         return read_tagged(path, data.tokens, data.tags, data.encoding)

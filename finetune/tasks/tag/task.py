@@ -10,20 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from espalier.data.examples import LabelledBatches
-from espalier.data.tokenizer import special_ids
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import token_logits
 from espalier.models.transformer import apply, init_params
 from espalier.predict.tag import answer, of_windows
 from espalier.task import Evaluation
 from espalier.training.step import Objective
-from finetune.config import max_length
-from finetune.task import Labelled
+from finetune.task import OfExamples
 from finetune.tasks.tag.counts import Counts, entity_counts
 from finetune.tasks.tag.examples import Part, describe_examples, read_examples, read_validation
 from finetune.tasks.tag.metrics import MostFrequent, metrics, one_tag
-from sharding.mesh import host_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,38 +28,23 @@ if TYPE_CHECKING:
     from finetune.tasks.tag.record import TagConfig, TagData
 
 
-class Tagging(Labelled):
+class Tagging(OfExamples):
     """The sentences and tags of two files."""
 
     def __init__(self, config: TagConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
-        self._rows = host_rows(config.batch_size, mesh)
         self._examples = read_examples(config.data, tokenizer, model)
         self.model = dataclasses.replace(model, labels=tuple(self._examples.names), problem_type=None)
         self.settings = {"labels": self._examples.names, "scheme": self._examples.scheme}
         self.fingerprints = self._examples.fingerprints
         self.facts: Sequence[str] = self._examples.facts
-        self._batches, held_out = (
-            LabelledBatches(
-                part.examples,
-                config.batch_size,
-                config.seed,
-                pad_id=special_ids(tokenizer).pad,
-                max_length=max_length(config.data, model),
-            )
-            for part in (self._examples.train, self._examples.validation)
-        )
-        self.eval_batches: Sequence[dict] = held_out.fixed(self._rows)
-        self.examples = len(self._batches)
-        self.tokens_per_row = sum(len(example.ids) for example in self._examples.train.examples) / self.examples
+        train, validation = self._examples.train, self._examples.validation
+        self.take(config, tokenizer, mesh, train.examples, validation.examples)
         self.about = describe_examples(config.data, self._examples)
         entities = self._examples.scheme is not None
         self.objective = tagging_objective(self.model, execution=config.execution, entities=entities)
 
     def init_params(self, key: jax.Array) -> dict:
         return init_params(self.model, key, heads=("token_classification",))
-
-    def batch(self, step: int) -> dict:
-        return self._batches.batch(step, self._rows)
 
     def finalize_eval(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """f1 of entities, where there are some, from the counts of the objective."""
