@@ -131,6 +131,12 @@ def columns(text: str) -> int:
     )
 
 
+def plural(count: int, what: str) -> str:
+    """1 article, 1,190 questions, 2 micro-batches."""
+    ending = "" if count == 1 else "es" if what.endswith("ch") else "s"
+    return f"{count:,} {what}{ending}"
+
+
 def amount(number: float) -> str:
     """A count in three digits: 823, 9.87 k, 110 M, 1.24 B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from espalier import progress
 from espalier.data.encodings import codec
@@ -18,9 +18,6 @@ from espalier.training.config import OptimizerConfig, TrainConfig
 
 if TYPE_CHECKING:
     from espalier.models.config import ModelConfig
-
-LONGEST = 512
-"""Tokens of an example at most, unless --data.max-length asks for more: attention costs their square."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,10 @@ class FinetuneData:
         path = os.path.expanduser(path)
         with progress.waiting(f"reading {path}"):
             yield path
+
+    def resumed(self, saved: Mapping[str, Any]) -> Self:
+        """With what a run chose at its first start, whose settings (JSON values) were saved."""
+        return self
 
     def __post_init__(self):
         codec(self.encoding)
@@ -147,7 +148,7 @@ def max_length(data: FinetuneData, model: ModelConfig) -> int:
     """Tokens of an example at most."""
     limit = model.max_length
     if data.max_length is None:
-        return min(limit or model.max_position_embeddings, LONGEST)
+        return model.usual_length
     if limit is not None and data.max_length > limit:
         raise UserError(f"data.max_length={data.max_length} exceeds the model's {limit} learned positions; try {limit}")
     return data.max_length

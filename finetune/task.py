@@ -252,9 +252,8 @@ def _settled(config: FinetuneConfig, start: Start) -> FinetuneConfig:
     if config.execution.scan_layers is None and start.mesh.devices.flat[0].platform == "cpu":
         # A short job: scanned layers compile in half the time, and run as fast.
         config = replace(config, execution=replace(config.execution, scan_layers=True))
-    if start.origin is not None and start.origin.resumed and getattr(config.data, "examples_per_row", 1) == 0:
-        per_row = start.origin.config.get("data", {}).get("examples_per_row", 1)
-        config = replace(config, data=replace(config.data, examples_per_row=per_row))  # type: ignore[call-arg]
+    if start.origin is not None and start.origin.resumed:
+        config = replace(config, data=config.data.resumed(start.origin.config.get("data", {})))
     return config
 
 

@@ -15,13 +15,13 @@ from tiny_runs import write_run
 
 import espalier
 from espalier.errors import UserError
+from espalier.intervals import bootstrap, mean_interval
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.transformer import init_params
 from espalier.predict.outputs import softmax
 from espalier.report.card import model_card
 from finetune.calibration import best_threshold, calibration_error, fitted_temperature
 from finetune.config import FinetuneOptimizer
-from finetune.intervals import bootstrap, mean_interval
 from finetune.tasks.classify import metrics as figures
 from finetune.tasks.classify.record import CLASSIFICATION, ClassifyConfig, ClassifyData
 from finetune.tasks.classify.task import class_logits, class_weights, classification_objective, finalized

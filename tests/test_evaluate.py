@@ -17,10 +17,11 @@ import espalier
 from espalier.commands import evaluate
 from espalier.data.tokenizer import vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
+from espalier.intervals import ratio_interval
 from espalier.models.hub import save_pretrained
 from espalier.predict.likelihood import causal_scores, pseudo_scores
 from espalier.pretraining.config import TextFiles
-from espalier.pretraining.evaluate import interval, measure_text
+from espalier.pretraining.evaluate import measure_text
 from finetune.train import main
 
 TEXTS = [
@@ -200,6 +201,6 @@ def test_the_interval_holds_the_mean_as_often_as_it_says():
     for trial in range(100):
         weights = generator.integers(1, 20, 200)
         sums = weights * 3.0 + generator.normal(size=200) * weights
-        low, high = interval(sums, weights, trial)
+        low, high = ratio_interval(sums, weights, seed=trial)
         inside += low < 3.0 < high
     assert 88 <= inside <= 100

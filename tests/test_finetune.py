@@ -284,7 +284,7 @@ BAD = {
     "unseen label": (dict(validation=[{"sentence": "a", "label": "mineral"}]), "no example of: 'mineral'; known are"),
     "one label": (dict(train=[{"sentence": "a", "label": "bird"}]), "every example has the label 'bird'"),
     "no labels": (dict(train=[{"sentence": "a"}]), "no column of labels .*there are 'sentence'"),
-    "empty label": (dict(train=[{"sentence": "a", "label": ""}]), "1 examples have an empty label"),
+    "empty label": (dict(train=[{"sentence": "a", "label": ""}]), "an empty label, the first is example 1"),
     "pairs and singles": (
         dict(validation=[{"sentence1": "a", "sentence2": "b", "label": "bird"}]), "has pairs of texts and the other"
     ),

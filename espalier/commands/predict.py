@@ -222,7 +222,7 @@ def fields(values: Mapping[str, Any], data: PredictData) -> dict[str, Any]:
         raise UserError(f"no column {missing[0]!r}; there are {there} (--data.text and --data.columns choose others)")
     if "text" not in named and "text" not in values:
         guess = next((names for names in TEXT_COLUMNS if all(name in values for name in names)), ())
-        if not guess and len(values) == 1:
+        if not guess and len(values) == 1 and isinstance(next(iter(values.values())), str):
             guess = tuple(values)
         named |= zip(("text", "text_b"), guess, strict=False)
     fixed = dict(pair.split("=", 1) for pair in data.values)

@@ -252,6 +252,12 @@ class ModelConfig:
         return self.max_position_embeddings - self.position_offset if self.position_embedding == "learned" else None
 
     @property
+    def usual_length(self) -> int:
+        """Tokens of an example where nothing else is said: all positions, but at most 512, as attention costs their
+        square."""
+        return min(self.max_length or self.max_position_embeddings, 512)
+
+    @property
     def repeats(self) -> int:
         """R: how often the period repeats."""
         return (self.num_hidden_layers - len(self.prefix_layers) - len(self.suffix_layers)) // len(self.layer_period)

@@ -16,7 +16,7 @@ from espalier.data.tokenizer import special_ids
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.logits import batch_of_tokens, head_logits
-from espalier.predict.outputs import outputs
+from espalier.predict.outputs import outputs, row_length
 from sharding.mesh import MeshConfig, build_mesh
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
     from espalier.predict.generate import Prompt
 
-SHORTEST = 16
-"""Tokens of a row at least; longer ones are padded to a power of two, so that few programs are compiled."""
-LONGEST = 512
-"""Tokens of an example at most where nothing else is said: attention costs their square."""
 FLOAT32 = Execution(dtype="float32")
 
 
@@ -50,9 +46,9 @@ class LoadedModel:
 
     @property
     def longest(self) -> int:
-        """Tokens of an example at most: those of the fine-tuning, else all positions, but at most LONGEST."""
+        """Tokens of an example at most: those of the fine-tuning, else the usual ones."""
         asked = (self.saved.get("data") or {}).get("max_length")
-        return asked or min(self.config.max_length or self.config.max_position_embeddings, LONGEST)
+        return asked or self.config.usual_length
 
     def classify(
         self, texts: str | Sequence[str] | Sequence[tuple[str, str]], *, threshold: float | None = None
@@ -227,8 +223,7 @@ class LoadedModel:
         longest = self.config.max_length
         if longest is not None and length > longest:
             raise UserError(f"a text of {length} tokens is longer than the model's {longest} positions; shorten it")
-        padded = min(max(SHORTEST, 1 << (length - 1).bit_length()), longest or length * 2)
-        padding = ((0, 0), (0, padded - length))
+        padding = ((0, 0), (0, row_length(length, longest) - length))
         scores = self._logits(self.params, {name: np.pad(array, padding) for name, array in batch.items()})
         return scores if self.head == "sequence_classification" else scores[:, :length]
 

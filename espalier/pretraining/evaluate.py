@@ -15,6 +15,7 @@ from espalier.data.documents import Document, Reject
 from espalier.data.encode import encode
 from espalier.data.sources import Source, open_source
 from espalier.errors import UserError
+from espalier.intervals import ratio_interval
 from espalier.predict.likelihood import Scored, causal_scores, pseudo_scores
 from espalier.task import Evaluation
 
@@ -26,7 +27,6 @@ LONGEST_CAUSAL = 1024
 """Tokens of a window at most, where nothing else is said; of encoders LoadedModel.longest."""
 CHUNK_TOKENS = {True: 2**18, False: 2**11}
 """Tokens that are scored before the next ones are read, causal or not: there, each is a row."""
-RESAMPLES = 2000
 LISTED = 5
 
 
@@ -71,7 +71,7 @@ def measure_text(model: LoadedModel, data: TextFiles) -> Evaluation:
     if not tokens:
         raise UserError(f"{', '.join(data.validation)}: there is no text that becomes tokens{_why(rejects)}")
     loss = nats / tokens
-    low, high = interval(np.array(loss_parts), np.array(weight_parts))
+    low, high = ratio_interval(np.array(loss_parts), np.array(weight_parts))
     name = "perplexity" if causal else "pseudo_perplexity"
     metrics = {
         "loss": loss,
@@ -105,17 +105,6 @@ def window(model: LoadedModel, data: TextFiles) -> int:
     if data.stride is not None and not 1 <= data.stride <= length:
         raise UserError(f"data.stride={data.stride} must lie between 1 and the {length} tokens of a window")
     return length
-
-
-def interval(sums_N: np.ndarray, weights_N: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of Σ sums / Σ weights, by resampling the N parts (percentile bootstrap; Efron 1979)."""
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(RESAMPLES):
-        chosen = generator.integers(0, len(sums_N), len(sums_N))
-        found.append(sums_N[chosen].sum() / weights_N[chosen].sum())
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _chunks(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -91,8 +92,3 @@ def best(runs: Sequence[Run], score: Callable[[Run], float]) -> list[Run]:
     for run in runs:
         points.setdefault((run.learning_rate, run.epochs), []).append(run)
     return max(points.values(), key=lambda chosen: median([score(run) for run in chosen]))
-
-
-def median(values: Sequence[float]) -> float:
-    ordered, half = sorted(values), len(values) // 2
-    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2

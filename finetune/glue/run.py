@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from espalier.files import replacing, write_json
 from espalier.loading import load
 from espalier.predict.loaded import LoadedModel
 from finetune.glue.files import Files, missing_file, write_files
-from finetune.glue.grid import Run, best, grid, median
+from finetune.glue.grid import Run, best, grid
 from finetune.glue.protocols import PROTOCOLS, Point
 from finetune.glue.record import GlueConfig
 from finetune.glue.report import markdown, write_page

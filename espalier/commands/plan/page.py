@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from espalier.commands.plan.numbers import short
 from espalier.commands.plan.plan import Layout, Plan
-from espalier.commands.plan.text import GIB, duration, plural, verdict
+from espalier.commands.plan.text import GIB, duration, verdict
 from espalier.files import write_json
+from espalier.progress import plural
 from espalier.report.page import Section, tiles, write_page
 from sharding.mesh import AXES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from espalier.commands.plan.numbers import short
 from espalier.commands.plan.plan import Layout, Plan
+from espalier.progress import plural
 from sharding.advice import KEPT_FREE
 
 GIB = 2**30
@@ -95,8 +96,3 @@ def duration(days: float) -> str:
     if days >= 2:
         return f"{days:.1f} days"
     return f"{days * 24:.1f} hours" if days >= 1 / 12 else f"{days * 24 * 60:.1f} minutes"
-
-
-def plural(count: int, what: str) -> str:
-    ending = "" if count == 1 else "es" if what.endswith("ch") else "s"
-    return f"{count:,} {what}{ending}"

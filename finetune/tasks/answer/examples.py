@@ -11,6 +11,7 @@ from espalier import progress
 from espalier.data.examples import Example
 from espalier.errors import UserError
 from espalier.predict.answer import Asked, Windows, no_answer_place, windows_of
+from espalier.progress import plural
 from finetune.config import max_length
 from finetune.tasks.answer.metrics import Unit, unit_of
 from finetune.tasks.answer.questions import Question, QuestionFile, read_questions, split_by_article
@@ -172,8 +173,8 @@ def _words(name: str, questions: Sequence[Question]) -> str:
     """FILE: 952 questions on 240 contexts in 38 articles, 12 without an answer."""
     contexts, titles = ({getattr(question, key) for question in questions} for key in ("context", "title"))
     none = sum(not question.answers for question in questions)
-    articles = f" in {len(titles):,} articles" if titles != {""} else ""
-    return f"{name}: {len(questions):,} questions on {len(contexts):,} contexts{articles}" + (
+    articles = f" in {plural(len(titles), 'article')}" if titles != {""} else ""
+    return f"{name}: {plural(len(questions), 'question')} on {plural(len(contexts), 'context')}{articles}" + (
         f", {none:,} without an answer" if none else ""
     )
 

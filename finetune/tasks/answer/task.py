@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from espalier.intervals import ratio_interval
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import span_logits
 from espalier.models.transformer import apply, init_params
 from espalier.predict.answer import Answering, find_answers, result_of
-from espalier.pretraining.evaluate import interval
 from espalier.task import Evaluation
 from espalier.training.run import TUNED
 from espalier.training.step import Objective
@@ -148,7 +148,7 @@ def _intervals(part: Part, scores: dict[str, np.ndarray]) -> dict[str, list[floa
         return {}
     questions_C = np.bincount(number_N)
     return {
-        f"{name}_interval": list(interval(np.bincount(number_N, score_N), questions_C))
+        f"{name}_interval": list(ratio_interval(np.bincount(number_N, score_N), questions_C))
         for name, score_N in scores.items()
     }
 

@@ -211,5 +211,7 @@ def _read(path: str, data: ClassifyData) -> Labelled:
             "if these are an example and not names, put a line of names in front: text and label"
         )
     if "" in file.labels and data.label_kind != "lists":
-        raise UserError(f"{path}: {file.labels.count('')} examples have an empty label; label or remove them")
+        count, first = file.labels.count(""), file.labels.index("") + 1
+        have = "example has" if count == 1 else "examples have"
+        raise UserError(f"{path}: {count} {have} an empty label, the first is example {first}; label or remove them")
     return file

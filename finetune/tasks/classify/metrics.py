@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from espalier.data.labelled import Labelled
-from finetune.intervals import SAMPLES, bootstrap, draws, interval
+from espalier.intervals import SAMPLES, bootstrap, draws, interval
+from finetune.correlations import pearson, spearman
 
 
 def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:
@@ -71,18 +72,6 @@ def number_metrics(labels_N: np.ndarray, predictions_N: np.ndarray) -> dict[str,
     return found
 
 
-def pearson(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Correlation; 0 where one of the two does not vary."""
-    a_N, b_N = a_N - a_N.mean(dtype=np.float64), b_N - b_N.mean(dtype=np.float64)
-    below = np.sqrt((a_N**2).sum() * (b_N**2).sum())
-    return float((a_N * b_N).sum() / below) if below > 0 else 0.0
-
-
-def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Correlation of ranks; equal values share their mean rank."""
-    return pearson(_ranks(a_N), _ranks(b_N))
-
-
 def list_metrics(labels_NC: np.ndarray, predictions_NC: np.ndarray) -> dict[str, Any]:
     """f1 (micro: of all labels together), macro_f1, accuracy (of whole sets), with 95 % intervals."""
     right_NC, either_NC = labels_NC & predictions_NC, labels_NC + predictions_NC
@@ -139,11 +128,3 @@ def texts_of(texts: Labelled, row: int) -> dict[str, Any]:
 
 def _root_of_mean_square(a_N: np.ndarray, b_N: np.ndarray) -> float:
     return float(np.sqrt(np.mean((a_N - b_N) ** 2)))
-
-
-def _ranks(values_N: np.ndarray) -> np.ndarray:
-    order = np.argsort(values_N, kind="stable")
-    ranks = np.empty(len(values_N))
-    ranks[order] = np.arange(len(values_N))
-    _, group_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    return np.bincount(group_N, ranks)[group_N] / counts[group_N]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from espalier.errors import UserError
 from espalier.models.config import Execution
@@ -33,6 +35,10 @@ class ClassifyData(FinetuneData):
     examples_per_row: int = 1
     """Examples that share a row, without seeing each other; little of the rows is padding then. 0 = as many as suit
     their length, up to 8."""
+
+    def resumed(self, saved: Mapping[str, Any]) -> Self:
+        chosen = saved.get("examples_per_row", 1)
+        return self if self.examples_per_row else dataclasses.replace(self, examples_per_row=chosen)
 
     def __post_init__(self):
         super().__post_init__()

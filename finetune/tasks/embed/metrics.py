@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune import ranking_metrics
+from finetune.correlations import pearson, spearman
 from finetune.tasks.embed.examples import Pairs
 
 QUERIES = 256
@@ -57,17 +58,9 @@ def cosines(pairs: Pairs, documents_C: np.ndarray, x_TD: np.ndarray) -> Iterator
 
 def similarity(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(spearman and pearson of cosines with scores, a row for each pair)."""
-    from scipy.stats import pearsonr, spearmanr
-
     assert pairs.scores_N is not None
     cosine_N = np.einsum("nd,nd->n", *(x_TD[side] for side in pairs.pairs_N2.T))
-    # Of equal cosines alone there is none.
-    varied = len(np.unique(cosine_N)) > 1
-    correlations = {"spearman": spearmanr, "pearson": pearsonr}
-    metrics = {
-        name: float(correlation(cosine_N, pairs.scores_N)[0]) if varied else 0.0
-        for name, correlation in correlations.items()
-    }
+    metrics = {"spearman": spearman(cosine_N, pairs.scores_N), "pearson": pearson(cosine_N, pairs.scores_N)}
     rows = [
         {"text": pairs.texts[a], "text_b": pairs.texts[b], "score": float(score), "cosine": float(cosine)}
         for (a, b), score, cosine in zip(pairs.pairs_N2, pairs.scores_N, cosine_N, strict=True)

@@ -28,6 +28,16 @@ def mean_interval(values_N: np.ndarray, *, samples: int = SAMPLES, seed: int = 0
     return bootstrap(lambda drawn: values_N[drawn].mean(), len(values_N), samples=samples, seed=seed)
 
 
+def ratio_interval(
+    sums_N: np.ndarray, weights_N: np.ndarray, *, samples: int = SAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """The interval of Σ sums / Σ weights over N parts of different weight (the loss of texts, a token)."""
+    sums_N, weights_N = np.asarray(sums_N), np.asarray(weights_N)
+    return bootstrap(
+        lambda drawn: sums_N[drawn].sum() / weights_N[drawn].sum(), len(sums_N), samples=samples, seed=seed
+    )
+
+
 def interval(values: np.ndarray) -> tuple[float, float]:
     """What holds LEVEL of the values in its middle; NaN where there are none."""
     values = values[np.isfinite(values)]
