@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
+
+from espalier.intervals import bootstrap
 
 
 def pearson(a_N: np.ndarray, b_N: np.ndarray) -> float:
@@ -17,6 +22,16 @@ def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
     return float(spearmanr(a_N, b_N)[0]) if _vary(a_N, b_N) else 0.0
+
+
+def with_intervals(
+    measures: Mapping[str, Callable[[np.ndarray, np.ndarray], float]], a_N: np.ndarray, b_N: np.ndarray
+) -> dict[str, Any]:
+    """Each measure by its name, and its 95 % interval as `name_interval`."""
+    found: dict[str, Any] = {name: measure(a_N, b_N) for name, measure in measures.items()}
+    for name, measure in measures.items():
+        found[f"{name}_interval"] = list(bootstrap(lambda drawn, of=measure: of(a_N[drawn], b_N[drawn]), len(a_N)))
+    return found
 
 
 def _vary(*sides: np.ndarray) -> bool:

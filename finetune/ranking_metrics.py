@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from espalier.intervals import draws, interval
+
 DEPTH = 10
 """Of nDCG and MRR."""
 RECALLS = (1, 10)
@@ -45,6 +47,16 @@ def mean(queries: Iterable[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric over queries."""
     queries = list(queries)
     return {name: float(np.mean([query[name] for query in queries])) for name in queries[0]} if queries else {}
+
+
+def intervals(queries: Iterable[dict[str, float]]) -> dict[str, list[float]]:
+    """95 % intervals of those means, over queries drawn anew: `ndcg@10_interval` …; none of a single query."""
+    queries = list(queries)
+    if len(queries) < 2:
+        return {}
+    values_QM = np.array([list(query.values()) for query in queries])
+    means_SM = np.array([values_QM[drawn].mean(0) for drawn in draws(len(queries))])
+    return {f"{name}_interval": list(interval(means_SM[:, at])) for at, name in enumerate(queries[0])}
 
 
 def _dcg(gains_N: np.ndarray) -> float:

@@ -126,7 +126,7 @@ def test_csv_holds_what_jsonl_holds(models, ask, tmp_path):
     for name in ("o.jsonl", "o.csv"):
         code, out, _ = ask(model, "--data.files", tmp_path / "x.jsonl", "--output", tmp_path / name, "--json")
         assert code == 0 and json.loads(out) | {"seconds": 0, "output": 0} == {
-            "use": "classify", "rows": 3, "bad": 1, "output": 0, "seconds": 0,
+            "use": "classify", "rows": 3, "bad": 1, "cut": 0, "output": 0, "seconds": 0,
         }  # fmt: skip
     want = lines((tmp_path / "o.jsonl").read_text())
     found = list(csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text())))
@@ -276,12 +276,26 @@ def test_a_bad_input_among_many_is_found_by_halves():
     assert len(calls) <= 15
 
 
+def test_what_is_too_long_is_counted_and_said(models, ask, tmp_path):
+    (tmp_path / "x.txt").write_text("the fox\n" + "the " * 30 + "\n" + "dog " * 11 + "\n")
+    code, out, err = ask(
+        f"hf:{models}/sequence_classification", "--data.files", tmp_path / "x.txt", "--data.max-length", 12, "--json",
+        "--output", tmp_path / "o.jsonl",
+    )  # fmt: skip
+    # Of 12 places two are for [CLS] and [SEP]: 20 tokens of the second text are lost and one of the third.
+    assert code == 0 and json.loads(out)["cut"] == 2
+    assert "2 inputs had more than 12 tokens and lost 21 of them at the end of a text (--data.max-length)" in err
+
+
 def test_columns_are_found_by_their_names_and_by_flags():
     row = {"sentence1": "a", "sentence2": "b", "frage": "c"}
     assert fields(row, PredictData(("f",))) == row | {"text": "a", "text_b": "b"}
     assert fields(row, PredictData(("f",), text=("frage",)))["text"] == "c"
     named = fields(row, PredictData(("f",), columns=("question=frage",), values=("top_k=3",)))
     assert named["question"] == "c" and named["top_k"] == "3"
+    assert fields({"a": "b"}, PredictData(("f",)))["text"] == "b" and "text" not in fields(
+        {"a": 3}, PredictData(("f",))
+    )
 
 
 def test_neither_pytorch_nor_tensorflow_is_needed(models, tmp_path):

@@ -24,11 +24,13 @@ from tiny_runs import write_run
 from espalier import load
 from espalier.errors import UserError
 from espalier.files import write_json
+from espalier.intervals import mean_interval
 from espalier.models.config import Execution
 from espalier.models.transformer import init_params
 from espalier.predict.use import use_of
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneOptimizer
+from finetune.ranking_metrics import intervals, of_query
 from finetune.tasks.rank.bm25 import BM25, K1, B, words
 from finetune.tasks.rank.examples import GroupBatches, training_pairs
 from finetune.tasks.rank.files import read_judged
@@ -517,7 +519,9 @@ def test_an_export_scores_alike_in_transformers_and_sentence_transformers(there,
     assert [row["index"] for row in again.rank(query, texts)] == [row["index"] for row in ranked]
     evaluation = measure(again, RankData(validation=there.validation))
     summary = json.loads((run / "summary.json").read_text())
-    assert evaluation.metrics == pytest.approx(summary["metrics"], abs=1e-6)
+    assert evaluation.metrics.keys() == summary["metrics"].keys()
+    for name, value in summary["metrics"].items():
+        assert evaluation.metrics[name] == pytest.approx(value, abs=1e-6), name
 
 
 def test_rows_are_ranked_or_scored(there, trained):
@@ -552,3 +556,12 @@ def test_a_ranker_goes_on_with_its_head(there, trained, tmp_path):
         config_for(there, tmp_path / "more", init_from=source, steps=1, optimizer=still, mesh=MeshConfig(1, 1, 1))
     )
     assert found["metrics"]["ndcg@10"] == 1.0
+
+
+def test_intervals_of_a_ranking_are_those_of_the_mean_over_queries():
+    generator = np.random.default_rng(3)
+    queries = [of_query(generator.random(12), generator.integers(0, 3, 12)) for _ in range(40)]
+    found = intervals(queries)
+    for name in queries[0]:
+        assert found[f"{name}_interval"] == pytest.approx(mean_interval([query[name] for query in queries]))
+    assert intervals(queries[:1]) == {}

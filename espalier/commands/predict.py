@@ -24,6 +24,7 @@ from espalier.commands.asked_model import AskedModel
 from espalier.data.encodings import codec
 from espalier.errors import UserError
 from espalier.files import replacing
+from espalier.progress import plural
 
 if TYPE_CHECKING:
     from espalier.data.documents import Reject
@@ -131,6 +132,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
     """Write a prediction for every row; returns the `--json` object."""
     from espalier.data.rows import Rows
     from espalier.predict.loaded import on_all_devices
+    from espalier.predict.outputs import counting_cut
 
     rows = Rows(config.data.files, config.data.format, codec(config.data.encoding))
     with progress.on_stderr():
@@ -141,7 +143,12 @@ def main(config: PredictConfig) -> dict[str, Any]:
                 f"--output {config.output}: .npy holds embeddings, and this model does {use.name}; try .jsonl"
             )
         began, count, bad = time.monotonic(), 0, 0
-        with _writer(config.output) as write, _watched(config) as said, on_all_devices(model) as model:
+        with (
+            _writer(config.output) as write,
+            _watched(config) as said,
+            on_all_devices(model) as model,
+            counting_cut() as lost,
+        ):
             for chunk in answered(rows, config, model, use):
                 if config.strict and (wrong := next((one for one in chunk if one.error), None)):
                     raise UserError(f"{wrong.name}: {wrong.error}; nothing was written (--strict)")
@@ -155,13 +162,16 @@ def main(config: PredictConfig) -> dict[str, Any]:
                 said(_far(count, rows.share, time.monotonic() - began))
         for note in rows.notes:
             progress.say(note)
+        if lost:
+            what = f"{plural(len(lost), 'input')} had more than {model.longest:,} tokens and lost {sum(lost):,} of them"
+            progress.say(f"{what} at the end of a text (--data.max-length)")
         if not count:
             raise UserError(f"{', '.join(config.data.files)}: there are no rows")
         seconds = time.monotonic() - began
         told = f"{bad:,} of {count:,} rows are bad" if bad else f"{count:,} rows"
         where = f"; written to {config.output}" if config.output else ""
         progress.say(f"{use.name}: {told}, {count / seconds:,.0f} a second{where}")
-    return {"use": use.name, "rows": count, "bad": bad, "output": config.output, "seconds": seconds}
+    return {"use": use.name, "rows": count, "bad": bad, "cut": len(lost), "output": config.output, "seconds": seconds}
 
 
 def opened(config: PredictConfig) -> tuple[LoadedModel, Use]:

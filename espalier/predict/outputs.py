@@ -73,6 +73,20 @@ def shapes_kept() -> Shapes | None:
     return _shapes.get()
 
 
+_cut: ContextVar[list[int] | None] = ContextVar("cut", default=None)
+
+
+@contextlib.contextmanager
+def counting_cut() -> Iterator[list[int]]:
+    """A list that gets, within the block (and thread), how many tokens each input lost that was too long."""
+    lost: list[int] = []
+    token = _cut.set(lost)
+    try:
+        yield lost
+    finally:
+        _cut.reset(token)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     """Over the last axis, in float64, on the host: the shapes of results are many."""
     powers = np.exp(scores.astype(np.float64) - scores.max(axis=-1, keepdims=True))
@@ -99,6 +113,8 @@ def outputs(
     over the mesh; every process gives all and gets all.
     """
     lengths = np.array([len(example.ids) for example in examples])
+    if (lost := _cut.get()) is not None:
+        lost += [example.cut for example in examples if example.cut]
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     shapes = _shapes.get()

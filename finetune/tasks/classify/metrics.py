@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from espalier.data.labelled import Labelled
-from espalier.intervals import SAMPLES, bootstrap, draws, interval
-from finetune.correlations import pearson, spearman
+from espalier.intervals import SAMPLES, draws, interval
+from finetune.correlations import pearson, spearman, with_intervals
 
 
 def metrics(labels_N: np.ndarray, predictions_N: np.ndarray, classes: int) -> dict[str, float]:
@@ -65,11 +65,7 @@ def majority_accuracy(train_labels: Sequence[int] | np.ndarray, labels_N: np.nda
 def number_metrics(labels_N: np.ndarray, predictions_N: np.ndarray) -> dict[str, Any]:
     """pearson, spearman and rmse, with 95 % intervals. A correlation is 0 where one side does not vary."""
     measures = {"pearson": pearson, "spearman": spearman, "rmse": _root_of_mean_square}
-    found: dict[str, Any] = {name: measure(labels_N, predictions_N) for name, measure in measures.items()}
-    for name, measure in measures.items():
-        low_high = bootstrap(lambda drawn, of=measure: of(labels_N[drawn], predictions_N[drawn]), len(labels_N))
-        found[f"{name}_interval"] = list(low_high)
-    return found
+    return with_intervals(measures, labels_N, predictions_N)
 
 
 def list_metrics(labels_NC: np.ndarray, predictions_NC: np.ndarray) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from finetune import ranking_metrics
-from finetune.correlations import pearson, spearman
+from finetune.correlations import pearson, spearman, with_intervals
 from finetune.tasks.embed.examples import Pairs
 
 QUERIES = 256
 """Whose cosines with all documents are in memory at once."""
 
 
-def retrieval(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(metrics, a row for each query). x_TD: an embedding of each text of length 1.
+def retrieval(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(metrics with 95 % intervals, a row for each query). x_TD: an embedding of each text of length 1.
 
     The documents are all texts of the file that belong to some query, and all hard negatives; a query is no candidate
     of itself.
@@ -39,7 +39,7 @@ def retrieval(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, float], list[di
                 "nearest_cosine": float(cosines_C[best]),
             }
         )
-    return ranking_metrics.mean(found), rows
+    return ranking_metrics.mean(found) | ranking_metrics.intervals(found), rows
 
 
 def documents(pairs: Pairs) -> np.ndarray:
@@ -56,11 +56,11 @@ def cosines(pairs: Pairs, documents_C: np.ndarray, x_TD: np.ndarray) -> Iterator
         yield from zip(chosen, x_TD[chosen] @ x_TD[documents_C].T, strict=True)
 
 
-def similarity(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(spearman and pearson of cosines with scores, a row for each pair)."""
+def similarity(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(spearman and pearson of cosines with scores and their 95 % intervals, a row for each pair)."""
     assert pairs.scores_N is not None
     cosine_N = np.einsum("nd,nd->n", *(x_TD[side] for side in pairs.pairs_N2.T))
-    metrics = {"spearman": spearman(cosine_N, pairs.scores_N), "pearson": pearson(cosine_N, pairs.scores_N)}
+    metrics = with_intervals({"spearman": spearman, "pearson": pearson}, cosine_N, pairs.scores_N)
     rows = [
         {"text": pairs.texts[a], "text_b": pairs.texts[b], "score": float(score), "cosine": float(cosine)}
         for (a, b), score, cosine in zip(pairs.pairs_N2, pairs.scores_N, cosine_N, strict=True)
@@ -68,6 +68,6 @@ def similarity(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, float], list[d
     return metrics, rows
 
 
-def figures(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def figures(pairs: Pairs, x_TD: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Of what the file is of."""
     return (similarity if pairs.scored else retrieval)(pairs, x_TD)

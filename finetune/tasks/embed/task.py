@@ -111,7 +111,8 @@ class SentenceEmbedding(Labelled):
             model.execution,
         )
         figures = measured(untuned, self._validation, ()).metrics
-        return found._replace(metrics=dict(found.metrics) | {f"{name}_before": figures[name] for name in figures})
+        before = {f"{name}_before": value for name, value in figures.items() if not name.endswith("_interval")}
+        return found._replace(metrics=dict(found.metrics) | before)
 
 
 def measure(model: LoadedModel, data: EmbedData) -> Evaluation:

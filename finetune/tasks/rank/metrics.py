@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from espalier.task import Evaluation
-from finetune.ranking_metrics import mean, of_query
+from finetune.ranking_metrics import intervals, mean, of_query
 from finetune.tasks.rank.judged import Judged, Query
 
 SHOWN = 10
@@ -18,7 +19,8 @@ def measured(judged: Judged, scores_N: np.ndarray, baseline_N: np.ndarray) -> Ev
     """scores_N: of every query with each candidate, in the order of examples.ranked_pairs. baseline_N: BM25's."""
     found, of_queries = means(judged.queries, scores_N)
     baseline, _ = means(judged.queries, baseline_N)
-    metrics: dict[str, float] = found | {f"baseline_{name}": value for name, value in baseline.items()}
+    metrics: dict[str, Any] = found | {f"baseline_{name}": value for name, value in baseline.items()}
+    metrics |= intervals(of_queries)
     relevant = [(query, name) for query in judged.queries for name, grade in query.relevance.items() if grade > 0]
     there = sum(name in set(query.candidates or ()) for query, name in relevant)
     metrics["candidates_recall"] = there / max(len(relevant), 1)
