@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import pathlib
+import shutil
+import warnings
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 from tiny_runs import write_run
@@ -112,6 +115,108 @@ def test_the_files_of_every_task_are_read_as_they_are_published(there, tmp_path,
     assert ("text_b" in rows[0]) == (len(task.text) == 2)
     test = [json.loads(line) for line in files.more[task.test].read_text(encoding="utf-8").splitlines()]
     assert len(test) == 5 and all("label" not in row for row in test)
+
+
+CLASSES = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "qqp": ("not_duplicate", "duplicate"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+    "wnli": ("not_entailment", "entailment"),
+    "ax": ("entailment", "neutral", "contradiction"),
+}
+"""Names of the labels of `nyu-mll/glue` and of TFDS's `glue`, by number."""
+
+
+def rows_of(table: str, count: int, fields: tuple[str, ...], first: int = 0) -> list[dict]:
+    """Examples as the data sets have them; those of the test set have the label -1."""
+    found = []
+    for number in range(count):
+        label = (number * 1.25) % 5 if table == "stsb" else number % len(CLASSES[table])
+        texts = {field: words(first + number * 3 + at) for at, field in enumerate(fields)}
+        found.append(texts | {"label": -1 if first else label, "idx": number})
+    return found
+
+
+def saved_by_datasets(folder: pathlib.Path, splits: dict[tuple[str, str], list[dict]]) -> str:
+    """A repository as nyu-mll/glue is one: a folder of Parquet files for each task, named in its card."""
+    configs: dict[str, list[str]] = {}
+    for (table, split), rows in splits.items():
+        names = CLASSES.get(table)
+        label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float32")
+        kinds = {field: datasets.Value("string") for field in rows[0] if field not in ("label", "idx")}
+        features = datasets.Features(kinds | {"label": label, "idx": datasets.Value("int32")})
+        (folder / table).mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows, features).to_parquet(folder / table / f"{split}-00000-of-00001.parquet")
+        configs.setdefault(table, []).append(f"  - split: {split}\n    path: {table}/{split}-*\n")
+    card = "".join(f"- config_name: {table}\n  data_files:\n{''.join(files)}" for table, files in configs.items())
+    (folder / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    return f"hf:{folder}"
+
+
+def saved_by_tfds(folder: pathlib.Path, splits: dict[tuple[str, str], list[dict]]) -> str:
+    """Each task prepared by tensorflow-datasets, which shuffles."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets as tfds
+
+        tfds.disable_progress_bar()
+        for table in dict.fromkeys(table for table, _ in splits):
+            names = CLASSES.get(table)
+            label = tfds.features.ClassLabel(names=list(names)) if names else np.float32
+            parts = {split: rows for (name, split), rows in splits.items() if name == table}
+            fields = [field for field in next(iter(parts.values()))[0] if field not in ("label", "idx")]
+            kinds = {field: tfds.features.Text() for field in fields} | {"label": label, "idx": np.int32}
+
+            class Builder(tfds.core.GeneratorBasedBuilder):
+                name = f"glue_{table}"
+                VERSION = tfds.core.Version("1.0.0")
+                KINDS, PARTS = kinds, parts
+
+                def _info(self):
+                    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self.KINDS))
+
+                def _split_generators(self, dl_manager):
+                    return {split: enumerate(rows) for split, rows in self.PARTS.items()}
+
+                def _generate_examples(self):
+                    raise NotImplementedError
+
+            builder = Builder(data_dir=str(folder / "prepared"), file_format="array_record")
+            builder.download_and_prepare()
+            shutil.copytree(builder.data_dir, folder / "glue" / table)
+    return f"tfds:{folder}/glue"
+
+
+@pytest.mark.parametrize("saved", [saved_by_datasets, saved_by_tfds])
+def test_data_sets_of_libraries_hold_what_the_files_hold(tmp_path, saved):
+    """Every task; labels are named otherwise there, and TFDS has another order, by which no submission may go."""
+    splits = {}
+    for task in GLUE:
+        for split, count, first in (("train", 9, 0), (task.dev, 6, 0), (task.test, 5, 1000)):
+            name = split.replace("dev", "validation")
+            splits[task.key, name] = rows_of(task.key, count, task.fields, first)
+    splits["mnli", "validation_mismatched"] = rows_of("mnli", 4, BY_KEY["mnli"].fields)
+    splits["ax", "test"] = rows_of("ax", 3, BY_KEY["mnli"].fields, 1000)
+    source = saved(tmp_path / "source", splits)
+    for task in GLUE:
+        files = write_files(source, task, tmp_path / task.key, None, tests=True)
+        rows = [json.loads(line) for line in files.train.read_text(encoding="utf-8").splitlines()]
+        given = splits[task.key, "train"]
+        assert [row["text"] for row in rows] == [row[task.fields[0]] for row in given]
+        if task.key == "stsb":
+            assert [float(row["label"]) for row in rows] == [row["label"] for row in given]
+        else:
+            assert [row["label"] for row in rows] == [task.labels[row["label"]] for row in given]
+        test = [json.loads(line) for line in files.more[task.test].read_text(encoding="utf-8").splitlines()]
+        wanted = splits[task.key, task.test]
+        assert [row["text"] for row in test] == [row[task.fields[0]] for row in wanted]
+        assert all("label" not in row for row in test)
+        more = {"dev_mismatched", "diagnostic"} if task.key == "mnli" else set()
+        assert more <= files.more.keys()
 
 
 def test_real_files_are_read(shared_data, tmp_path):

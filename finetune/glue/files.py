@@ -14,18 +14,7 @@ from espalier.files import replacing
 from finetune.glue.tasks import COLA_COLUMNS, DIAGNOSTIC, GLUE, MISMATCHED, MNLI, GlueTask
 
 LIBRARIES = ("hf:", "tfds:")
-SPLITS = {
-    "hf:": {
-        "dev": "validation",
-        "dev_matched": "validation_matched",
-        "dev_mismatched": "validation_mismatched",
-    },
-    "tfds:": {
-        "dev": "validation",
-        "dev_matched": "validation_matched",
-        "dev_mismatched": "validation_mismatched",
-    },
-}
+SPLITS = {"dev": "validation", "dev_matched": "validation_matched", "dev_mismatched": "validation_mismatched"}
 """Name of a file → of the split in a library, where it is another."""
 
 
@@ -98,7 +87,7 @@ def _table(source: str, task: GlueTask, name: str) -> Table | None:
         assert folder is not None
         path = folder / f"{name}.tsv"
         return read_table(str(path)) if path.is_file() else None
-    key, split = (DIAGNOSTIC[1], "test") if name == DIAGNOSTIC[2] else (task.key, SPLITS[library].get(name, name))
+    key, split = (DIAGNOSTIC[1], "test") if name == DIAGNOSTIC[2] else (task.key, SPLITS.get(name, name))
     if library == "hf:":
         spec = source.removeprefix(library)
         return read_table(f"hf:{spec}{'&' if '?' in spec else '?'}name={key}&split={split}")
@@ -125,13 +114,18 @@ def _rows(table: Table, task: GlueTask, source: str, name: str) -> Iterator[dict
         )
     at = [columns.index(column) for column in text]
     label_at = columns.index(label) if label in columns else None
-    for values in (*first, *(row.values for row in table.rows)):
+    given = [*first, *(row.values for row in table.rows)]
+    if library and "idx" in columns:
+        # TFDS shuffles what it prepares; submissions go by these numbers.
+        number_at = columns.index("idx")
+        given.sort(key=lambda values: int(values[number_at] or 0))
+    for values in given:
         row = {"text": values[at[0]] or ""}
         if len(at) == 2:
             row["text_b"] = values[at[1]] or ""
-        if label_at is not None and (value := values[label_at]) not in (None, "", "-", "-1"):
+        if label_at is not None and (value := values[label_at]) not in (None, "", "-", "-1", "-1.0"):
             assert value is not None
-            row["label"] = task.labels[int(value)] if library and task.labels else value
+            row["label"] = task.label_of(value) if library else value
         elif name in ("train", task.dev, MISMATCHED[0]):
             # Examples on which the annotators did not agree (MNLI's "-").
             continue

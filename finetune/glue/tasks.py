@@ -25,12 +25,21 @@ class GlueTask:
     """The official ones; their mean is the score of the task."""
     labels: tuple[str, ...] = ("0", "1")
     """By their numbers in the data sets, as GLUE's files and submissions spell them; none where it is a number."""
+    classes: tuple[str, ...] = ()
+    """What the data sets call them, where that is something else."""
     submitted: str = ""
     """Name of the file that the benchmark's server takes, where it is not the name of the task."""
     dev: str = "dev"
     test: str = "test"
     header: bool = True
     """CoLA's files for training have no line of names."""
+
+    def label_of(self, value: str) -> str:
+        """The label that a data set gives by its number or name; a number of STS-B stays as it is."""
+        if not self.labels:
+            return value
+        names = self.classes or self.labels
+        return self.labels[names.index(value) if value in names else int(value)]
 
     @property
     def submission(self) -> str:
@@ -57,10 +66,29 @@ FROM_MNLI = ("rte", "mrpc", "stsb")
 """Small tasks that published tables train on from the MNLI checkpoint (Liu et al. 2019)."""
 
 GLUE = (
-    GlueTask("CoLA", "cola", "CoLA", ("sentence",), "label", ("sentence",), ("matthews",), header=False),
-    GlueTask("SST-2", "sst2", "SST-2", ("sentence",), "label", ("sentence",), ("accuracy",)),
     GlueTask(
-        "MRPC", "mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", ("sentence1", "sentence2"), ("f1", "accuracy")
+        "CoLA",
+        "cola",
+        "CoLA",
+        ("sentence",),
+        "label",
+        ("sentence",),
+        ("matthews",),
+        header=False,
+        classes=("unacceptable", "acceptable"),
+    ),
+    GlueTask(
+        "SST-2", "sst2", "SST-2", ("sentence",), "label", ("sentence",), ("accuracy",), classes=("negative", "positive")
+    ),
+    GlueTask(
+        "MRPC",
+        "mrpc",
+        "MRPC",
+        ("#1 String", "#2 String"),
+        "Quality",
+        ("sentence1", "sentence2"),
+        ("f1", "accuracy"),
+        classes=("not_equivalent", "equivalent"),
     ),
     GlueTask(
         "STS-B",
@@ -73,12 +101,28 @@ GLUE = (
         labels=(),
     ),
     GlueTask(
-        "QQP", "qqp", "QQP", ("question1", "question2"), "is_duplicate", ("question1", "question2"), ("f1", "accuracy")
+        "QQP",
+        "qqp",
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        ("question1", "question2"),
+        ("f1", "accuracy"),
+        classes=("not_duplicate", "duplicate"),
     ),
     MNLI,
     GlueTask("QNLI", "qnli", "QNLI", ("question", "sentence"), "label", ("question", "sentence"), ("accuracy",), NLI),
     GlueTask("RTE", "rte", "RTE", ("sentence1", "sentence2"), "label", ("sentence1", "sentence2"), ("accuracy",), NLI),
-    GlueTask("WNLI", "wnli", "WNLI", ("sentence1", "sentence2"), "label", ("sentence1", "sentence2"), ("accuracy",)),
+    GlueTask(
+        "WNLI",
+        "wnli",
+        "WNLI",
+        ("sentence1", "sentence2"),
+        "label",
+        ("sentence1", "sentence2"),
+        ("accuracy",),
+        classes=NLI[::-1],
+    ),
 )
 """In the order of the paper's table."""
 BY_KEY = {task.key: task for task in GLUE}
