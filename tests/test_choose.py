@@ -122,6 +122,7 @@ def test_scores_are_brute_force(there, kind):
 def test_tokens_of_a_choice_are_its_own_and_questions_lose_their_beginning(there):
     tokenizer = load(there.decoder).tokenizer
     assert joined("what?", "it") == ("what? it", 5) and joined("什么？", "它") == ("什么？它", 3)
+    assert joined("ท้องฟ้า", "สี") == ("ท้องฟ้าสี", 7) and joined("하늘은", "파란") == ("하늘은 파란", 3)
     assert joined("a \n", "b") == ("a \nb", 3) and joined("a ", "b") == ("a b", 1) and joined("", " b") == (" b", 0)
     ((first, second),) = encode(tokenizer, [Asked("what can we eat?", ("the apple", "苹果"))], 64)
     assert tokenizer.decode(first.ids[-first.own :]).strip() == "the apple" and first.bytes == 9

@@ -287,15 +287,51 @@ def test_what_is_too_long_is_counted_and_said(models, ask, tmp_path):
     assert "2 inputs had more than 12 tokens and lost 21 of them at the end of a text (--data.max-length)" in err
 
 
+def test_nothing_is_lost_by_what_stands_in_a_row(models, ask, tmp_path):
+    """Half a surrogate pair, in a text and beside it; a carriage return within a cell; a row of empty cells."""
+    model = f"hf:{models}/sequence_classification"
+    (tmp_path / "x.jsonl").write_text(
+        '{"text": "the dog"}\n{"text": "\\ud800 x"}\n{"text": "a\\rb", "id": "\\udfff"}\n'
+    )
+    for name in ("o.jsonl", "o.csv"):
+        code, _, err = ask(model, "--data.files", tmp_path / "x.jsonl", "--output", tmp_path / name)
+        assert code == 0 and "2 of 3 rows are bad" in err
+    assert [row["text"] for row in lines((tmp_path / "o.jsonl").read_text())] == ["the dog", "\ud800 x", "a\rb"]
+    with open(tmp_path / "o.csv", newline="", encoding="utf-8") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == ["the dog", "\\ud800 x", "a\rb"]
+    (tmp_path / "x.tsv").write_text("text\ttext_b\nthe\tdog\n\t\nfox\tcat\n")
+    assert [row["text"] for row in lines(ask(model, "--data.files", tmp_path / "x.tsv")[1])] == ["the", "", "fox"]
+
+
+def test_what_was_there_stays_where_nothing_can_be_written(models, ask, tmp_path):
+    model, kept = f"hf:{models}/sequence_classification", tmp_path / "o.jsonl"
+    kept.write_text("as it was")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "old.txt").write_bytes(b"the dog\rthe fox\r")
+    (tmp_path / "text.txt").write_text("the dog\n")
+    for arguments, said in (
+        (("--data.files", tmp_path / "empty.txt", "--output", kept), "there are no rows"),
+        (("--data.files", tmp_path / "old.txt", "--output", kept), "end in a carriage return alone"),
+        (("--data.files", tmp_path / "text.txt", "--output", tmp_path), "unknown kind of file"),
+        (("--data.files", tmp_path / "text.txt", "--strict"), "give --output F too"),
+    ):
+        code, _, err = ask(model, *arguments)
+        assert code == 2 and said in err.splitlines()[-1], err
+    (tmp_path / "folder.csv").mkdir()
+    code, _, err = ask(model, "--data.files", tmp_path / "text.txt", "--output", tmp_path / "folder.csv")
+    assert code == 2 and "is a folder; name a file in it" in err and kept.read_text() == "as it was"
+
+
 def test_columns_are_found_by_their_names_and_by_flags():
     row = {"sentence1": "a", "sentence2": "b", "frage": "c"}
     assert fields(row, PredictData(("f",))) == row | {"text": "a", "text_b": "b"}
     assert fields(row, PredictData(("f",), text=("frage",)))["text"] == "c"
     named = fields(row, PredictData(("f",), columns=("question=frage",), values=("top_k=3",)))
     assert named["question"] == "c" and named["top_k"] == "3"
-    assert fields({"a": "b"}, PredictData(("f",)))["text"] == "b" and "text" not in fields(
-        {"a": 3}, PredictData(("f",))
-    )
+    # The only column is the text, if it holds one; under the name of a text a number is one too, as in training.
+    assert fields({"a": "b"}, PredictData(("f",)))["text"] == "b"
+    assert "text" not in fields({"a": 3}, PredictData(("f",)))
+    assert fields({"text": 3, "n": 4}, PredictData(("f",)))["text"] == "3"
 
 
 def test_neither_pytorch_nor_tensorflow_is_needed(models, tmp_path):

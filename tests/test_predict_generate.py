@@ -10,7 +10,7 @@ from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
 from espalier.models import generate as models
 from espalier.predict import generate
-from espalier.predict.generate import answers, prompt_ids, prompt_of, read, stream, way_of
+from espalier.predict.generate import GENERATE, answers, prompt_ids, prompt_of, read, stream, way_of
 from espalier.predict.loaded import LoadedModel
 from espalier.predict.outputs import Shapes, fixed_shapes
 from espalier.predict.sampling import SamplingConfig
@@ -165,6 +165,17 @@ def test_rows_are_read_as_prompts_with_settings_of_their_own(model):
     assert [short] == model.generate("a", max_new_tokens=4) and len(long) > len(short)
 
 
+def test_what_is_drawn_for_a_row_depends_on_its_number_in_the_file(model):
+    """Not on the chunk that it is read in, nor on rows beside it that are bad."""
+    rows = [GENERATE.numbered(read({"prompt": "a", "temperature": 1.0, "max_new_tokens": 8}), at) for at in range(6)]
+    whole = [found["text"] for found in answers(model, rows)]
+    parts = [found["text"] for begin in (0, 2, 5) for found in answers(model, rows[begin : {0: 2, 2: 5, 5: 6}[begin]])]
+    assert parts == whole and len(set(whole)) > 1
+    assert [found["text"] for found in answers(model, [rows[4], rows[1]])] == [whole[4], whole[1]]
+    with pytest.raises(UserError, match="top_k=inf is no number"):
+        read({"prompt": "a", "top_k": float("inf")})
+
+
 def test_a_server_generates_in_its_own_shapes_alone(model):
     prompts = ["a", "b", "c" * 20]
     expected = model.generate(prompts)
@@ -178,9 +189,17 @@ def test_a_server_generates_in_its_own_shapes_alone(model):
             model.generate("d" * 40)
 
 
+def test_a_server_leaves_room_for_the_prompt():
+    model = loaded(GPT)
+    with fixed_shapes(Shapes([16, 64], [1])):
+        assert model.generate("ab") == model.generate("ab") and GPT.max_position_embeddings == 64
+        with pytest.raises(UserError, match="try max_new_tokens|give a shorter prompt"):
+            model.generate("ab" * 20)
+
+
 def test_generation_beyond_the_learned_positions_is_refused():
     model = loaded(GPT)
-    with pytest.raises(UserError, match="exceeds the model's 64 positions; try --sampling.max-new-tokens 61"):
+    with pytest.raises(UserError, match="exceeds the model's 64 positions; try max_new_tokens=61"):
         model.generate("ab", max_new_tokens=100)
     with pytest.raises(UserError, match="give a shorter prompt"):
         model.generate("ab" * 40)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from espalier.errors import UserError
+
+if TYPE_CHECKING:
+    from espalier.predict.loaded import LoadedModel
+    from espalier.predict.use import Use
 
 
 @dataclass(frozen=True)
@@ -22,3 +28,25 @@ class AskedModel:
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    def loaded(self) -> LoadedModel:
+        from espalier.loading import load
+
+        model = load(self.model, step=self.step, revision=self.revision)
+        return replace(model, execution=replace(model.execution, dtype=self.dtype))
+
+    def opened(self, use: str | None, max_length: int | None) -> tuple[LoadedModel, Use]:
+        """The model, and what is asked of it. max_length: tokens of an input at most; None = the model's own."""
+        from espalier.predict.use import named, use_of
+
+        model = self.loaded()
+        if max_length is not None:
+            limit = model.config.max_length
+            if max_length < 8 or limit is not None and max_length > limit:
+                raise UserError(
+                    f"max_length={max_length} must lie between 8 and the model's {limit or 'many'} positions"
+                )
+            saved = {**model.saved, "data": {**(model.saved.get("data") or {}), "max_length": max_length}}
+            # Where embeddings have a length of their own.
+            model = replace(model, saved=saved | ({"longest": max_length} if "longest" in saved else {}))
+        return model, named(use) if use else use_of(model)

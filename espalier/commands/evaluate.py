@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ class EvaluateConfig(AskedModel):
 
 def main(config: Any) -> dict[str, Any]:
     """Print the metrics as a table; returns the `--json` object. config: of `config_for`."""
-    from espalier.loading import load
     from espalier.predict.loaded import on_all_devices
 
+    if config.output and (path := Path(config.output).expanduser()).exists() and not path.is_dir():
+        raise UserError(f"--output {config.output} is a file; name a folder, or one that is not there yet")
     record = record_of(*described(config), config.task)
     with progress.waiting(f"loading {config.model}"):
-        model = load(config.model, step=config.step, revision=config.revision)
-        model = replace(model, execution=replace(model.execution, dtype=config.dtype))
+        model = config.loaded()
     with progress.waiting("measuring"), on_all_devices(model) as model:
         evaluation = record.evaluate(model, config.data)
     if config.output:

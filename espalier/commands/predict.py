@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -100,12 +100,17 @@ class PredictConfig(AskedModel):
         if self.output is None:
             if self.json:
                 raise UserError("--json and the predictions would both go to standard output; give --output F too")
+            if self.strict:
+                raise UserError("--strict writes all or nothing, which standard output cannot; give --output F too")
             return
         if not self.output.endswith(OUTPUTS):
             raise UserError(
                 f"--output {self.output}: unknown kind of file; predictions are written as {', '.join(OUTPUTS)}"
             )
-        folder = Path(self.output).expanduser().absolute().parent
+        path = Path(self.output).expanduser().absolute()
+        if path.is_dir():
+            raise UserError(f"--output {self.output} is a folder; name a file in it")
+        folder = path.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"--output {self.output}: {folder} is no folder that can be written to; make it first")
 
@@ -137,7 +142,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
     rows = Rows(config.data.files, config.data.format, codec(config.data.encoding))
     with progress.on_stderr():
         with progress.waiting(f"loading {config.model}"):
-            model, use = opened(config)
+            model, use = config.opened(config.use, config.data.max_length)
         if config.output and config.output.endswith(".npy") and use.name != "embed":
             raise UserError(
                 f"--output {config.output}: .npy holds embeddings, and this model does {use.name}; try .jsonl"
@@ -160,34 +165,18 @@ def main(config: PredictConfig) -> dict[str, Any]:
                             progress.say(f"bad row: {one.name}: {one.error}")
                 count += len(chunk)
                 said(_far(count, rows.share, time.monotonic() - began))
+            if not count:
+                raise UserError(f"{', '.join(config.data.files)}: there are no rows")
         for note in rows.notes:
             progress.say(note)
         if lost:
             what = f"{plural(len(lost), 'input')} had more than {model.longest:,} tokens and lost {sum(lost):,} of them"
             progress.say(f"{what} at the end of a text (--data.max-length)")
-        if not count:
-            raise UserError(f"{', '.join(config.data.files)}: there are no rows")
         seconds = time.monotonic() - began
         told = f"{bad:,} of {count:,} rows are bad" if bad else f"{count:,} rows"
         where = f"; written to {config.output}" if config.output else ""
         progress.say(f"{use.name}: {told}, {count / seconds:,.0f} a second{where}")
     return {"use": use.name, "rows": count, "bad": bad, "cut": len(lost), "output": config.output, "seconds": seconds}
-
-
-def opened(config: PredictConfig) -> tuple[LoadedModel, Use]:
-    """The model, set up as the configuration says, and what is asked of it."""
-    from espalier.loading import load
-    from espalier.predict.use import named, use_of
-
-    model = load(config.model, step=config.step, revision=config.revision)
-    saved = dict(model.saved)
-    if (length := config.data.max_length) is not None:
-        limit = model.config.max_length
-        if length < 8 or limit is not None and length > limit:
-            raise UserError(f"data.max_length={length} must lie between 8 and the model's {limit or 'many'} positions")
-        saved["data"] = {**(saved.get("data") or {}), "max_length": length}
-    model = replace(model, saved=saved, execution=replace(model.execution, dtype=config.dtype))
-    return model, named(config.use) if config.use else use_of(model)
 
 
 def answered(
@@ -196,13 +185,14 @@ def answered(
     """Chunks of rows with their results, in order. UserError where every row of the first chunk is bad."""
     from espalier.predict.use import checked
 
-    pace, first = _Pace(), True
+    pace, first, before = _Pace(), True, 0
     for chunk in _chunks(rows, pace):
         began = time.monotonic()
         inputs, errors, at = [], {}, []
         for number, row in enumerate(chunk):
             try:
-                inputs.append(_input(row, config.data, use))
+                one = _input(row, config.data, use)
+                inputs.append(use.numbered(one, before + number) if use.numbered else one)
                 at.append(number)
             except UserError as error:
                 errors[number] = str(error)
@@ -212,7 +202,7 @@ def answered(
             hint = _headless(chunk)
             every = "the only row" if len(chunk) == 1 else f"each of the first {len(chunk)} rows"
             raise UserError(f"{every} is bad: {chunk[0].name}: {errors[0]}{hint}")
-        first = False
+        first, before = False, before + len(chunk)
         yield [
             Answered(row.name, getattr(row, "values", {}), None, errors[number])
             if number in errors
@@ -236,7 +226,10 @@ def fields(values: Mapping[str, Any], data: PredictData) -> dict[str, Any]:
             guess = tuple(values)
         named |= zip(("text", "text_b"), guess, strict=False)
     fixed = dict(pair.split("=", 1) for pair in data.values)
-    return {**fixed, **values, **{name: values[column] for name, column in named.items()}}
+    found = {**fixed, **values, **{name: values[column] for name, column in named.items()}}
+    # A number is a text too, as in files that are learnt from.
+    texts = {name: json.dumps(found[name]) for name in ("text", "text_b") if type(found.get(name)) in (int, float)}
+    return found | texts
 
 
 def _input(row: Row | Reject, data: PredictData, use: Use) -> Any:
@@ -334,30 +327,41 @@ def _writer(output: str | None) -> Iterator[Any]:
 
 
 def _line(row: Answered) -> str:
-    return json.dumps(row.as_json(), ensure_ascii=False, default=str) + "\n"
+    return _whole(json.dumps(row.as_json(), ensure_ascii=False, default=str)) + "\n"
+
+
+def _whole(text: str) -> str:
+    """With half a surrogate pair, which is no character and cannot be written, as its escape: that of JSON too."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @contextlib.contextmanager
 def _as_csv(file: IO[str]) -> Iterator[Any]:
     """Rows whose columns are known at their end: until then they lie beside. What is no string or number is JSON."""
     columns: dict[str, None] = {}
+    returns = False
     with tempfile.TemporaryFile("w+", encoding="utf-8") as lines:
 
         def write(chunk: Sequence[Answered]) -> None:
+            nonlocal returns
             for row in chunk:
                 columns.update(dict.fromkeys(row.as_json()))
-            lines.writelines(map(_line, chunk))
+            found = [*map(_line, chunk)]
+            returns = returns or any("\\r" in line for line in found)
+            lines.writelines(found)
 
         yield write
         lines.seek(0)
-        table = csv.DictWriter(file, list(columns), lineterminator="\n")
+        # The csv module leaves a carriage return unquoted, which readers take for the end of a row.
+        quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+        table = csv.DictWriter(file, [*map(_whole, columns)], lineterminator="\n", quoting=quoting)
         table.writeheader()
         for line in lines:
-            table.writerow({name: _cell(value) for name, value in json.loads(line).items()})
+            table.writerow({_whole(name): _cell(value) for name, value in json.loads(line).items()})
 
 
 def _cell(value: Any) -> Any:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _whole(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import functools
 import signal
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from espalier import cli, progress
@@ -62,7 +62,8 @@ def main(config: ServeConfig) -> dict[str, Any]:
     """Serve until Ctrl-C; returns the `--json` object."""
     check_installed()
     with listening(config.host, config.port) as listener:
-        model, use = opened(config)
+        with progress.waiting(f"loading {config.model}"):
+            model, use = config.opened(config.use, config.max_length)
         batcher, shapes = batcher_of(model, use, config.delay)
         with progress.waiting(f"compiling {len(shapes.all())} programs, for rows of up to {shapes.lengths[-1]} tokens"):
             example = example_of(model, use)
@@ -97,25 +98,6 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}; try --port 0") from None
     with listener:
         yield listener
-
-
-def opened(config: ServeConfig) -> tuple[LoadedModel, Use]:
-    """The model, set up as the configuration says, and what is asked of it."""
-    from espalier.loading import load
-    from espalier.predict.use import named, use_of
-
-    with progress.waiting(f"loading {config.model}"):
-        model = load(config.model, step=config.step, revision=config.revision)
-    if config.max_length is not None:
-        limit = model.config.max_length
-        if config.max_length < 8 or limit is not None and config.max_length > limit:
-            raise UserError(
-                f"max_length={config.max_length} must lie between 8 and the model's {limit or 'many'} positions"
-            )
-        data = {**(model.saved.get("data") or {}), "max_length": config.max_length}
-        model = replace(model, saved={**model.saved, "data": data})
-    model = replace(model, execution=replace(model.execution, dtype=config.dtype))
-    return model, named(config.use) if config.use else use_of(model)
 
 
 def batcher_of(model: LoadedModel, use: Use, delay: float) -> tuple[Batcher, Shapes]:

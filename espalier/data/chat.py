@@ -226,7 +226,9 @@ def _message(item: Any, place: str) -> dict[str, str]:
     if not isinstance(item, dict):
         raise UserError(f"{place} is {_kind(item)}, not {{'role': …, 'content': …}}")
     if "from" in item and "role" not in item:
-        item = {"role": SHAREGPT.get(item["from"], item["from"]), "content": item.get("value")}
+        speaker = item["from"]
+        role = SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else None
+        item = {"role": role, "content": item.get("value")}
     role, content = item.get("role"), item.get("content")
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content

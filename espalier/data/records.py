@@ -44,10 +44,18 @@ def json_records(file: IO[bytes], path: str, max_bytes: int, unique: bool = Fals
                 yield number, item
 
 
-def delimited_records(file: IO[bytes], path: str, max_bytes: int, delimiter: str = ",", quoted: bool = True) -> Records:
+def delimited_records(
+    file: IO[bytes],
+    path: str,
+    max_bytes: int,
+    delimiter: str = ",",
+    quoted: bool = True,
+    blank_rows: bool = False,
+) -> Records:
     """Rows of a .csv or .tsv file; the first one's values are the names of the columns.
 
     quoted: a cell in quotation marks may hold the delimiter and line breaks; else each line is a row.
+    blank_rows: a line that holds only delimiters is a row too.
     Bytes that are not UTF-8 pass as lone surrogates, so that only the cells which need them are rejected.
     """
     csv.field_size_limit(max(max_bytes, 1))
@@ -68,7 +76,9 @@ def delimited_records(file: IO[bytes], path: str, max_bytes: int, delimiter: str
             cells = (
                 next(csv.reader(lines.record(taken), strict=True, delimiter=delimiter))
                 if quoted
-                else content.rstrip("\r\n").split(delimiter) * (not content.isspace())
+                else content.rstrip("\r\n").split(delimiter)
+                if content.strip() or blank_rows and delimiter in content
+                else []
             )
         except csv.Error as error:
             # Usually an unclosed quote: only its line is rejected, and the lines that it swallowed are read again.

@@ -105,6 +105,10 @@ class Rows:
 
     def _text(self, path: str, file: Any, beginning: bytes) -> Any:
         """The file as UTF-8; UserError where its first bytes are those of something else."""
+        if b"\r" in beginning and b"\n" not in beginning and self._encoding == "utf-8":
+            raise UserError(
+                f"{path}: its lines end in a carriage return alone (old Mac OS); convert it: tr '\\r' '\\n' < {path}"
+            )
         for first, what in FOREIGN:
             if beginning.startswith(first):
                 raise UserError(f"{path} is {what}")
@@ -142,7 +146,7 @@ class Rows:
             self.notes.append(f"{path}: its columns are separated by {DELIMITERS[delimiter]}; read as that")
         columns: list[str] | None = None
         quoted = not (kind == "tsv" and delimiter == "\t")
-        for number, record in delimited_records(cast(IO[bytes], file), path, LONGEST, delimiter, quoted):
+        for number, record in delimited_records(cast(IO[bytes], file), path, LONGEST, delimiter, quoted, True):
             if not isinstance(record, Record):
                 if record.dropped:
                     yield number, record

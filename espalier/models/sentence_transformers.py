@@ -79,7 +79,10 @@ def read_modules(folder: Path) -> dict[str, Any]:
         lacks = f"its transformer in {modules[0]['path']}" if modules[0].get("path") else f"no {path}"
         raise UserError(f"{folder} has {lacks}; expected the transformer in the folder itself and {path}")
     settings = folder / "sentence_bert_config.json"
-    length = read_json(settings).get("max_seq_length") if settings.is_file() else None
+    given = read_json(settings) if settings.is_file() else {}
+    if given.get("do_lower_case") and not read_json(folder / "tokenizer_config.json").get("do_lower_case"):
+        raise UserError(f"{settings} lowers the case of texts and its tokenizer does not; that is not supported")
+    length = given.get("max_seq_length")
     found = {"pooling": _pooling(path), "normalize": len(kinds) == 3, "longest": length, "prompt": _prompt(folder)}
     if found["prompt"] and not read_json(path).get("include_prompt", True):
         raise UserError(f"{path} leaves the prompt out of the pooling, which is not supported")

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from espalier.data.examples import Example
+from espalier.data.token_tables import unspaced
 from espalier.data.tokenizer import plain_backend, special_ids
 from espalier.errors import UserError
 from espalier.predict.likelihood import following, hidden
-from espalier.predict.outputs import outputs
+from espalier.predict.outputs import outputs, softmax
 from espalier.predict.use import Use
 
 if TYPE_CHECKING:
@@ -156,11 +157,6 @@ def joined(question: str, choice: str) -> tuple[str, int]:
     return question + ("" if close else " ") + choice, len(question)
 
 
-def softmax(score_C: np.ndarray) -> np.ndarray:
-    shifted = np.exp(score_C - score_C.max())
-    return shifted / shifted.sum()
-
-
 def causal_row(choice: Choice, bos: int) -> Example:
     """What a decoder reads: begin, question, choice but for its last token, which is the target `following`."""
     row = [bos, *choice.ids[:-1]]
@@ -210,8 +206,8 @@ def _is_text(value: object) -> bool:
 
 
 def _unspaced(sign: str) -> bool:
-    """Of a script without blanks, or its punctuation: Chinese, Japanese."""
-    return "\u3000" <= sign <= "\u9fff" or "\uf900" <= sign <= "\ufaff" or "\uff00" <= sign <= "\uffef"
+    """Of a script without blanks (Chinese, Japanese, Thai, Khmer), or its punctuation."""
+    return unspaced(sign) or "\u3000" <= sign <= "\u303f" or "\uff00" <= sign <= "\uffef"
 
 
 CHOOSE = Use(

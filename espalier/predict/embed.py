@@ -65,13 +65,15 @@ def encoded(model: LoadedModel, texts: Sequence[str]) -> list[Example]:
     if prompt := model.saved.get("prompt"):
         texts = [prompt + text for text in texts]
     if not model.saved.get("framed"):
-        longest = model.saved.get("longest") or model.longest
-        return encode_pairs(model.tokenizer, texts, None, longest, model.config.causal)
+        return encode_pairs(model.tokenizer, texts, None, model.longest, model.config.causal)
     # Where the folder says nothing of the length, its tokenizer does.
     longest = model.saved.get("longest") or model.tokenizer.model_max_length
     longest = min(longest, model.config.max_length or model.config.max_position_embeddings)
-    found = model.tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
-    return [Example(ids, [0] * len(ids)) for ids in found]
+    whole = model.tokenizer(list(texts))["input_ids"]
+    if not any(len(ids) > longest for ids in whole):
+        return [Example(ids, [0] * len(ids)) for ids in whole]
+    kept = model.tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+    return [Example(ids, [0] * len(ids), cut=len(before) - len(ids)) for before, ids in zip(whole, kept, strict=True)]
 
 
 def pooled(

@@ -41,7 +41,7 @@ def read(row: Mapping[str, Any]) -> Masked:
         raise UserError(f"no text: a row has text with {MASK} in it, and this one {', '.join(row) or 'nothing'}")
     try:
         return text, int(top_k)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"top_k={top_k!r} is not a whole number") from None
 
 

@@ -56,6 +56,8 @@ SETTINGS = {
 class Asked(NamedTuple):
     prompt: Prompt
     config: SamplingConfig
+    number: int = 0
+    """Of its row."""
 
 
 def read(row: Mapping[str, Any]) -> Asked:
@@ -65,7 +67,7 @@ def read(row: Mapping[str, Any]) -> Asked:
         if row.get(name) not in (None, ""):
             try:
                 settings[name] = kind(row[name])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UserError(f"{name}={row[name]!r} is no number; try {name}={kind(1)}") from None
     return Asked(prompt_of(row), SamplingConfig(**settings))
 
@@ -87,9 +89,10 @@ def answers(model: LoadedModel, asked: Sequence[Asked]) -> list[dict[str, Any]]:
     """`text` that follows each prompt."""
     found: dict[int, str] = {}
     for config in dict.fromkeys(one.config for one in asked):
-        numbers = [number for number, one in enumerate(asked) if one.config == config]
-        found |= zip(numbers, generate(model, [asked[number].prompt for number in numbers], config), strict=True)
-    return [{"text": found[number]} for number in range(len(asked))]
+        places = [place for place, one in enumerate(asked) if one.config == config]
+        prompts, numbers = [asked[place].prompt for place in places], [asked[place].number for place in places]
+        found |= zip(places, generate(model, prompts, config, numbers=numbers), strict=True)
+    return [{"text": found[place]} for place in range(len(asked))]
 
 
 def generate(
@@ -97,20 +100,26 @@ def generate(
     prompts: Sequence[Prompt],
     config: SamplingConfig = DEFAULTS,
     said: Callable[[int, int], None] = lambda done, tokens: None,
+    numbers: Sequence[int] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, in batches of fitting length. said: is told how many are done, and how
     many tokens were drawn for them.
 
-    What is drawn for a prompt depends on its number and the seed, not on the others. Under jax.set_mesh rows are split
-    over the mesh, and every process gives and gets all. UserError where the model has no positions for a prompt.
+    What is drawn for a prompt depends on the seed and its number (unset: its place), not on the others. Under
+    jax.set_mesh rows are split over the mesh, and every process gives and gets all. UserError where the model has no
+    positions for a prompt.
     """
+    if shapes_kept():
+        if config != DEFAULTS:
+            raise UserError("how text is generated is settled here, and nothing is compiled anew; ask without settings")
+        # Half of the positions are for the prompt.
+        room = (model.config.max_length or 2 * config.max_new_tokens) // 2
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
     way = way_of(model, config)
-    if shapes_kept() and config != DEFAULTS:
-        raise UserError("how text is generated is settled here, and nothing is compiled anew; ask without settings")
     ids = [prompt_ids(model, prompt) for prompt in prompts]
     check_room(model, ids, way.config)
     found, done, tokens = [""] * len(ids), 0, 0
-    for rows, drawn in _batches(model, ids, way):
+    for rows, drawn in _batches(model, ids, way, range(len(ids)) if numbers is None else numbers):
         for row, tokens_G in zip(rows, drawn.tokens_BG.tolist(), strict=True):
             new = [token for token in tokens_G if token >= 0 and token not in way.sampling.end_ids]
             found[row] = written(model, decoded(model, ids[row], new), way.config.stop)
@@ -119,8 +128,10 @@ def generate(
     return found
 
 
-def _batches(model: LoadedModel, ids: list[list[int]], way: Way) -> Iterator[tuple[list[int], Drawn]]:
-    """Numbers of prompts, the longest first, and what follows them. Within predict.outputs.fixed_shapes, in those."""
+def _batches(
+    model: LoadedModel, ids: list[list[int]], way: Way, numbers: Sequence[int]
+) -> Iterator[tuple[list[int], Drawn]]:
+    """Places of prompts, the longest first, and what follows them. Within predict.outputs.fixed_shapes, in those."""
     key, new, shapes = jax.random.key(way.config.seed), way.config.max_new_tokens, shapes_kept()
 
     def run(prompts: list[list[int]], numbers: list[int], shape: tuple[int, int] | None) -> Drawn:
@@ -142,7 +153,8 @@ def _batches(model: LoadedModel, ids: list[list[int]], way: Way) -> Iterator[tup
         places = (length + new) * way.config.beams
         most = shapes.most(length) if shapes else max(1, min(ROWS, 1 << (PLACES // places).bit_length() >> 1))
         rows = order[done : done + most]
-        yield rows, run([ids[row] for row in rows], rows, (shapes.rows(len(rows), length), length) if shapes else None)
+        shape = (shapes.rows(len(rows), length), length) if shapes else None
+        yield rows, run([ids[row] for row in rows], [numbers[row] for row in rows], shape)
         done += len(rows)
 
 
@@ -274,7 +286,7 @@ def check_room(model: LoadedModel, prompts: Sequence[Sequence[int]], config: Sam
         room = limit - longest
         raise UserError(
             f"prompt of {longest} tokens + max_new_tokens={config.max_new_tokens} = {total} exceeds the model's "
-            f"{limit} positions; " + (f"try --sampling.max-new-tokens {room}" if room > 0 else "give a shorter prompt")
+            f"{limit} positions; " + (f"try max_new_tokens={room}" if room > 0 else "give a shorter prompt")
         )
 
 
@@ -305,5 +317,6 @@ GENERATE = Use(
     takes="prompt, or messages, or the fields of the template",
     reads=read,
     answers=answers,
+    numbered=lambda asked, number: asked._replace(number=number),
     example={"prompt": "Once upon a time"},
 )

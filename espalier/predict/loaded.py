@@ -46,8 +46,9 @@ class LoadedModel:
 
     @property
     def longest(self) -> int:
-        """Tokens of an example at most: those of the fine-tuning, else the usual ones."""
-        asked = (self.saved.get("data") or {}).get("max_length")
+        """Tokens of an example at most: as in the fine-tuning or in the folder of sentence-transformers, else the usual
+        number."""
+        asked = self.saved.get("longest") or (self.saved.get("data") or {}).get("max_length")
         return asked or self.config.usual_length
 
     def classify(
@@ -81,7 +82,7 @@ class LoadedModel:
         given = [read({"text" if isinstance(row, str) else "tokens": row}) for row in rows]
         return self._answers("token_classification", given)
 
-    def rank(self, query: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def rank(self, query: str, texts: str | Sequence[str]) -> list[dict[str, Any]]:
         """The texts by their relevance to the query, the best first: `index` (from 0), `text` and `score` of each.
 
         A score is the model's logit: it may be any number, and says little between queries. UserError where the model
@@ -89,7 +90,7 @@ class LoadedModel:
         """
         from espalier.predict.rank import Asked, rank
 
-        return rank(self, [Asked(query, tuple(texts))])[0]["ranking"]
+        return rank(self, [Asked(query, (texts,) if isinstance(texts, str) else tuple(texts))])[0]["ranking"]
 
     def choose(
         self, question: str, choices: Sequence[str], *, normalize: Literal["none", "tokens", "bytes"] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -27,12 +27,13 @@ def read(row: Mapping[str, Any]) -> Asked:
     query, text, texts = row.get("query"), row.get("text"), row.get("texts")
     if isinstance(query, str) and texts is None and isinstance(text, str):
         return Asked(query, (text,), True)
-    if not isinstance(query, str) or not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
+    several = isinstance(texts, list | tuple) and all(isinstance(one, str) for one in texts)
+    if not isinstance(query, str) or not several:
         raise UserError(
             f"nothing to rank: a row has query and text, or query and a list of texts, and this one "
             f"{', '.join(row) or 'nothing'}"
         )
-    return Asked(query, tuple(texts))
+    return Asked(query, tuple(cast(Any, texts)))
 
 
 def rank(model: LoadedModel, inputs: Sequence[Asked]) -> list[dict[str, Any]]:

@@ -44,6 +44,8 @@ class Use:
     answers: Callable[[LoadedModel, Sequence[Any]], list[dict[str, Any]]]
     """Inputs → a result each, in their order: JSON values by name. UserError for an input that the model cannot take;
     `checked` finds out which."""
+    numbered: Callable[[Any, int], Any] | None = None
+    """(input, number of its row, from 0) → the input that knows it, where what is drawn for it depends on that."""
     example: Mapping[str, Any] = field(default_factory=dict)
     """A row: what the page of `serve` shows first, field by field, and what is asked at its start to have all compiled.
     A field that is "" may be left out."""

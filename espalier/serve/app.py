@@ -44,7 +44,8 @@ def application(use: Use, batcher: Batcher, limits: Limits, about: Mapping[str, 
         inputs, at = [], []
         for number, row in enumerate(rows):
             try:
-                inputs.append(_input(use, row))
+                one = _input(use, row)
+                inputs.append(use.numbered(one, number) if use.numbered else one)
                 at.append(number)
             except UserError as error:
                 results[number] = {"error": str(error)}

@@ -158,10 +158,12 @@ def _threaded(
     jitted = jax.jit(step, donate_argnums=0)
     compiled: set[str] = set()
     compiling, stop = threading.Lock(), threading.Event()
+    precision, nans = jax.config.jax_default_matmul_precision, jax.config.jax_debug_nans
 
     def train(s: int, r: int) -> None:
         losses = []
-        with jax.set_mesh(mesh):
+        # What the caller has set for its own thread.
+        with jax.set_mesh(mesh), jax.default_matmul_precision(precision), jax.debug_nans(nans):
             while done[s, r] < steps and not stop.is_set():
                 batch = batch_of(s, done[s, r])
                 shapes = str(jax.tree.map(np.shape, batch))
