@@ -10,8 +10,9 @@ import jax
 from espalier.errors import UserError
 from espalier.models.attention_backend import Backend, Use
 from espalier.models.attention_spec import AttentionSpec, Places
-from espalier.models.attention_xla import XLA
+from espalier.models.attention_xla import PROBABILITIES, XLA, run_xla
 from espalier.models.splash import SPLASH
+from espalier.models.taps import Tap
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (SPLASH, XLA)}
 """By name, the fastest first; the last one refuses nothing."""
@@ -27,12 +28,16 @@ def attend(
     backend: Backend = XLA,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    tap: Tap | None = None,
 ) -> jax.Array:
     """Softmax attention [B, T, N, H] with N / K query heads to each key/value head (Ainslie et al. 2023).
 
     Dropout acts on the probabilities, and only with a key. Query head n uses key/value head n // (N / K). A query that
     sees nothing yields zero and passes zero gradient.
     """
+    if tap is not None and tap.concern(PROBABILITIES):
+        # Kernels never hold them.
+        return run_xla(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key, tap)
     return backend.run(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key)
 
 

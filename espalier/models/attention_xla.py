@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from espalier.models.attention_backend import Backend, Use
 from espalier.models.attention_spec import visible
 from espalier.models.layers import dropout, float32_einsum, zero_unless
+from espalier.models.taps import Tap
+
+PROBABILITIES = "attention.probabilities"
 
 
-def _run(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key):
+def run_xla(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key, tap: Tap | None = None):
     batch, length, heads, size = q_BTNH.shape
     groups = heads // k_BSKH.shape[2]
     # Heads before tokens: each head's product is then one contiguous matrix product, which XLA:CPU needs for speed.
@@ -22,6 +25,11 @@ def _run(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key):
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     seen_BTS = visible(spec, places)
     probabilities = _softmax(scores, seen_BTS[:, None, None])
+    if tap is not None:
+        flat_BNTS = probabilities.reshape(batch, heads, length, -1)
+        # Of a query that sees nothing all are 0.
+        flat_BNTS = tap(PROBABILITIES, zero_unless(seen_BTS.any(-1)[:, None, :, None], flat_BNTS))
+        probabilities = flat_BNTS.reshape(probabilities.shape)
     probabilities = dropout(probabilities, dropout_rate, dropout_key).astype(v_BSKH.dtype)
 
     out = jnp.einsum("BKGTS,BKSH->BKGTH", probabilities, v_BKSH).transpose(0, 3, 1, 2, 4)
@@ -57,7 +65,7 @@ XLA = Backend(
     platforms=(),
     reason="every score is held in memory; there is no attention kernel for this device here",
     fused=False,
-    run=_run,
+    run=run_xla,
     refuses=lambda use: None,
     keeps=_keeps,
 )

@@ -23,6 +23,7 @@ from espalier.models.attention_spec import Places, spec_for
 from espalier.models.config import LayerKind, ModelConfig
 from espalier.models.layers import Einsum, Norm, activation, dropout, gated, make_norm
 from espalier.models.rotary import rotate
+from espalier.models.taps import Tap, tapped
 from sharding.mesh import constrain
 
 LayerCache = dict[str, jax.Array]
@@ -46,6 +47,8 @@ class Context(NamedTuple):
     end: jax.Array | None
     """Where in the cache this pass writes; None without a cache."""
     memory: Memory | None = None
+    tap: Tap | None = None
+    """Of this layer (models.taps)."""
 
 
 def dropouts(config: ModelConfig) -> int:
@@ -102,6 +105,8 @@ class Attention(nn.Module):
                 for name, new in (("k", k_BTKH), ("v", v_BTKH))
             }
             k_BTKH, v_BTKH = cache["k"].astype(self.dtype), cache["v"].astype(self.dtype)
+        tap = None if self.cross else context.tap
+        v_BTKH = tapped(tap, "attention.values", v_BTKH)
         out_BTNH = attend(
             spec,
             q_BTNH,
@@ -111,7 +116,9 @@ class Attention(nn.Module):
             backend=self.backend,
             dropout_rate=c.attention_dropout,
             dropout_key=key,
+            tap=tap,
         )
+        out_BTNH = tapped(tap, "attention.heads", out_BTNH)
         bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
         out = Einsum((N, H, D), bias, output_stddev(c), self.dtype, c.adapter_dropout, name="out")
         return constrain(out("BTNH,NHD->BTD", out_BTNH, key), "batch", "sequence", None), cache
@@ -124,7 +131,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD, key: jax.Array | None = None):
+    def __call__(self, x_BTD, key: jax.Array | None = None, tap: Tap | None = None):
         c = self.config
         D, F = c.hidden_size, c.intermediate_size
 
@@ -140,6 +147,7 @@ class MLP(nn.Module):
         else:
             up_BTF = constrain(linear((D, F), "up")("BTD,DF->BTF", x_BTD, key), "batch", "sequence", "tensor")
             h_BTF = activation(c.hidden_act)(up_BTF)
+        h_BTF = tapped(tap, "mlp.hidden", h_BTF)
         out = linear((F, D), "down", output_stddev(c))
         return constrain(out("BTF,FD->BTD", h_BTF, key), "batch", "sequence", None)
 
@@ -161,14 +169,16 @@ class Block(nn.Module):
         mlp = MLP(c, self.dtype, name="mlp")
         key = [None] * dropouts(c) if keys is None else keys
         first_norm = not self.first or c.first_attention_norm
+        tap = context.tap
+        x_BTD = tapped(tap, "stream", x_BTD)
 
         y_BTD, cache = attention(self._before("attention", x_BTD, first_norm), context, cache, key[0])
-        x_BTD = self._after("attention", x_BTD, y_BTD, key[1], first_norm)
+        x_BTD = self._after("attention", x_BTD, y_BTD, key[1], first_norm, tap)
         if c.cross_attention:
             cross = Attention(c, self.kind, self.dtype, self.backend, cross=True, name="cross_attention")
             y_BTD, _ = cross(self._before("cross_attention", x_BTD), context, None, key[3])
             x_BTD = self._after("cross_attention", x_BTD, y_BTD, key[4])
-        x_BTD = self._after("mlp", x_BTD, mlp(self._before("mlp", x_BTD), key[2]), key[2])
+        x_BTD = self._after("mlp", x_BTD, mlp(self._before("mlp", x_BTD), key[2], tap), key[2], tap=tap)
         return x_BTD, cache
 
     def _before(self, name: str, x_BTD: jax.Array, normed: bool = True) -> jax.Array:
@@ -178,11 +188,14 @@ class Block(nn.Module):
             return x_BTD
         return make_norm(c, self.dtype, f"{name}_norm")(x_BTD)
 
-    def _after(self, name: str, x_BTD: jax.Array, y_BTD: jax.Array, dropout_key, normed: bool = True) -> jax.Array:
+    def _after(
+        self, name: str, x_BTD: jax.Array, y_BTD: jax.Array, dropout_key, normed: bool = True, tap: Tap | None = None
+    ) -> jax.Array:
         """The residual stream with what attention or the MLP gave."""
         c = self.config
         if c.norm_position in ("both", "output"):
             y_BTD = make_norm(c, self.dtype, f"{name}_post_norm")(y_BTD)
+        y_BTD = tapped(tap, f"{name}.out", y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, c.hidden_dropout, dropout_key)
         if c.norm_position == "post" and normed:
             x_BTD = make_norm(c, self.dtype, f"{name}_norm")(x_BTD)

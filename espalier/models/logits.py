@@ -20,6 +20,7 @@ from espalier.models.heads import (
     token_logits,
 )
 from espalier.models.inputs import completed
+from espalier.models.taps import Taps
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import logits
 
@@ -53,19 +54,36 @@ def batch_of_tokens(tokens: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def head_logits(
-    config: ModelConfig, head: str, params: dict, batch: Mapping[str, Any], execution: Execution | None = None
-) -> jax.Array:
+    config: ModelConfig,
+    head: str,
+    params: dict,
+    batch: Mapping[str, Any],
+    execution: Execution | None = None,
+    taps: Taps | None = None,
+) -> Any:
     """Logits of a head, float32, in evaluation (no dropout).
 
     [B, T, V] of a language model, [B, C] of a classifier of sequences, [B, T, C] of tokens, [B, T, 2] start and end of
-    an answer, [B, T] that a token was replaced. head: a name in models.heads.HEADS; UserError for `embedding`.
+    an answer, [B, T] that a token was replaced. head: a name in models.heads.HEADS; UserError for `embedding`. With
+    taps (logits, what they read), as models.transformer.stack has it.
     """
     execution = execution or Execution(dtype="float32")
     if head not in (*LANGUAGE_MODELS, "sequence_classification", *OF_TOKENS):
         raise UserError(f"a model with the head {head!r} has no logits; take models.transformer.apply for its states")
-    x_BTD = apply(config, params, dict(batch), execution=execution)
+    if taps is None:
+        x_BTD, seen = apply(config, params, dict(batch), execution=execution), None
+    else:
+        x_BTD, seen = apply(config, params, dict(batch), execution=execution, taps=taps)
+    scores = of_states(config, head, params, x_BTD, batch["segment_ids"], execution)
+    return scores if seen is None else (scores, seen)
+
+
+def of_states(
+    config: ModelConfig, head: str, params: dict, x_BTD: jax.Array, segment_ids_BT: jax.Array, execution: Execution
+) -> jax.Array:
+    """The logits of a head on final states."""
     if head == "sequence_classification":
-        return sequence_logits(config, params, x_BTD, batch["segment_ids"])
+        return sequence_logits(config, params, x_BTD, segment_ids_BT)
     if head in OF_TOKENS:
         return OF_TOKENS[head](config, params, x_BTD)
     language_model = masked_lm_head if head == "masked_lm" else causal_lm_head

@@ -23,6 +23,7 @@ from espalier.models.heads import init_heads
 from espalier.models.inputs import completed
 from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key
 from espalier.models.rotary import rotary_by_kind
+from espalier.models.taps import EMBEDDINGS, Tap, Taps, in_order, of_section, tapped
 from sharding.mesh import constrain, mesh_platform
 
 DEFAULT_EXECUTION = Execution()
@@ -76,6 +77,7 @@ def apply(
     key: jax.Array | None = None,
     cache: dict | None = None,
     memory: Memory | None = None,
+    taps: Taps | None = None,
 ) -> Any:
     """Final hidden states x_BTD of a batch.
 
@@ -88,7 +90,7 @@ def apply(
     inputs = (batch["input_ids"], batch["positions"], batch.get("token_type_ids"), embedding_key)
     x_BTD = embeddings.apply({"params": params["embeddings"]}, *inputs)
     places = (batch["segment_ids"], batch["positions"])
-    return stack(config, params, x_BTD, *places, execution=execution, key=key, cache=cache, memory=memory)
+    return stack(config, params, x_BTD, *places, execution=execution, key=key, cache=cache, memory=memory, taps=taps)
 
 
 def stack(
@@ -102,6 +104,7 @@ def stack(
     key: jax.Array | None = None,
     cache: dict | None = None,
     memory: Memory | None = None,
+    taps: Taps | None = None,
 ) -> Any:
     """The layers and the final norm over any vectors x_BTD, as `apply` runs them over the embeddings.
 
@@ -109,7 +112,9 @@ def stack(
     in each document. key: turns dropout on. cache: from `init_cache`; then the vectors continue what the cache holds,
     and (x_BTD, cache) is returned. The cache must have room for T more tokens: past its end, writes would land on
     its last entries, and no error could be raised. memory: what the layers read where config.cross_attention is set.
+    taps: places inside that are read or changed (models.taps); then (x_BTD, {place: array [L, …]}) is returned.
     """
+    assert taps is None or cache is None, "taps are for whole rows"
     assert (memory is not None) == config.cross_attention, "a memory belongs to config.cross_attention, and only to it"
     dtype = compute_dtype(execution)
     dropping = key is not None and config.attention_dropout > 0
@@ -121,35 +126,40 @@ def stack(
     context = _context(config, segment_ids_BT, positions_BT, cache, memory)
     layer_keys = {} if key is None else _dropout_keys(config, key)[1]
     x_BTD = constrain(x_BTD.astype(dtype), "batch", "tokens", None)
+    before = Tap(taps, taps.given) if taps else None
+    x_BTD = tapped(before, EMBEDDINGS, x_BTD)
 
-    new_layers = {}
+    new_layers, seen = {}, {}
     for section, kinds in _sections(config):
         blocks = {
             str(j): Block(config, kind, section == "prefix" and j == 0, dtype, backend) for j, kind in enumerate(kinds)
         }
         looped = scan and section == "period"
-        layers = {j: rematerialised(_pure(block), execution.remat, looped) for j, block in blocks.items()}
+        layers = {j: rematerialised(_pure(block, taps), execution.remat, looped) for j, block in blocks.items()}
 
         def step(x_BTD, inputs, layers=layers):
-            params, cache, keys = inputs
-            new_cache = {}
+            params, cache, keys, given = inputs
+            new_cache, seen = {}, {}
             for j, run in layers.items():
-                x_BTD, new_cache[j] = run(params[j], x_BTD, context, cache.get(j), keys.get(j))
-            return x_BTD, new_cache
+                x_BTD, new_cache[j], seen[j] = run(params[j], x_BTD, context, cache.get(j), keys.get(j), given.get(j))
+            return x_BTD, (new_cache, seen)
 
         section_cache = {} if cache is None else cache["layers"][section]
-        inputs = (params["layers"][section], section_cache, layer_keys.get(section, {}))
+        given = of_section(config, taps.given, section) if taps else {}
+        inputs = (params["layers"][section], section_cache, layer_keys.get(section, {}), given)
         if section != "period":
-            x_BTD, new_layers[section] = step(x_BTD, inputs)
+            x_BTD, (new_layers[section], seen[section]) = step(x_BTD, inputs)
         elif looped:
-            x_BTD, new_layers[section] = jax.lax.scan(step, x_BTD, inputs)
+            x_BTD, (new_layers[section], seen[section]) = jax.lax.scan(step, x_BTD, inputs)
         else:
-            x_BTD, new_layers[section] = _unrolled(step, x_BTD, inputs, config.repeats)
+            x_BTD, (new_layers[section], seen[section]) = _unrolled(step, x_BTD, inputs, config.repeats)
 
     if config.final_norm:
         norm: Any = make_norm(config, dtype)
         x_BTD = norm.apply({"params": params["final_norm"]}, x_BTD)
     x_BTD = constrain(x_BTD, "batch", "sequence", None)
+    if before is not None:
+        return x_BTD, before.seen | in_order(seen)
     if cache is None:
         return x_BTD
     return x_BTD, {"layers": new_layers, "segment_ids": context.places.k_segments_BS, "end": cache["end"] + length}
@@ -276,8 +286,15 @@ def _dropout_keys(config: ModelConfig, key: jax.Array):
     return keys[0, 0], layers
 
 
-def _pure(block: Block) -> Callable[..., Any]:
-    return lambda params, *inputs: block.apply({"params": params}, *inputs)
+def _pure(block: Block, taps: Taps | None) -> Callable[..., Any]:
+    """(params, x_BTD, context, cache, keys, what taps are given) → (x_BTD, cache, what taps read)."""
+
+    def run(params, x_BTD, context, cache, keys, given):
+        tap = Tap(taps, given or {}) if taps else None
+        x_BTD, cache = block.apply({"params": params}, x_BTD, context._replace(tap=tap), cache, keys)  # type: ignore[misc]
+        return x_BTD, cache, tap.seen if tap else {}
+
+    return run
 
 
 def rematerialised(run, name: str, looped: bool):
