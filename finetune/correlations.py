@@ -14,14 +14,21 @@ def pearson(a_N: np.ndarray, b_N: np.ndarray) -> float:
     """Pearson's correlation; 0 where one of the two does not vary."""
     from scipy.stats import pearsonr
 
-    return float(pearsonr(a_N, b_N)[0]) if _vary(a_N, b_N) else 0.0
+    if not _vary(a_N, b_N):
+        return 0.0
+    # SciPy does not say what its results hold.
+    found: Any = pearsonr(a_N, b_N)
+    return float(found[0])
 
 
 def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
     """That of the ranks, where equal values share their mean rank."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(a_N, b_N)[0]) if _vary(a_N, b_N) else 0.0
+    if not _vary(a_N, b_N):
+        return 0.0
+    found: Any = spearmanr(a_N, b_N)
+    return float(found[0])
 
 
 def with_intervals(

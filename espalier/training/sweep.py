@@ -158,7 +158,8 @@ def _threaded(
     jitted = jax.jit(step, donate_argnums=0)
     compiled: set[str] = set()
     compiling, stop = threading.Lock(), threading.Event()
-    precision, nans = jax.config.jax_default_matmul_precision, jax.config.jax_debug_nans
+    caller: Any = jax.config
+    precision, nans = caller.jax_default_matmul_precision, caller.jax_debug_nans
 
     def train(s: int, r: int) -> None:
         losses = []
