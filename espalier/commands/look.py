@@ -59,7 +59,8 @@ def main(config: LookConfig) -> dict[str, Any]:
     words = asked.texts
     with replacing(numbers, "wb") as file:
         arrays: dict[str, Any] = {"tokens": np.array(asked.tokens), "words": np.array(words)}
-        np.savez_compressed(file, **arrays, **heads._asdict(), **why.words)
+        arrays |= heads._asdict() | why.words
+        np.savez_compressed(file, **arrays)
     rows = {"answer": f"{asked.name.strip()} ({asked.probability:.1%})".replace("%", " %")}
     best = np.argsort(-np.abs(why.words["integrated_gradients"]), kind="stable")[:5]
     rows["owed to"] = ", ".join(f"{words[at]} {why.words['integrated_gradients'][at]:+.2f}" for at in best)

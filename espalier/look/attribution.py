@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def attribution(model: LoadedModel, asked: Asked) -> Attribution:
     All at the vectors that enter the stack. Special tokens stay in the baseline, words become [PAD]; where there is no
     such token, zeros.
     """
-    pad = model.tokenizer.pad_token_id
+    pad: Any = model.tokenizer.pad_token_id
     ids_T = asked.batch["input_ids"][0]
     inside_T = np.zeros(len(ids_T), bool)
     for begin, end in asked.words:
@@ -57,7 +57,8 @@ def attribution(model: LoadedModel, asked: Asked) -> Attribution:
         inside_T[asked.place] = False
     x_TD = embedded(model, asked, ids_T)
     pads = pad is not None and pad != special_ids(model.tokenizer).eos
-    empty_TD = embedded(model, asked, np.where(inside_T, int(pad or 0), ids_T)) if pads else x_TD * ~inside_T[:, None]
+    empty_T = np.where(inside_T, np.int32(pad if pads else 0), ids_T)
+    empty_TD = embedded(model, asked, empty_T) if pads else x_TD * ~inside_T[:, None]
 
     score = score_of(model, asked)
     slope = jax.grad(lambda params, x_TD: score(params, x_TD)[0], argnums=1)
