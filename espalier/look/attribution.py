@@ -57,7 +57,8 @@ def attribution(model: LoadedModel, asked: Asked) -> Attribution:
         inside_T[asked.place] = False
     x_TD = embedded(model, asked, ids_T)
     pads = pad is not None and pad != special_ids(model.tokenizer).eos
-    empty_T = np.where(inside_T, np.int32(pad if pads else 0), ids_T)
+    filler: Any = pad if pads else 0
+    empty_T = np.where(inside_T, np.int32(filler), ids_T)
     empty_TD = embedded(model, asked, empty_T) if pads else x_TD * ~inside_T[:, None]
 
     score = score_of(model, asked)
