@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+Numbers = Sequence[float] | np.ndarray
 SAMPLES = 1000
 LEVEL = 0.95
 
@@ -22,17 +23,15 @@ def bootstrap(
     return interval(values)
 
 
-def mean_interval(values_N: np.ndarray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
+def mean_interval(values: Numbers, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
     """The interval of a mean over examples (accuracy, reciprocal rank)."""
-    values_N = np.asarray(values_N, np.float64)
+    values_N = np.asarray(values, np.float64)
     return bootstrap(lambda drawn: values_N[drawn].mean(), len(values_N), samples=samples, seed=seed)
 
 
-def ratio_interval(
-    sums_N: np.ndarray, weights_N: np.ndarray, *, samples: int = SAMPLES, seed: int = 0
-) -> tuple[float, float]:
+def ratio_interval(sums: Numbers, weights: Numbers, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
     """The interval of Σ sums / Σ weights over N parts of different weight (the loss of texts, a token)."""
-    sums_N, weights_N = np.asarray(sums_N), np.asarray(weights_N)
+    sums_N, weights_N = np.asarray(sums, np.float64), np.asarray(weights, np.float64)
     return bootstrap(
         lambda drawn: sums_N[drawn].sum() / weights_N[drawn].sum(), len(sums_N), samples=samples, seed=seed
     )

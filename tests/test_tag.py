@@ -18,6 +18,7 @@ import espalier
 from espalier.commands.convert import ExportConfig, export_model
 from espalier.data.tokenizer import load_tokenizer
 from espalier.errors import UserError
+from espalier.intervals import draws
 from espalier.models.config import ModelConfig
 from espalier.predict.tags import entities
 from espalier.predict.use import use_of
@@ -27,6 +28,7 @@ from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneOptimizer
 from finetune.tasks.tag.counts import entity_counts
 from finetune.tasks.tag.examples import read_examples
+from finetune.tasks.tag.metrics import intervals, metrics
 from finetune.tasks.tag.record import TagConfig, TagData
 from finetune.tasks.tag.report import sections, tiles
 from finetune.train import main
@@ -335,3 +337,17 @@ def test_a_tag_of_a_known_type_may_be_new_in_the_validation_file(there, tmp_path
         TagData(train=there.train, validation=path), load_tokenizer(there.encoder / "tokenizer"), ENCODER
     )
     assert found.names == ["O", "B-person", "B-town", "I-person", "I-town", "S-town"] and found.scheme == "IOB2"
+
+
+def test_intervals_are_those_of_sentences_drawn_anew():
+    """Each draw measured as a file of its own."""
+    random = np.random.default_rng(1)
+    tags = ["O", "B-a", "I-a", "B-b"]
+    right, said = ([[tags[at] for at in random.integers(0, 4, size)] for size in (3, 5, 2, 7, 4, 6)] for _ in range(2))
+    found = intervals(right, said, "IOB2")
+    drawn = [metrics([right[at] for at in some], [said[at] for at in some], "IOB2")[0] for some in draws(6)]
+    for name in ("accuracy", "f1"):
+        expected = np.quantile([figures[name] for figures in drawn], [0.025, 0.975])
+        assert found[f"{name}_interval"] == pytest.approx(expected.tolist())
+    assert intervals([["O"], ["O"]], [["O"], ["O"]], "IOB2").keys() == {"accuracy_interval"}
+    assert intervals(right[:1], said[:1], "IOB2") == {}

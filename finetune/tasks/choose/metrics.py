@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from espalier.predict.choose import NORMALIZE, softmax
+from espalier.intervals import mean_interval
+from espalier.predict.choose import NORMALIZE
+from espalier.predict.outputs import softmax
 from espalier.task import Evaluation
 from finetune.tasks.choose.files import Questions
 
@@ -15,14 +17,15 @@ from finetune.tasks.choose.files import Questions
 def measured(questions: Questions, scores: Sequence[np.ndarray], normalize: str) -> Evaluation:
     """scores: of each question, float64 [3, C] (predict.choose.scores). normalize: by which it is predicted.
 
-    `accuracy` of these predictions, `accuracy_by_sum`, `accuracy_by_tokens`, `accuracy_by_bytes` by each kind of score,
-    `baseline_accuracy` (chance), and `paradigms` (accuracy of each file) where a folder was read. A choice as likely as
-    the right one makes it wrong.
+    `accuracy` of these predictions with its 95 % interval, `accuracy_by_sum`, `accuracy_by_tokens`, `accuracy_by_bytes`
+    by each kind of score, `baseline_accuracy` (chance) and `paradigms` (accuracy of each file) where a folder was read.
+    A choice as likely as the right one makes it wrong.
     """
     answered = zip(scores, questions.labels, strict=True)
     right_N3 = np.array([[_is_right(score_C, label) for score_C in found] for found, label in answered])
     at = NORMALIZE.index(normalize)  # type: ignore[arg-type]
     metrics: dict[str, Any] = {"accuracy": float(right_N3[:, at].mean())}
+    metrics["accuracy_interval"] = list(mean_interval(right_N3[:, at]))
     metrics |= zip(
         ("accuracy_by_sum", "accuracy_by_tokens", "accuracy_by_bytes"), map(float, right_N3.mean(0)), strict=True
     )

@@ -19,7 +19,7 @@ from espalier.training.step import Objective
 from finetune.task import OfExamples
 from finetune.tasks.tag.counts import Counts, entity_counts
 from finetune.tasks.tag.examples import Part, describe_examples, read_examples, read_validation
-from finetune.tasks.tag.metrics import MostFrequent, metrics, one_tag
+from finetune.tasks.tag.metrics import MostFrequent, intervals, metrics, one_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,7 +95,8 @@ def measure(model: LoadedModel, data: TagData) -> Evaluation:
 
 
 def measured(model: LoadedModel, part: Part, scheme: str | None, baseline: MostFrequent | None) -> Evaluation:
-    """finetune.tasks.tag.metrics.metrics, with `baseline_f1` (of entities) or `baseline_accuracy` where there is one.
+    """The metrics and intervals of finetune.tasks.tag.metrics, with `baseline_f1` (of entities) or `baseline_accuracy`
+    where there is one.
 
     Rows: tokens, tags, prediction and, of entities, the predicted spans. types.json: figures of each type or tag.
     """
@@ -103,7 +104,8 @@ def measured(model: LoadedModel, part: Part, scheme: str | None, baseline: MostF
     names = model.config.labels
     found = [answer(sentence, scores, names) for sentence, scores in zip(part.sentences, score_WC, strict=True)]
     predicted = [result["tags"] for result in found]
-    figures, rows = metrics(part.file.tags, predicted, scheme)
+    known, rows = metrics(part.file.tags, predicted, scheme)
+    figures: dict[str, Any] = known | intervals(part.file.tags, predicted, scheme)
     if baseline is not None:
         headline = "accuracy" if scheme is None else "f1"
         guessed, _ = metrics(part.file.tags, baseline.tags(part.file.words), scheme)
