@@ -18,6 +18,7 @@ from espalier import neighbours
 if TYPE_CHECKING:
     from espalier.front import plan, sweep, train
     from espalier.loading import load
+    from espalier.look.looked import look as look
     from espalier.predict.loaded import LoadedModel
     from espalier.report.tables import metrics, settings
 
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _FRONT = {
     "LoadedModel": "espalier.predict.loaded",
     "load": "espalier.loading",
+    "look": "espalier.look",
     "metrics": "espalier.report.tables",
     "plan": "espalier.front",
     "settings": "espalier.report.tables",
@@ -34,7 +36,7 @@ _FRONT = {
 }
 """Name → the module that has it."""
 
-__all__ = ["LoadedModel", "load", "metrics", "plan", "settings", "sweep", "train"]
+__all__ = ["LoadedModel", "load", "look", "metrics", "plan", "settings", "sweep", "train"]
 
 neighbours.take()
 

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "loading": {"models", "data", "training", "predict"},
     "sweeps": {"assembly", "models", "sharding", "task", "training"},
     "front": {"assembly", "commands", "sharding", "sweeps", "training"},
-    "__init__": {"front", "loading", "predict", "report"},
+    "__init__": {"front", "loading", "look", "predict", "report"},
 }
 """Besides itself and the LEAVES. No entry point imports another, nothing imports `commands` but `front`, which with
 `loading` is what `import espalier` (`__init__`) offers on demand."""

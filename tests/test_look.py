@@ -19,14 +19,15 @@ from tiny_models import (
 
 import espalier
 from espalier import cli
-from espalier.commands import look
-from espalier.commands.look import LookConfig
+from espalier.commands.look import text as look
+from espalier.commands.look.text import LookConfig
 from espalier.data.tokenizer import vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
-from espalier.look.asked import ask
+from espalier.look.asked import Wanted, ask, scored
 from espalier.look.attention import attention, rollout
 from espalier.look.attribution import COMPLETE, attribution
+from espalier.look.lens import lens
 from espalier.models.hub import save_pretrained
 
 WORDS = "the quick brown fox jumps over the lazy dog while a cat sleeps in the sun 巴黎是法国的首都 "
@@ -47,8 +48,29 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def tuned(folders):
+    """Models of other uses on the classifier's words."""
+    own = loaded(folders, "classifier")
+
+    def made(head: str, labels=(), **saved):
+        config = dataclasses.replace(own.config, labels=labels)
+        return dataclasses.replace(own, config=config, params=random_params(config, (head,)), head=head, saved=saved)
+
+    return {
+        "tag": made("token_classification", ("O", "B-X", "I-X")),
+        "answer": made("question_answering"),
+        "rank": made("sequence_classification", ("score",), task="ranking"),
+        "several": dataclasses.replace(
+            made("sequence_classification", ("a", "b"), tuned={"temperature": 2.0}),
+            config=dataclasses.replace(own.config, labels=("a", "b"), problem_type="multi_label_classification"),
+        ),
+    }
+
+
 def torch_model(folder, head: str):
-    kind = {"sequence_classification": "SequenceClassification", "causal_lm": "CausalLM"}[head]
+    kinds = {"sequence_classification": "SequenceClassification", "causal_lm": "CausalLM", "masked_lm": "MaskedLM"}
+    kind = kinds[head]
     return getattr(hf, f"AutoModelFor{kind}").from_pretrained(folder, attn_implementation="eager").eval()
 
 
@@ -160,33 +182,125 @@ def test_masks_and_next_words_are_explained(folders):
     masked, causal = loaded(folders, "masked"), loaded(folders, "causal")
     asked = ask(masked, "the quick [MASK] sleeps")
     (row,) = masked.fill(["the quick [MASK] sleeps"], top_k=1)
-    assert asked.name == row["masks"][0][0]["token"] and asked.tokens[asked.place] == "[MASK]"
+    assert asked.name == row["masks"][0][0]["token"] and asked.tokens[asked.places[0]] == "[MASK]"
     assert asked.probability == pytest.approx(row["masks"][0][0]["probability"], rel=1e-4)
     found = attribution(masked, asked)
-    at = [begin for begin, _ in asked.words].index(asked.place)
+    at = [begin for begin, _ in asked.words].index(asked.places[0])
     assert all(abs(found.words[name][at]) < 1e-5 for name in ("integrated_gradients", "occlusion"))
 
     asked = ask(causal, "the quick brown")
     next_word = np.asarray(causal.logits("the quick brown"))[0, -1]
-    assert asked.target == next_word.argmax() and asked.place == len(asked.tokens) - 1
+    assert asked.target == next_word.argmax() and asked.places == (len(asked.tokens) - 1,)
     found = attribution(causal, asked)
     assert found.score == pytest.approx(float(next_word.max()), abs=1e-4)
-    assert ask(causal, "the quick brown", target="q").name.strip() == "q"
-    assert "".join(asked.texts) == "thequickbrown"
+    assert ask(causal, "the quick brown", Wanted("q")).name.strip() == "q"
+    assert asked.texts == ["the", "quick", "brown"]
 
 
-def test_what_cannot_be_explained_is_refused(folders):
+def test_scores_are_those_of_the_predictions(folders, tuned):
+    """Pairs, tags, answers, rankings and several labels: the same row, the same score, the same probability."""
+    classifier = loaded(folders, "classifier")
+    asked = ask(classifier, "the dog", Wanted(text_b="a cat 巴黎"))
+    (row,) = classifier.classify([("the dog", "a cat 巴黎")])
+    assert (asked.name, asked.probability) == (row["label"], pytest.approx(row["probability"], rel=1e-5))
+    assert asked.texts[:4] == ["the", "dog", "a", "cat"] and asked.tokens.count("[SEP]") == 2
+
+    (row,) = tuned["several"].classify(["the dog"])
+    asked = ask(tuned["several"], "the dog", Wanted("b"))
+    assert asked.probability == pytest.approx(row["probabilities"]["b"], rel=1e-5)
+
+    asked = ask(tuned["rank"], "a cat sleeps", Wanted(query="the dog"))
+    (best,) = tuned["rank"].rank("the dog", ["a cat sleeps"])
+    assert float(scored(tuned["rank"], asked)[0]) == pytest.approx(best["score"], rel=1e-4, abs=1e-5)
+
+    (row,) = tuned["tag"].tag(["the quick dog, 巴黎"])
+    for at, (word, found) in enumerate(zip(row["tokens"], row["tags"], strict=True)):
+        asked = ask(tuned["tag"], "the quick dog, 巴黎", Wanted(word=word))
+        assert asked.name == found and asked.texts == row["tokens"] and asked.places == (asked.words[at][0],)
+    assert ask(tuned["tag"], "the quick dog").name != "O"
+
+    model, context = tuned["answer"], "the dog sleeps in 巴黎"
+    (row,) = model.answer(["a cat"], [context])
+    asked = ask(model, context, Wanted(question="a cat"))
+    assert asked.name == row["answer"]
+    logits_T2 = np.asarray(model.outputs_of_head([asked.example])[0], np.float64)
+    begin, end = asked.places
+    inside = [at for at, kind in enumerate(asked.example.types) if kind == 1][:-1]
+    assert begin in inside and end in inside and asked.tokens[inside[-1] + 1] == "[SEP]"
+    assert float(scored(model, asked)[0]) == pytest.approx(logits_T2[begin, 0] + logits_T2[end, 1], rel=1e-4)
+    chance = np.exp(logits_T2[[begin, end], [0, 1]]) / np.exp(logits_T2[inside]).sum(0)
+    assert asked.probability == pytest.approx(chance.prod(), rel=1e-4)
+    assert ask(model, context, Wanted("dog sleeps", question="a cat")).name == "dog sleeps"
+    for one, score in ((model, asked), (tuned["tag"], ask(tuned["tag"], "the quick dog"))):
+        found = attribution(one, score)
+        total = found.words["integrated_gradients"].sum()
+        assert total == pytest.approx(found.score - found.baseline_score, rel=COMPLETE + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["masked", "causal"])
+def test_the_lens_is_the_head_of_transformers_on_each_layer(folders, name):
+    model = loaded(folders, name)
+    asked = ask(model, "the [MASK] dog [MASK]" if name == "masked" else "the quick brown 巴黎")
+    found = lens(model, asked)
+    theirs = torch_model(folders / name, "masked_lm" if name == "masked" else "causal_lm")
+    with torch.no_grad():
+        states = theirs(torch.tensor(asked.batch["input_ids"]).long(), output_hidden_states=True).hidden_states
+        head = theirs.cls if name == "masked" else lambda x: theirs.lm_head(theirs.transformer.ln_f(x))
+        # The last one of a decoder in transformers is behind the norm already.
+        last = head(states[-1]) if name == "masked" else theirs.lm_head(states[-1])
+        logprobs = torch.stack([head(x)[0] for x in states[:-1]] + [last[0]]).log_softmax(-1).double().numpy()
+    assert found.places_P.tolist() == ([2, 4] if name == "masked" else list(range(len(asked.tokens))))
+    (place,) = asked.places
+    np.testing.assert_allclose(found.chance_E, np.exp(logprobs[:, place, asked.target]), rtol=1e-3)
+    assert found.chance_E[-1] == pytest.approx(asked.probability, rel=1e-4)
+    for layer in range(3):
+        for at, place in enumerate(found.places_P):
+            row, end = logprobs[layer, place], logprobs[-1, place]
+            assert found.ids_EPK[layer, at].tolist() == np.argsort(-row)[:5].tolist()
+            np.testing.assert_allclose(found.chances_EPK[layer, at], np.exp(np.sort(row)[::-1][:5]), rtol=1e-3)
+            assert found.final_EP[layer, at] == pytest.approx(np.exp(row[end.argmax()]), rel=1e-3)
+            divergence = (np.exp(end) * (end - row)).sum()
+            assert found.divergence_EP[layer, at] == pytest.approx(divergence, rel=1e-3, abs=1e-5)
+
+
+def test_a_word_is_all_of_its_tokens(folders):
+    """Words as whole-word masking finds them: also in Chinese, and in scripts without a segmenter each character."""
+    asked = ask(loaded(folders, "causal"), "the unquick 首都")
+    assert "".join(asked.texts).replace(" ", "") == "theunquick首都"
+    assert [begin for begin, _ in asked.words] == [0, *(end for _, end in asked.words)][:-1]
+    asked = ask(loaded(folders, "masked"), "巴黎是法国的首都[MASK]")
+    assert asked.texts == ["巴黎", "是", "法国", "的", "首都", "[MASK]"]
+
+
+def test_from_python_and_in_a_notebook(folders):
+    seen = espalier.look(loaded(folders, "masked"), "the [MASK] 巴黎", target="dog")
+    assert seen.asked.what == "word at [MASK]" and [word for word, _ in seen.owed] == seen.asked.texts
+    assert seen._repr_html_().startswith("<iframe srcdoc='&lt;!doctype html&gt;") and "sandbox=" in seen._repr_html_()
+    assert {"rollout_TS", "chance_E", "deletion_occlusion", "tokens"} <= seen.arrays().keys()
+
+
+def test_what_cannot_be_explained_is_refused(folders, tuned):
     classifier, masked = loaded(folders, "classifier"), loaded(folders, "masked")
+    for model, wanted, said in (
+        (tuned["answer"], Wanted(), "reads a question with the text; give question"),
+        (tuned["answer"], Wanted("cat", question="the"), "target='cat' does not stand in the text"),
+        (tuned["rank"], Wanted(), "reads a query with the text; give query"),
+        (tuned["rank"], Wanted("x", query="the"), "it has one score"),
+        (tuned["tag"], Wanted(word="cat"), "word='cat' is no word of the text; it has the, dog"),
+        (classifier, Wanted(query="the"), "query='the' is not for a model that can classify"),
+    ):
+        with pytest.raises(UserError, match=said):
+            ask(model, "the dog", wanted)
     for model, text, target, said in (
         (classifier, " ", None, "the text is empty"),
         (classifier, "the " * 80, None, "tokens, and at most 64 are read"),
         (classifier, "the", "maybe", "'maybe' is no class of this model; it has no, yes, <b>"),
         (masked, "the", None, "no \\[MASK\\] in the text"),
         (masked, "[MASK]", "quick brown", "is several tokens"),
-        (dataclasses.replace(masked, head="embedding"), "the", None, "with the head 'embedding' is not explained"),
+        (dataclasses.replace(masked, head="embedding"), "the", None, "a model that can embed is not explained"),
     ):
         with pytest.raises(UserError, match=said):
-            ask(model, text, target)
+            ask(model, text, Wanted(target))
     for wrong in (dict(text=None), dict(output="a.png"), dict(output="none/a.html")):
         with pytest.raises(UserError):
             LookConfig("run", **{"text": "a"} | wrong)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from espalier.look.asked import Asked, scores
+from espalier.look.asked import Asked, scored
 from espalier.models.taps import Taps, in_order
 from espalier.predict.loaded import LoadedModel
 
@@ -24,7 +24,7 @@ class Attention(NamedTuple):
 def attention(model: LoadedModel, asked: Asked) -> Attention:
     """One pass, whose probabilities and values are read."""
     taps = Taps(read=("attention.probabilities", "attention.values"))
-    _, seen = scores(model, asked.batch, asked.place, taps)
+    seen = scored(model, asked, taps=taps)[2]
     alpha_LNTS = np.asarray(seen["attention.probabilities"][:, 0], np.float64)
     v_LSKH = np.asarray(seen["attention.values"][:, 0], np.float64)
     out_LNHD = in_order(

@@ -52,9 +52,9 @@ def attribution(model: LoadedModel, asked: Asked) -> Attribution:
     inside_T = np.zeros(len(ids_T), bool)
     for begin, end in asked.words:
         inside_T[begin:end] = True
-    if asked.place is not None and model.head == "masked_lm":
+    if model.head == "masked_lm":
         # Without the mask there is nothing to be asked.
-        inside_T[asked.place] = False
+        inside_T[list(asked.places)] = False
     x_TD = embedded(model, asked, ids_T)
     pads = pad is not None and pad != special_ids(model.tokenizer).eos
     filler: Any = pad if pads else 0

@@ -154,15 +154,20 @@ def stack(
         else:
             x_BTD, (new_layers[section], seen[section]) = _unrolled(step, x_BTD, inputs, config.repeats)
 
-    if config.final_norm:
-        norm: Any = make_norm(config, dtype)
-        x_BTD = norm.apply({"params": params["final_norm"]}, x_BTD)
-    x_BTD = constrain(x_BTD, "batch", "sequence", None)
+    x_BTD = constrain(normed(config, params, x_BTD), "batch", "sequence", None)
     if before is not None:
         return x_BTD, before.seen | in_order(seen)
     if cache is None:
         return x_BTD
     return x_BTD, {"layers": new_layers, "segment_ids": context.places.k_segments_BS, "end": cache["end"] + length}
+
+
+def normed(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
+    """What leaves the layers as the heads take it: through the final norm, where the model has one."""
+    if not config.final_norm:
+        return x_BTD
+    norm: Any = make_norm(config, x_BTD.dtype)
+    return norm.apply({"params": params["final_norm"]}, x_BTD)
 
 
 def scans(config: ModelConfig, execution: Execution, platform: str | None = None) -> bool:

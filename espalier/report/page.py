@@ -35,23 +35,27 @@ class Section(NamedTuple):
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Iterable[Section], tiles: str = "") -> Path:
-    """Write the page atomically. title, subtitle: plain text. tiles: from `tiles`, above the first section."""
+    """Write the page (`page_of`) atomically."""
+    with replacing(path) as file:
+        file.write(page_of(title, subtitle, sections, tiles))
+    return path
+
+
+def page_of(title: str, subtitle: str, sections: Iterable[Section], tiles: str = "") -> str:
+    """The page, complete. title, subtitle: plain text. tiles: from `tiles`, above the first section."""
     head = f"<p class=mark>Espalier</p><h1>{escape(title)}</h1><p class=sub>{escape(subtitle)}</p>"
     parts, styles = [f"<header>{head}{tiles}</header>"], [STYLE, COLOURS]
     for section in sections:
         styles += [section.style] if section.style not in styles else []
         note = f"<p class=note>{escape(section.note)}</p>" if section.note else ""
         parts.append(f"<section><h2>{escape(section.title)}</h2>{note}{section.body}</section>")
-    page = (
+    return (
         "<!doctype html>\n<html lang=en><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f'<meta name=color-scheme content="light dark"><title>{escape(title)} · Espalier</title>'
         f"<style>{''.join(styles)}</style>"
         f"<main>{''.join(parts)}</main></html>\n"
     )
-    with replacing(path) as file:
-        file.write(page)
-    return path
 
 
 def tiles(items: Iterable[tuple[str, str]]) -> str:

@@ -1,16 +1,12 @@
-"""The page of `look`: what the score is owed to, and every head's attention, in one file that loads nothing else."""
+"""Which words the score is owed to, by each method, and which of the methods to believe."""
 
 from __future__ import annotations
 
-import json
 from html import escape
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 
 from espalier.look.asked import Asked
-from espalier.look.attention import Attention
 from espalier.look.attribution import COMPLETE, Attribution
 from espalier.report import page
 from espalier.report.page import Section
@@ -20,17 +16,13 @@ METHODS = {
     "occlusion": "Occlusion",
     "gradient_x_input": "Gradient × input",
 }
-WEIGHTS = 4_000_000
-"""Numbers of all heads together that the page holds; of a longer text it shows the last tokens."""
+
+SCALES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Where the scale of a curve may end."""
 
 
-def write(path: Path, title: str, asked: Asked, why: Attribution, heads: Attention) -> Path:
-    """The page."""
-    shown = [("answer", asked.name.strip() or repr(asked.name)), ("probability", page.percent(asked.probability))]
-    shown += [("logit", page.number(why.score)), ("of an empty text", page.number(why.baseline_score))]
-    sections = [_why(asked, why), _belief(why), _attention(asked, heads)]
-    subtitle = "What the model looks at, and what its answer is owed to"
-    return page.write_page(path, title, subtitle, sections, page.tiles(shown))
+def sections(asked: Asked, why: Attribution) -> list[Section]:
+    return [_why(asked, why), _belief(why)]
 
 
 def _why(asked: Asked, why: Attribution) -> Section:
@@ -83,7 +75,11 @@ def _belief(why: Attribution) -> Section:
         "<div class=scroll><table class=belief><thead><tr><th></th><th>words taken out</th><th>words put in</th></tr>"
         f"</thead><tbody>{rows}</tbody></table></div>"
     )
-    drawn = page.grid([_curve("Taken out, the most important first", why.deletion), _curve("Put in", why.insertion)])
+    greatest = max(values.max() for curves in (why.deletion, why.insertion) for values in curves.values())
+    most = next((step for step in SCALES if step >= greatest), 1.0)
+    drawn = page.grid(
+        [_curve("Taken out, the most important first", why.deletion, most), _curve("Put in", why.insertion, most)]
+    )
     note = (
         "The probability of the answer, on average over the words, as they are taken out or put in one by one. A "
         "method that knows what counts is low on the left and high on the right."
@@ -91,55 +87,21 @@ def _belief(why: Attribution) -> Section:
     return Section("Which method to believe", drawn + table, note, STYLE)
 
 
-def _curve(title: str, curves: dict[str, np.ndarray]) -> str:
-    """Lines over the number of words, from 0 to 1."""
+def _curve(title: str, curves: dict[str, np.ndarray], most: float) -> str:
+    """Lines over the number of words, from 0 to `most`."""
     lines = []
     for number, method in enumerate(METHODS):
         values = curves[method]
         steps = max(len(values) - 1, 1)
-        points = " ".join(f"{100 * at / steps:.2f},{60 - 60 * value:.2f}" for at, value in enumerate(values))
+        points = " ".join(f"{100 * at / steps:.2f},{60 - 60 * value / most:.2f}" for at, value in enumerate(values))
         lines.append(f"<polyline class=k{number} points='{points}'/>")
     legend = "".join(f"<li><i class=k{number}></i>{escape(name)}</li>" for number, name in enumerate(METHODS.values()))
+    label = f"{title}: the probability of the answer, from 0 to {page.percent(most)}"
     return (
-        f"<h3>{escape(title)}</h3><svg class=curve viewBox='-1 -2 102 64' role=img aria-label='{escape(title)}'>"
+        f"<h3>{escape(title)}</h3><p class=most>{page.percent(most)}</p>"
+        f"<svg class=curve viewBox='-1 -2 102 64' role=img aria-label='{escape(label)}'>"
         "<path d='M0 0H100M0 30H100M0 60H100'/>" + "".join(lines) + f"</svg><ul class=keys>{legend}</ul>"
     )
-
-
-def _attention(asked: Asked, heads: Attention) -> Section:
-    layers, count, length, _ = heads.probabilities_LNTS.shape
-    most = max(8, int((WEIGHTS / (2 * layers * count)) ** 0.5))
-    first = max(0, length - most)
-
-    def packed(values: np.ndarray) -> list:
-        """Numbers from 0 to 255, of each map its greatest being 255."""
-        part = values[..., first:, first:]
-        greatest = np.maximum(part.max((-1, -2), keepdims=True), 1e-12)
-        return np.round(255 * part / greatest).astype(int).tolist()
-
-    data = {
-        "tokens": asked.tokens[first:],
-        "maps": {
-            "norms": packed(heads.norms_LNTS),
-            "probabilities": packed(heads.probabilities_LNTS),
-            "rollout": packed(heads.rollout_TS[None, None]),
-        },
-    }
-    cut = f" Of {length:,} tokens the last {length - first:,} are shown." if first else ""
-    note = (
-        "Each square is a head of a layer, the first layer at the top: rows look, columns are looked at. Choose one to "
-        "see its tokens. Probabilities alone mislead (Jain and Wallace 2019): a head may look at a token and read next "
-        "to nothing there, so that the length of what arrives, ‖α f(x)‖ (Kobayashi et al. 2020), is shown first. "
-        "Rollout follows all layers (Abnar and Zuidema 2020). None of these is an explanation by itself." + cut
-    )
-    content = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    script = files("espalier.look").joinpath("heads.js").read_text(encoding="utf-8")
-    body = (
-        "<div id=heads><div class=kinds role=group aria-label='What is shown'></div><div class=overview></div>"
-        "<div class=one hidden></div></div><noscript><p>These maps need JavaScript; look.npz has them.</p></noscript>"
-        f"<script type=application/json id=maps>{content}</script><script>{script}</script>"
-    )
-    return Section("Attention", body, note, STYLE)
 
 
 STYLE = """
@@ -150,6 +112,7 @@ h3{font-size:.95rem;margin:1rem 0 .3rem}
 .owed .for{background:color-mix(in srgb,#1b8a5a var(--part),transparent)}
 .owed .against{background:color-mix(in srgb,#c23b4e var(--part),transparent)}
 .curve{width:100%;max-width:26rem}
+.most{margin:0;color:var(--soft);font-size:.75rem}
 .curve path{stroke:var(--line);stroke-width:.4;fill:none}
 .curve polyline{fill:none;stroke-width:1.2;stroke:var(--k)}
 .k0{--k:#1b6e53}.k1{--k:#c2571a}.k2{--k:#3c6fc4}
@@ -157,16 +120,4 @@ h3{font-size:.95rem;margin:1rem 0 .3rem}
 .keys i{display:inline-block;width:.9rem;height:.2rem;background:var(--k);margin-right:.35rem;vertical-align:middle}
 .belief td,.belief th{padding:.3rem .9rem .3rem 0;text-align:left;font-weight:400}
 .belief thead th{color:var(--soft);font-size:.8rem}
-.kinds{display:flex;flex-wrap:wrap;gap:.4rem;margin-bottom:.8rem}
-#heads button{font:inherit;color:inherit;background:none;border:1px solid var(--line);border-radius:6px;cursor:pointer}
-.kinds button{padding:.25rem .7rem}
-#heads button[aria-pressed=true]{border-color:var(--accent);color:var(--accent)}
-.overview{display:grid;gap:.35rem;max-width:34rem}
-.overview button{padding:2px;aspect-ratio:1;min-width:0}
-.overview canvas,.one canvas{width:100%;height:100%;display:block;image-rendering:pixelated}
-.one{margin-top:1rem}
-.one .lines{line-height:2.1}
-.one .lines button{padding:.1rem .3rem;margin:.1rem;border-color:transparent}
-.one .lines button[aria-pressed=true]{border-color:var(--accent)}
-.one .map{max-width:20rem}
 """
