@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from espalier.models.attention_settings import AttentionTerms
+from espalier.models.attention_terms import entropy, states
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import masked_lm_head
-from espalier.models.transformer import apply
 from espalier.models.vocabulary import token_logprobs
 from espalier.training.step import Objective
 from mlm.masking import Vocabulary, mask_batch
@@ -30,18 +31,24 @@ def masked_lm_objective(
     rate: Callable,
     execution: Execution,
     mask: Callable = mask_batch,
+    attention: AttentionTerms | None = None,
 ) -> Objective:
     """The objective.
 
     rate: (traced) step, whether it trains → mask rate, see `mlm.masking.rate_at`. mask: called as `mask_batch` is.
+    attention: a loss on where the heads look; with it there is a metric attention_entropy (nats, mean over
+    tokens, heads and layers).
     """
 
     def prepare(batch, key, step, train):
         batch = mask(batch, key, rate(step, train), masking, vocabulary)
-        return batch, jnp.maximum(jnp.sum(batch["masked_weights"]), 1.0)
+        masked = jnp.maximum(jnp.sum(batch["masked_weights"]), 1.0)
+        if attention is None:
+            return batch, masked
+        return batch, (masked, jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32))
 
     def loss(params, batch, key, norms, train):
-        x_BTD = apply(model, params, batch, execution=execution, key=key if train else None)
+        x_BTD, p_LBNTS = states(attention, model, params, batch, execution, key if train else None)
         hidden_BMD = jnp.take_along_axis(x_BTD, batch["masked_positions"][:, :, None], axis=1)
         features_BMD, table_VD, bias_V = masked_lm_head(model, params, hidden_BMD, execution)
         logprob_BM, correct_BM = token_logprobs(
@@ -55,6 +62,11 @@ def masked_lm_objective(
         weights_BM = batch["masked_weights"]
         loss_sum, weight = -jnp.sum(weights_BM * logprob_BM), jnp.sum(weights_BM)
         metrics = {"loss": (loss_sum, weight), "accuracy": (jnp.sum(weights_BM * correct_BM), weight)}
+        if attention is not None:
+            assert p_LBNTS is not None
+            masked, tokens = norms
+            nats, _ = metrics["attention_entropy"] = entropy(p_LBNTS, batch["segment_ids"])
+            return loss_sum / masked + attention.entropy * nats / tokens, jax.lax.stop_gradient(metrics)
         return loss_sum / norms, jax.lax.stop_gradient(metrics)
 
     return Objective(prepare, loss)

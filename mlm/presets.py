@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from espalier.data.config import DataConfig
 from espalier.errors import UserError
+from espalier.models.attention_settings import AttentionTerms
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.bert import BERT_BASE, BERT_LARGE
 from espalier.models.families.modernbert import MODERNBERT_BASE
@@ -51,6 +52,7 @@ class PretrainConfig(TextConfig):
     task: ClassVar[str] = "masked_lm"
     model: ModelConfig = field(default_factory=lambda: BERT_BASE)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    attention: AttentionTerms = field(default_factory=AttentionTerms)
 
     def __post_init__(self):
         super().__post_init__()

@@ -23,6 +23,8 @@ def build(setup: Setup) -> Objective:
     from mlm.masking import mask_batch, own_masking, rate_at
 
     config: PretrainConfig = setup.config
+    heads = config.attention.entropy != 0
+    config.attention.check(setup.model.num_hidden_layers, heads)
     mask = mask_batch if config.masking.function is None else own_masking(config.masking.function)
     return masked_lm_objective(
         setup.model,
@@ -31,6 +33,7 @@ def build(setup: Setup) -> Objective:
         rate=lambda step, train: rate_at(config.masking, step if train else config.steps, config.steps),
         execution=setup.execution,
         mask=mask,
+        attention=config.attention if heads else None,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from espalier.data.encodings import codec
 from espalier.data.tables import Table, is_number, looks_like_data, read_table
@@ -39,16 +40,25 @@ class Labelled(NamedTuple):
     """What people should know about the file, a sentence each."""
     fingerprint: str = ""
     """SHA-256 of the file, or what stands for the content of something remote."""
+    others: Mapping[str, list[Any]] = {}
+    """Further columns that were asked for, as they were read: what JSON holds, strings of a table."""
+    places: tuple[str, ...] = ()
+    """Where each row stands, `file:line`, where further columns were asked for."""
 
 
 def read_labelled(
-    path: str | os.PathLike, text: tuple[str, ...] = (), label: str | None = None, encoding: str = "utf-8"
+    path: str | os.PathLike,
+    text: tuple[str, ...] = (),
+    label: str | None = None,
+    encoding: str = "utf-8",
+    others: tuple[str, ...] = (),
 ) -> Labelled:
     """Rows of a .tsv (tabs; quotes are ordinary characters), .csv (with quoting), .jsonl, .json or .parquet file, also
     packed or behind a URL, or of a data set: hf:…, tfds:… (data.tables).
 
     text: one or two columns; label: the column of labels; unset = guessed from the names, else from what the columns
-    hold. Raises UserError naming file and line where the content is not as expected.
+    hold. others: further columns, of which those that the file has are given. Raises UserError naming file and line
+    where the content is not as expected.
     """
     path = str(path)
     table = read_table(path, codec(encoding))
@@ -66,7 +76,7 @@ def read_labelled(
     if len(text) > 2:
         raise UserError(f"{len(text)} text columns were given ({', '.join(text)}); a model reads one or two")
     label = label or next((name for name in LABEL_COLUMNS if name in columns and name not in text), None)
-    text = text or _guess_text(table, label)
+    text = text or _guess_text(table, label, others)
 
     def column(name: str) -> list[str]:
         at = columns.index(name)
@@ -84,6 +94,12 @@ def read_labelled(
         columns=tuple(columns),
         notes=table.notes,
         fingerprint=table.fingerprint,
+        others={
+            name: [dict(zip(record.columns, record.values, strict=True)).get(name) for record in table.records]
+            for name in others
+            if name in columns
+        },
+        places=tuple(record.name for record in table.records) if others else (),
     )
 
 
@@ -95,7 +111,7 @@ def _label_cells(table: Table, label: str) -> list[str] | None:
     return [json.dumps(value or [], ensure_ascii=False) for value in values]
 
 
-def _guess_text(table: Table, label: str | None) -> tuple[str, ...]:
+def _guess_text(table: Table, label: str | None, apart: tuple[str, ...]) -> tuple[str, ...]:
     columns, rows = table.columns, table.rows
     for names in TEXT_COLUMNS:
         if all(name in columns and name != label for name in names):
@@ -103,7 +119,7 @@ def _guess_text(table: Table, label: str | None) -> tuple[str, ...]:
     others = [
         name
         for at, name in enumerate(columns)
-        if name != label and not all(is_number(row.values[at] or "0") for row in rows)
+        if name != label and name not in apart and not all(is_number(row.values[at] or "0") for row in rows)
     ]
     if not 1 <= len(others) <= 2:
         raise UserError(

@@ -17,6 +17,7 @@ from espalier.errors import UserError
 from finetune.calibration import FEWEST
 from finetune.config import max_length
 from finetune.tasks.classify.labels import PROBLEMS, in_order, labels_of, lists_of, numbers_of, quoted
+from finetune.tasks.classify.marks import with_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,8 +84,13 @@ def read_examples(
             "name the columns with --data.text"
         )
 
+    if data.rationale and data.rationale not in train.others:
+        raise UserError(
+            f"{data.train} has no column {data.rationale!r} of marked words; its columns are "
+            f"{', '.join(map(repr, train.columns))}"
+        )
     parts = {
-        name: _part(file, numbered[name], tokenizer, length, model.causal)
+        name: _part(file, numbered[name], tokenizer, length, model.causal, data.rationale)
         for name, file in (("train", train), ("validation", validation))
     }
     cut = (_cut(parts[name], str(getattr(data, name)), length) for name in parts)
@@ -119,9 +125,19 @@ def _numbered(file: Labelled, kind: str, names: Sequence[str], path: str, unknow
     return [numbers[label] for label in labels]
 
 
-def _part(texts: Labelled, labels: list[Any], tokenizer: PreTrainedTokenizerFast, length: int, causal: bool) -> Part:
+def _part(
+    texts: Labelled,
+    labels: list[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    causal: bool,
+    rationale: str | None = None,
+) -> Part:
+    """rationale: the column of marked words, where the examples are to have the weights of their tokens."""
     with progress.waiting(f"tokenizing {len(texts.texts_a):,} examples"):
-        encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, causal)
+        encoded = encode_pairs(tokenizer, texts.texts_a, texts.texts_b, length, causal, offsets=rationale is not None)
+    if rationale is not None:
+        encoded = with_marks(texts, encoded, rationale)
     targets = [example._replace(of_row={"labels": label}) for example, label in zip(encoded, labels, strict=True)]
     return Part(texts, targets, labels)
 
@@ -198,7 +214,7 @@ def _opened(data: ClassifyData, name: str) -> Labelled:
 
 
 def _read(path: str, data: ClassifyData) -> Labelled:
-    file = read_labelled(path, data.text, data.label, data.encoding)
+    file = read_labelled(path, data.text, data.label, data.encoding, (data.rationale,) if data.rationale else ())
     if file.labels is None:
         there = ", ".join(map(repr, file.columns))
         if len(file.columns) == 1 and (wide := next((sign for sign in "，；｜" if sign in file.columns[0]), None)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from espalier.errors import UserError
+from espalier.models.attention_settings import SupervisedAttention
 from espalier.models.config import Execution
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
@@ -32,6 +33,9 @@ class ClassifyData(FinetuneData):
     calibration_part: float = 0.0
     """A part of the training file that is not learnt from: on it, a temperature is fitted after the training, so that
     probabilities mean what they say (Guo et al. 2017), and of lists the threshold. Try 0.1; 0 = none."""
+    rationale: str | None = None
+    """Column of what people marked in the (first) text: a JSON array of words, or of pairs of characters [begin, end].
+    How far the heads' look is from it is measured (rationale_kl), and learnt with --attention.supervision."""
     examples_per_row: int = 1
     """Examples that share a row, without seeing each other; little of the rows is padding then. 0 = as many as suit
     their length, up to 8."""
@@ -54,6 +58,15 @@ class ClassifyConfig(FinetuneConfig):
 
     task: ClassVar[str] = "sequence_classification"
     data: ClassifyData = field(default_factory=ClassifyData)
+    attention: SupervisedAttention = field(default_factory=SupervisedAttention)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.attention.supervision and not self.data.rationale:
+            raise UserError(
+                f"attention.supervision={self.attention.supervision:g} needs marked words: name their column with "
+                "--data.rationale"
+            )
 
 
 def classify() -> ClassifyConfig:

@@ -20,9 +20,11 @@ from jax.sharding import Mesh
 from espalier.data.description import listed
 from espalier.data.examples import fitting_row
 from espalier.errors import UserError
+from espalier.models.attention_settings import SupervisedAttention
+from espalier.models.attention_terms import MARKED, divergence, entropy, looks, marked_shares, states
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
-from espalier.models.transformer import apply, init_params
+from espalier.models.transformer import init_params
 from espalier.task import Evaluation
 from espalier.training.run import TUNED
 from espalier.training.step import Objective
@@ -72,7 +74,14 @@ class Classification(OfExamples):
         if weights is not None:
             shown = [f"{name} {weight:.3g}" for name, weight in zip(self._names, weights, strict=True)]
             self.about["class weights"] = listed(shown, LABELS)
-        self.objective = classification_objective(self.model, execution=config.execution, weights=weights)
+        heads = config.attention.entropy != 0 or config.data.rationale is not None
+        config.attention.check(model.num_hidden_layers, heads)
+        self.objective = classification_objective(
+            self.model,
+            execution=config.execution,
+            weights=weights,
+            attention=config.attention if heads else None,
+        )
 
     def init_params(self, key: jax.Array) -> dict:
         return init_params(self.model, key, heads=("sequence_classification",))
@@ -90,13 +99,23 @@ class Classification(OfExamples):
         return metrics | finalized(metrics)
 
 
-def class_logits(model: ModelConfig, params, batch: dict, execution: Execution, key: jax.Array | None = None):
-    """Class scores, float32 [B, C], or [B, E, C] of rows of E examples; a key turns dropout on."""
+def class_logits(
+    model: ModelConfig,
+    params,
+    batch: dict,
+    execution: Execution,
+    key: jax.Array | None = None,
+    attention: SupervisedAttention | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """(class scores, float32 [B, C], or [B, E, C] of rows of E examples; what `attention` reads of the heads).
+
+    A key turns dropout on.
+    """
     weights = batch["example_weights"]
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
-    x_BTD = apply(model, params, batch, execution=execution, key=body_key)
+    x_BTD, p_LBNTS = states(attention, model, params, batch, execution, body_key)
     examples = weights.shape[1] if weights.ndim == 2 else None
-    return sequence_logits(model, params, x_BTD, batch["segment_ids"], head_key, examples)
+    return sequence_logits(model, params, x_BTD, batch["segment_ids"], head_key, examples), p_LBNTS
 
 
 def class_weights(examples: Examples) -> np.ndarray:
@@ -112,13 +131,20 @@ def class_weights(examples: Examples) -> np.ndarray:
 
 
 def classification_objective(
-    model: ModelConfig, *, execution: Execution, weights: np.ndarray | None = None
+    model: ModelConfig,
+    *,
+    execution: Execution,
+    weights: np.ndarray | None = None,
+    attention: SupervisedAttention | None = None,
 ) -> Objective:
     """The two pure functions of the objective; metrics: loss (nats an example, or squared error), and accuracy.
 
     batch: also `labels` int32 [B] (float32 of numbers, int32 [B, C] of lists) and `example_weights` float32 [B], 0 for
     rows that count nothing; [B, E] where rows hold E examples (data.examples.LabelledBatches). weights: of the classes
-    [C], in training; the loss is then the weighted mean, as in PyTorch.
+    [C], in training; the loss is then the weighted mean, as in PyTorch. attention: what is read of the heads and what
+    that costs; metrics are then also attention_entropy (nats, mean over tokens, heads and layers) and, where the batch
+    has `marked`, rationale_kl (nats) and rationale_mass (the part of the look that is on marked words), means over the
+    examples in which anything is marked.
     """
     problem = model.problem_type
 
@@ -129,10 +155,15 @@ def classification_objective(
 
     def prepare(batch, key, step, train):
         total = jnp.sum(weighed(batch, train))
-        return batch, jnp.where(total > 0, total, 1.0)
+        total = jnp.where(total > 0, total, 1.0)
+        if attention is None:
+            return batch, total
+        _, explained_BE = _marked(batch)
+        tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+        return batch, (total, jnp.maximum(tokens, 1.0), jnp.maximum(jnp.sum(explained_BE), 1.0))
 
     def loss(params, batch, key, norms, train):
-        logits_BC = class_logits(model, params, batch, execution, key if train else None)
+        logits_BC, p_LBNTS = class_logits(model, params, batch, execution, key if train else None, attention)
         labels_B, weights_B = batch["labels"], weighed(batch, train)
         real_B = batch["example_weights"]
         counts = {}
@@ -157,9 +188,33 @@ def classification_objective(
         if right_B is not None:
             metrics["accuracy"] = (jnp.sum(real_B * right_B), jnp.sum(real_B))
         metrics |= {name: (count, None) for name, count in counts.items()}
-        return loss_sum / norms, jax.lax.stop_gradient(metrics)
+        if attention is None:
+            return loss_sum / norms, jax.lax.stop_gradient(metrics)
+        assert p_LBNTS is not None
+        total, tokens, explained = norms
+        nats, here = entropy(p_LBNTS, batch["segment_ids"])
+        metrics["attention_entropy"] = (nats, here)
+        added = attention.entropy * nats / tokens
+        if MARKED in batch:
+            r_BES, explained_BE = _marked(batch)
+            a_BES, count = looks(model, p_LBNTS, batch["segment_ids"], r_BES.shape[1]), jnp.sum(explained_BE)
+            kl = jnp.sum(explained_BE * divergence(r_BES, a_BES))
+            metrics["rationale_kl"] = (kl, count)
+            metrics["rationale_mass"] = (jnp.sum(jnp.where(r_BES > 0, a_BES, 0.0)), count)
+            added += attention.supervision * kl / explained
+        return loss_sum / total + added, jax.lax.stop_gradient(metrics)
 
     return Objective(prepare, loss)
+
+
+def _marked(batch: dict) -> tuple[jax.Array, jax.Array]:
+    """What is marked of each example (models.attention_terms.marked_shares); nothing where the batch does not say."""
+    segments_BT, examples = (
+        batch["segment_ids"],
+        1 if batch["example_weights"].ndim == 1 else batch["example_weights"].shape[1],
+    )
+    marked_BT = batch.get(MARKED, jnp.zeros(segments_BT.shape, jnp.float32))
+    return marked_shares(marked_BT, segments_BT, examples)
 
 
 def _moments(x_B: jax.Array, y_B: jax.Array, weights_B: jax.Array) -> jax.Array:
