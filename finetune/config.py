@@ -134,6 +134,10 @@ class FinetuneConfig(TrainConfig):
             raise UserError(
                 "freeze: with --lora.rank everything but adapters and head is frozen; choose matrices by --lora.targets"
             )
+        if self.optimizer.sparsity.density < 1 and self.lora.rank:
+            raise UserError(
+                "optimizer.sparsity: with --lora.rank the matrices of the layers are not trained; leave out one of both"
+            )
         if self.freeze and self.scratch:
             raise UserError("freeze: what is frozen must come from somewhere; leave out --scratch or --freeze")
         if self.scratch and self.lora.rank:

@@ -46,6 +46,22 @@ else:
 
 
 @dataclass(frozen=True)
+class SparsityConfig:
+    """How many weights of each matrix of the layers are not 0 (espalier/training/sparsity.py)."""
+
+    density: float = 1.0
+    """The part of the weights that stays after each step, the largest of each matrix (Gao et al. 2025); 1 = all."""
+    anneal: float = 0.5
+    """The part of the steps in which it falls linearly from 1 to that; 0 = from the first step on."""
+
+    def __post_init__(self):
+        if not 0 < self.density <= 1:
+            raise UserError(f"optimizer.sparsity.density={self.density} must be above 0 and at most 1; try 0.1")
+        if not 0 <= self.anneal <= 1:
+            raise UserError(f"optimizer.sparsity.anneal={self.anneal} must lie between 0 and 1; try 0.5")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and schedule; the schedule spans `steps` of the run."""
 
@@ -76,6 +92,7 @@ class OptimizerConfig:
     eps: float = 1e-6
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 = off."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
     @property
     def kind(self) -> OptimizerKind:

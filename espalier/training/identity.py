@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 
 from espalier.errors import UserError
-from espalier.training.config import EXECUTION_FIELDS, FINGERPRINTED_FIELDS, USER_CODE_FIELDS, OptimizerConfig
+from espalier.training.config import (
+    EXECUTION_FIELDS,
+    FINGERPRINTED_FIELDS,
+    USER_CODE_FIELDS,
+    OptimizerConfig,
+    SparsityConfig,
+)
 from espalier.training.optimizer import schedule, warmup_steps
+from espalier.training.sparsity import density_at
 
 RATE_FIELDS = ("schedule", "warmup", "decay_fraction", "final_fraction")
 SCHEDULE_FIELDS = frozenset(("steps", "epochs", *(f"optimizer.{name}" for name in RATE_FIELDS)))
@@ -55,7 +62,8 @@ def check_same_run(folder: Path, there: dict, here: dict, done: int, schedules: 
     def same_so_far(settings: dict) -> bool:
         steps = np.arange(done, dtype=np.int32)
         return all(
-            np.array_equal(values(there, steps), values(settings, steps)) for values in (learning_rates, *schedules)
+            np.array_equal(values(there, steps), values(settings, steps))
+            for values in (learning_rates, densities, *schedules)
         )
 
     if same_so_far(here):
@@ -132,6 +140,12 @@ def _check_user_code(folder: Path, there: dict, here: dict) -> None:
 def learning_rates(settings: dict, steps: np.ndarray) -> Any:
     """A Schedule: the factor on the peak rates."""
     return schedule(_rates(settings), settings["steps"])(steps)
+
+
+def densities(settings: dict, steps: np.ndarray) -> Any:
+    """A Schedule: the part of the weights that stays."""
+    given = SparsityConfig(**settings.get("optimizer", {}).get("sparsity", {}))
+    return density_at(given, settings["steps"], steps + 1)
 
 
 def _rates(settings: dict) -> OptimizerConfig:

@@ -22,6 +22,7 @@ from espalier.training.guard import StopSignal
 from espalier.training.introduction import introduce
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
+from espalier.training.sparsity import projection
 from espalier.training.start import beginning, check_fork, first_state, keep_frozen
 from espalier.training.state import TrainState
 from espalier.training.step import count_tokens, jit_train_step
@@ -49,8 +50,10 @@ def train(
         shapes = jax.eval_shape(task.init_params, jax.random.key(0))
         base = jax.eval_shape(task.frozen.init, jax.random.key(0)) if task.frozen else {}
         depths = task.depths(shapes) if task.depths else None
-        optimizer = build_optimizer(config.optimizer, shapes, task.matrix_axes(shapes), base, depths)
+        matrices = task.matrix_axes(shapes)
+        optimizer = build_optimizer(config.optimizer, shapes, matrices, base, depths)
         factor = schedule(config.optimizer, config.steps)
+        project = projection(config.optimizer.sparsity, shapes, matrices, config.steps)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
         start, origin_message, interval, tokens = beginning(origin, task.load_params)
         last = min(config.stop_at or config.steps, config.steps)
@@ -59,7 +62,7 @@ def train(
             state = jax.block_until_ready(
                 first_state(config, task.init_params, optimizer, mesh, origin, task.load_params, task.frozen)
             )
-        train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state)
+        train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project)
         evaluate = make_evaluate(task.objective, task.eval_batches, mesh, task.finalize_eval, config.accumulation)
 
         stack.enter_context(run.writing(config_dict))

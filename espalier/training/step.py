@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from espalier.errors import UserError
 from espalier.training.optimizer import Optimizer
+from espalier.training.sparsity import Projection
 from espalier.training.state import TrainState, combined
 from sharding.mesh import constrain, token_axes
 
@@ -49,13 +50,17 @@ class Objective:
 
 
 def make_train_step(
-    objective: Objective, optimizer: Optimizer, factor_fn: Callable[[Any], jax.Array], accumulation: int = 1
+    objective: Objective,
+    optimizer: Optimizer,
+    factor_fn: Callable[[Any], jax.Array],
+    accumulation: int = 1,
+    project: Projection | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, batch) → (state, metrics): float32 scalars loss, learning_rate, gradient_norm and the objective's own.
 
     factor_fn: step → factor on the peak rates (`training.optimizer.schedule`).
     accumulation: micro-batches A, taken interleaved (row mod A); the batch has a multiple of A rows. UserError where
-    the objective cannot be divided.
+    the objective cannot be divided. project: what is kept of the parameters after each step (training.sparsity).
     """
     if accumulation > 1 and not objective.divisible and objective.gradient is None:
         raise UserError(
@@ -88,6 +93,9 @@ def make_train_step(
 
         factor = factor_fn(state.step)
         params, opt_state, measured = optimizer.update(grads, state.opt_state, state.params, state.rates, factor)
+        if project is not None:
+            params, kept = project(params, state.step + 1)
+            measured = measured | kept
         rate = state.rates["learning_rate"] * factor
         metrics = means(sums) | {"loss": loss, "learning_rate": rate} | measured
         state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
@@ -97,13 +105,18 @@ def make_train_step(
 
 
 def jit_train_step(
-    objective: Objective, optimizer: Optimizer, factor_fn: Callable[[Any], jax.Array], accumulation: int, state: Any
+    objective: Objective,
+    optimizer: Optimizer,
+    factor_fn: Callable[[Any], jax.Array],
+    accumulation: int,
+    state: Any,
+    project: Projection | None = None,
 ) -> JittedStep:
     """The train step as the loop calls it: the old state's memory is taken for the new one, which lies like `state`.
 
     That of frozen parameters is not: others may hold them too.
     """
-    step = make_train_step(objective, optimizer, factor_fn, accumulation)
+    step = make_train_step(objective, optimizer, factor_fn, accumulation, project)
 
     def apart(state: TrainState, frozen: Any, batch: dict):
         state, metrics = step(dataclasses.replace(state, frozen=frozen), batch)

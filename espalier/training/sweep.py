@@ -28,6 +28,7 @@ from espalier.errors import UserError
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate
 from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.sparsity import projection
 from espalier.training.start import run_keys
 from espalier.training.state import TrainState, new_state
 from espalier.training.step import Objective, make_train_step
@@ -87,7 +88,9 @@ def sweep(
         first_S = [params_of(seed) for seed in seeds]
         shapes = jax.eval_shape(lambda params: params, first_S[0])
         layers = depths(shapes) if depths else None
-        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes), depths=layers)
+        matrices = matrix_axes(shapes)
+        optimizer = build_optimizer(config.optimizer, shapes, matrices, depths=layers)
+        project = projection(config.optimizer.sparsity, shapes, matrices, config.steps)
 
         def begin(params: Any, key: jax.Array, rate: jax.Array) -> TrainState:
             # A copy, for the steps of a run take its memory, and all rates begin with the same weights.
@@ -96,7 +99,8 @@ def sweep(
             muon = state.rates["muon_learning_rate"] * (rate / peak)
             return dataclasses.replace(state, rates=state.rates | {"learning_rate": rate, "muon_learning_rate": muon})
 
-        step = make_train_step(objective, optimizer, schedule(config.optimizer, config.steps), config.accumulation)
+        factor = schedule(config.optimizer, config.steps)
+        step = make_train_step(objective, optimizer, factor, config.accumulation, project)
         begun = jax.jit(begin)
         states = [
             [begun(params, jax.random.key_data(run_keys(seed)[1]), jnp.float32(rate)) for rate in learning_rates]

@@ -11,6 +11,7 @@ from espalier.commands.plan.objectives import objective_of
 from espalier.models.transformer import init_params, matrix_axes
 from espalier.pretraining.objective import Setup
 from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.sparsity import projection
 from espalier.training.start import abstract_state
 from espalier.training.step import jit_train_step
 from sharding.mesh import batch_sharding
@@ -38,10 +39,12 @@ def lower_step(config: Any, mesh: Mesh) -> Program:
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
-        optimizer = build_optimizer(config.optimizer, shapes, matrix_axes(shapes))
+        matrices = matrix_axes(shapes)
+        optimizer = build_optimizer(config.optimizer, shapes, matrices)
+        project = projection(config.optimizer.sparsity, shapes, matrices, config.steps)
         state = abstract_state(config, init, optimizer, mesh)
         step = jit_train_step(
-            objective, optimizer, schedule(config.optimizer, config.steps), config.accumulation, state
+            objective, optimizer, schedule(config.optimizer, config.steps), config.accumulation, state, project
         )
         shape = (config.batch_size, config.data.sequence_length)
         split = batch_sharding(shape, mesh, tokens=1)
