@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
 MODULES = {command.name: command.module for command in commands()} | {
+    "look": "espalier.commands.look.text",
     "plan": "espalier.commands.plan.__main__",
     "prepare": "espalier.data.prepare.__main__",
     "budget": "espalier.commands.plan.budget.__main__",

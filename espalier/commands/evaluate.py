@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,9 @@ def record_of(saved: Mapping[str, Any], head: str, task: str | None) -> TaskReco
     return record
 
 
-def config_for(record: TaskRecord, saved: Mapping[str, Any], model: str) -> type:
-    """EvaluateConfig with the settings of the task's data. Those of a fine-tuning are the defaults: its own files are
-    measured where no others are named."""
+def config_for(record: TaskRecord, saved: Mapping[str, Any], model: str, base: type = EvaluateConfig) -> type:
+    """The configuration `base` with the settings of the task's data. Those of a fine-tuning are the defaults: its own
+    files are measured where no others are named."""
     from espalier import saved_config
     from finetune.task import FinetuneTask
 
@@ -125,18 +125,26 @@ def config_for(record: TaskRecord, saved: Mapping[str, Any], model: str) -> type
     if isinstance(record, FinetuneTask) and saved.get("task") == record.name and "data" in saved:
         default = saved_config.part_of(kind, saved["data"], model, "data.")
     made = dataclasses.make_dataclass(
-        EvaluateConfig.__name__, [("data", kind, field(default=default))], bases=(EvaluateConfig,), frozen=True
+        base.__name__, [("data", kind, field(default=default))], bases=(base,), frozen=True
     )
-    made.__doc__ = EvaluateConfig.__doc__
+    made.__doc__ = base.__doc__
     return made
 
 
-def command(arguments: Sequence[str]) -> None:
-    """`evaluate MODEL [flags]`: the model is looked at first, for its task has flags of its own."""
+def command(
+    arguments: Sequence[str],
+    base: type = EvaluateConfig,
+    main: Callable[[Any], Any] = main,
+    prog: str = "evaluate",
+) -> None:
+    """`evaluate MODEL [flags]`: the model is looked at first, for its task has flags of its own.
+
+    base: a configuration with `task`, to which the settings of the task's data are added; main: what is called with it.
+    """
     given = list(arguments)
     model = _value(given, "--model") or next((one for one in given[:1] if not one.startswith("-")), None)
     if model is None:
-        cli.run_config(main, EvaluateConfig, prog="evaluate", argv=given)
+        cli.run_config(main, base, prog=prog, argv=given)
         return
     with one_line_errors("--debug" in given):
         step = _value(given, "--step")
@@ -144,8 +152,8 @@ def command(arguments: Sequence[str]) -> None:
             model, step=int(step) if step and step.isdecimal() else None, revision=_value(given, "--revision")
         )
         saved, head = described(first)
-        kind = config_for(record_of(saved, head, _value(given, "--task")), saved, model)
-    cli.run_config(main, kind, prog="evaluate", argv=given)
+        kind = config_for(record_of(saved, head, _value(given, "--task")), saved, model, base)
+    cli.run_config(main, kind, prog=prog, argv=given)
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:

@@ -90,6 +90,23 @@ def measure_text(model: LoadedModel, data: TextFiles) -> Evaluation:
     return Evaluation(metrics, warnings=warnings)
 
 
+def first_tokens(model: LoadedModel, data: TextFiles, most: int) -> np.ndarray:
+    """The first tokens of the text, document after document, without special tokens: int32, at most so many."""
+    if not data.validation:
+        raise UserError("no --data.validation FILE given: name text (.txt, .md, .jsonl, .csv, .parquet)")
+    source = open_source(data.validation, DataConfig(text_field=data.text_field, encoding=data.encoding))
+    rejects: list[Reject] = []
+    found: list[int] = []
+    for chunk in _chunks(model, source, data, rejects, most):
+        for ids, _ in chunk:
+            found += ids
+        if len(found) >= most:
+            break
+    if not found:
+        raise UserError(f"{', '.join(data.validation)}: there is no text that becomes tokens{_why(rejects)}")
+    return np.array(found[:most], np.int32)
+
+
 def window(model: LoadedModel, data: TextFiles) -> int:
     """Tokens that are read together. UserError for more than the model has positions for."""
     most = model.config.max_length

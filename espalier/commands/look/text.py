@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from espalier import progress
 from espalier.commands.asked_model import AskedModel
+from espalier.commands.look import pages
 from espalier.errors import UserError
 
 SHOWN = 5
@@ -40,17 +40,7 @@ class LookConfig(AskedModel):
     def __post_init__(self):
         if self.text is None:
             raise UserError('no --text given: name what the model is to read, for instance --text "a moving film"')
-        page_path(self.output)
-
-
-def page_path(output: str) -> Path:
-    """Where a page goes; UserError where it cannot."""
-    if not output.endswith(".html"):
-        raise UserError(f"--output {output} is no .html file; try look.html")
-    path = Path(output).expanduser()
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {path.absolute().parent}; make it first")
-    return path
+        pages.page_path(self.output)
 
 
 def main(config: LookConfig) -> dict[str, Any]:
@@ -62,7 +52,7 @@ def main(config: LookConfig) -> dict[str, Any]:
         model = config.loaded()
     given = {name: getattr(config, name) for name in ("target", "text_b", "query", "question", "word")}
     seen = look(model, config.text, **given)
-    path, numbers = seen.write(page_path(config.output))
+    path, numbers = seen.write(pages.page_path(config.output))
     asked, why = seen.asked, seen.attribution
     best = sorted(seen.owed, key=lambda one: -abs(one[1]))[:SHOWN]
     rows = {asked.what: f"{asked.name.strip()} ({100 * asked.probability:.1f} %)"}

@@ -8,6 +8,7 @@ import numpy as np
 
 from espalier.look.asked import Asked
 from espalier.look.attribution import COMPLETE, Attribution
+from espalier.look.sections import drawn
 from espalier.report import page
 from espalier.report.page import Section
 
@@ -16,9 +17,6 @@ METHODS = {
     "occlusion": "Occlusion",
     "gradient_x_input": "Gradient × input",
 }
-
-SCALES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Where the scale of a curve may end."""
 
 
 def sections(asked: Asked, why: Attribution) -> list[Section]:
@@ -75,49 +73,25 @@ def _belief(why: Attribution) -> Section:
         "<div class=scroll><table class=belief><thead><tr><th></th><th>words taken out</th><th>words put in</th></tr>"
         f"</thead><tbody>{rows}</tbody></table></div>"
     )
-    greatest = max(values.max() for curves in (why.deletion, why.insertion) for values in curves.values())
-    most = next((step for step in SCALES if step >= greatest), 1.0)
-    drawn = page.grid(
-        [_curve("Taken out, the most important first", why.deletion, most), _curve("Put in", why.insertion, most)]
+    ends = "no word", "every word"
+    out, put = (
+        drawn.lines(title, {name: curves[key] for key, name in METHODS.items()}, ends)
+        for title, curves in (("Taken out, the most important first", why.deletion), ("Put in", why.insertion))
     )
     note = (
         "The probability of the answer, on average over the words, as they are taken out or put in one by one. A "
         "method that knows what counts is low on the left and high on the right."
     )
-    return Section("Which method to believe", drawn + table, note, STYLE)
+    return Section("Which method to believe", page.grid([out, put]) + table, note, STYLE)
 
 
-def _curve(title: str, curves: dict[str, np.ndarray], most: float) -> str:
-    """Lines over the number of words, from 0 to `most`."""
-    lines = []
-    for number, method in enumerate(METHODS):
-        values = curves[method]
-        steps = max(len(values) - 1, 1)
-        points = " ".join(f"{100 * at / steps:.2f},{60 - 60 * value / most:.2f}" for at, value in enumerate(values))
-        lines.append(f"<polyline class=k{number} points='{points}'/>")
-    legend = "".join(f"<li><i class=k{number}></i>{escape(name)}</li>" for number, name in enumerate(METHODS.values()))
-    label = f"{title}: the probability of the answer, from 0 to {page.percent(most)}"
-    return (
-        f"<h3>{escape(title)}</h3><p class=most>{page.percent(most)}</p>"
-        f"<svg class=curve viewBox='-1 -2 102 64' role=img aria-label='{escape(label)}'>"
-        "<path d='M0 0H100M0 30H100M0 60H100'/>" + "".join(lines) + f"</svg><ul class=keys>{legend}</ul>"
-    )
-
-
-STYLE = """
-h3{font-size:.95rem;margin:1rem 0 .3rem}
+STYLE = (
+    drawn.STYLE
+    + """
 .owed{line-height:2.1}
 .owed span{padding:.15rem .3rem;border-radius:5px}
 .owed .special{color:var(--soft);font-size:.8rem}
-.owed .for{background:color-mix(in srgb,#1b8a5a var(--part),transparent)}
-.owed .against{background:color-mix(in srgb,#c23b4e var(--part),transparent)}
-.curve{width:100%;max-width:26rem}
-.most{margin:0;color:var(--soft);font-size:.75rem}
-.curve path{stroke:var(--line);stroke-width:.4;fill:none}
-.curve polyline{fill:none;stroke-width:1.2;stroke:var(--k)}
-.k0{--k:#1b6e53}.k1{--k:#c2571a}.k2{--k:#3c6fc4}
-.keys{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.8rem;color:var(--soft)}
-.keys i{display:inline-block;width:.9rem;height:.2rem;background:var(--k);margin-right:.35rem;vertical-align:middle}
 .belief td,.belief th{padding:.3rem .9rem .3rem 0;text-align:left;font-weight:400}
 .belief thead th{color:var(--soft);font-size:.8rem}
 """
+)
