@@ -19,7 +19,7 @@ def main(config: FinetuneConfig, call: cli.Call = cli.FROM_PYTHON) -> dict:
     if isinstance(config, GlueConfig):
         from finetune.glue.run import run
 
-        return run(config)
+        return run(config, call.settings_of("optimizer"))
     from espalier.assembly import train
 
     return train(config, call=call)

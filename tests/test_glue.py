@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tiny_runs import write_run
 
+from espalier import cli
 from espalier.errors import UserError
 from espalier.models.config import ModelConfig
-from finetune.config import FinetuneOptimizer
+from finetune.config import FinetuneOptimizer, LoraConfig
 from finetune.glue.files import write_files
 from finetune.glue.grid import Run, best
 from finetune.glue.protocols import PROTOCOLS
@@ -264,6 +265,49 @@ def test_a_grid_goes_on_and_the_table_says_what_was_done(there, tmp_path, capsys
         main(other)
 
 
+def test_every_run_has_the_settings_that_were_given_and_a_grid_goes_on_with_the_same(there, tmp_path, monkeypatch):
+    """Adapters, what is frozen, the best checkpoint; an optimizer of one's own in place of the protocol's."""
+    trained = []
+
+    def grid(config, folder, learning_rates, epochs, seeds, **_):
+        trained.append(config)
+        for seed in seeds:
+            yield Run(learning_rates[0], epochs[0], seed, {"accuracy": 0.5}, folder / str(seed))
+
+    monkeypatch.setattr("finetune.glue.run.grid", grid)
+    settings = dict(data=dict(tasks=("rte",)), protocol="mosaicbert", submission=False)
+    settings |= dict(lora=LoraConfig(rank=2), keep_best="accuracy", eval_every=7)
+    settings |= dict(optimizer=FinetuneOptimizer(clip_norm=0.5, eps=1e-3))
+    config = config_for(there, tmp_path / "run", **settings)
+    main(config, cli.Call(given=frozenset({"optimizer.warmup"})))
+    (one,) = trained
+    assert one.lora.rank == 2 and one.keep_best == "accuracy" and one.eval_every == 7
+    optimizer = one.optimizer
+    # Given by a flag, other than the default, and the protocol's.
+    assert (optimizer.warmup, optimizer.eps, optimizer.clip_norm) == (0.1, 1e-3, 0.5)
+    assert (optimizer.b2, optimizer.weight_decay) == (0.98, 1.0)
+
+    same = cli.Call(given=frozenset({"optimizer.warmup"}))
+    main(dataclasses.replace(config, seeds=(0, 3), log_every=3), same)
+    for change, words in (
+        (dict(batch_sizes=16), "batch_sizes=8, and this one has 16"),
+        (dict(lora=LoraConfig(rank=4)), "lora.rank=2, and this one has 4"),
+        (dict(dropout=0.0), "dropout=0.1, and this one has 0.0"),
+        (dict(scratch=True, lora=LoraConfig()), "scratch=False|lora.rank=2"),
+        (dict(data=dataclasses.replace(config.data, max_length=16)), "data.max_length=32, and this one has 16"),
+        (dict(optimizer=FinetuneOptimizer(clip_norm=0.5)), "optimizer.eps=0.001, and this one has None"),
+    ):
+        with pytest.raises(UserError, match=words):
+            main(dataclasses.replace(config, **change), same)
+    # As earlier versions wrote it.
+    held = {"init_from": there.encoder, "folder": there.glue, "examples": None, "protocol": "mosaicbert"}
+    (tmp_path / "run" / "glue-settings.json").write_text(json.dumps(held))
+    main(config, same)
+    (tmp_path / "run" / "glue-settings.json").write_text(json.dumps(held | {"examples": 5}))
+    with pytest.raises(UserError, match="data.examples=5, and this one has None"):
+        main(config, same)
+
+
 def test_all_at_once_is_what_single_runs_are(there, tmp_path, capsys):
     """Every loss within 1e-5 of that of the single run, with dropout and the order of its own seed; the same labels."""
     settings = dict(seeds=(0, 1), learning_rates=(1e-3, 3e-4), epoch_counts=(2,), log_every=1)
@@ -296,6 +340,11 @@ def test_what_is_missing_is_named_and_what_is_wrong_refused(there, tmp_path, cap
         (dict(data=dict(train="F")), "GLUE has files of many tasks"),
         (dict(learning_rates=(0.0,)), "must be above 0"),
         (dict(steps=3), "steps=3: a grid has lengths of its own"),
+        (dict(batch_size=8), "batch_size=8 is of one run, and a grid has many: give --batch-sizes"),
+        (dict(seed=1), "give --seeds"),
+        (dict(export="F"), "export=F is of one run"),
+        (dict(optimizer=FinetuneOptimizer(learning_rate=1e-3)), "give --learning-rates"),
+        (dict(data=dict(encoding="gb18030")), "GLUE's files are UTF-8"),
     ):
         with pytest.raises(UserError, match=words):
             config_for(there, tmp_path / "run", **change)
@@ -305,6 +354,15 @@ def test_what_is_missing_is_named_and_what_is_wrong_refused(there, tmp_path, cap
     with pytest.raises(UserError, match="has the files of none of the tasks"):
         main(dataclasses.replace(config, data=GlueData(folder=str(empty))))
     assert "RTE: not run, no train.tsv in" in capsys.readouterr().out
+
+
+def test_a_test_file_that_cannot_be_read_is_no_file_that_is_missing(there, tmp_path):
+    shutil.copytree(f"{there.glue}/RTE", tmp_path / "RTE")
+    (tmp_path / "RTE" / "test.tsv").write_bytes(b"index\tsentence1\tsentence2\n0\tcaf\xe9\tb\n")
+    with pytest.raises(UserError, match=r"test.tsv:2: byte 0xe9 is not valid UTF-8"):
+        write_files(str(tmp_path), BY_KEY["rte"], tmp_path / "data", None, tests=True)
+    (tmp_path / "RTE" / "test.tsv").unlink()
+    assert write_files(str(tmp_path), BY_KEY["rte"], tmp_path / "data", None, tests=True).more == {}
 
 
 def test_the_chosen_point_has_the_highest_median():

@@ -12,6 +12,16 @@ from finetune.config import FinetuneConfig, FinetuneData
 from finetune.glue.protocols import PROTOCOLS
 from finetune.glue.tasks import BY_KEY
 
+UNUSED = {
+    "batch_size": 32,
+    "seed": 0,
+    "stop_at": None,
+    "export": None,
+    "optimizer.learning_rate": None,
+    "data.encoding": "utf-8",
+}
+"""Settings of a fine-tuning that a grid has not, and what they are when nobody gave them."""
+
 
 @dataclass(frozen=True)
 class GlueData(FinetuneData):
@@ -71,6 +81,16 @@ class GlueConfig(FinetuneConfig):
             raise UserError(f"epoch_counts={self.epoch_counts} must be above 0; try 2 5")
         if any(not 0 <= seed < 2**32 for seed in self.seeds):
             raise UserError(f"seeds={self.seeds} must lie between 0 and {2**32 - 1}")
+        for name, value, instead in (
+            ("batch_size", self.batch_size, "give --batch-sizes"),
+            ("seed", self.seed, "give --seeds"),
+            ("stop_at", self.stop_at, "leave it out; a grid that was ended goes on"),
+            ("export", self.export, "leave it out; `./launch.sh export` takes the folder of a run"),
+            ("optimizer.learning_rate", self.optimizer.learning_rate, "give --learning-rates"),
+            ("data.encoding", self.data.encoding, "leave it out; GLUE's files are UTF-8"),
+        ):
+            if value != UNUSED[name]:
+                raise UserError(f"{name}={value} is of one run, and a grid has many: {instead}")
         assert self.protocol in PROTOCOLS
 
 

@@ -9,9 +9,10 @@ RUN/submission/*.tsv       for the benchmark's server
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,8 @@ from espalier.errors import UserError
 from espalier.files import replacing, write_json
 from espalier.loading import load
 from espalier.predict.loaded import LoadedModel
+from espalier.training.config import EXECUTION_FIELDS
+from finetune.config import FinetuneOptimizer
 from finetune.glue.files import Files, missing_file, write_files
 from finetune.glue.grid import Run, best, grid
 from finetune.glue.protocols import PROTOCOLS, Point
@@ -33,9 +36,21 @@ from finetune.glue.submission import write_submissions
 from finetune.glue.tasks import BY_KEY, FROM_MNLI, MISMATCHED, GlueTask
 from finetune.tasks.classify.record import CLASSIFICATION, ClassifyConfig, ClassifyData
 
+SHARED = (
+    *("accumulation", "mesh", "execution", "dropout", "scratch", "lora", "freeze", "log_every", "eval_every"),
+    *("keep_best", "early_stopping", "prefetch", "workers", "debug"),
+)
+"""Settings that every run of the grid has."""
+GROWS = frozenset("learning_rates epoch_counts seeds at_once submission data.tasks".split())
+"""Settings that a grid may change when it goes on: each run is named by its own, or none depends on them."""
 
-def run(config: GlueConfig) -> dict[str, Any]:
-    """Train and measure; returns the `--json` object, which glue.json holds too."""
+
+def run(config: GlueConfig, given: Collection[str] = ()) -> dict[str, Any]:
+    """Train and measure; returns the `--json` object, which glue.json holds too.
+
+    given: settings of the optimizer that flags have set; they, and those that are not the default, replace the
+    protocol's.
+    """
     if config.data.folder is None:
         raise UserError("no --data.folder given: name the folder of GLUE's .tsv files, hf:nyu-mll/glue or tfds:glue")
     if not config.init_from:
@@ -52,7 +67,9 @@ def run(config: GlueConfig) -> dict[str, Any]:
         progress.say(f"{name}: not run, {why}")
     if not tasks:
         raise UserError(f"{config.data.folder} has the files of none of the tasks; see `finetune glue --help`")
-    _settings_held(folder, config)
+    plain = FinetuneOptimizer()
+    own = {name for name, value in vars(config.optimizer).items() if name in given or value != getattr(plain, name)}
+    _settings_held(folder, config, own)
 
     results: dict[str, dict[str, Any]] = {}
     chosen: dict[str, list[Run]] = {}
@@ -73,7 +90,7 @@ def run(config: GlueConfig) -> dict[str, Any]:
         point = _point(config, task)
         runs = list(
             grid(
-                _config_of(config, task, files[task.key], point, origin),
+                _config_of(config, task, files[task.key], point, origin, own),
                 folder / task.key,
                 point.learning_rates,
                 point.epochs,
@@ -124,13 +141,22 @@ def score(task: GlueTask, metrics: dict[str, float]) -> float:
     return sum(values) / len(values)
 
 
-def _settings_held(folder: Path, config: GlueConfig) -> None:
-    """UserError where the folder holds a grid that started from something else, whose runs would count here."""
-    path, held = folder / "glue-settings.json", {"init_from": config.init_from, "folder": config.data.folder}
-    held |= {"examples": config.data.examples, "protocol": config.protocol}
+def _settings_held(folder: Path, config: GlueConfig, own: Collection[str]) -> None:
+    """UserError where the folder holds a grid with other settings, whose runs would count here.
+
+    own: the settings of the optimizer that are not the protocol's.
+    """
+    path = folder / "glue-settings.json"
+    optimizer = {f"optimizer.{name}": value for name, value in vars(config.optimizer).items() if name in own}
+    found = {name: value for name, value in _flat(config).items() if not name.startswith("optimizer.")} | optimizer
+    held = json.loads(json.dumps(found))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in held.items():
+        if "folder" in before:
+            # Of an earlier version, which held four settings.
+            before = held | {name if name in held else f"data.{name}": value for name, value in before.items()}
+        for name in sorted(before.keys() | held.keys()):
+            value = held.get(name)
             if before.get(name) != value:
                 raise UserError(
                     f"{folder} holds a GLUE run with {name}={before.get(name)!r}, and this one has {value!r}; "
@@ -140,6 +166,16 @@ def _settings_held(folder: Path, config: GlueConfig) -> None:
         raise UserError(f"{folder} holds other files; name another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, held)
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings by which runs of a grid differ that are named alike, nested ones as `outer.inner`."""
+    found: dict[str, Any] = {}
+    for name, value in vars(settings).items():
+        if name in EXECUTION_FIELDS - {"keep_best", "early_stopping"} or prefix + name in GROWS:
+            continue
+        found |= _flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: value}
+    return found
 
 
 def _point(config: GlueConfig, task: GlueTask) -> Point:
@@ -163,14 +199,13 @@ def _origin(config: GlueConfig, task: GlueTask, chosen: dict[str, list[Run]]) ->
     return config.init_from
 
 
-def _config_of(config: GlueConfig, task: GlueTask, files: Files, point: Point, origin: str) -> ClassifyConfig:
+def _config_of(
+    config: GlueConfig, task: GlueTask, files: Files, point: Point, origin: str, own: Collection[str]
+) -> ClassifyConfig:
     protocol = PROTOCOLS[config.protocol]
-    shared = {
-        name: getattr(config, name)
-        for name in ("accumulation", "mesh", "execution", "dropout", "scratch", "log_every", "prefetch", "workers")
-        if hasattr(config, name)
-    }
+    shared: Any = {name: getattr(config, name) for name in SHARED}
     optimizer: Any = {**protocol.optimizer, "weight_decay": point.weight_decay}
+    optimizer = {name: value for name, value in optimizer.items() if name not in own}
     pair = len(task.text) == 2
     return ClassifyConfig(
         **shared,
