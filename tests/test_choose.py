@@ -22,7 +22,7 @@ from espalier.predict.choose import Asked, encode, joined, scores
 from espalier.predict.use import use_of
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneOptimizer
-from finetune.tasks.choose.files import read_questions
+from finetune.tasks.choose.files import read_both, read_questions
 from finetune.tasks.choose.record import ChooseConfig, ChooseData
 from finetune.tasks.choose.task import ChoiceBatches, choice_objective, measure
 from finetune.train import main
@@ -193,6 +193,36 @@ def test_files_of_many_kinds_say_the_same(tmp_path):
     rows = [{"context": "A plum.", "question": "Ripe?", "a": "yes", "b": "no", "right": "yes"}]
     data = ChooseData(validation=write_jsonl(tmp_path / "own.jsonl", rows), choices=("a", "b"), label="right")
     assert read_questions(data, "validation").asked == [Asked("A plum.\nRipe?", ("yes", "no"))]
+
+
+def test_labels_that_are_numbers_are_places_or_texts_by_the_whole_file(tmp_path):
+    """Choices may be numbers themselves; what one file leaves open, the other may say."""
+
+    def read(rows, name="validation"):
+        return read_questions(ChooseData(**{name: write_jsonl(tmp_path / "rows.jsonl", rows)}), name)
+
+    sums = [["3", "4", "5"], ["7", "1", "2"], ["0.0", "1.0", "2.0"]]
+    for rights, expected in (
+        (["4", "7", "2.0"], [1, 0, 2]),
+        (["1", "0", "2.0"], [1, 0, 2]),
+        ([1, 0, 2.0], [1, 0, 2]),
+        ([3, 1, 2], [2, 0, 1]),
+    ):
+        found = read([{"choices": sums[at], "label": right} for at, right in enumerate(rights)])
+        assert found.labels == expected, rights
+        assert ("always the text of a choice" in found.facts[-1]) == (rights[0] == "4")
+    with pytest.raises(UserError, match="rows.jsonl:1: '1111.* names none of the 3 choices"):
+        read([{"choices": sums[0], "label": "1" * 5000}])
+
+    three = ["plum", "pear", "axe"]
+    said = write_jsonl(tmp_path / "said.jsonl", [{"choices": three, "label": at} for at in (3, 1)])
+    left_open = write_jsonl(tmp_path / "open.jsonl", [{"choices": three, "label": at} for at in (1, 2)])
+    for train, validation in ((said, left_open), (left_open, said)):
+        by_file = {file.path: file for file in read_both(ChooseData(train=train, validation=validation))}
+        assert by_file[said].labels == [2, 0] and by_file[left_open].labels == [0, 1]
+        assert "as in the other file" in by_file[left_open].facts[-1]
+    assert read_questions(ChooseData(validation=left_open), "validation").labels == [1, 2]
+    assert read_questions(ChooseData(validation=left_open), "validation", from_one=True).labels == [0, 1]
 
 
 def test_minimal_pairs_of_blimp_are_measured_by_paradigm(there, shared_data, tmp_path):

@@ -42,16 +42,30 @@ class Questions(NamedTuple):
     """The file of each, where there are several."""
     facts: tuple[str, ...]
     fingerprint: str
+    from_one: bool | None = False
+    """Whether labels that are numbers count from 1; None where the file leaves it open, and 0 was taken for the first.
+    """
 
 
-def read_questions(data: ChooseData, name: str) -> Questions:
-    """What is named `train` or `validation`; UserError where it will not do."""
+def read_questions(data: ChooseData, name: str, from_one: bool = False) -> Questions:
+    """What is named `train` or `validation`; UserError where it will not do.
+
+    from_one: how numbers are counted where the file leaves it open.
+    """
     what = "questions with choices (.jsonl, .csv, .tsv, hf:…), or minimal pairs (.tsv, or a folder of them)"
     with data.opening(name, what) as path:
         if os.path.isdir(path):
             return _folder(path, data)
         pairs = _pairs(path, data)
-        return pairs or _of_table(read_table(path, codec(data.encoding)), data)
+        return pairs or _of_table(read_table(path, codec(data.encoding)), data, from_one)
+
+
+def read_both(data: ChooseData) -> tuple[Questions, Questions]:
+    """Training and validation. Where one says that numbers count from 1 and the other leaves it open, both do."""
+    files = {name: read_questions(data, name) for name in ("train", "validation")}
+    if any(found.from_one for found in files.values()):
+        files |= {name: read_questions(data, name, True) for name, found in files.items() if found.from_one is None}
+    return files["train"], files["validation"]
 
 
 def _folder(path: str, data: ChooseData) -> Questions:
@@ -105,7 +119,7 @@ def _alike(asked: Sequence[Asked]) -> str:
     return f"; {count:,} of them twice the same sentence, which counts as wrong" if count else ""
 
 
-def _of_table(table: Table, data: ChooseData) -> Questions:
+def _of_table(table: Table, data: ChooseData, else_from_one: bool) -> Questions:
     names = list(dict.fromkeys(name for record in table.records for name in record.columns))
     for name in (*data.question, *data.choices, *filter(None, (data.label,))):
         if name not in names:
@@ -123,8 +137,10 @@ def _of_table(table: Table, data: ChooseData) -> Questions:
             )
     assert label is not None
     rows = [_row(record, question, choices, label) for record in table.records]
-    from_one = _counted_from_one(rows)
-    labels = [_number(*row, from_one) for row in rows]
+    texts = _all_texts(rows)
+    from_one = False if texts else _counted_from_one(rows)
+    one = else_from_one if from_one is None else from_one
+    labels = [_number(*row, texts, one) for row in rows]
     said = f"{table.path}: {len(rows):,} questions, choices in {' and '.join(map(repr, choices))}, right is {label!r}"
     if question:
         said += f", before them {' and '.join(map(repr, question))}"
@@ -133,11 +149,16 @@ def _of_table(table: Table, data: ChooseData) -> Questions:
         facts.append(
             f"{table.path}: numbers under {label!r} are never 0 and as high as there are choices; 1 is the first"
         )
-    return Questions(table.path, [row[1] for row in rows], labels, [], tuple(facts), table.fingerprint)
+    elif one:
+        facts.append(f"{table.path}: 1 under {label!r} is taken for the first choice, as in the other file")
+    if texts:
+        facts.append(f"{table.path}: what stands under {label!r} is always the text of a choice, and taken for that")
+    return Questions(table.path, [row[1] for row in rows], labels, [], tuple(facts), table.fingerprint, from_one)
 
 
-Row = tuple[Record, Asked, Sequence[str], str, str]
+Row = tuple[Record, Asked, Sequence[str], str, str | int | float]
 """Record, what is asked, names of the choices (A, B …, or none), column of the label, what it holds."""
+NUMBER = re.compile(r"([0-9]{1,9})(?:\.0)?")
 
 
 def _row(record: Record, question: Sequence[str], choices: Sequence[str], label: str) -> Row:
@@ -168,33 +189,52 @@ def _row(record: Record, question: Sequence[str], choices: Sequence[str], label:
         "".join((asked.question, *asked.choices)).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{record.name}: half a surrogate pair (\\ud800 …) is no character; remove it") from error
-    return record, asked, letters, label, str(right).strip().removesuffix(".0")
+    return record, asked, letters, label, right.strip() if isinstance(right, str) else right
 
 
-def _counted_from_one(rows: Sequence[Row]) -> bool:
-    """Whether labels are numbers from 1 to how many choices there are: some as high, and none 0."""
-    numbers = [int(right) for _, _, letters, _, right in rows if re.fullmatch(r"\d+", right) and right not in letters]
-    return (
-        len(numbers) == len(rows)
-        and min(numbers) > 0
-        and any(number == len(asked.choices) for number, (_, asked, *_) in zip(numbers, rows, strict=True))
-    )
+def _all_texts(rows: Sequence[Row]) -> bool:
+    """Whether every label is written like a choice of its question, some of them numbers: then these are no places."""
+    return all(
+        isinstance(right, str) and right not in letters and right in map(str.strip, asked.choices)
+        for _, asked, letters, _, right in rows
+    ) and any(NUMBER.fullmatch(str(right)) for *_, right in rows)
 
 
-def _number(record: Record, asked: Asked, letters: Sequence[str], label: str, right: str, from_one: bool) -> int:
-    """Which choice is right, from 0."""
-    if right in letters:
-        return letters.index(right)
-    if re.fullmatch(r"\d+", right):
-        number = int(right) - from_one
-    elif re.fullmatch("[A-Z]", right) and right not in asked.choices:
-        number = ord(right) - ord("A")
-    else:
-        number = asked.choices.index(right) if right in asked.choices else -1
-    if not 0 <= number < len(asked.choices):
+def _counted_from_one(rows: Sequence[Row]) -> bool | None:
+    """Whether labels are numbers from 1 to how many choices there are: some as high, and none 0. None where it may be
+    so: they are numbers, and there is neither."""
+    found = [NUMBER.fullmatch(str(right)) for _, _, letters, _, right in rows if str(right) not in letters]
+    numbers = [int(match[1]) for match in found if match]
+    if len(numbers) < len(rows) or min(numbers) == 0:
+        return False
+    highest = any(number == len(asked.choices) for number, (_, asked, *_) in zip(numbers, rows, strict=True))
+    return True if highest else None
+
+
+def _number(
+    record: Record,
+    asked: Asked,
+    letters: Sequence[str],
+    label: str,
+    right: str | int | float,
+    texts: bool,
+    from_one: bool,
+) -> int:
+    """Which choice is right, from 0. texts: labels are texts of choices, also those that are numbers."""
+    written, choices = str(right), [choice.strip() for choice in asked.choices]
+    if written in letters:
+        return letters.index(written)
+    number = -1
+    if (match := NUMBER.fullmatch(written)) and not texts:
+        number = int(match[1]) - from_one
+    elif written in choices:
+        number = choices.index(written)
+    elif re.fullmatch("[A-Z]", written):
+        number = ord(written) - ord("A")
+    if not 0 <= number < len(choices):
         raise UserError(
-            f"{record.name}: {right!r} under {label!r} names none of the {len(asked.choices)} choices; it is a number "
-            f"from {int(from_one)}, a letter from A, or the text of a choice"
+            f"{record.name}: {written[:40]!r} under {label!r} names none of the {len(choices)} choices; it is a number "
+            f"from {int(from_one)}, a letter from A, or the text of a choice (in every row, where texts are numbers)"
         )
     return number
 

@@ -27,7 +27,7 @@ from espalier.task import Evaluation
 from espalier.training.step import Objective
 from finetune.config import max_length
 from finetune.task import Labelled
-from finetune.tasks.choose.files import Questions, read_questions
+from finetune.tasks.choose.files import Questions, read_both, read_questions
 from finetune.tasks.choose.metrics import measured
 from sharding.mesh import host_rows
 
@@ -53,10 +53,11 @@ class MultipleChoice(Labelled):
         longest = max_length(config.data, model)
         specials = special_ids(tokenizer, need=("bos",))
         assert specials.bos is not None
-        train, self._validation = (read_questions(config.data, name) for name in ("train", "validation"))
+        train, self._validation = read_both(config.data)
         train_choices, self._choices = (encode(tokenizer, part.asked, longest) for part in (train, self._validation))
         self.model = model
-        self.settings = {}
+        # What `evaluate` needs to know of a file that does not say it.
+        self.settings = {"labels_from_one": True} if train.from_one and self._validation.from_one is None else {}
         self.fingerprints = {"train": train.fingerprint, "validation": self._validation.fingerprint}
         self._normalize = config.data.normalize
         self._rows = host_rows(config.batch_size, mesh)
@@ -191,7 +192,7 @@ def choice_objective(model: ModelConfig, *, execution: Execution) -> Objective:
 
 def measure(model: LoadedModel, data: ChooseData) -> Evaluation:
     """A language model on a file, trained for it or not."""
-    questions = read_questions(data, "validation")
+    questions = read_questions(data, "validation", bool(model.saved.get("labels_from_one")))
     normalize = data.normalize if data.normalize != "none" else trained_normalize(model)
     return measured(questions, scores_of(model, encode(model.tokenizer, questions.asked, room(model))), normalize)
 
