@@ -253,6 +253,22 @@ def test_pairs_triplets_and_lists_are_read(tmp_path):
     assert shown(named) == {"3": (["1"], [])}
 
 
+def test_nothing_of_a_file_is_left_out_in_silence(there, tmp_path):
+    """Several queries in a row, negatives beside a score; a label that is asked for is not also a score; long texts."""
+    with pytest.raises(UserError, match="a.jsonl:1: 2 texts under 'query', and a query is one"):
+        read(tmp_path, "a.jsonl", '{"query": ["a", "b"], "positive": "c"}\n')
+    row = '{{"query": "{}", "positive": "c", "negative": ["d", "e"], "score": {}}}\n'
+    scored = read(tmp_path, "b.jsonl", row.format("a", 1) + row.format("b", 0))
+    assert scored.scored and "4 hard negatives are left out" in scored.facts[-1]
+    labelled = read(tmp_path, "c.tsv", "text1\ttext2\tscore\tlabel\na\tb\t3\t1\na\tc\t1\t0\n", label="label")
+    assert shown(labelled) == {"a": (["b"], ["c"])}
+    long = tmp_path / "long.tsv"
+    long.write_text(f"query\tpositive\n三\t{'蓝' * 60}\n二\tyellow\n")
+    config = config_for(there, tmp_path / "run", data=EmbedData(train=str(long), validation=there.validation))
+    said = f"{long}: 1 of 4 texts are longer than 48 tokens, the longest by 14; their ends were cut off"
+    assert said in opened(config).task.facts
+
+
 BAD = {
     "no such column": ("a\tb\nx\ty\n", dict(query="q"), "no column 'q'; its columns are 'a', 'b'"),
     "three columns": ("a\tb\tc\nx\ty\tz\n", {}, "which columns hold the two texts.*--data.query and --data.positive"),

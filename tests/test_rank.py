@@ -22,6 +22,7 @@ from tiny_models import BERT, LLAMA, strict_and_quick  # noqa: F401
 from tiny_runs import write_run
 
 from espalier import load
+from espalier.assembly import opened
 from espalier.errors import UserError
 from espalier.files import write_json
 from espalier.intervals import mean_interval
@@ -302,6 +303,12 @@ BAD = {
     "no relevance": ([{"query": "a", "text": "b"}], "which column holds the relevance.*--data.label"),
     "no text": ([{"query": "a", "body": "b", "label": 1}], "which column holds the text.*'body'"),
     "decimals": ([{"query": "a", "text": "b", "label": 0.5}], "rows.jsonl:1: the relevance '0.5' is no whole number"),
+    "no number": ([{"query": "a", "text": "b", "label": math.nan}], "rows.jsonl:1: the relevance 'nan' is no whole"),
+    "endless": ([{"query": "a", "text": "b", "label": math.inf}], "rows.jsonl:1: the relevance 'inf' is no whole"),
+    "object": (
+        [{"query": "a", "positives": [{"text": 3}], "negatives": []}],
+        "'positives' holds list; expected a text",
+    ),
     "all relevant": ([{"query": "a", "text": "b", "label": 1}], "every pair has the relevance 1"),
     "none relevant": ([{"query": "a", "text": "b", "label": 0}], "no text is relevant"),
     "empty text": ([{"query": "a", "text": " ", "label": 1}], "rows.jsonl:1: no text under 'text'"),
@@ -328,6 +335,16 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(there, tmp_path, case):
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_what_is_cut_is_said(there, tmp_path):
+    """A row of 32 tokens has room for 29 of query and text."""
+    rows = [*judged_rows(4), {"query": "什么可以吃", "positives": ["apple " * 60], "negatives": ["the axe"]}]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    task = opened(config_for(there, tmp_path / "run", data=RankData(train=path, validation=path))).task
+    for part in ("learnt from", "measured during the training"):
+        (fact,) = [fact for fact in task.facts if part in fact]
+        assert fact.startswith(f"{path}: 1 of ") and "longer than 32 tokens, the longest by" in fact
+
+
 def test_damaged_folders_are_refused(tmp_path):
     folder = beir(tmp_path / "beir")
     for name, content, message in (
@@ -336,6 +353,8 @@ def test_damaged_folders_are_refused(tmp_path):
         ("qrels/train.tsv", "7\tt1\n", "train.tsv:1: 2 cells"),
         ("qrels/train.tsv", "7\tt1\thigh\n", "the relevance 'high' is no whole number"),
         ("queries.jsonl", '{"id": "7"}\n', "queries.jsonl:1: no object with _id and text"),
+        ("corpus.jsonl", '{"_id": "t1", "text": null}\n', "corpus.jsonl:1: .*is no string"),
+        ("corpus.jsonl", '{"_id": "t1", "text": "\\ud800"}\n', "corpus.jsonl:1: half a surrogate pair"),
     ):
         copy = shutil.copytree(folder, tmp_path / "copy")
         (copy / name).write_text(content)

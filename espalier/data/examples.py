@@ -83,6 +83,17 @@ def encode_pairs(
     ]
 
 
+def cut_words(name: str, examples: Sequence[Example], max_length: int, what: str = "examples") -> tuple[str, ...]:
+    """A line on those that had more tokens than there is room for, for people; none where nothing was cut."""
+    lost = [example.cut for example in examples if example.cut]
+    if not lost:
+        return ()
+    return (
+        f"{name}: {len(lost):,} of {len(examples):,} {what} are longer than {max_length} tokens, the longest by "
+        f"{max(lost):,}; their ends were cut off",
+    )
+
+
 def token_span(example: Example, begin: int, end: int, text: int = 0) -> tuple[int, int] | None:
     """First and last token of the characters begin … end of one of its texts; None where some of them were cut off.
 

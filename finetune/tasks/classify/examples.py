@@ -10,7 +10,7 @@ import numpy as np
 
 from espalier import progress
 from espalier.data.description import listed
-from espalier.data.examples import Example, encode_pairs
+from espalier.data.examples import Example, cut_words, encode_pairs
 from espalier.data.labelled import Labelled, read_labelled
 from espalier.data.loader import permute
 from espalier.errors import UserError
@@ -93,8 +93,8 @@ def read_examples(
         name: _part(file, numbered[name], tokenizer, length, model.causal, data.rationale)
         for name, file in (("train", train), ("validation", validation))
     }
-    cut = (_cut(parts[name], str(getattr(data, name)), length) for name in parts)
-    facts = tuple(dict.fromkeys((found.words, *train.notes, *validation.notes, *filter(None, cut))))
+    cut = [line for name, part in parts.items() for line in cut_words(getattr(data, name), part.encoded, length)]
+    facts = tuple(dict.fromkeys((found.words, *train.notes, *validation.notes, *cut)))
     learnt, apart = _divided(parts["train"], data, found.kind, seed)
     return Examples(learnt, parts["validation"], apart, found.kind, names, fingerprints, facts)
 
@@ -168,17 +168,6 @@ def _some(part: Part, chosen: np.ndarray) -> Part:
     }
     encoded, labels = ([values[number] for number in chosen] for values in (part.encoded, part.labels))
     return Part(part.texts._replace(**texts), encoded, labels)
-
-
-def _cut(part: Part, path: str, length: int) -> str | None:
-    """A line on examples that have more tokens than there is room for."""
-    lost = [example.cut for example in part.encoded if example.cut]
-    if not lost:
-        return None
-    return (
-        f"{path}: {len(lost):,} of {len(part.encoded):,} examples are longer than {length} tokens, the longest by "
-        f"{max(lost):,}; their ends were cut off"
-    )
 
 
 def describe_examples(data: ClassifyData, examples: Examples) -> dict[str, str]:

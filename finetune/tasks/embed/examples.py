@@ -90,10 +90,14 @@ def pairs_of(path: str, data: EmbedData) -> Pairs:
     rows = []
     for record in table.records:
         values = dict(zip(record.columns, record.values, strict=True))
-        query = _texts(record, values, columns.query, 1)[0]
+        asked = _texts(record, values, columns.query, 1)
+        if len(asked) > 1:
+            raise UserError(
+                f"{record.name}: {len(asked)} texts under {columns.query!r}, and a query is one; write a row for each"
+            )
         positives = _texts(record, values, columns.positive, 1)
         negatives = [text for column in columns.negatives for text in _texts(record, values, column, 0)]
-        rows.append((record, values, number(query), [*map(number, positives)], [*map(number, negatives)]))
+        rows.append((record, values, number(asked[0]), [*map(number, positives)], [*map(number, negatives)]))
     facts = list(table.notes)
     if columns.score:
         pairs = [(query, positive) for _, _, query, positives, _ in rows for positive in positives]
@@ -102,6 +106,11 @@ def pairs_of(path: str, data: EmbedData) -> Pairs:
         if low == high:
             raise UserError(f"{path}: every pair has the score {low:g} in {columns.score!r}; scores must differ")
         facts.append(f"{path}: {len(pairs):,} pairs with a score from {low:g} to {high:g} in {columns.score!r}")
+        if unused := sum(len(negatives) for *_, negatives in rows):
+            facts.append(
+                f"{path}: {unused:,} hard negatives are left out, for pairs with a score have none; for triplets leave "
+                f"out the column {columns.score!r}"
+            )
         found: dict[str, Any] = {"queries": [], "known": {}, "negatives": {}}
         found |= {"pairs_N2": np.array(pairs, np.int32), "scores_N": np.array(scores, np.float32)}
     else:
@@ -186,9 +195,9 @@ class Columns(NamedTuple):
         negatives = data.negatives or tuple(
             name for name in names if re.fullmatch(NEGATIVES, name) and name not in asked
         )
-        score = data.score or guessed(SCORES)
+        score = data.score or (None if data.label else guessed(SCORES))
         label = data.label or (None if score else guessed(LABELS))
-        if score and data.label:
+        if data.score and data.label:
             raise UserError("--data.score and --data.label say the same of a pair in two ways; give one of them")
         rest = [name for name in names if name not in (query, positive, *negatives, score, label)]
         if query is None and positive is None and len(rest) == 2:

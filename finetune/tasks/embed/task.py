@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from espalier import progress
-from espalier.data.examples import Example, encode_pairs
+from espalier.data.examples import Example, cut_words, encode_pairs
 from espalier.data.tokenizer import special_ids
 from espalier.errors import UserError
 from espalier.loading import load
@@ -53,8 +53,11 @@ class SentenceEmbedding(Labelled):
         self.model = model
         self.settings = {"pooling": pooling, "normalize": True, "longest": length}
         self.fingerprints = {"train": train.fingerprint, "validation": validation.fingerprint}
-        self.facts: Sequence[str] = (*train.facts, *validation.facts)
         encoded = [_encoded(part, tokenizer, length, model.causal) for part in (train, validation)]
+        cut = [
+            cut_words(part.path, own, length, "texts") for part, own in zip((train, validation), encoded, strict=True)
+        ]
+        self.facts: Sequence[str] = tuple(dict.fromkeys((*train.facts, *validation.facts, *cut[0], *cut[1])))
         scale = _scale(train if train.scored else validation)
         self._batches, held_out = (
             PairBatches(

@@ -158,10 +158,7 @@ def _texts(record: Record, values: Mapping[str, Any], name: str) -> list[str]:
     """The text of a cell, or the texts of a list, without empty ones; of MS MARCO's objects {"text": …} the text."""
     value = values.get(name)
     texts = value if isinstance(value, list) else [] if value is None else [value]
-    texts = [
-        " ".join(filter(None, (text.get("title"), text.get("text")))) if isinstance(text, dict) else text
-        for text in texts
-    ]
+    texts = [_of_object(text) if isinstance(text, dict) else text for text in texts]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{record.name}: {name!r} holds {type(value).__name__}; expected a text or a list of texts")
     for text in texts:
@@ -170,3 +167,9 @@ def _texts(record: Record, values: Mapping[str, Any], name: str) -> list[str]:
         except UnicodeEncodeError as error:
             raise UserError(f"{record.name}: half a surrogate pair (\\ud800 …) is no character; remove it") from error
     return [text for text in texts if text.strip()]
+
+
+def _of_object(value: Mapping[str, Any]) -> Any:
+    """Title and text together; the object itself where they are no texts."""
+    parts = [part for name in ("title", "text") if (part := value.get(name)) is not None]
+    return " ".join(filter(None, parts)) if all(isinstance(part, str) for part in parts) else value

@@ -185,9 +185,15 @@ def _objects(path: Path) -> Iterator[tuple[str, str]]:
         try:
             value = json.loads(line)
             name, text, title = value["_id"], value["text"], value.get("title") or ""
+            if not isinstance(text, str) or not isinstance(title, str):
+                raise TypeError("the text or the title is no string")
+            whole = f"{title} {text}".strip()
+            whole.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{place}: half a surrogate pair (\\ud800 …) is no character; remove it") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{place}: no object with _id and text ({error}), as BEIR's files have") from error
-        yield str(name), f"{title} {text}".strip()
+        yield str(name), whole
 
 
 def _judgements(path: Path) -> dict[str, dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -63,10 +64,10 @@ def grade(value: object, place: str) -> int:
     try:
         number = float(written)
     except ValueError:
-        number = 0.5
-    if number != int(number):
+        number = math.nan
+    if not number.is_integer():
         raise UserError(
-            f"{place}: the relevance {written!r} is no whole number; it is 1 or 0, or a grade (0, 1, 2, 3), as in "
+            f"{place}: the relevance {written[:40]!r} is no whole number; it is 1 or 0, or a grade (0, 1, 2, 3), as in "
             "trec_eval's files"
         )
     return max(int(number), 0)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from espalier.data.examples import Example, LabelledBatches
+from espalier.data.examples import Example, LabelledBatches, cut_words
 from espalier.data.tokenizer import special_ids
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
@@ -85,7 +85,11 @@ class Ranking(Labelled):
         self.eval_batches: Sequence[dict] = LabelledBatches(self._held_out, size, config.seed, **settings).fixed(
             host_rows(size, mesh)
         )
-        self.facts: Sequence[str] = tuple(dict.fromkeys((*train.facts, *self._validation.facts)))
+        cut = (
+            *cut_words(train.path, pairs.encoded, longest, "pairs that are learnt from"),
+            *cut_words(self._validation.path, self._held_out, longest, "pairs that are measured during the training"),
+        )
+        self.facts: Sequence[str] = tuple(dict.fromkeys((*train.facts, *self._validation.facts, *cut)))
         self.about = _about(train, self._validation, pairs.relevance, len(pairs.groups))
         self.objective = ranking_objective(self.model, len(self._held_out), execution=config.execution)
 
