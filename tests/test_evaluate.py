@@ -86,7 +86,16 @@ def test_a_run_is_measured_as_it_measured_itself(tmp_path, ask):
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert len(rows) == 48 and json.loads(out.splitlines()[-1])["metrics"]["accuracy"] == right / 48
     assert (output / "predictions.jsonl").read_text() != (tmp_path / "run" / "predictions.jsonl").read_text()
+    # A setting that decides what is read: of 8 tokens, 6 are of the text, and the word that matters is the seventh.
+    begin = "we saw the here here here"
+    late = [{"sentence": f"{begin} {one['sentence'].split()[-2]}", "label": one["label"]} for one in sentences(20)]
+    late = write_jsonl(tmp_path / "late.jsonl", late)
+    for length, same in ((8, True), (16, False)):
+        code, _, _ = ask(tmp_path / "run", "--data.validation", late, "--output", output, "--data.max-length", length)
+        rows = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+        assert code == 0 and (len({row["probability"] for row in rows}) == 1) == same
     for flags, words in [
+        (["--data.max-length", 17], "max_length=17 must lie between 8 and"),
         (["--data.validation", tmp_path / "none.jsonl"], "no file"),
         (["--task", "masked_lm"], "task masked_lm is of models with the head masked_lm"),
         (["--task", "classify"], "unknown task 'classify'"),

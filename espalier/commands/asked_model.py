@@ -36,17 +36,20 @@ class AskedModel:
         return replace(model, execution=replace(model.execution, dtype=self.dtype))
 
     def opened(self, use: str | None, max_length: int | None) -> tuple[LoadedModel, Use]:
-        """The model, and what is asked of it. max_length: tokens of an input at most; None = the model's own."""
+        """The model, and what is asked of it. max_length: as in `limited`."""
         from espalier.predict.use import named, use_of
 
-        model = self.loaded()
-        if max_length is not None:
-            limit = model.config.max_length
-            if max_length < 8 or limit is not None and max_length > limit:
-                raise UserError(
-                    f"max_length={max_length} must lie between 8 and the model's {limit or 'many'} positions"
-                )
-            saved = {**model.saved, "data": {**(model.saved.get("data") or {}), "max_length": max_length}}
-            # Where embeddings have a length of their own.
-            model = replace(model, saved=saved | ({"longest": max_length} if "longest" in saved else {}))
+        model = limited(self.loaded(), max_length)
         return model, named(use) if use else use_of(model)
+
+
+def limited(model: LoadedModel, max_length: int | None) -> LoadedModel:
+    """The model with inputs of so many tokens at most; None = as many as it says. UserError for more than it has."""
+    if max_length is None:
+        return model
+    limit = model.config.max_length
+    if max_length < 8 or limit is not None and max_length > limit:
+        raise UserError(f"max_length={max_length} must lie between 8 and the model's {limit or 'many'} positions")
+    saved = {**model.saved, "data": {**(model.saved.get("data") or {}), "max_length": max_length}}
+    # Where embeddings have a length of their own.
+    return replace(model, saved=saved | ({"longest": max_length} if "longest" in saved else {}))

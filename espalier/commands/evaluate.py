@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier import cli, progress
-from espalier.commands.asked_model import AskedModel
+from espalier.commands.asked_model import AskedModel, limited
 from espalier.errors import UserError
 from espalier.exits import one_line_errors
 from espalier.flags import nearest
@@ -44,7 +44,7 @@ def main(config: Any) -> dict[str, Any]:
         raise UserError(f"--output {config.output} is a file; name a folder, or one that is not there yet")
     record = record_of(*described(config), config.task)
     with progress.waiting(f"loading {config.model}"):
-        model = config.loaded()
+        model = limited(config.loaded(), getattr(config.data, "max_length", None))
     with progress.waiting("measuring"), on_all_devices(model) as model:
         evaluation = record.evaluate(model, config.data)
     if config.output:

@@ -93,8 +93,7 @@ def read_validation(data: TagData, model: LoadedModel) -> tuple[Part, str | None
     if data.tag_kind == "auto":
         scheme = model.saved.get("scheme", scheme_of(file.tags) if scheme_of([sorted(known)]) else None)
     _check_known(str(data.validation), file, known, scheme, "the model does not know")
-    stride = (model.saved.get("data") or {}).get("stride")
-    return _part(file, model.tokenizer, model.longest, model.config.causal, stride, {}), scheme
+    return _part(file, model.tokenizer, model.longest, model.config.causal, data.stride, {}), scheme
 
 
 def checked_scheme(file: Tagged, path: str, kind: str) -> str | None:
