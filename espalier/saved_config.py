@@ -74,7 +74,11 @@ def read(given: str, config_types: Iterable[type], prog: str) -> Saved:
 
 
 def without_overridden(config: Any, given: Iterable[str]) -> Any:
-    """The configuration without what would win over the flags that are given."""
+    """The configuration without what would win over the flags that are given. UserError for two that say the same."""
+    given = frozenset(given)
+    for flag, other in INSTEAD.items():
+        if {flag, other} <= given:
+            raise UserError(f"--{flag} and --{other} say how long the schedule is in two ways; give one of them")
     gone = {INSTEAD[flag]: None for flag in given if flag in INSTEAD and hasattr(config, INSTEAD[flag])}
     return dataclasses.replace(config, **gone)
 

@@ -87,7 +87,7 @@ def test_a_metric_that_is_not_measured_is_named_and_the_run_goes_on_with_another
 
 
 def test_low_losses_and_high_scores_are_better_unless_said_otherwise():
-    assert is_low("loss") and is_low("bits_per_byte") and not is_low("macro_f1")
+    assert is_low("loss") and is_low("bits_per_byte") and is_low("rationale_kl") and not is_low("macro_f1")
     config = toy.config("nowhere", early_stopping=EarlyStopping(patience=2))
 
     def best(values, config=config):

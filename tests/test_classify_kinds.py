@@ -183,6 +183,30 @@ def test_counts_of_an_evaluation_give_the_correlation():
     assert figures.pearson(np.ones(3), tied[:3]) == 0.0
 
 
+def test_numbers_far_from_zero_have_a_correlation_during_the_training():
+    """Of years, or prices: the squares of float32 do not hold what they vary by."""
+    model = dataclasses.replace(MODEL, labels=("year",), problem_type="regression")
+    params = init_params(model, jax.random.key(0), heads=("sequence_classification",))
+    random = np.random.default_rng(0)
+    out = params["head"]["sequence_classification"]["out"]
+    out["kernel"] = 30 * random.normal(size=(32, 1)).astype("f4")
+    out["bias"] = np.full(1, 1e5, "f4")
+    batch = {
+        "input_ids": random.integers(0, 300, (16, 8)).astype(np.int32),
+        "segment_ids": np.ones((16, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (16, 1)),
+        "example_weights": np.ones(16, np.float32),
+    }
+    said = np.array(class_logits(model, params, batch, Execution())[0][:, 0], np.float64)
+    batch["labels"] = (said + random.normal(0, said.std(), 16)).astype(np.float32)
+    objective = classification_objective(model, execution=Execution(), middle=float(batch["labels"].mean()))
+    prepared, norms = objective.prepare(batch, jax.random.key(0), 0, False)
+    _, sums = jax.jit(lambda: objective.loss(params, prepared, jax.random.key(0), norms, False))()
+    expected = pearsonr(said, batch["labels"].astype(np.float64)).statistic
+    found = finalized({"moments": np.asarray(sums["moments"][0], np.float64)})
+    assert 0.3 < expected < 0.95 and found["pearson"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_intervals_hold_the_true_value_as_often_as_they_say():
     """Of 200 samples of a coin of 0.7 about 95 in 100 have it; the metrics' intervals are those of slow draws."""
     random = np.random.default_rng(0)

@@ -118,6 +118,13 @@ def test_steps_given_now_win_over_epochs_of_the_file(capsys, tmp_path):
     assert (config.steps, config.epochs) == (600, 1)
 
 
+def test_steps_and_epochs_given_now_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        called("finetune", "classify", "--steps", "20", "--epochs", "1")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "--steps and --epochs say how long the schedule is in two ways" in said
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

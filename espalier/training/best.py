@@ -21,7 +21,7 @@ from espalier.training.state import TrainState
 from espalier.training.tracker import Tracker
 from sharding.processes.coordination import from_first
 
-LOW = ("loss", "perplexity", "bits", "error", "rmse", "mse", "mae")
+LOW = ("loss", "perplexity", "bits", "error", "rmse", "mse", "mae", "_kl")
 """What names of metrics hold that are better when low."""
 
 

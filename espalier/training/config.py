@@ -141,7 +141,7 @@ class EarlyStopping:
     metric: str | None = None
     """Which metric of the evaluations; unset = that of --keep-best, else loss."""
     mode: Literal["auto", "min", "max"] = "auto"
-    """Whether low or high values are better; auto = low for losses, perplexities, bits and errors."""
+    """Whether low or high values are better; auto = low for losses, perplexities, bits, divergences and errors."""
 
     def __post_init__(self):
         if self.patience is not None and self.patience < 1:

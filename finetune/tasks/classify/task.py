@@ -81,6 +81,7 @@ class Classification(OfExamples):
             execution=config.execution,
             weights=weights,
             attention=config.attention if heads else None,
+            middle=float(np.mean(train.labels)) if self._examples.kind == "numbers" else 0.0,
         )
 
     def init_params(self, key: jax.Array) -> dict:
@@ -136,6 +137,7 @@ def classification_objective(
     execution: Execution,
     weights: np.ndarray | None = None,
     attention: SupervisedAttention | None = None,
+    middle: float = 0.0,
 ) -> Objective:
     """The two pure functions of the objective; metrics: loss (nats an example, or squared error), and accuracy.
 
@@ -144,7 +146,7 @@ def classification_objective(
     [C], in training; the loss is then the weighted mean, as in PyTorch. attention: what is read of the heads and what
     that costs; metrics are then also attention_entropy (nats, mean over tokens, heads and layers) and, where the batch
     has `marked`, rationale_kl (nats) and rationale_mass (the part of the look that is on marked words), means over the
-    examples in which anything is marked.
+    examples in which anything is marked. middle: about which numbers vary, so that float32 holds how much (years, say).
     """
     problem = model.problem_type
 
@@ -169,7 +171,7 @@ def classification_objective(
         counts = {}
         if problem == "regression":
             nats_B = jnp.square(logits_BC[..., 0] - labels_B)
-            counts["moments"] = _moments(logits_BC[..., 0], labels_B, real_B)
+            counts["moments"] = _moments(logits_BC[..., 0] - middle, labels_B - middle, real_B)
             right_B = None
         elif problem == "multi_label_classification":
             positive = jnp.asarray(weights) if weights is not None and train else 1.0
