@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from espalier.loading import load
     from espalier.look.looked import look as look
     from espalier.predict.loaded import LoadedModel
+    from espalier.report.inline import page
     from espalier.report.tables import metrics, settings
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _FRONT = {
     "load": "espalier.loading",
     "look": "espalier.look",
     "metrics": "espalier.report.tables",
+    "page": "espalier.report.inline",
     "plan": "espalier.front",
     "settings": "espalier.report.tables",
     "sweep": "espalier.front",
@@ -36,7 +38,7 @@ _FRONT = {
 }
 """Name → the module that has it."""
 
-__all__ = ["LoadedModel", "load", "look", "metrics", "plan", "settings", "sweep", "train"]
+__all__ = ["LoadedModel", "load", "look", "metrics", "page", "plan", "settings", "sweep", "train"]
 
 neighbours.take()
 

@@ -1,8 +1,8 @@
 """What a person sees while a command runs: lines, a line that is updated in place, and waits.
 
 Everything goes to standard output through Python, or to standard error where results go to the former (`on_stderr`);
-threads may print too. If that is not a terminal, nothing is updated in place: a wait is one line, repeated at growing
-intervals. A leaf: every module may import it.
+threads may print too. If that is neither a terminal nor a notebook, nothing is updated in place: a wait is one line,
+repeated at growing intervals. A leaf: every module may import it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ WIDEST = 100
 
 _lock = threading.RLock()
 _changing = False
+_shown = 0
 _aside = False
 _waits: list[threading.Event] = []
 
@@ -34,8 +35,8 @@ def say(line: str = "") -> None:
 
 
 def show(line: str) -> None:
-    """Print a line that the next one replaces; an ordinary line if that is not on a terminal."""
-    _write(line, keep=not _terminal())
+    """Print a line that the next one replaces; an ordinary line where none can be."""
+    _write(line, keep=not in_place())
 
 
 def end() -> None:
@@ -83,9 +84,9 @@ def waiting(what: str, *, bar: bool = False) -> Iterator[Callable[[str], None]]:
                 pause = PATIENCE
                 continue
             seconds = f"{time.monotonic() - began:.0f} s"
-            words = [word for word in (far, seconds if told or _terminal() else "") if word]
+            words = [word for word in (far, seconds if told or in_place() else "") if word]
             show(f"{what} … {', '.join(words)}".rstrip())
-            pause = 0.5 if _terminal() else AGAIN * 2**told
+            pause = 0.5 if in_place() else AGAIN * 2**told
             told += 1
 
     teller = threading.Thread(target=tell, name=what, daemon=True)
@@ -156,17 +157,31 @@ def _terminal() -> bool:
     return _stream().isatty()
 
 
+def _notebook() -> bool:
+    """Whether what is printed goes to a cell's output, where a carriage return begins the line anew."""
+    return type(_stream()).__module__.startswith("ipykernel.")
+
+
+def in_place() -> bool:
+    """Whether a line can be replaced by the next one."""
+    return _terminal() or _notebook()
+
+
 def _stream() -> TextIO:
     return sys.stderr if _aside else sys.stdout
 
 
 def _write(line: str, keep: bool, over: bool = True) -> None:
-    global _changing
+    global _changing, _shown
     with _lock:
-        begin = "\r\033[K" if over and _changing and _terminal() else ""
+        begin = ""
+        if over and _changing:
+            # A notebook knows no order to clear a line.
+            begin = "\r\033[K" if _terminal() else f"\r{' ' * _shown}\r" if _notebook() else ""
         if not keep:
             line = _fitting(line)
         _changing = not keep and bool(line)
+        _shown = columns(line)
         print(begin + line, end="\n" if keep else "", file=_stream(), flush=True)
 
 

@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = "data models cli training commands task sharding finetune mlm clm".split()
 DOCTESTS = """
 import builtins, doctest, sys
-import espalier.front, espalier.loading, espalier.look.looked
+import espalier.front, espalier.loading, espalier.look.looked, espalier.report.inline
 say, builtins.print = print, lambda *words, **how: None  # what training says is no result
-modules = espalier.front, espalier.loading, espalier.look.looked
-results = [doctest.testmod(module, extraglobs={"run": "runs/tiny"}) for module in modules]
+modules = espalier.front, espalier.loading, espalier.look.looked, espalier.report.inline
+results = [doctest.testmod(module, extraglobs={"run": "runs/tiny"}, optionflags=doctest.ELLIPSIS) for module in modules]
 assert not any(result.failed for result in results) and all(result.attempted for result in results), results
 say("all of the page")
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from espalier.look.sections import attribution as attribution_sections
 from espalier.look.sections import lens as lens_section
 from espalier.predict.loaded import LoadedModel
 from espalier.report import page
+from espalier.report.inline import Page
 
 LONG = 80
 """Characters of a title."""
@@ -77,10 +77,7 @@ class Looked:
         return getattr(self.attribution, kind).items()
 
     def _repr_html_(self) -> str:
-        return (
-            f"<iframe srcdoc='{escape(self.html(), quote=True)}' style='width:100%;height:42rem;border:0' "
-            "sandbox=allow-scripts title='what the model looks at'></iframe>"
-        )
+        return Page(self.html())._repr_html_()
 
 
 def look(

@@ -138,7 +138,7 @@ class Tracker:
             self.interval = {"steps": 0, "sums": {}}
         written = ends or step in (1, self._last)
         # A terminal shows progress even when records are rare.
-        if not (written or first or sys.stdout.isatty() and self._now.seconds - self._shown >= 1):
+        if not (written or first or progress.in_place() and self._now.seconds - self._shown >= 1):
             return
         self._shown = self._now.seconds
         passed = self._since(self._mark)
