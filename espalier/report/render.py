@@ -16,6 +16,9 @@ CURVES = ("accuracy", "bits_per_byte", "learning_rate", "gradient_norm", "tokens
 """Metrics beside the loss that are drawn, in this order; those that only some tasks have follow them."""
 NOT_DRAWN = frozenset(("step", "loss", "perplexity", "mfu"))
 """The loss has a section of its own, perplexity is its exponential, MFU is proportional to the tokens per second."""
+FAR = 4
+"""Folders above a run in which the page of all runs is looked for."""
+LINK = "section a{color:var(--accent)}"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -28,6 +31,7 @@ def write_report(run_dir: str | Path) -> Path:
         *compared_run_sections(run),
         *curve_sections(run),
         *settings_sections(run),
+        all_runs_section(run.path),
     ]
     return page.write_page(run.path / "report.html", run.path.name, subtitle(run), sections, page.tiles(tiles(run)))
 
@@ -88,6 +92,17 @@ def settings_sections(run: RunFiles) -> list[Section]:
     if run.summary.get("environment"):
         sections.append(Section("Environment", page.settings(run.summary["environment"])))
     return sections
+
+
+def all_runs_section(path: Path) -> Section:
+    """A link to the page that compares this run with others (`./launch.sh runs`), which lies in a folder above it."""
+    above = [folder / "runs.html" for folder in path.parents]
+    depth = next((depth for depth, there in enumerate(above[:FAR], 1) if there.is_file()), 1)
+    link = f'<p><a href="{"../" * depth}runs.html">All runs on one page</a></p>'
+    note = (
+        f"Curves over each other, settings that differ; `./launch.sh runs {path.parent.name} --html` writes the page."
+    )
+    return Section("Beside other runs", link, note, LINK)
 
 
 def subtitle(run: RunFiles) -> str:

@@ -65,7 +65,7 @@ def train(
         train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project)
         evaluate = make_evaluate(task.objective, task.eval_batches, mesh, task.finalize_eval, config.accumulation)
 
-        stack.enter_context(run.writing(config_dict))
+        stack.enter_context(run.writing(config_dict, start))
         task.save_tokenizer(run.tokenizer)
         kept = {"frozen": keep_frozen(run, state.frozen, task.frozen, origin)} if task.frozen else {}
         collector = Collector(task.objective.collect, run.collected, mesh)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from espalier import library_log, progress
-from espalier.errors import UserError
+from espalier.errors import MachineError, UserError
 from espalier.files import write_json
 from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS, USER_CODE_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
@@ -51,6 +51,7 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.best = self.path / "best.json"
         self.tuned = self.path / TUNED
+        self.failure = self.path / "failure.json"
 
     def check_shared(self) -> None:
         """UserError unless every process sees the same folder."""
@@ -91,25 +92,37 @@ class RunDirectory:
             raise UserError(f"{self.path} holds other files and no run; give another --run-dir, or an empty folder")
 
     @contextlib.contextmanager
-    def writing(self, config: dict) -> Iterator[None]:
+    def writing(self, config: dict, step: int = 0) -> Iterator[None]:
         """Write config.json and lock the folder against other trainings until the block or this process ends.
 
         From then on, library output goes to log.txt in the folder, that of further processes to log-1.txt and so on.
+        Those who look at the run (espalier.runs) find in `.lock` where it trains and from which step on, and an error
+        that ends the block in failure.json.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a") as lock:
-            if jax.process_index() == 0:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+            first = jax.process_index() == 0
+            if first:
+                if not _locked(lock.fileno()):
                     raise UserError(
                         f"another process is training in {self.path}; wait for it, stop it, or give another --run-dir"
-                    ) from None
+                    )
+                lock.truncate(0)
+                lock.write(json.dumps({"host": platform.node(), "step": step}))
+                lock.flush()
+                self.failure.unlink(missing_ok=True)
                 write_json(self.config, config)
             gather("the run directory is ours")
             number = jax.process_index()
             library_log.move_to(self.path / (f"log-{number}.txt" if number else "log.txt"))
-            yield
+            try:
+                yield
+            except Exception as error:
+                # What it is about must not be hidden by a disk that is full or gone.
+                with contextlib.suppress(OSError):
+                    if first:
+                        write_json(self.failure, {"error": _one_line(error)})
+                raise
 
     def _check_same_run(self, config: dict, defaults: dict, done: int, schedules: Sequence[Schedule]) -> None:
         try:
@@ -121,6 +134,24 @@ class RunDirectory:
         change = check_same_run(self.path, there, config, done, schedules) if begun else None
         if change and jax.process_index() == 0:
             progress.say(change)
+
+
+def _locked(file: int, seconds: float = 1.0) -> bool:
+    """Lock an open file; False where another process holds it for longer than those who only ask whether one does."""
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+
+
+def _one_line(error: Exception) -> str:
+    """What people must know of an error: that of a machine or a user as it is said, else with its type."""
+    words = " ".join(str(error).split())[:500]
+    return words if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {words}"
 
 
 def _check_same_everywhere(config: dict) -> None:

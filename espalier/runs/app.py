@@ -1,0 +1,174 @@
+"""The page of all runs, served: GET / is the page, /data?since=N what has changed, /report/NAME a run's report.
+
+The folder is looked at when somebody asks, at most every second and so that looking takes a fifth of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from espalier import progress
+from espalier.errors import UserError
+from espalier.runs.folder import Folder
+from espalier.runs.page import described, page_of, points_of_each, snapshot
+
+AT_LEAST = 1.0
+"""Seconds between two looks."""
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+class Watched:
+    """A folder that several threads ask about."""
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        self.identity = uuid.uuid4().hex
+        """Of this server: to another one, all is new."""
+        self._lock = threading.Lock()
+        self._next = 0.0
+        self._version = 0
+        self._changed: dict[str, tuple[int, int]] = {}
+        """Name of a run → (its version, ours when that was first seen)."""
+
+    def look(self) -> None:
+        began = time.monotonic()
+        if began < self._next:
+            return
+        self.folder.look()
+        self._version += 1
+        changed = {}
+        for name, run in self.folder.runs.items():
+            known = self._changed.get(name)
+            changed[name] = known if known and known[0] == run.version else (run.version, self._version)
+        self._changed = changed
+        took = time.monotonic() - began
+        self._next = time.monotonic() + max(AT_LEAST, 4 * took)
+
+    def data(self, since: int | None = None) -> dict[str, Any]:
+        """The snapshot; with `since`, only the runs that changed after that version. `order` names all."""
+        with self._lock:
+            self.look()
+            if since is None:
+                found = snapshot(self.folder)
+            else:
+                now, runs = time.time(), list(self.folder.runs.values())
+                most = points_of_each(runs)
+                new = [described(run, now, most) for run in runs if self._changed[run.name][1] > since]
+                found = {"live": True, "time": now, "problems": self.folder.problems, "runs": new}
+            brief = ("name", "age", "left", "state", "note")
+            found["order"] = [{key: row[key] for key in brief} for row in self.folder.rows()]
+            return found | {"version": self._version, "server": self.identity}
+
+    def report(self, name: str) -> str | None:
+        """report.html of a run that is known, None where there is none."""
+        with self._lock:
+            run = self.folder.runs.get(name)
+        if run is None:
+            return None
+        with contextlib.suppress(OSError):
+            return (run.path / "report.html").read_text(encoding="utf-8", errors="replace")
+        return None
+
+
+def application(watched: Watched, host: str = "127.0.0.1"):
+    """The routes, for Starlette. On this machine alone, a request must name it: a page from elsewhere that has its own
+    name point here may not read the runs."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    def refused(request: Request) -> Response | None:
+        named = request.headers.get("host", "")
+        named = named[1:].partition("]")[0] if named.startswith("[") else named.partition(":")[0]
+        if host in LOCAL and named not in LOCAL:
+            return PlainTextResponse("this server answers on its own machine only; open http://127.0.0.1\n", 403)
+        return None
+
+    async def page(request: Request) -> Response:
+        return refused(request) or HTMLResponse(page_of(await run_in_threadpool(watched.data)))
+
+    async def data(request: Request) -> Response:
+        if answer := refused(request):
+            return answer
+        given = request.query_params.get("since", "")
+        same = request.query_params.get("server") == watched.identity
+        found = await run_in_threadpool(watched.data, int(given) if given.isdecimal() and same else None)
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+        return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+    async def report(request: Request) -> Response:
+        if answer := refused(request):
+            return answer
+        found = await run_in_threadpool(watched.report, request.path_params["name"])
+        if found is None:
+            return PlainTextResponse("this run has no report yet\n", 404)
+        return HTMLResponse(re.sub(r'href="(\.\./)+runs\.html"', 'href="/"', found))
+
+    routes = [Route("/", page), Route("/data", data), Route("/report/{name:path}", report)]
+    return Starlette(routes=routes)
+
+
+def serve(folder: Folder, host: str, port: int) -> None:
+    """Serve until Ctrl-C or SIGTERM. UserError where the libraries are missing or the address is taken."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UserError(
+            f"runs --serve needs {error.name}, which is not installed; `./launch.sh python -m pip install starlette "
+            "uvicorn` (or espalier[serve]); --html needs neither"
+        ) from None
+
+    class Server(uvicorn.Server):
+        """Signals end it, and are not raised again."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    watched = Watched(folder)
+    with _listening(host, port) as listener:
+        with progress.waiting(f"reading {folder.path}"):
+            watched.data()
+        address, taken = listener.getsockname()[:2]
+        address = f"[{address}]" if ":" in address else address
+        progress.say(f"{len(folder.runs)} runs of {folder.path}: http://{address}:{taken} (Ctrl-C ends)")
+        for line in folder.problems:
+            progress.say(f"warning: {line}")
+        server = uvicorn.Config(
+            application(watched, host),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+        )
+        Server(server).run(sockets=[listener])
+    progress.say("ended")
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}; try --port 0") from None
+    with listener:
+        yield listener

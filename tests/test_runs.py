@@ -1,0 +1,584 @@
+"""`runs`: what the files of runs tell, the table, the page in a real browser, and the page that follows runs."""
+
+import asyncio
+import contextlib
+import fcntl
+import html.parser
+import json
+import os
+import pathlib
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import aiohttp
+import pytest
+import uvicorn
+
+from espalier import cli
+from espalier.commands import runs as command
+from espalier.commands.runs import RunsConfig
+from espalier.errors import MachineError, UserError
+from espalier.report.render import all_runs_section
+from espalier.runs import state as state_module
+from espalier.runs.app import Watched, application
+from espalier.runs.folder import Folder
+from espalier.runs.metrics_log import MetricsLog, Series, thinned
+from espalier.runs.page import page_of, snapshot, write
+from espalier.runs.run import Run
+from espalier.runs.table import table, width
+from espalier.training.run import RunDirectory
+from espalier.training.tracker import Tracker
+from tests.browser import page
+
+CONFIG = {"task": "masked_lm", "steps": 40, "seed": 0, "log_every": 10, "optimizer": {"learning_rate": 0.001}}
+
+
+def lines(path: pathlib.Path, steps, more: str = "") -> None:
+    records = [{"step": step, "loss": 5 - step / 10, "tokens_per_second": 1000.0 + step} for step in steps]
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records) + more)
+
+
+def made(
+    path: pathlib.Path, last: int = 40, *, config: dict | None = None, summary: dict | None = None
+) -> pathlib.Path:
+    """A run directory as a training leaves it; summary = {}: it did not end."""
+    run = RunDirectory(path)
+    with run.writing(CONFIG | (config or {})):
+        lines(run.metrics, range(10, last + 1, 10))
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({"step": last, "eval/loss": 4.25, "eval/accuracy": 0.5}) + "\n")
+    if summary is None or summary:
+        run.summary.write_text(json.dumps({"step": last, "finished": last >= 40} | (summary or {})))
+    return path
+
+
+def looked(path: pathlib.Path) -> Run:
+    run = Run(path, path.name)
+    run.look()
+    return run
+
+
+def aged(path: pathlib.Path, seconds: float) -> None:
+    """All files of the run as if they had been written so long ago, in the same order."""
+    for file in path.iterdir():
+        then = file.stat().st_mtime - seconds
+        os.utime(file, (then, then))
+
+
+def test_only_what_is_new_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, range(1000), '{"step": 1000, "lo')
+    log = MetricsLog(path)
+    assert log.look() and log.step == 999 and log.last["loss"] == 5 - 99.9
+    before = log.bytes_read
+    assert before == path.stat().st_size and not log.unreadable, "the end of a line that is being written is no damage"
+    with path.open("a") as file:
+        file.write('ss": 0.5, "accuracy": NaN, "note": "x"}\n')
+    assert log.look() and log.step == 1000 and log.last["loss"] == 0.5 and "accuracy" not in log.last
+    assert log.bytes_read - before < 200
+    assert list(log.series["loss"].steps) == list(range(1001))
+    assert not log.look()
+
+
+def test_a_log_that_a_resumed_run_cut_is_read_anew(tmp_path):
+    run = RunDirectory(tmp_path)
+    lines(run.metrics, range(10, 60, 10))
+    log = MetricsLog(run.metrics)
+    log.look()
+    tracker = Tracker(run, total_steps=100, start_step=20, last_step=100, quiet=False)
+    tracker.log(30, {"loss": 0.25}, 10)
+    tracker.close()
+    assert log.look() and list(log.series["loss"].steps) == [10, 20, 30] and log.last["loss"] == 0.25
+    # Longer than before, and yet another file.
+    run.metrics.write_text("")
+    lines(run.metrics, range(1, 90))
+    assert log.look() and list(log.series["loss"].steps) == list(range(1, 90))
+    run.metrics.unlink()
+    assert log.look() and log.series == {} and not log.look()
+
+
+def test_lines_that_are_no_record_are_counted_and_the_others_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2}\n\x00\x00\x00\n[1]\n{"step": "2"}\n{"step": 3, "loss": 1e999}\n\n')
+    log = MetricsLog(path)
+    log.look()
+    assert log.unreadable == 3 and list(log.series["loss"].values) == [2.0] and log.step == 3
+
+
+def test_thinning_keeps_the_spike_both_ends_and_the_beginning():
+    from array import array
+
+    values = array("d", [1.0] * 10_000)
+    values[7_123], values[3] = 50.0, -2.0
+    steps, kept = thinned(Series(array("d", range(10_000)), values), 300)
+    assert len(steps) <= 310 and steps == sorted(set(steps))
+    assert steps[:20] == list(range(20)) and steps[-1] == 9_999
+    assert dict(zip(steps, kept, strict=True))[7_123] == 50.0 and -2.0 in kept
+    short = Series(array("d", [1, 2]), array("d", [3, 4]))
+    assert thinned(short, 300) == ([1, 2], [3, 4])
+
+
+def test_a_held_lock_says_that_it_runs(tmp_path):
+    run = RunDirectory(tmp_path / "a")
+    with run.writing(CONFIG, 20):
+        assert looked(run.path).state == ("running", "no step yet")
+        lines(run.metrics, [30])
+        assert looked(run.path).state == ("running", "")
+        aged(run.path, 900)
+        state = looked(run.path).state
+        assert state.name == "running" and state.note == "no line for 15 min"
+    # Its process is gone, and wrote no end.
+    state = looked(run.path).state
+    assert state.name == "failed" and "its process is gone" in state.note
+
+
+def test_asking_does_not_keep_a_training_from_beginning(tmp_path):
+    run = RunDirectory(tmp_path)
+    with (tmp_path / ".lock").open("a"), (tmp_path / ".lock").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.3, fcntl.flock, (asking, fcntl.LOCK_UN)).start()
+        with run.writing(CONFIG), pytest.raises(UserError, match="another process is training"), run.writing(CONFIG):
+            pass
+
+
+def test_what_ended_a_training_is_kept_until_it_goes_on(tmp_path):
+    run = RunDirectory(tmp_path / "a")
+    with pytest.raises(MachineError), run.writing(CONFIG):
+        lines(run.metrics, [10])
+        raise MachineError("at step 11 the loss is nan")
+    assert looked(run.path).state == ("failed", "at step 11 the loss is nan")
+    with pytest.raises(KeyError), run.writing(CONFIG):
+        raise KeyError("x\ny")
+    assert looked(run.path).state.note == "KeyError: 'x\\ny'"
+    with run.writing(CONFIG):
+        assert not run.failure.exists() and looked(run.path).state.name == "running"
+
+
+@pytest.mark.parametrize(
+    ("last", "summary", "state", "words"),
+    [
+        (40, None, "finished", ""),
+        (20, None, "stopped", "paused; the same command without --stop-at goes on"),
+        (20, {"stopped_by": 2}, "stopped", "by Ctrl-C"),
+        (20, {"finished": True, "best": {"ended": True}}, "finished", "ended early"),
+        (20, {"finished": True}, "stopped", ""),  # its steps were raised later
+    ],
+)
+def test_how_it_ended_is_in_the_summary(tmp_path, last, summary, state, words):
+    found = looked(made(tmp_path / "a", last, summary=summary)).state
+    assert found.name == state and words in found.note
+    # Also in a copy whose files have the order of the copying.
+    os.utime(tmp_path / "a" / "summary.json", (1, 1))
+    assert looked(tmp_path / "a").state.name == state
+
+
+def test_on_another_machine_its_last_line_tells(tmp_path, monkeypatch):
+    path = made(tmp_path / "a", 20, summary={})
+    monkeypatch.setattr(state_module.platform, "node", lambda: "elsewhere")
+    host = platform.node()
+    assert json.loads((path / ".lock").read_text())["host"] != host
+    state = looked(path).state
+    assert state.name == "running" and state.note.startswith("by its last line, 0 s ago")
+    aged(path, 720)
+    state = looked(path).state
+    assert state.name == "stopped" and state.note.startswith("no line for 12 min; it ran on ")
+    (path / ".lock").write_text("")
+    assert "where it ran is not known" in looked(path).state.note
+    # Lines that come every ten minutes are waited for.
+    os.utime(path / "config.json", (0, time.time() - 2000))
+    assert looked(path).state.name == "running"
+
+
+def test_the_time_left_is_that_of_this_session(tmp_path):
+    run = RunDirectory(tmp_path / "a")
+    with run.writing(CONFIG | {"steps": 100}, 20):
+        lines(run.metrics, [10, 20, 30, 40])
+        now = time.time()
+        os.utime(run.config, (now - 40, now - 40))
+        os.utime(run.metrics, (now, now))
+        # 20 steps in 40 s.
+        assert looked(run.path).row(now)["left"] == pytest.approx(120, abs=0.1)
+        assert looked(run.path).row(now + 20)["left"] == pytest.approx(100, abs=0.1)
+
+
+def test_the_metric_is_that_of_the_task_or_the_one_the_run_keeps_its_best_by(tmp_path):
+    assert looked(made(tmp_path / "mlm")).row(0)["metric"] == "loss"
+    classify = {"task": "sequence_classification"}
+    row = looked(made(tmp_path / "c", config=classify, summary={"metrics": {"f1": 0.25, "accuracy": 0.75}})).row(0)
+    assert (row["metric"], row["value"]) == ("accuracy", 0.75)
+    row = looked(made(tmp_path / "f", config=classify | {"keep_best": "f1"}, summary={"metrics": {"f1": 0.25}})).row(0)
+    assert (row["metric"], row["value"]) == ("f1", 0.25)
+    row = looked(made(tmp_path / "r", 20, config=classify, summary={})).row(0)
+    assert (row["metric"], row["value"]) == ("accuracy", 0.5)
+
+
+def test_runs_are_found_in_subfolders_and_damaged_ones_are_named(tmp_path):
+    for name in ("a", "glue/rte/seed-0", "a/pretrained", "中文/底座"):
+        made(tmp_path / name)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "a" / "tokenizer").mkdir()
+    hidden = made(tmp_path / ".trash" / "b")
+    assert hidden.is_dir()
+    folder = Folder(tmp_path)
+    folder.look()
+    assert set(folder.runs) == {"a", "glue/rte/seed-0", "a/pretrained", "中文/底座"} and not folder.problems
+    (tmp_path / "a" / "config.json").write_text('{"task": "mas')
+    (tmp_path / "glue/rte/seed-0" / "summary.json").write_text("[]")
+    with (tmp_path / "中文/底座/metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    folder.look()
+    states = {name: run.state.name for name, run in folder.runs.items()}
+    assert states["a"] == "damaged" and states["a/pretrained"] == states["中文/底座"] == "finished"
+    assert len(folder.problems) == 3 and len(folder.rows()) == 4
+    for words in ("a: config.json is damaged", "seed-0: summary.json is damaged", "中文/底座: 1 line of metrics.jsonl"):
+        assert any(words in line for line in folder.problems)
+    made(tmp_path / "new")
+    os.rename(tmp_path / "a" / "pretrained", tmp_path / "moved")
+    folder.look()
+    assert {"new", "moved"} < set(folder.runs) and "a/pretrained" not in folder.runs
+    with pytest.raises(UserError, match="no folder"):
+        Folder(tmp_path / "none")
+
+
+def test_any_value_in_the_files_is_survived(tmp_path):
+    """Files of another program or version, with values of any type in the places that are read."""
+    for number, value in enumerate((None, True, "x", [1], {"a": [{}]}, -1e308, 10**400, float("nan"))):
+        names = ("task", "steps", "model", "early_stopping", "keep_best", "stop_at", "command", "optimizer", "labels")
+        path = tmp_path / str(number)
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(dict.fromkeys(names, value)))
+        names = ("step", "loss", "eval", "metrics", "tokens_per_second", "best", "finished", "stopped_by", "seconds")
+        (path / "summary.json").write_text(json.dumps(dict.fromkeys(names, value)))
+        (path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": value, "eval/x": value}) + "\n")
+        (path / "samples.json").write_text(json.dumps({"texts": value, "samples": value}))
+        (path / "failure.json").write_text(json.dumps({"error": value}) if number % 2 else "{")
+        (path / ".lock").write_text(json.dumps({"host": value, "step": value}))
+    folder = Folder(tmp_path)
+    folder.look()
+    assert len(table(folder.rows()).splitlines()) == 9
+    assert "<script" in page_of(snapshot(folder, tmp_path))
+
+
+def test_the_table_is_straight_with_chinese_names_and_harmless(tmp_path):
+    for name in ("a", "中文掩码模型", "x\x1b[31m\n", "long-" * 20 + "end"):
+        made(tmp_path / name)
+    folder = Folder(tmp_path)
+    folder.look()
+    text = table(folder.rows())
+    head, *rows = text.splitlines()
+    assert len(rows) == 4 and "\x1b" not in text
+    place = width(head[: head.index("task")])
+    for row in rows:
+        assert width(row[: row.index("masked_lm")]) == place
+        assert row.endswith("finished") and "held-out loss 4.25" in row and "40/40" in row
+    assert re.search("…[-a-z]*-end ", text)
+
+
+def run_command(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+    root = pathlib.Path(__file__).resolve().parent.parent
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "espalier", "runs", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_command_reads_runs_of_the_folder_runs_unless_told(tmp_path):
+    made(tmp_path / "runs" / "a")
+    made(tmp_path / "other" / "b")
+    (tmp_path / "other" / "b" / "summary.json").write_text("{")
+    found = run_command(cwd=tmp_path)
+    assert found.returncode == 0 and found.stderr == "" and len(found.stdout.splitlines()) == 2
+    found = run_command("other", "--json", cwd=tmp_path)
+    printed = json.loads(found.stdout)
+    assert [row["name"] for row in printed["runs"]] == ["b"] and printed["runs"][0]["loss"] == 1.0
+    assert found.stderr.startswith("warning: b: summary.json is damaged") and found.stderr.count("\n") == 1
+    found = run_command("--html", cwd=tmp_path)
+    assert found.stdout.strip() == str(tmp_path / "runs" / "runs.html")
+    found = run_command("none", cwd=tmp_path)
+    assert found.returncode == 2 and found.stderr.startswith("error: no folder none")
+
+
+def test_no_heavy_library_is_loaded(tmp_path):
+    made(tmp_path / "a", config={"task": "sequence_classification", "labels": ["a"]})
+    script = (
+        "import sys; from espalier.commands import runs\n"
+        f"runs.command([{str(tmp_path)!r}]); runs.command([{str(tmp_path)!r}, '--html'])\n"
+        "print(sorted({'jax', 'numpy', 'flax', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert found.stdout.splitlines()[-1] == "[]", found.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--html", "--serve"], "give one of them"),
+        (["--output", "a.html"], "--output is where --html writes to"),
+        (["--serve", "--port", "70000"], "port=70000 must lie between"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit, match="2"):
+        command.command([str(tmp_path), *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_config(command.main, RunsConfig, prog="runs", argv=[str(tmp_path), "--serve"])
+    assert "runs --serve needs uvicorn, which is not installed" in capsys.readouterr().err
+
+
+EVIL = "<script>evil('</script>')<img src=x onerror=evil()>&amp;<!--"
+
+
+def hostile(folder: pathlib.Path) -> pathlib.Path:
+    """A run whose name and settings, metrics, samples and error are HTML and scripts."""
+    name = EVIL.replace("/", "\u2215")
+    config = {"text": EVIL, EVIL: EVIL, "task": EVIL, "command": EVIL, "closing": "</script><script>evil()</script>"}
+    path = made(folder / name, config=config, summary={"metrics": {EVIL: 0.5}})
+    (path / "samples.json").write_text(json.dumps({"texts": ["</script><script>evil()</script>" + EVIL]}))
+    (path / "failure.json").write_text(json.dumps({"error": EVIL}))
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 40, EVIL: 1.0, "</script>": 2.0}) + "\n")
+    (path / "report.html").write_text('<a href="../runs.html">all</a>')
+    return path
+
+
+class Elements(html.parser.HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_is_one_file_and_text_of_runs_stays_text(tmp_path):
+    plain = made(tmp_path / "runs" / "plain")
+    folder = Folder(tmp_path / "runs")
+    folder.look()
+    without = Elements(write(folder, tmp_path / "runs.html").read_text()).tags
+    hostile(tmp_path / "runs")
+    folder.look()
+    text = write(folder, tmp_path / "runs.html").read_text()
+    assert Elements(text).tags == without, "a run adds no element to the page"
+    for _, attributes in without:
+        assert "src" not in attributes and attributes.get("href", "data:,") == "data:,"
+    (data,) = re.findall(r'<script type="application/json" id=data>(.*?)</script>', text)
+    runs = {run["name"]: run for run in json.loads(data)["runs"]}
+    (evil,) = (run for name, run in runs.items() if name.startswith("<script>"))
+    assert evil["settings"][EVIL] == EVIL and evil["report"].startswith("runs/%3Cscript%3E")
+    assert runs["plain"]["curves"]["loss"] == [[10, 20, 30, 40], [4, 3, 2, 1]] and runs["plain"]["report"] is None
+    assert "http://" not in re.sub("http://www.w3.org/2000/svg", "", text) and "https://" not in text
+    # The report of a run leads back.
+    (tmp_path / "runs" / "runs.html").write_text("")
+    assert 'href="../runs.html"' in all_runs_section(plain).body
+    (deep := tmp_path / "runs" / "glue" / "rte" / "seed").mkdir(parents=True)
+    assert 'href="../../../runs.html"' in all_runs_section(deep).body
+
+
+def test_hundreds_of_runs_make_a_page_of_a_few_megabytes(tmp_path):
+    first = made(tmp_path / "0")
+    lines(first / "metrics.jsonl", range(50, 800))
+    for number in range(1, 300):
+        other = tmp_path / f"group-{number % 7}" / str(number)
+        other.mkdir(parents=True)
+        for name in ("config.json", "metrics.jsonl", "summary.json", ".lock"):
+            os.link(first / name, other / name)
+    folder = Folder(tmp_path)
+    folder.look()
+    began = time.process_time()
+    folder.look()
+    assert time.process_time() - began < 2, "what has not changed is not read again"
+    assert len(folder.runs) == 300 and all(run.log.bytes_read == run.log._offset for run in folder.runs.values())
+    assert write(folder, tmp_path / "runs.html").stat().st_size < 12e6
+
+
+@contextlib.contextmanager
+def served(folder: pathlib.Path):
+    """The address of a server in a thread."""
+    watched = Watched(Folder(folder))
+    server = uvicorn.Server(uvicorn.Config(application(watched), log_config=None, log_level="warning", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", watched
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+async def get(url: str, **headers: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
+        return answer.status, await answer.text()
+
+
+def test_the_server_sends_what_changed_to_those_who_name_this_machine(tmp_path):
+    made(tmp_path / "a")
+    hostile(tmp_path)
+
+    def ask(path: str, **headers: str) -> tuple[int, str]:
+        return asyncio.run(get(url + path, **headers))
+
+    with served(tmp_path) as (url, watched):
+        assert ask("/")[0] == 200
+        first = json.loads(ask("/data")[1])
+        assert len(first["runs"]) == 2
+        since = f"/data?since={first['version']}&server={first['server']}"
+        watched._next = 0
+        again = json.loads(ask(since)[1])
+        assert again["runs"] == [] and len(again["order"]) == 2
+        lines(tmp_path / "a" / "metrics.jsonl", [50])
+        watched._next = 0
+        (changed,) = json.loads(ask(since)[1])["runs"]
+        assert changed["name"] == "a" and changed["curves"]["loss"][0][-1] == 50
+        # Another server before: all is new.
+        assert len(json.loads(ask(f"/data?since={first['version']}&server=x")[1])["runs"]) == 2
+        (evil,) = (run for run in first["runs"] if run["report"])
+        assert ask("/" + evil["report"]) == (200, '<a href="/">all</a>')
+        for path in ("/report/a", "/report/..%2F..%2Fetc%2Fpasswd", "/report/a%2F..%2Fa"):
+            assert ask(path)[0] == 404
+        for path in ("/", "/data", "/" + evil["report"]):
+            assert ask(path, Host="evil.example")[0] == 403
+            assert ask(path, Host="evil.example:80")[0] == 403
+            assert ask(path, Host="localhost:1")[0] == ask(path, Host="[::1]:1")[0] == 200
+
+
+def test_serving_tells_where_and_ends_by_ctrl_c(tmp_path, start_cli):
+    made(tmp_path / "a")
+    process = start_cli("espalier.commands.runs", tmp_path, "--serve", "--port", 0)
+    line = process.stdout.readline()
+    assert line.startswith("1 runs of ") and "http://127.0.0.1:" in line, line
+    (url,) = re.findall(r"http://\S+", line)
+
+    async def while_asked() -> None:
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/data") as answer:
+            assert json.loads(await answer.text())["live"]
+            # With the connection open.
+            process.send_signal(signal.SIGINT)
+
+    asyncio.run(while_asked())
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "ended\n", "")
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(tmp_path):
+    """The page of a file, on a phone: sort, filter, choose, log axes, values by keyboard; nothing of a run is run."""
+    folder = tmp_path / "runs"
+    for name, rate in (("low", 0.001), ("high", 0.01), ("中文", 0.003)):
+        made(folder / name, config={"optimizer": {"learning_rate": rate}})
+    made(folder / "tagger", config={"task": "token_classification"})
+    evil = hostile(folder)
+    found = Folder(folder)
+    found.look()
+    path = write(found, tmp_path / "runs.html")
+
+    async def look() -> None:
+        async with page(tmp_path / "profile", 380) as browser:
+            texts = "(selector => [...document.querySelectorAll(selector)].map(node => node.textContent))"
+            names = "[...document.querySelectorAll('#table tbody tr')].map(row => row.dataset.run)"
+            await browser.open(path.as_uri())
+            assert await browser.evaluate("document.documentElement.scrollWidth") <= 380
+            await browser.evaluate("window.evil = () => { window.ran = true; }")
+            await browser.click("[data-sort=name]")
+            assert set(await browser.evaluate(names)) == {"high", "low", "tagger", "中文", evil.name}
+            by_name = await browser.evaluate(names)
+            await browser.click("[data-sort=name]")
+            assert await browser.evaluate(names) == by_name[::-1]
+            await browser.type("#filter", "learning_rate=0.01")
+            assert await browser.evaluate(names) == ["high"]
+            await browser.type("#filter", "masked_lm")
+            assert set(await browser.evaluate(names)) == {"high", "low", "中文"}
+            await browser.click("#all")
+            assert await browser.evaluate("document.querySelectorAll('#charts figure path.curve').length >= 3")
+            assert await browser.evaluate(f"{texts}('#legend li').sort()") == ["high", "low", "中文"]
+            assert await browser.evaluate(f"{texts}('#differ tbody th')") == ["optimizer.learning_rate"]
+            assert sorted(await browser.evaluate(f"{texts}('#differ tbody td')")) == ["0.001", "0.003", "0.01"]
+            # Values by the keyboard: the last step, then the one before.
+            values = "document.querySelector('#charts figure .values').textContent"
+            await browser.evaluate("document.querySelector('#charts svg').focus()")
+            for key, words in (("End", "step 40"), ("ArrowLeft", "step 30"), ("Home", "step 10")):
+                for kind in ("keyDown", "keyUp"):
+                    await browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+                assert (await browser.evaluate(values)).startswith(words)
+            assert "中文 4" in await browser.evaluate(values)
+            await browser.click("#logx")
+            assert await browser.evaluate("document.querySelectorAll('#charts figure path.curve').length >= 3")
+            await browser.evaluate(
+                "document.querySelector('#smooth').value = 0.5; document.querySelector('#smooth').oninput()"
+            )
+            assert await browser.evaluate("document.querySelectorAll('path.pale').length") >= 3
+            # The hostile one, drawn with everything open.
+            await browser.type("#filter", "")
+            await browser.click("#none")
+            assert await browser.evaluate("document.querySelectorAll('#charts path').length") == 0
+            box = (
+                f"document.querySelector('#table tbody tr[data-run=' + CSS.escape({json.dumps(evil.name)}) + '] input')"
+            )
+            await browser.evaluate(f"{box}.click()")
+            await browser.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+            await browser.until("document.querySelectorAll('#choices input').length")
+            await browser.evaluate("document.querySelectorAll('#choices input').forEach(one => one.click())")
+            assert await browser.evaluate("document.querySelector('blockquote').textContent") == (
+                "</script><script>evil()</script>" + EVIL
+            )
+            assert EVIL in await browser.evaluate("document.querySelector('#table').textContent")
+            assert await browser.evaluate("document.querySelectorAll('img').length + document.scripts.length") == 2
+            assert not await browser.evaluate("window.ran") and not browser.errors
+            assert await browser.evaluate("performance.getEntriesByType('resource').length") == 0
+            assert await browser.evaluate("document.documentElement.scrollWidth") <= 380
+
+    asyncio.run(look())
+
+
+@pytest.mark.browser
+def test_the_page_follows_a_run_that_goes_on(tmp_path):
+    folder = tmp_path / "runs"
+    made(folder / "before")
+
+    async def look(url: str, watched: Watched) -> None:
+        async with page(tmp_path / "profile", 1200) as browser:
+            await browser.open(url + "/")
+            assert await browser.evaluate("document.querySelectorAll('#going > div').length") == 0
+            run = RunDirectory(folder / "now <b>")
+            with run.writing(CONFIG):
+                lines(run.metrics, [10])
+                await browser.until("document.querySelector('#going > div')")
+                card = "document.querySelector('#going > div').textContent"
+                assert "now <b>step 10 of 40" in await browser.evaluate(card)
+                curves = "document.querySelectorAll('#charts figure circle, #charts figure path.curve').length"
+                assert await browser.evaluate(curves) > 0, "it is drawn as it appears"
+                # The page stays as its reader has set it.
+                await browser.evaluate("document.querySelector('#logy').click()")
+                await browser.type("#filter", "now")
+                lines(run.metrics, [20, 30])
+                await browser.until(f"{card}.includes('step 30 of 40')")
+                assert await browser.evaluate("document.activeElement.id") == "filter"
+                assert await browser.evaluate("document.querySelectorAll('#table tbody tr').length") == 1
+                assert await browser.evaluate("document.querySelector('progress').value") == 30
+            run.summary.write_text(json.dumps({"step": 30, "finished": False, "stopped_by": 2}))
+            await browser.until("!document.querySelector('#going > div')")
+            assert "by Ctrl-C" in await browser.evaluate("document.querySelector('#table tbody').textContent")
+            assert not browser.errors
+            assert watched.folder.runs["now <b>"].log.bytes_read == run.metrics.stat().st_size
+
+    with served(folder) as (url, watched):
+        asyncio.run(look(url, watched))
