@@ -33,11 +33,11 @@ from espalier.training.config import CheckpointConfig
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from finetune.config import FinetuneOptimizer
-from finetune.tasks.answer.examples import facts_of, part_of
+from finetune.tasks.answer.examples import facts_of, part_of, read_parts
 from finetune.tasks.answer.questions import read_questions, split_by_article
 from finetune.tasks.answer.record import AnswerConfig, AnswerData
 from finetune.tasks.answer.report import entry
-from finetune.tasks.answer.task import QuestionAnswering, answering_objective
+from finetune.tasks.answer.task import QuestionAnswering, answering_objective, chosen_threshold
 from finetune.train import main
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
@@ -496,6 +496,32 @@ def test_articles_are_held_out_by_their_titles(there):
     assert not {q.context for q in kept} & {q.context for q in held} and 0.1 < len(held) / 96 < 0.3
     with pytest.raises(UserError, match="on one context"):
         split_by_article([questions[0]] * 3, 0.2)
+
+
+def test_a_threshold_needs_questions_of_both_kinds(there, tmp_path):
+    """Of one kind alone, any threshold beyond all scores would do: then no question, or each, were given an answer."""
+    questions = read_questions(there.two).questions
+    tokenizer = load_tokenizer(there.encoder / "tokenizer")
+    asked = [question for question in questions if not question.answers][:3]
+    model, how = espalier.load(there.encoder), Answering(64, threshold=0.0)
+    head = "question_answering"
+    model = dataclasses.replace(model, head=head, params=random_params(model.config, (head,)))
+    both = [*asked, *(question for question in questions if question.answers)][:6]
+    for some, expected in ((asked, True), (both[3:], True), (both, False)):
+        found = chosen_threshold(model, part_of(some, tokenizer, 64, 16, False), how, "words")
+        assert (found == 0.0) == expected
+    # A file whose only context has such questions, with another one to measure on.
+    one = [row for row in json.loads(pathlib.Path(there.two).read_text())["data"][0]["paragraphs"] if row["qas"]][0]
+    asked = [one["qas"][0], {"id": "x", "question": "who has none ?", "answers": []}]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"data": [{"title": "a", "paragraphs": [{**one, "qas": asked}]}]}))
+    with pytest.raises(UserError, match="cannot be divided; .*one.json has questions without an answer"):
+        main(config_for(there, tmp_path / "run", data=AnswerData(train=str(path), validation=there.validation)))
+    path.write_text(json.dumps({"data": [{"title": str(at), "paragraphs": [
+        {"context": f"{at} ann has it", "qas": [{"id": at, "question": "who ?", "answers": answers}]}]}
+        for at, answers in enumerate([[], [], [{"text": "ann", "answer_start": 2}]])]}))  # fmt: skip
+    facts = read_parts(AnswerData(train=str(path), validation=there.validation), tokenizer, ENCODER).facts
+    assert sum("on which the no-answer threshold is chosen has " in fact for fact in facts) == 1
 
 
 def test_the_layouts_say_the_same(there, tmp_path):

@@ -74,7 +74,8 @@ def read_parts(data: AnswerData, tokenizer: PreTrainedTokenizerFast, model: Mode
         notes = (*notes, *validation.notes)
     tuning: list[Question] = []
     if not all(question.answers for question in learnt):
-        learnt, tuning = split_by_article(learnt, data.threshold_part)
+        advice = f"{data.train} has questions without an answer, whose threshold is chosen apart: add another context"
+        learnt, tuning = split_by_article(learnt, data.threshold_part, advice)
     if not any(question.answers for question in learnt):
         raise UserError(f"{data.train}: no question has an answer, so that there is nothing to learn; give some")
     unit = unit_of_file(data, held)
@@ -84,6 +85,11 @@ def read_parts(data: AnswerData, tokenizer: PreTrainedTokenizerFast, model: Mode
     facts = list(dict.fromkeys(notes))
     for name, part in zip((data.train, measured_on), parts, strict=True):
         facts += facts_of(str(name), part, length, data.stride, data.answer_tokens)
+    if tuning and (lacking := lacks(tuning)):
+        facts.append(
+            f"no question of the {len(tuning):,} on which the no-answer threshold is chosen has {lacking}: it stays 0, "
+            "where both are as likely; raise --data.threshold-part"
+        )
     if model.causal:
         facts.append("a causal model scores the begin of an answer before it reads on; an encoder (mlm) answers better")
     about = {"training": _words(str(data.train), learnt), "validation": _words(str(measured_on), held)}
@@ -131,6 +137,12 @@ def _tokens(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
     begin, end = question.begins[0], question.begins[0] + len(question.answers[0])
     found = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > begin))
     return (int(found[0]), int(found[-1])) if len(found) else None
+
+
+def lacks(questions: Sequence[Question]) -> str | None:
+    """Which kind of question is not there: of those that have "an answer", and of those that have "none"."""
+    kinds = {bool(question.answers) for question in questions}
+    return None if len(kinds) == 2 else "none" if True in kinds else "an answer"
 
 
 def unit_of_file(data: AnswerData, questions: Sequence[Question]) -> Unit:

@@ -64,11 +64,14 @@ def read_questions(path: str, encoding: str = "utf-8") -> QuestionFile:
     return QuestionFile(questions, notes, fingerprint)
 
 
-def split_by_article(questions: Sequence[Question], part: float) -> tuple[list[Question], list[Question]]:
+def split_by_article(
+    questions: Sequence[Question], part: float, advice: str = "give --data.validation FILE"
+) -> tuple[list[Question], list[Question]]:
     """(the others, about this part of the articles), each in the order of the file; the same in every run.
 
     Articles are ordered by the SHA-256 of their title, and the first ones are held out, at least one. Where there are
-    no titles, or only one, contexts are divided alike; none is in both parts. UserError where there is one context.
+    no titles, or only one, contexts are divided alike; none is in both parts. UserError, with the
+    advice, where there is one context.
     """
     for keys in ([q.title for q in questions], [q.context for q in questions]):
         order = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
@@ -78,7 +81,7 @@ def split_by_article(questions: Sequence[Question], part: float) -> tuple[list[Q
             for question, key in zip(questions, keys, strict=True):
                 (out if key in held else kept).append(question)
             return kept, out
-    raise UserError("all questions are on one context, which cannot be divided; give --data.validation FILE")
+    raise UserError(f"all questions are on one context, which cannot be divided; {advice}")
 
 
 def _whole(path: str, encoding: str) -> tuple[list[Question], tuple[str, ...], str] | None:

@@ -24,7 +24,7 @@ from espalier.task import Evaluation
 from espalier.training.run import TUNED
 from espalier.training.step import Objective
 from finetune.task import OfExamples
-from finetune.tasks.answer.examples import Part, facts_of, read_parts, read_validation
+from finetune.tasks.answer.examples import Part, facts_of, lacks, read_parts, read_validation
 from finetune.tasks.answer.metrics import Unit, at_best_thresholds, baseline, metrics, scores
 
 if TYPE_CHECKING:
@@ -90,7 +90,10 @@ def answering_objective(model: ModelConfig, *, execution: Execution) -> Objectiv
 
 
 def chosen_threshold(model: LoadedModel, part: Part, how: Answering, unit: Unit) -> float:
-    """The one with the best F1 on these questions."""
+    """The one with the best F1 on these questions; 0 where only one kind of them is there, which any threshold beyond
+    all of its scores would suit."""
+    if lacks(part.questions):
+        return 0.0
     found = find_answers(model, part.asked, how, part.windows)
     no_answer_N = np.array([each.no_answer for each in found])
     return at_best_thresholds([each.best for each in found], part.answers, no_answer_N, unit)["best_f1_threshold"]
