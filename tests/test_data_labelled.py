@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from espalier.data.labelled import read_labelled
+from espalier.data.tables import read_table
 from espalier.errors import UserError
 
 
@@ -91,9 +92,20 @@ def test_errors_name_file_and_line(tmp_path, name, content, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_half_a_surrogate_pair_is_found_within_lists_and_objects(tmp_path):
+    """Which embeddings, rankings and chats read; no tokenizer takes it."""
+    path = tmp_path / "rows.jsonl"
+    for value in ('["a", "\\ud800"]', '[{"content": "\\udfff"}]', '{"text": "\\ud83d"}'):
+        path.write_text('{"text": "a", "more": []}\n{"text": "b", "more": ' + value + "}\n")
+        with pytest.raises(UserError, match="rows.jsonl:2: half a surrogate pair"):
+            read_table(str(path))
+
+
 def test_a_folder_is_no_unknown_kind_of_file(tmp_path):
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         read_labelled(str(tmp_path))
+    with pytest.raises(UserError, match=f"no file {tmp_path}/scifactt; check the path"):
+        read_labelled(f"{tmp_path}/scifactt")
 
 
 READABLE = {

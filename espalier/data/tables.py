@@ -137,7 +137,7 @@ def _read_file(path: str, encoding: str) -> Table:
 def readable(path: str) -> Iterator[None]:
     """What goes wrong in reading a file, as a UserError."""
     if not is_remote(path) and not os.path.isfile(path):
-        raise UserError(f"no file {path}; check the path (now in {os.getcwd()})")
+        raise _no_file(path)
     try:
         yield
     except damaged_errors() as error:
@@ -145,6 +145,10 @@ def readable(path: str) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read: {why}; check the path and its permissions") from error
+
+
+def _no_file(path: str) -> UserError:
+    return UserError(f"no file {path}; check the path (now in {os.getcwd()})")
 
 
 def _kind(path: str) -> str:
@@ -155,6 +159,9 @@ def _kind(path: str) -> str:
         raise UserError(f"{path} is a folder; name a file in it ({EXPECTED})")
     if kind in SPREADSHEETS:
         raise UserError(f"{path} is a spreadsheet; open it and save it as CSV in UTF-8")
+    if kind not in KINDS and not is_remote(path) and not os.path.exists(path):
+        # A folder that was meant, say: its name is not what is wrong.
+        raise _no_file(path)
     if kind not in KINDS:
         raise UserError(f"{path}: unknown kind of file; labelled text is read from {EXPECTED}")
     return kind
@@ -190,7 +197,7 @@ def _of_records(path: str, records: Sequence[Record], notes: tuple[str, ...] = (
         cells = [_cell(values.get(name)) for name in columns]
         for name, value in values.items():
             try:
-                f"{name}{value if isinstance(value, str) else ''}".encode()
+                f"{name}{_written(value)}".encode()
             except UnicodeEncodeError as error:
                 # As which bytes that are not UTF-8 are read.
                 escaped = "\udc80" <= error.object[error.start] <= "\udcff"
@@ -204,6 +211,14 @@ def _of_records(path: str, records: Sequence[Record], notes: tuple[str, ...] = (
 def _plain(value: Any) -> Any:
     """What Arrow holds as Python's own."""
     return value.as_py() if hasattr(value, "as_py") else value
+
+
+def _written(value: Any) -> str:
+    """The text that a value holds, also within lists and objects."""
+    if isinstance(value, str):
+        return value
+    value = _plain(value)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else ""
 
 
 def _cell(value: Any) -> str | None:
