@@ -40,6 +40,8 @@ TASKS = {
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
     "instruction_tuning": "finetune.tasks.instruct.record:INSTRUCTION",
+    "masked_lm_autoencoder": "espalier.features.record:ON_ENCODERS",
+    "causal_lm_autoencoder": "espalier.features.record:ON_DECODERS",
 }
 """`task` of a run's config.json → module and name of its record. A task that is new here is one line."""
 

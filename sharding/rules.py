@@ -57,6 +57,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/down/lora_a", (None, "tensor")),
     (r"mlp/down/lora_b", ("fsdp", None)),
     (r"\w+/lora_scale", ()),
+    # Sparse autoencoders: features are split as the width of an MLP.
+    (r"autoencoder/encoder/kernel", ("fsdp", "tensor")),
+    (r"autoencoder/encoder/bias", ("tensor",)),
+    (r"autoencoder/decoder/kernel", ("tensor", "fsdp")),
+    (r"autoencoder/decoder/bias", (None,)),
+    (r"autoencoder/statistics/idle", ("tensor",)),
+    (r"autoencoder/statistics/mean", (None,)),
+    (r"autoencoder/statistics/(scale|threshold)", ()),
     # What an objective of a user's own adds to a model and is small.
     (r"adapters/[^/]+/(kernel|bias|scale)", ()),
 )

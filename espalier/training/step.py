@@ -47,6 +47,9 @@ class Objective:
     """(complete, params, batch, key, norms, accumulation) → ((loss, Sums), gradient of params): how a loss that is not
     divisible takes micro-batches, for instance by caching representations (Gao et al. 2021); `micro_batches` cuts.
     complete: trained parameters → those and the frozen ones."""
+    after: Callable[[Any, Any, Sums, jax.Array], Any] | None = None
+    """(params before the step, params that the optimizer gives, Sums, step) → params: rows that keep their length,
+    statistics that are learnt without a gradient. It sees the counts, too."""
 
 
 def make_train_step(
@@ -96,6 +99,8 @@ def make_train_step(
         if project is not None:
             params, kept = project(params, state.step + 1)
             measured = measured | kept
+        if objective.after is not None:
+            params = objective.after(state.params, params, sums, state.step)
         rate = state.rates["learning_rate"] * factor
         metrics = means(sums) | {"loss": loss, "learning_rate": rate} | measured
         state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
