@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def in_torch(autoencoder, x_BTD, part_BT, settings):
     aux = (missing**2).sum() / (wanted**2).sum() if dead.any() else 0
     loss = (error**2).sum() / D / len(x) + settings.aux_coefficient * aux
     loss.backward()
-    return loss.item(), {name: weights[name].grad.numpy() for name in weights if weights[name].requires_grad}
+    return loss.item(), {name: np.asarray(one.grad) for name, one in weights.items() if one.requires_grad}
 
 
 @pytest.mark.parametrize("dead", [0, 20])
@@ -107,8 +108,8 @@ def test_loss_and_gradients_are_those_of_pytorch(dead):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient["statistics"]))
 
 
-def setup_of(model, **changes):
-    settings = AutoencoderConfig(**{"layer": 1, "features": F, "k": 4, "dead_after": 60} | changes)
+def setup_of(model):
+    settings = AutoencoderConfig(layer=1, features=F, k=4, dead_after=60)
     make = decoder if model.causal else encoder
     config = dataclasses.replace(make(), autoencoder=settings, execution=EXECUTION)
     return Setup(config, model, None)
@@ -262,9 +263,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def small(folder, name, run, steps=4, **changes):
+def small(folder, name, run, steps=4, **changes: Any):
     config = (decoder if name == "gpt" else encoder)()
-    settings = AutoencoderConfig(**{"features": F, "k": 4, "dead_after": 500} | changes.pop("autoencoder", {}))
+    settings = dataclasses.replace(AutoencoderConfig(features=F, k=4, dead_after=500), **changes.pop("autoencoder", {}))
     data = dataclasses.replace(
         config.data,
         files=(str(folder / "text.txt"),),
@@ -372,7 +373,7 @@ def test_random_weights_are_another_model_of_the_same_architecture(folder, runs)
         ({"accumulation": 2}, "cannot be cut"),
     ],
 )
-def test_what_will_not_do_is_refused(folder, changes, said):
+def test_what_will_not_do_is_refused(folder, changes: dict[str, Any], said):
     if changes.get("init_from"):
         changes = {"init_from": str(folder / changes["init_from"])}
     with pytest.raises(UserError, match=said):
@@ -381,6 +382,11 @@ def test_what_will_not_do_is_refused(folder, changes, said):
 
 
 def test_settings_that_cannot_be():
-    for settings, said in (({"k": 0}, "at least 1"), ({"features": 3}, "more than the 3"), ({"layer": -1}, "from 0")):
+    given: list[tuple[dict[str, Any], str]] = [
+        ({"k": 0}, "at least 1"),
+        ({"features": 3}, "more than the 3"),
+        ({"layer": -1}, "from 0"),
+    ]
+    for settings, said in given:
         with pytest.raises(UserError, match=said):
             AutoencoderConfig(**settings)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import clm.presets
 import mlm.presets
 from espalier.errors import UserError
+from espalier.features.autoencoder import init_autoencoder
 from espalier.models.transformer import init_params
 from espalier.training.state import combined
 from finetune.config import LoraConfig
@@ -50,6 +51,7 @@ def test_every_rule_is_used():
     # No preset has both biases and gates, or narrow embeddings.
     trees.append(shapes(mlm.presets, "debug", gated_mlp=True, mlp_bias=True, embedding_size=32))
     trees += [adapters(tree) for tree in trees]
+    trees.append({"autoencoder": jax.eval_shape(lambda key: init_autoencoder(key, 32, 64), jax.random.key(0))})
     for tree in trees:
         for key_path, _ in jax.tree_util.tree_leaves_with_path(tree):
             path = rules.path_of(key_path)

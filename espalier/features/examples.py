@@ -111,18 +111,17 @@ def examples(setup: Setup, params: Any, batches: Sequence[dict], layer: int, cou
         values_BFW = jnp.where(same, f_BTF[rows, near, jnp.arange(f_BTF.shape[2])[None, :, None]], 0.0)
         return f_BTF.max(1), ids_BFW, values_BFW, (f_BTF > 0).sum((0, 1)), f_BTF.sum((0, 1)), part_BT.sum()
 
-    best = ids = values = None
+    best, ids, values = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty((0, 0, 0))
     times, total, tokens = 0.0, 0.0, 0
     for batch in batches:
         most_BF, ids_BFW, values_BFW, times_F, total_F, part = (np.asarray(x) for x in fired(params, dict(batch)))
         times, total, tokens = times + times_F.astype(np.float64), total + total_F.astype(np.float64), tokens + part
         parts = [most_BF.T, ids_BFW.swapaxes(0, 1), values_BFW.swapaxes(0, 1)]
-        if best is not None:
+        if best.size:
             parts = [np.concatenate(pair, axis=1) for pair in zip((best, ids, values), parts, strict=True)]
         order_FS = np.argsort(-parts[0], axis=1, kind="stable")[:, :count]
         best = np.take_along_axis(parts[0], order_FS, axis=1)
         ids, values = (np.take_along_axis(part, order_FS[..., None], axis=1) for part in parts[1:])
-    assert best is not None and ids is not None and values is not None
     times, total = np.asarray(times), np.asarray(total)
     return Found(times / max(int(tokens), 1), total / np.maximum(times, 1), best, ids, values)
 
