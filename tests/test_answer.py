@@ -298,6 +298,10 @@ def test_predict_writes_answers_beside_their_rows(there, trained, tmp_path):
             and got["answer"] == row["answer"]
         )
     assert "a row has both, and this one question" in bad["error"]
+    # The file that was measured on, as it is.
+    predict(dataclasses.replace(config, data=PredictData((there.validation,))))
+    found, rows = lines_of(tmp_path / "answers.jsonl"), lines_of(trained.path / "predictions.jsonl")
+    assert [row["answer"] for row in found] == [row["answer"] for row in rows] and found[0]["id"] and found[0]["title"]
 
 
 def test_chinese_is_measured_by_characters(there, trained, tmp_path):

@@ -261,6 +261,45 @@ def test_rows_are_read_as_they_are_answered(tmp_path):
     assert sum(map(len, chunks)) == 40_000 - predict.FEWEST and rows.share == 1
 
 
+def test_sentences_in_columns_and_nested_questions_are_rows(tmp_path):
+    """As `finetune tag` and `finetune answer` read them, labelled or not; a bad sentence keeps its place."""
+
+    def rows(name, content, kind=None):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        found = [*Rows([str(tmp_path / name)], kind)]
+        return [(row.name.removeprefix(f"{tmp_path}/"), getattr(row, "values", row[-2])) for row in found]
+
+    tagged = "\ufeff# a comment\r\nAnn\tNNP\tB-x\r\n#\tSYM\tO\r\n\r\n-DOCSTART-\tX\tO\n\n你\tN\tB-x\n"
+    for name in ("a.conll", "a.iob", "a.bio"):
+        assert rows(name, tagged) == [
+            (f"{name}:2", {"tokens": ["Ann", "#"], "2": ["NNP", "SYM"], "tags": ["B-x", "O"]}),
+            (f"{name}:7", {"tokens": ["你"], "2": ["N"], "tags": ["B-x"]}),
+        ]
+    assert rows("b.txt", "Ann\n\nsleeps\nwell\n", "conll") == [
+        ("b.txt:1", {"tokens": ["Ann"]}),
+        ("b.txt:3", {"tokens": ["sleeps", "well"]}),
+    ]
+    bad = rows("c.conll", b"a O\n\nb O\nc\n\nd\xff O\ne O\n\nf O\n")
+    assert [name for name, _ in bad] == ["c.conll:1", "c.conll:4", "c.conll:6", "c.conll:9"]
+    assert bad[1][1] == "1 column, and the first line has 2" and "0xff" in bad[2][1] and bad[3][1]["tokens"] == ["f"]
+    gold = {"answers": [{"text": "Ann", "answer_start": 0}]}
+    asked = [{"id": "x", "question": "Who?", **gold}, {"id": "y", "question": "为什么？"}]
+    nested = {"version": "2", "data": [{"title": "t", "paragraphs": [{"context": "Ann.", "qas": asked}]}]}
+    flat = [{"title": "t", "context": "Ann.", **question} for question in asked]
+    expected = [(f"d.json: paragraph 1: question {name}", row) for name, row in zip("xy", flat, strict=True)]
+    assert rows("d.json", json.dumps(nested)) == expected
+    assert (
+        [row for _, row in rows("e.json", json.dumps(flat))]
+        == flat
+        == [row for _, row in rows("f.json", as_jsonl(flat))]
+    )
+    nested["data"][0]["paragraphs"].append({"context": "b", "qas": None})
+    assert rows("g.json", json.dumps(nested))[2] == (
+        "g.json: paragraph 2",
+        "qas is NoneType; expected a list of objects",
+    )
+
+
 def test_a_bad_input_among_many_is_found_by_halves():
     calls = []
 

@@ -49,9 +49,9 @@ class PredictData:
     """What is asked about."""
 
     files: tuple[str, ...] = ()
-    """Files: .tsv and .csv (with a line of column names), .jsonl, .txt (a text a line), .parquet, each also .gz, .zst
-    or a URL; - = standard input."""
-    format: Literal["tsv", "csv", "jsonl", "txt", "parquet"] | None = None
+    """Files: .tsv and .csv (with a line of column names), .jsonl, .json (also SQuAD's), .txt (a text a line), .parquet,
+    .conll (a word a line), each also .gz, .zst or a URL; - = standard input."""
+    format: Literal["tsv", "csv", "jsonl", "json", "txt", "parquet", "conll"] | None = None
     """What the files hold; unset = by their names, and of standard input jsonl where it begins with {, else txt."""
     text: tuple[str, ...] = ()
     """The column of the text, or two for pairs; unset = text (and text_b), or guessed as in fine-tuning."""

@@ -23,10 +23,14 @@ from espalier.data.records import Record, delimited_records, json_records, not_u
 from espalier.data.remote import is_remote
 from espalier.data.storage import damaged_errors, open_file, plain_name, size
 from espalier.data.tables import DELIMITERS, FOREIGN, LONGEST
+from espalier.data.tagged import has_tabs
+from espalier.data.task_rows import Item, json_rows, sentences
 from espalier.errors import UserError
 
 STDIN = "-"
-KINDS = ("tsv", "csv", "jsonl", "txt", "parquet")
+KINDS = ("tsv", "csv", "jsonl", "json", "txt", "parquet", "conll")
+SUFFIXES = {"iob": "conll", "iob2": "conll", "bio": "conll"}
+"""Further endings of names → what such files hold."""
 DELIMITED = {"tsv": "\t", "csv": ","}
 
 
@@ -41,8 +45,9 @@ class Rows:
     """The rows of files in their order, and rejects between them. To be read once.
 
     paths: .tsv (tabs; quotes are ordinary characters) and .csv (with quoting), both with a line of names; .jsonl (an
-    object a line), .txt (a text a line), .parquet; also .gz, .zst and URLs; `-` is standard input. kind: of all, where
-    it does not follow from the names. encoding: as data.encodings.codec names it. UserError where a file is not there.
+    object a line), .json (an array of objects, or SQuAD's file, in memory), .txt (a text a line), .parquet, .conll
+    (a word a line, sentences apart); also .gz, .zst and URLs; `-` is standard input. kind: of all, where it does not
+    follow from the names. encoding: as data.encodings.codec names it. UserError where a file is not there.
     """
 
     def __init__(self, paths: Sequence[str], kind: str | None = None, encoding: str = "utf-8"):
@@ -75,6 +80,7 @@ class Rows:
         name = plain_name(path)
         packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
         kind = self._kind or os.path.splitext(name.removesuffix(packing))[1].removeprefix(".")
+        kind = SUFFIXES.get(kind, kind)
         if kind not in KINDS:
             raise UserError(
                 f"{path}: unknown kind of file; rows are read from .{', .'.join(KINDS)} (each also .gz, .zst or a URL) "
@@ -128,6 +134,9 @@ class Rows:
             yield from _lines(file, path)
         elif kind in DELIMITED:
             yield from self._cells(path, file, kind)
+        elif kind in ("conll", "json"):
+            for number, item in _of_task(path, file, kind):
+                yield number, item if isinstance(item, Reject) else Row(*item)
         else:
             records = json_records(file, path, LONGEST) if kind == "jsonl" else parquet_records(file, path)
             for number, record in records:
@@ -165,6 +174,13 @@ class Rows:
             return row
         wrong = row.message if self._encoding == "utf-8" else f"bytes that are not valid {label(self._encoding)}"
         return row._replace(message=f"{wrong}{'' if path == STDIN else _advice(path, self._encoding)}")
+
+
+def _of_task(path: str, file: Any, kind: str) -> Iterator[tuple[int, Item]]:
+    if kind == "json":
+        return json_rows(file.read(), path)
+    beginning = file.peek(SAMPLE_BYTES)[:SAMPLE_BYTES].decode("utf-8", "replace")
+    return sentences(file, path, has_tabs(beginning))
 
 
 def _lines(file: Any, path: str) -> Iterator[tuple[int, Row | Reject]]:

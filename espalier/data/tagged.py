@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import IO, NamedTuple, cast
 
 from espalier.data.encodings import codec
@@ -97,20 +97,19 @@ def _all(records: Records) -> list[Record]:
 
 def _of_columns(path: str, text: str, tokens: str | None, tags: str | None) -> Tagged:
     lines = text.split("\n")
-    tabs = any("\t" in line.strip(" \t") for line in lines)
-    cut: Callable[[str], list[str]] = _by_tabs if tabs else _by_blanks
+    tabs = has_tabs(text)
     words: list[list[str]] = []
     labels: list[list[str]] = []
     places: list[str] = []
     width, at_token, at_tag = 0, 0, -1
     between = True
     for number, line in enumerate(lines, 1):
-        if not line.strip(" \t") or line.strip(" \t").split("\t")[0].split(" ")[0] == DOCUMENT:
+        if is_document_line(line):
             between = True
             continue
-        if tabs and line.startswith("#") and "\t" not in line:
+        if tabs and is_comment(line):
             continue
-        cells = cut(line)
+        cells = cells_of(line, tabs)
         if not width:
             width = len(cells)
             at_token, at_tag = (
@@ -138,12 +137,24 @@ def _of_columns(path: str, text: str, tokens: str | None, tags: str | None) -> T
     return Tagged(words, labels, places, (str(at_token + 1), str(at_tag + 1)))
 
 
-def _by_tabs(line: str) -> list[str]:
-    return [cell.strip(" ") for cell in line.split("\t")]
+def has_tabs(text: str) -> bool:
+    """Whether tabs separate the columns; else blanks do."""
+    return any("\t" in line.strip(" \t\r") for line in text.split("\n"))
 
 
-def _by_blanks(line: str) -> list[str]:
-    return re.split(" +", line.strip(" \t"))
+def is_document_line(line: str) -> bool:
+    """Whether it holds no word: it is empty, or marks a new document. A sentence ends there."""
+    return not line.strip(" \t") or line.strip(" \t").split("\t")[0].split(" ")[0] == DOCUMENT
+
+
+def is_comment(line: str) -> bool:
+    """Where tabs separate columns."""
+    return line.startswith("#") and "\t" not in line
+
+
+def cells_of(line: str, tabs: bool) -> list[str]:
+    """The columns of a line."""
+    return [cell.strip(" ") for cell in line.split("\t")] if tabs else re.split(" +", line.strip(" \t"))
 
 
 def _column(name: str | None, default: int, width: int, place: str) -> int:
