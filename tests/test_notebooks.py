@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, on small settings and without a network; what is committed has no outputs."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,11 @@ import nbclient
 import nbformat
 import pytest
 from quick import xla_flags
+from tiny_models import BERT, random_params
+
+from espalier.data.tokenizer import vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
+from espalier.models.hub import save_pretrained
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -63,6 +69,11 @@ def test_a_notebook_runs(path, tmp_path, shared_data, monkeypatch):
         "HF_HUB_OFFLINE": "1",
         "JPY_SESSION_NAME": "",
     }
+    if "hub" in path.stem:
+        tokenizer = train_tokenizer([(ROOT / "README.md").read_text(encoding="utf-8")] * 2, "wordpiece", 400)
+        config = dataclasses.replace(BERT, vocab_size=vocabulary_size(tokenizer))
+        save_pretrained(tmp_path / "hub", config, random_params(config, ("masked_lm",)), tokenizer, head="masked_lm")
+        settings["ESPALIER_MODEL"] = f"hf:{tmp_path / 'hub'}"
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)
