@@ -60,6 +60,7 @@ SHORTENED = {
     "plan": f"{TINY} --model.num-key-value-heads 2 --batch-size 64 --data.sequence-length 128",
     "budget": "",
     "report": "",
+    "runs": "",
     "import": "",
     "export": "",
 }
@@ -107,6 +108,7 @@ KEYS = {
     "generate": {"prompts", "completions"},
     "prepare": {"vocab_size", "train", "validation"},
     "report": {"report"},
+    "runs": {"folder", "runs", "problems"},
     "predict": {"use", "rows", "bad"},
     "evaluate": {"task", "metrics"},
     "look": {"answer", "probability", "words", "attribution"},

@@ -206,6 +206,9 @@ def test_the_time_left_is_that_of_this_session(tmp_path):
         # 20 steps in 40 s.
         assert looked(run.path).row(now)["left"] == pytest.approx(120, abs=0.1)
         assert looked(run.path).row(now + 20)["left"] == pytest.approx(100, abs=0.1)
+        # A pretraining says how fast it is without the time that it compiled: 2 × 130 tokens a step, 1,040 a second.
+        run.config.write_text(json.dumps(CONFIG | {"steps": 100, "batch_size": 2, "data": {"sequence_length": 130}}))
+        assert looked(run.path).row(now)["left"] == pytest.approx(60 * 260 / 1040, abs=0.1)
 
 
 def test_the_metric_is_that_of_the_task_or_the_one_the_run_keeps_its_best_by(tmp_path):
@@ -228,9 +231,13 @@ def test_runs_are_found_in_subfolders_and_damaged_ones_are_named(tmp_path):
     (tmp_path / "a" / "tokenizer").mkdir()
     hidden = made(tmp_path / ".trash" / "b")
     assert hidden.is_dir()
+    disk = made(tmp_path.with_name(f"{tmp_path.name}-disk") / "linked")
+    (tmp_path / "disk").symlink_to(disk.parent)
+    (disk.parent / "back").symlink_to(tmp_path)
     folder = Folder(tmp_path)
     folder.look()
-    assert set(folder.runs) == {"a", "glue/rte/seed-0", "a/pretrained", "中文/底座"} and not folder.problems
+    names = {"a", "glue/rte/seed-0", "a/pretrained", "中文/底座", "disk/linked"}
+    assert set(folder.runs) == names and not folder.problems
     (tmp_path / "a" / "config.json").write_text('{"task": "mas')
     (tmp_path / "glue/rte/seed-0" / "summary.json").write_text("[]")
     with (tmp_path / "中文/底座/metrics.jsonl").open("ab") as file:
@@ -238,7 +245,7 @@ def test_runs_are_found_in_subfolders_and_damaged_ones_are_named(tmp_path):
     folder.look()
     states = {name: run.state.name for name, run in folder.runs.items()}
     assert states["a"] == "damaged" and states["a/pretrained"] == states["中文/底座"] == "finished"
-    assert len(folder.problems) == 3 and len(folder.rows()) == 4
+    assert len(folder.problems) == 3 and len(folder.rows()) == 5
     for words in ("a: config.json is damaged", "seed-0: summary.json is damaged", "中文/底座: 1 line of metrics.jsonl"):
         assert any(words in line for line in folder.problems)
     made(tmp_path / "new")

@@ -49,8 +49,18 @@ class Folder:
         def refused(error: OSError) -> None:
             unreadable.append(f"{error.filename}: {error.strerror}")
 
-        for folder, folders, files in os.walk(self.path, onerror=refused, followlinks=False):
+        been: set[tuple[int, int]] = set()
+        # Links too, for runs often lie on another disk; each folder once, for links may lead back.
+        for folder, folders, files in os.walk(self.path, onerror=refused, followlinks=True):
             here = Path(folder)
+            try:
+                there = here.stat()
+            except OSError:
+                continue
+            if (there.st_dev, there.st_ino) in been:
+                folders.clear()
+                continue
+            been.add((there.st_dev, there.st_ino))
             if "config.json" in files and (any(name in files or name in folders for name in TRAINED)):
                 folders[:] = [name for name in folders if name not in WITHIN_A_RUN]
                 relative = here.relative_to(self.path)

@@ -176,7 +176,7 @@ class Run:
             ended=ended,
             summary=self.summary,
             failure=self.failure,
-            interval=self._interval(),
+            interval=self._interval() if asked else None,
             locked=lock_held(self.path / ".lock") if asked else False,
             host=host if isinstance(host, str) else None,
         )
@@ -199,20 +199,32 @@ class Run:
         return (self.log.changed - self._began()) / lines if lines and self.log.changed else None
 
     def _left(self, now: float) -> float | None:
-        """Seconds to the last step: by what was seen of this run, else by the time since this session began."""
+        """Seconds to the last step."""
         if self.steps is None or self.log.changed is None:
             return None
         stop = self.config.get("stop_at")
         last = min(self.steps, stop) if isinstance(stop, int) else self.steps
-        (then, before), (until, step) = (self._seen[0], self._seen[-1]) if self._seen else ((0.0, 0), (0.0, 0))
-        if until - then >= OFTEN and step > before:
-            each = (until - then) / (step - before)
-        else:
-            done = self.step - self._first_step()
-            if done <= 1:
-                return None
-            each = max(0.0, self.log.changed - self._began()) / done
+        each = self._seen_seconds_a_step() or self._said_seconds_a_step() or self._session_seconds_a_step()
+        if each is None:
+            return None
         return max(0.0, (last - self.step) * each - max(0.0, now - self.log.changed))
+
+    def _seen_seconds_a_step(self) -> float | None:
+        """By what was seen of this run as it went on."""
+        (then, before), (now, step) = (self._seen[0], self._seen[-1]) if self._seen else ((0.0, 0), (0.0, 0))
+        return (now - then) / (step - before) if now - then >= OFTEN and step > before else None
+
+    def _said_seconds_a_step(self) -> float | None:
+        """By its tokens a second, where a step has a known number of tokens: in pretraining, whose rows are full."""
+        data = self.config.get("data")
+        rows, speed = _number(self.config.get("batch_size")), self.log.last.get("tokens_per_second")
+        length = _number(data.get("sequence_length")) if isinstance(data, Mapping) else None
+        return rows * length / speed if rows and length and speed else None
+
+    def _session_seconds_a_step(self) -> float | None:
+        """By the time since this session began, in which it also compiled."""
+        done = self.step - self._first_step()
+        return (self.log.changed - self._began()) / done if done > 1 and self.log.changed else None
 
     def _read(self, name: str, attribute: str) -> bool:
         """Take the object in a file, if it is another than at the last look; returns whether it is."""

@@ -75,7 +75,7 @@ function drawTable() {
   const top = make(head, "tr");
   make(top, "th", "draw");
   for (const column of list) {
-    const cell = make(top, "th", null, {scope: "col", class: column.number ? "number" : ""});
+    const cell = make(top, "th", null, {scope: "col", class: column.number ? "number" : /^(name|task|state)$/.test(column.key) ? column.key : ""});
     if (column.key === sorted.key) cell.setAttribute("aria-sort", sorted.down ? "descending" : "ascending");
     const button = make(cell, "button", column.title, {"data-sort": column.key, "data-focus": `sort ${column.key}`});
     button.onclick = () => { sorted = {key: column.key, down: sorted.key === column.key ? !sorted.down : false}; drawTable(); };
@@ -88,13 +88,13 @@ function drawTable() {
     if (box.checked) make(choice, "i", null, {class: "swatch", style: `color:var(--k${look(run.name).colour})`});
     box.onchange = () => { draw(run.name, box.checked); render(); };
     for (const column of list) {
-      const cell = make(row, "td", null, {class: column.number ? "number" : column.key === "name" ? "name" : column.key.includes(":") ? "long" : "", dir: "auto"});
+      const cell = make(row, "td", null, {class: column.number ? "number" : column.key.includes(":") ? "long" : column.key, dir: "auto"});
       if (column.key === "name") {
         if (run.report) make(cell, "a", run.name, {href: run.report, title: run.path});
         else { cell.textContent = run.name; cell.title = run.path; }
         if (run.title) make(cell, "small", run.title);
       } else if (column.key === "state") {
-        make(cell, "span", run.state, {class: `state ${run.state}`});
+        make(cell, "span", run.state, {class: `badge ${run.state}`});
         if (run.left !== null) make(cell, "small", `${duration(run.left)} left`);
         if (run.note) make(cell, "small", run.note);
       } else if (column.key === "step") cell.textContent = run.step.toLocaleString("en") + (run.steps ? ` / ${run.steps.toLocaleString("en")}` : "");

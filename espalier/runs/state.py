@@ -118,7 +118,7 @@ def _ended(facts: Facts) -> State:
     if facts.summary.get("finished", True) and whole:
         return State(FINISHED)
     if number := facts.summary.get("stopped_by"):
-        names = {2: "Ctrl-C", 15: "SIGTERM, as when a machine is taken away", 1: "a lost terminal"}
+        names = {1: "a lost terminal", 2: "Ctrl-C", 15: "SIGTERM"}
         return State(STOPPED, f"by {names.get(number, f'signal {number}')}; the same command goes on")
     return State(STOPPED, "paused; the same command without --stop-at goes on")
 
