@@ -18,7 +18,10 @@ from espalier.flags import fields_given, flags_of, nearest, spelled_out
 NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug"))
 """Settings of one call, which a file does not hand on: where it writes, where it pauses and how it prints."""
 FACTS = frozenset(
-    "command fingerprints head imported_from labels model part published report task user_code words".split()
+    (
+        "apart command fingerprints head imported_from labels labels_from_one model part published report task "
+        "user_code words"
+    ).split()
 )
 """What config.json records of a run beside its settings, where the configuration has no field of that name."""
 INSTEAD = {"steps": "epochs"}

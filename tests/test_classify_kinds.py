@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -23,6 +25,7 @@ from espalier.report.card import model_card
 from finetune.calibration import best_threshold, calibration_error, fitted_temperature
 from finetune.config import FinetuneOptimizer
 from finetune.tasks.classify import metrics as figures
+from finetune.tasks.classify.examples import drawn_alike
 from finetune.tasks.classify.record import CLASSIFICATION, ClassifyConfig, ClassifyData
 from finetune.tasks.classify.task import class_logits, class_weights, classification_objective, finalized
 from finetune.train import main
@@ -226,6 +229,24 @@ def test_calibration_error_is_the_distance_of_confidence_and_accuracy():
     assert calibration_error(confidence, np.zeros(20)) == pytest.approx(0.75)
 
 
+def test_what_is_calibrated_on_has_every_label_as_often_as_the_file():
+    """Within one, for rare ones too, and one of each is left to learn from; the same in every run of a seed."""
+    labels = [0] * 130 + [1] * 60 + [2] * 8 + [3] * 1 + [4] * 1
+    for seed in range(5):
+        apart = drawn_alike(labels, 50, seed)
+        assert len({*apart.tolist()}) == 50 and np.array_equal(apart, drawn_alike(labels, 50, seed))
+        counts = np.bincount([labels[at] for at in apart], minlength=5)
+        np.testing.assert_allclose(counts, [32.5, 15, 2, 0, 0], atol=1)
+        assert counts[3:].sum() == 0
+    assert not np.array_equal(drawn_alike(labels, 50, 0), drawn_alike(labels, 50, 1))
+    sets = [[at % 2, int(at < 40)] for at in range(160)]
+    counts = Counter(tuple(sets[at]) for at in drawn_alike(sets, 40, 0))
+    assert sorted(counts) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(abs(number - (5 if early else 15)) <= 1 for (_, early), number in counts.items())
+    # Sets of which each is there once: as many as are asked for.
+    assert len(drawn_alike([[at] for at in range(40)], 20, 0)) == 20
+
+
 def test_a_temperature_undoes_what_was_too_sure():
     """Labels are drawn by the scores; those times 3 have the temperature 3, which is PyTorch's best too."""
     random = np.random.default_rng(0)
@@ -276,6 +297,13 @@ def test_runs_of_lists_are_the_same_on_a_mesh_and_after_a_break(there, tmp_path)
     assert tuned == pytest.approx(tuned_again, rel=0.02) and tuned["threshold"] == summary["metrics"]["threshold"]
     assert summary["eval"]["loss"] == pytest.approx(again["eval"]["loss"], abs=1e-4)
     assert "calibration_error_before" in summary["metrics"]
+    # A run of an earlier version kept other examples apart.
+    saved = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert saved.pop("apart") == "by label"
+    shutil.copytree(tmp_path / "parts", tmp_path / "older")
+    (tmp_path / "older" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="holds a run with other settings: apart"):
+        main(dataclasses.replace(parts, run_dir=str(tmp_path / "older"), steps=9))
     assert "Calibration" in (tmp_path / "whole" / "report.html").read_text()
 
     texts = [row["text"] for row in ours]

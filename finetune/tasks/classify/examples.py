@@ -155,8 +155,25 @@ def _divided(part: Part, data: ClassifyData, kind: str, seed: int) -> tuple[Part
             f"data.calibration_part={data.calibration_part:g} of the {total:,} examples of {data.train} are {count:,}; "
             f"there must be {FEWEST} at least, and as many to learn from"
         )
-    order = permute(np.arange(total), total, seed)
-    return _some(part, np.sort(order[count:])), _some(part, np.sort(order[:count]))
+    apart = drawn_alike(part.labels, count, seed)
+    return _some(part, np.setdiff1d(np.arange(total), apart)), _some(part, apart)
+
+
+def drawn_alike(labels: Sequence[Any], count: int, seed: int) -> np.ndarray:
+    """Numbers of so many examples, in their order, that have each label (or set of labels) about as often as all have.
+
+    Of each label one stays behind, where there are enough others.
+    """
+    groups: dict[Any, list[int]] = {}
+    for number in permute(np.arange(len(labels)), len(labels), seed).tolist():
+        label = labels[number]
+        groups.setdefault(tuple(label) if isinstance(label, list) else label, []).append(number)
+    drawn = [number for group in groups.values() for number in group[1:]]
+    if len(drawn) < count:
+        drawn += [group[0] for group in groups.values()]
+    # At equal distances, group by group.
+    at = ((np.arange(count) + 0.5) * len(drawn) / count).astype(int)
+    return np.sort(np.array(drawn)[at])
 
 
 def _some(part: Part, chosen: np.ndarray) -> Part:

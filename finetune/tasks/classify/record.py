@@ -31,8 +31,9 @@ class ClassifyData(FinetuneData):
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: rare classes count as much as frequent ones, all their examples together."""
     calibration_part: float = 0.0
-    """A part of the training file that is not learnt from: on it, a temperature is fitted after the training, so that
-    probabilities mean what they say (Guo et al. 2017), and of lists the threshold. Try 0.1; 0 = none."""
+    """A part of the training file, of every label as much, that is not learnt from: on it, a temperature is fitted
+    after the training, so that probabilities mean what they say (Guo et al. 2017), and of lists the threshold. Try 0.1;
+    0 = none."""
     rationale: str | None = None
     """Column of what people marked in the (first) text: a JSON array of words, or of pairs of characters [begin, end].
     How far the heads' look is from it is measured (rationale_kl), and learnt with --attention.supervision."""

@@ -59,7 +59,8 @@ class Classification(OfExamples):
         self._names = self._examples.names
         problem = PROBLEMS[self._examples.kind]
         self.model = dataclasses.replace(model, labels=tuple(self._names), problem_type=problem)
-        self.settings = {"labels": self._names}
+        # Which examples are apart decides what is learnt: earlier versions drew them whatever their label.
+        self.settings = {"labels": self._names} | ({"apart": "by label"} if self._examples.apart is not None else {})
         self.fingerprints = self._examples.fingerprints
         self.facts: Sequence[str] = self._examples.facts
         train, validation = self._examples.train, self._examples.validation
