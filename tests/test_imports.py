@@ -172,7 +172,7 @@ def test_every_package_is_installed():
     """The list in pyproject.toml, without what only a checkout needs."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in sources()}
-    there = {".".join(folder.parts) for folder in folders} - {"cluster"}
+    there = {".".join(folder.parts) for folder in folders if folder.parts[0] != "cluster"}
     assert listed == sorted(there), "write the folders of packages into pyproject.toml"
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on several nodes of a Slurm cluster, one process a node with all of its GPUs:
 #
-#   sbatch cluster/slurm.sh clm gpt2 --data.files '/shared/text/*.jsonl.gz' --run-dir /shared/runs/gpt2
+#   sbatch cluster/slurm/run.sh clm gpt2 --data.files '/shared/text/*.jsonl.gz' --run-dir /shared/runs/gpt2
 #
 # The arguments are those of ./launch.sh. Run directory and checkout must be on a disk that all nodes see; the cache of
 # tokens (ESPALIER_CACHE) should be. Sent again, the same command goes on from the last checkpoint.
