@@ -95,6 +95,8 @@ def whole_model(config: FinetuneConfig, data: Labelled, head: str, start: Start)
 
 def frozen_rows(given: tuple[str, ...], model: ModelConfig, shapes: Any) -> dict[str, int | None]:
     """Path → how many of the first rows are frozen; None = the whole leaf. UserError for what names no parameter."""
+    if not _items(given):
+        raise UserError("freeze: names nothing; give embeddings, layers.0-5, or leave it out")
     paths = [path_of(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     rows: dict[str, int | None] = {}
     layers: set[int] = set()

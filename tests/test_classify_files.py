@@ -114,6 +114,8 @@ def test_lists_are_read_from_arrays_and_from_cells(there, tmp_path):
     assert arrays.kind == "lists" and arrays.names == ["bird", "red", "水果"]
     assert arrays.train.labels[:4] == [[0, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0]]
     assert arrays.facts[0].startswith("labels: column 'score' holds lists; several of 3 labels may be right")
+    # What is empty is no label, as in cells.
+    assert examples_of(there, tmp_path, [["水果", ""], ["red"], [" "], ["bird"]] * 3).names == arrays.names
     for cells in (["水果|red", "red", "", "bird"], ["水果; red", "red", "", "bird"], ["水果,red", "red", "", "bird"]):
         found = examples_of(there, tmp_path, cells * 3, label_kind="lists")
         assert found.train.labels == arrays.train.labels and found.names == arrays.names

@@ -122,6 +122,7 @@ def test_what_cannot_be_frozen_is_refused(base, tmp_path):
         ("layers.0-9", "the model has the layers 0 to 2; the first half is layers.0-0"),
         ("nowhere", "'nowhere' matches no parameter; give embeddings"),
         ("(", "is no regular expression"),
+        (" ,", "names nothing; give embeddings, layers.0-5, or leave it out"),
         (".", "leaves nothing to train"),
     ):
         with pytest.raises(UserError, match=said) as error:

@@ -309,6 +309,10 @@ BAD = {
         [{"query": "a", "positives": [{"text": 3}], "negatives": []}],
         "'positives' holds list; expected a text",
     ),
+    "nothing found": (
+        dict(validation=[{"query": "七", "positive": "plum"}]),
+        "no query ranks any text, for BM25 finds",
+    ),
     "all relevant": ([{"query": "a", "text": "b", "label": 1}], "every pair has the relevance 1"),
     "none relevant": ([{"query": "a", "text": "b", "label": 0}], "no text is relevant"),
     "empty text": ([{"query": "a", "text": " ", "label": 1}], "rows.jsonl:1: no text under 'text'"),
@@ -329,7 +333,10 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(there, tmp_path, case):
         (tmp_path / "empty").mkdir()
         changes["train"] = str(tmp_path / "empty")
     else:
-        changes |= given
+        changes |= {
+            name: write_jsonl(tmp_path / "rows.jsonl", value) if isinstance(value, list) else value
+            for name, value in given.items()
+        }
     with pytest.raises(UserError, match=message) as error:
         main(config_for(there, tmp_path / "run", data=RankData(**changes)))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

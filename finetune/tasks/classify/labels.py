@@ -90,7 +90,7 @@ def numbers_of(labels: Sequence[str], place: str) -> list[float]:
 def lists_of(labels: Sequence[str], place: str) -> list[list[str]]:
     """The labels of each cell: a JSON array, or names separated by | ; or a comma. An empty cell has none."""
     if all(_array(label) is not None for label in labels if label):
-        return [list(dict.fromkeys(_array(label) or [])) for label in labels]
+        return [list(dict.fromkeys(filter(None, _array(label) or []))) for label in labels]
     separator = next((sign for sign in SEPARATORS if any(sign in label for label in labels)), SEPARATORS[0])
     if bad := next((label for label in labels if _array(label) is not None), None):
         raise UserError(f"{place}: some cells are JSON arrays ({bad!r}) and others are not; write all in one way")

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from espalier.data.examples import Example, LabelledBatches, cut_words
 from espalier.data.tokenizer import special_ids
+from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
 from espalier.models.transformer import apply, init_params
@@ -77,7 +78,11 @@ class Ranking(Labelled):
         queries = self._validation.queries
         shown = min(len(queries), data.eval_queries)
         self._measured = [queries[at] for at in np.arange(shown) * len(queries) // shown]
-        chosen = ranked_pairs(self._measured)
+        if not (chosen := ranked_pairs(self._measured)):
+            raise UserError(
+                f"{self._validation.path}: no query ranks any text, for BM25 finds none with a word of it; name what "
+                "is ranked by --data.run or in the file (negatives)"
+            )
         relevance = [query.relevance.get(name, 0) for query, name in chosen]
         self._held_out = encoded(self._validation, chosen, relevance, tokenizer, longest, model.causal)
         self._loss = config.loss
