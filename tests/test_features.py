@@ -15,11 +15,14 @@ from tiny_runs import write_run
 from toy import quick_compilation  # noqa: F401
 
 from espalier import assembly
+from espalier.commands.look.features import FeaturesConfig
+from espalier.commands.look.features import main as show
 from espalier.errors import UserError
 from espalier.features import autoencoder as sparse
 from espalier.features.config import AutoencoderConfig, decoder, encoder
 from espalier.features.objective import NAME, autoencoder_objective, concluded, nats, stream
 from espalier.features.saved import parameters, read_autoencoder
+from espalier.features.use import features_of
 from espalier.loading import load
 from espalier.models.config import Execution
 from espalier.models.taps import Taps
@@ -390,3 +393,25 @@ def test_settings_that_cannot_be():
     for settings, said in given:
         with pytest.raises(UserError, match=said):
             AutoencoderConfig(**settings)
+
+
+def test_a_page_of_features(folder, runs, tmp_path):
+    """Those that are asked for, by number or by what fires in a text, with the control's figures beside."""
+    output = str(tmp_path / "page.html")
+    found = show(FeaturesConfig(str(folder / "of-bert"), count=5, beside=str(folder / "of-gpt"), output=output))
+    page = (tmp_path / "page.html").read_text()
+    assert len(found["features"]) == 5 and all(f"id=feature-{number}>" in page for number in found["features"])
+    assert "of-gpt</th>" in page and "<script" not in page and "http" not in page.replace("http-equiv", "")
+    text = "the lazy dog sleeps 猫在阳光下"
+    found = show(FeaturesConfig(str(folder / "of-bert"), text=text, output=output))
+    tokens, f_TF = features_of(str(folder / "of-bert"), text)
+    assert "".join(tokens).replace(" ", "") == "[CLS]thelazydogsleeps猫在阳光下[SEP]" and not f_TF[0].any()
+    assert set(found["features"]) == set(np.flatnonzero(f_TF.any(0)))
+    refused = [
+        (dict(run=str(folder / "bert")), "has no features.jsonl"),
+        (dict(run=str(folder / "of-bert"), numbers=(F,)), f"0 to {F - 1}"),
+        (dict(run=str(folder / "of-bert"), text="dog " * 100), "tokens; accepted are 2 to 64"),
+    ]
+    for settings, said in refused:
+        with pytest.raises(UserError, match=said):
+            show(FeaturesConfig(**settings, output=output))

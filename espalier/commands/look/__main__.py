@@ -9,6 +9,7 @@ from espalier import cli, library_log
 
 KINDS = {
     "text": "espalier.commands.look.text:LookConfig",
+    "features": "espalier.commands.look.features:FeaturesConfig",
     "heads": "espalier.commands.look.heads:HeadsConfig",
     "induction": "espalier.commands.look.induction:InductionConfig",
     "patch": "espalier.commands.look.patch:PatchConfig",
