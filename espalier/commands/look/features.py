@@ -102,9 +102,10 @@ def _figures(runs: Sequence[tuple[str, RunFiles]]) -> Any:
     for name in columns[0]:
         cells = "".join(f"<td>{escape(column.get(name, '–'))}</td>" for column in columns)
         rows += f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>"
-    table = f"<div class=scroll tabindex=0><table><thead><tr><th></th>{names}</tr></thead><tbody>{rows}</tbody></table>"
+    table = f"<table class=figures><thead><tr><th></th>{names}</tr></thead><tbody>{rows}</tbody></table>"
     note = "An autoencoder on random weights says how much of this needs no trained model." if len(runs) > 1 else ""
-    return Section("On held-out text", f"{table}</div>", note)
+    style = ".figures th,.figures td{padding:.2rem 1.2rem .2rem 0;text-align:left;vertical-align:top}"
+    return Section("On held-out text", f"<div class=scroll tabindex=0>{table}</div>", note, style)
 
 
 def _in_text(config: FeaturesConfig, by_number: dict[int, dict]) -> list[dict]:
