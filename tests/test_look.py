@@ -277,6 +277,8 @@ def test_from_python_and_in_a_notebook(folders):
     assert seen.asked.what == "word at [MASK]" and [word for word, _ in seen.owed] == seen.asked.texts
     assert seen._repr_html_().startswith("<iframe srcdoc='&lt;!doctype html&gt;") and "sandbox=" in seen._repr_html_()
     assert {"rollout_TS", "chance_E", "deletion_occlusion", "tokens"} <= seen.arrays().keys()
+    assert re.fullmatch(r"Looked\('the \[MASK\] 巴黎': word at \[MASK\] 'dog', \d+\.\d%\)", repr(seen)), repr(seen)
+    assert repr(seen.model).startswith("LoadedModel(bert for masked LM: 2 layers × "), repr(seen.model)
 
 
 def test_what_cannot_be_explained_is_refused(folders, tuned):

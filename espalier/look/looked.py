@@ -68,13 +68,21 @@ class Looked:
             lens_section.section(asked, self.lens, self.model.tokenizer),
             attention_section.section(asked, self.attention),
         ]
-        title = self.text if len(self.text) <= LONG else f"{self.text[: LONG - 1]}…"
         return page.page_of(
-            title, "What the model looks at, and what its answer is owed to", sections, page.tiles(shown)
+            self._title, "What the model looks at, and what its answer is owed to", sections, page.tiles(shown)
         )
+
+    @property
+    def _title(self) -> str:
+        return self.text if len(self.text) <= LONG else f"{self.text[: LONG - 1]}…"
 
     def _curves(self, kind: str) -> Any:
         return getattr(self.attribution, kind).items()
+
+    def __repr__(self) -> str:
+        """One line: its arrays would fill a screen, or a notebook's file."""
+        asked = self.asked
+        return f"Looked({self._title!r}: {asked.what} {asked.name.strip()!r}, {asked.probability:.1%})"
 
     def _repr_html_(self) -> str:
         return Page(self.html())._repr_html_()

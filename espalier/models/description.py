@@ -18,6 +18,15 @@ PURPOSES = {
 }
 
 
+def architecture(config: ModelConfig, head: str) -> str:
+    """What a model is and its size, on one line."""
+    layers = f"{config.num_hidden_layers} layers × {config.hidden_size} wide"
+    return (
+        f"{config.model_type} for {PURPOSES.get(head, head.replace('_', ' '))}: {layers}, "
+        f"{config.vocab_size:,} tokens in the vocabulary, {amount(count_params(config, head))} parameters"
+    )
+
+
 def describe(
     config: ModelConfig, head: str, execution: Execution, length: int, mesh: jax.sharding.Mesh
 ) -> dict[str, str]:
@@ -26,10 +35,8 @@ def describe(
         compute = compute_dtype(execution).name
         use = Use.of(config, length, dtype=compute, dropping=config.attention_dropout > 0)
         backend, reason = choose_backend(execution.attention, use)
-    layers = f"{config.num_hidden_layers} layers × {config.hidden_size} wide"
     rows = {
-        "model": f"{config.model_type} for {PURPOSES.get(head, head.replace('_', ' '))}: {layers}, "
-        f"{config.vocab_size:,} tokens in the vocabulary, {amount(count_params(config, head))} parameters",
+        "model": architecture(config, head),
         "precision": f"{compute}, parameters in float32" if compute != "float32" else "float32",
     }
     # Elsewhere there is one backend.

@@ -15,6 +15,7 @@ from espalier.data.examples import Example
 from espalier.data.tokenizer import special_ids
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
+from espalier.models.description import architecture
 from espalier.models.logits import batch_of_tokens, head_logits
 from espalier.predict.outputs import outputs, row_length
 from sharding.mesh import MeshConfig, build_mesh
@@ -43,6 +44,10 @@ class LoadedModel:
     """config.json of the run: its task and settings; of a model in Hugging Face format what concerns a use of it."""
     execution: Execution = FLOAT32
     """How predictions are computed."""
+
+    def __repr__(self) -> str:
+        """One line: its arrays would fill a screen, or a notebook's file."""
+        return f"LoadedModel({architecture(self.config, self.head)})"
 
     @property
     def longest(self) -> int:
