@@ -25,6 +25,7 @@ from espalier.commands import runs as command
 from espalier.commands.runs import RunsConfig
 from espalier.errors import MachineError, UserError
 from espalier.report.render import all_runs_section
+from espalier.runs import run as run_module
 from espalier.runs import state as state_module
 from espalier.runs.app import Watched, application
 from espalier.runs.folder import Folder
@@ -199,16 +200,40 @@ def test_on_another_machine_its_last_line_tells(tmp_path, monkeypatch):
 def test_the_time_left_is_that_of_this_session(tmp_path):
     run = RunDirectory(tmp_path / "a")
     with run.writing(CONFIG | {"steps": 100}, 20):
-        lines(run.metrics, [10, 20, 30, 40])
+        lines(run.metrics, [10, 20])
+        assert looked(run.path).row(time.time())["left"] is None, "this session has not made a step"
+        lines(run.metrics, [30, 40])
         now = time.time()
         os.utime(run.config, (now - 40, now - 40))
         os.utime(run.metrics, (now, now))
         # 20 steps in 40 s.
         assert looked(run.path).row(now)["left"] == pytest.approx(120, abs=0.1)
-        assert looked(run.path).row(now + 20)["left"] == pytest.approx(100, abs=0.1)
+        assert looked(run.path).row(now + 10)["left"] == pytest.approx(110, abs=0.1)
+        assert looked(run.path).row(now + 500)["left"] == pytest.approx(100, abs=0.1), "not beyond the next line"
         # A pretraining says how fast it is without the time that it compiled: 2 × 130 tokens a step, 1,040 a second.
         run.config.write_text(json.dumps(CONFIG | {"steps": 100, "batch_size": 2, "data": {"sequence_length": 130}}))
         assert looked(run.path).row(now)["left"] == pytest.approx(60 * 260 / 1040, abs=0.1)
+
+
+def test_the_time_left_is_that_of_the_steps_that_were_seen(tmp_path, monkeypatch):
+    """Neither the wait for the first step nor another session counts."""
+    directory, clock = RunDirectory(tmp_path / "a"), [0.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+    with directory.writing(CONFIG | {"steps": 100}):
+        run = looked(directory.path)
+        for seconds, steps in ((500, [10]), (510, [20]), (520, [30])):
+            clock[0] = seconds
+            lines(directory.metrics, steps)
+            run.look()
+        # 10 steps in 10 s, and the file was written just now.
+        assert run.row(run.log.changed or 0)["left"] == pytest.approx(70)
+    run.look()
+    with directory.writing(CONFIG | {"steps": 100}, 30):
+        for seconds, steps in ((9000, [40]), (9040, [60])):
+            clock[0] = seconds
+            lines(directory.metrics, steps)
+            run.look()
+        assert run.row(run.log.changed or 0)["left"] == pytest.approx(80)
 
 
 def test_the_metric_is_that_of_the_task_or_the_one_the_run_keeps_its_best_by(tmp_path):

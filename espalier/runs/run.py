@@ -79,7 +79,12 @@ class Run:
         self.problems = [f"{self.name}: {self._damaged[name]}" for name in sorted(self._damaged)]
         now = time.time()
         self.state = State(DAMAGED) if "config.json" in self._damaged else state_of(self._facts(now), now)
-        if self.state.name == RUNNING and (not self._seen or self._seen[-1][1] != self.step):
+        if self.state.name != RUNNING or self._seen and self.step < self._seen[-1][1]:
+            # Another session goes on from an earlier step, and has a speed of its own.
+            self._seen = []
+        # Before the first line it compiles.
+        under_way = self.state.name == RUNNING and self.step > self._first_step()
+        if under_way and (not self._seen or self._seen[-1][1] != self.step):
             self._seen = [*self._seen[-60:], (time.monotonic(), self.step)]
         if changed or (self.state, self.problems) != before:
             self.version += 1
@@ -199,15 +204,17 @@ class Run:
         return (self.log.changed - self._began()) / lines if lines and self.log.changed else None
 
     def _left(self, now: float) -> float | None:
-        """Seconds to the last step."""
-        if self.steps is None or self.log.changed is None:
+        """Seconds to the last step; None before the first line of this session."""
+        if self.steps is None or self.log.changed is None or self.step <= self._first_step():
             return None
         stop = self.config.get("stop_at")
         last = min(self.steps, stop) if isinstance(stop, int) else self.steps
         each = self._seen_seconds_a_step() or self._said_seconds_a_step() or self._session_seconds_a_step()
         if each is None:
             return None
-        return max(0.0, (last - self.step) * each - max(0.0, now - self.log.changed))
+        # Since its last line it has gone on, though not beyond the next.
+        passed = min(max(0.0, now - self.log.changed), each * (_number(self.config.get("log_every")) or 1))
+        return max(0.0, (last - self.step) * each - passed)
 
     def _seen_seconds_a_step(self) -> float | None:
         """By what was seen of this run as it went on."""
