@@ -212,7 +212,8 @@ def test_the_image_is_what_the_package_needs():
     subprocess.run([hadolint, "docker/Dockerfile"], cwd=ROOT, check=True)
     text = (ROOT / "docker" / "Dockerfile").read_text()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for name in re.search(r"# Empty for the CPU; (.*)\.", text)[1].split(", "):
+    (listed,) = re.findall(r"# Empty for the CPU; (.*)\.", text)
+    for name in listed.split(", "):
         assert extras[name] == [f"jax[{name}]"]
     assert 'ENTRYPOINT ["python", "-P", "-m", "espalier"]' in text
     assert 'exec "$python" -P -m espalier "$@"' in (ROOT / "launch.sh").read_text()

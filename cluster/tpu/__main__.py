@@ -176,7 +176,8 @@ def _other(given: argparse.Namespace, slice: Slice) -> int:
     answer = call(asked, follow.REACH)
     if answer.code:
         raise MachineError(f"a host does not answer: {answer.reason}")
-    print(f"{slice.name}: ACTIVE", *answer.out.splitlines(), sep="\n")
+    said = "the run was asked to save and end" if given.what == "stop" else state
+    print(f"{slice.name}: {said}", *answer.out.splitlines(), sep="\n")
     return 0
 
 
