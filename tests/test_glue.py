@@ -308,6 +308,27 @@ def test_every_run_has_the_settings_that_were_given_and_a_grid_goes_on_with_the_
         main(config, same)
 
 
+def test_a_grid_that_goes_on_starts_from_the_run_of_mnli_that_it_began_with(there, tmp_path, monkeypatch):
+    """Also where another one is better by then; its weights stay."""
+    origins, best_rate = [], 1e-3
+
+    def grid(config, folder, learning_rates, epochs, seeds, **_):
+        origins.append((folder.name, config.init_from))
+        for rate in learning_rates:
+            (folder / f"{rate}" / "checkpoints").mkdir(parents=True, exist_ok=True)
+            yield Run(rate, epochs[0], seeds[0], {"accuracy": 0.6 if rate == best_rate else 0.5}, folder / f"{rate}")
+
+    monkeypatch.setattr("finetune.glue.run.grid", grid)
+    config = config_for(there, tmp_path / "run", data=dict(tasks=("mnli", "rte")), from_mnli="yes", submission=False)
+    main(config)
+    best_rate = 5e-4
+    found = main(dataclasses.replace(config, learning_rates=(1e-3, 5e-4)))
+    first = tmp_path / "run" / "mnli" / "0.001"
+    assert [origin for name, origin in origins if name == "rte"] == [str(first)] * 2
+    assert found["tasks"]["MNLI"]["learning_rate"] == 5e-4 and found["tasks"]["RTE"]["init_from"] == str(first)
+    assert (first / "checkpoints").is_dir() and not (tmp_path / "run" / "rte" / "0.001" / "checkpoints").exists()
+
+
 def test_all_at_once_is_what_single_runs_are(there, tmp_path, capsys):
     """Every loss within 1e-5 of that of the single run, with dropout and the order of its own seed; the same labels."""
     settings = dict(seeds=(0, 1), learning_rates=(1e-3, 3e-4), epoch_counts=(2,), log_every=1)

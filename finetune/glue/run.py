@@ -86,7 +86,7 @@ def run(config: GlueConfig, given: Collection[str] = ()) -> dict[str, Any]:
             missing[task.name] = str(error)
             progress.say(f"{task.name}: not run, {error}")
             continue
-        origin = _origin(config, task, chosen)
+        origin = _origin(config, task, chosen, folder / task.key / "origin.json")
         point = _point(config, task)
         runs = list(
             grid(
@@ -121,7 +121,9 @@ def run(config: GlueConfig, given: Collection[str] = ()) -> dict[str, Any]:
                 for key, runs in chosen.items()
             },
         )
-    kept = {run.folder for runs in chosen.values() for run in runs}
+    kept = {run.folder for runs in chosen.values() for run in runs} | {
+        Path(row["init_from"]) for row in results.values()
+    }
     for row in results.values():
         for run in row["runs"]:
             if Path(run["folder"]) not in kept:
@@ -190,11 +192,18 @@ def _point(config: GlueConfig, task: GlueTask) -> Point:
     )
 
 
-def _origin(config: GlueConfig, task: GlueTask, chosen: dict[str, list[Run]]) -> str:
+def _origin(config: GlueConfig, task: GlueTask, chosen: dict[str, list[Run]], path: Path) -> str:
+    """What the runs of a task start from. path: the file that remembers it, for another run of MNLI may be the best one
+    when the grid goes on, and runs of one task are compared."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
     wanted = config.from_mnli == "yes" or config.from_mnli == "protocol" and PROTOCOLS[config.protocol].from_mnli
     if wanted and task.key in FROM_MNLI and not config.at_once and not config.scratch and "mnli" in chosen:
         runs = chosen["mnli"]
-        return str(max(runs, key=lambda run: score(BY_KEY["mnli"], run.metrics)).folder)
+        found = str(max(runs, key=lambda run: score(BY_KEY["mnli"], run.metrics)).folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+        return found
     assert config.init_from is not None
     return config.init_from
 
