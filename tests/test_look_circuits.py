@@ -20,7 +20,9 @@ import espalier
 from espalier import cli
 from espalier.commands.look import heads as heads_command
 from espalier.commands.look import induction as induction_command
+from espalier.commands.look import lens as lens_command
 from espalier.commands.look import patch, probe
+from espalier.commands.look import text as look_text
 from espalier.data.examples import encode_pairs
 from espalier.data.tokenizer import special_ids, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
@@ -29,9 +31,13 @@ from espalier.errors import UserError
 from espalier.look.asked import Wanted, ask
 from espalier.look.heads import importance, pruned, within_layers
 from espalier.look.induction import REPEATED, induction, repeated_tokens
+from espalier.look.lens import lens
 from espalier.look.patching import patching
 from espalier.look.probes import INVERSE_PENALTY, fitted, probes, states
 from espalier.look.rows import MASKED, labelled_rows, text_rows
+from espalier.look.tuned_lens import TunedLens, tune, untrained
+from espalier.look.tuned_lens import _measured as measured_lens
+from espalier.look.tuned_lens import load as load_lens
 from espalier.models.hub import save_pretrained
 
 WORDS = "the quick brown fox jumps over the lazy dog while a cat sleeps in the sun 巴黎是法国的首都 "
@@ -233,6 +239,36 @@ def test_what_cannot_be_patched_is_refused(models):
             patching(model, asked, ask(model, text, Wanted(target)))
 
 
+@pytest.mark.parametrize("name", ["masked", "causal"])
+def test_a_tuned_lens_is_measured_and_trained(models, name):
+    """KL of every layer through random maps, in PyTorch; training brings what is said nearer to the end."""
+    model, theirs = models[name].ours, models[name].theirs
+    ids = model.tokenizer(WORDS * 60, add_special_tokens=False)["input_ids"]
+    rows = text_rows(model, ids, 24, 40)
+    random = np.random.default_rng(0)
+    maps = TunedLens(*(np.float32(0.1 * random.standard_normal(shape)) for shape in ((2, 32, 32), (2, 32))))
+    found = measured_lens(model, maps, rows[:8])
+    with torch.no_grad():
+        tokens = torch.tensor(np.array([row.ids for row in rows[:8]], np.int64))
+        out = theirs(tokens, output_hidden_states=True)
+        head = theirs.cls if name == "masked" else lambda x: theirs.lm_head(theirs.transformer.ln_f(x))
+        places = torch.tensor(np.array([row.of_row["places"] for row in rows[:8]], np.int64))[..., None]
+        end = out.logits.log_softmax(-1).take_along_dim(places, 1)
+        for layer in range(2):
+            x = out.hidden_states[layer]
+            x = x + x @ torch.tensor(maps.kernel_LDD[layer]).double() + torch.tensor(maps.bias_LD[layer]).double()
+            here = head(x).log_softmax(-1).take_along_dim(places, 1)
+            assert found[layer] == pytest.approx(float((end.exp() * (end - here)).sum(-1).mean()), rel=1e-3)
+
+    tuned = tune(model, rows, 40)
+    assert (tuned.after_L < tuned.before_L).all()
+    asked = ask(model, "the [MASK] dog" if name == "masked" else "the dog")
+    plain, zeros, better = (lens(model, asked, maps) for maps in (None, untrained(model.config), tuned.lens))
+    np.testing.assert_allclose(plain.divergence_EP, zeros.divergence_EP, rtol=1e-5, atol=1e-6)
+    assert better.tuned and not np.allclose(better.divergence_EP[:-1], plain.divergence_EP[:-1])
+    np.testing.assert_allclose(better.divergence_EP[-1], 0, atol=1e-5)
+
+
 def tagged(random, count):
     """Sentences whose words say their tags, but for words that two tags share."""
     kinds = {"D": ["the", "a"], "N": ["dog", "cat", "fox", "sun"], "V": ["jumps", "sleeps"]}
@@ -299,6 +335,18 @@ def test_the_commands_write_pages_and_numbers(models, tmp_path, capsys):
     )  # fmt: skip
     with np.load(tmp_path / "page.npz") as numbers:
         np.testing.assert_allclose(numbers["importance_LN"], found["importance"])
+    maps = ["--output", str(tmp_path / "lens.safetensors")]
+    text = ["--data.validation", str(tmp_path / "text.txt"), "--length", "24", "--rows", "40", "--steps", "3"]
+    found = run(lens_command, lens_command.LensConfig, [masked, *text, *maps], capsys)
+    assert len(found["before"]) == len(found["after"]) == 2
+    asked = [masked, "--text", "the [MASK]", "--lens", str(tmp_path / "lens.safetensors"), *output]
+    run(look_text, look_text.LookConfig, asked, capsys)
+    assert "Belrose et al. 2023" in (tmp_path / "page.html").read_text("utf-8")
+    with pytest.raises(UserError, match="holds no lens"):
+        load_lens(str(tmp_path / "text.txt"), models["masked"].ours.config)
+    wider = dataclasses.replace(models["masked"].ours.config, hidden_size=64)
+    with pytest.raises(UserError, match="a model of 2 layers, 32 wide, and this one has 2, 64 wide"):
+        load_lens(str(tmp_path / "lens.safetensors"), wider)
     found = run(induction_command, induction_command.InductionConfig, [causal, *output], capsys)
     assert found["steps"] == [None] and np.shape(found["score"]) == (1, 2, 4)
     found = run(

@@ -1,4 +1,4 @@
-"""What the model would say if it ended after each of its layers: the logit lens (nostalgebraist 2020)."""
+"""What the model would say if it ended after each layer: the logit lens (nostalgebraist 2020), or a tuned one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from espalier.data.tokenizer import special_ids
 from espalier.look.asked import Asked, of_target
+from espalier.look.tuned_lens import TunedLens, translated
 from espalier.models.heads import LANGUAGE_MODELS
 from espalier.models.logits import of_states
 from espalier.models.taps import Taps
@@ -38,24 +39,34 @@ class Lens(NamedTuple):
     """The probability of the token that is the most probable in the end."""
     divergence_EP: np.ndarray
     """KL(what is said in the end ‖ what is said here), nats."""
+    tuned: bool
+    """Whether the layers are read by a tuned lens."""
 
 
-def lens(model: LoadedModel, asked: Asked) -> Lens:
-    """One pass, whose stream is read between the layers, and given to the final norm and the head."""
-    streams_ETD = between(model, asked.batch)[:, 0]
+def lens(model: LoadedModel, asked: Asked, tuned: TunedLens | None = None) -> Lens:
+    """One pass, whose stream is read between the layers, and given to the final norm and the head.
+
+    tuned: maps each layer's stream before.
+    """
+    streams_ETD = between(model, asked.batch, tuned)[:, 0]
     target = jax.jit(lambda params, x_TD: of_target(model, asked, params, x_TD[None])[1])
     chance_E = np.array([float(target(model.params, x_TD)) for x_TD in streams_ETD])
     places_P = _places(model, asked)
     words = _words(model, streams_ETD, places_P)
-    return Lens(chance_E, places_P, *words)
+    return Lens(chance_E, places_P, *words, tuned=tuned is not None)
 
 
-def between(model: LoadedModel, batch: dict[str, Any]) -> jax.Array:
+def between(model: LoadedModel, batch: dict[str, Any], tuned: TunedLens | None = None) -> jax.Array:
     """The stream after 0, 1, … L layers, as the heads take it, [L + 1, B, T, D]."""
     read = Taps(read=("stream",))
-    x_BTD, seen = apply(model.config, model.params, dict(batch), execution=model.execution, taps=read)
-    before_LBTD = jnp.stack([normed(model.config, model.params, stream_BTD) for stream_BTD in seen["stream"]])
-    return jnp.concatenate([before_LBTD, x_BTD[None]])
+    end_BTD, seen = apply(model.config, model.params, dict(batch), execution=model.execution, taps=read)
+    before_LBTD = jnp.stack(
+        [
+            normed(model.config, model.params, translated(tuned, layer, x_BTD))
+            for layer, x_BTD in enumerate(seen["stream"])
+        ]
+    )
+    return jnp.concatenate([before_LBTD, end_BTD[None]])
 
 
 def _places(model: LoadedModel, asked: Asked) -> np.ndarray:

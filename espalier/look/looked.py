@@ -13,10 +13,12 @@ from espalier.files import replacing
 from espalier.look.asked import Asked, Wanted, ask
 from espalier.look.attention import Attention, attention
 from espalier.look.attribution import Attribution, attribution
-from espalier.look.lens import Lens, lens
+from espalier.look.lens import Lens
+from espalier.look.lens import lens as read_layers
 from espalier.look.sections import attention as attention_section
 from espalier.look.sections import attribution as attribution_sections
 from espalier.look.sections import lens as lens_section
+from espalier.look.tuned_lens import load
 from espalier.predict.loaded import LoadedModel
 from espalier.report import page
 from espalier.report.inline import Page
@@ -97,23 +99,26 @@ def look(
     query: str | None = None,
     question: str | None = None,
     word: str | None = None,
+    lens: str | None = None,
 ) -> Looked:
     """What a model looks at in a text, what each layer would say, and which words its answer is owed to.
 
     Explained is its class, the tag of a word, its answer to a question, its relevance to a query, the word at the first
     [MASK], or the next word; `target` names another than the most probable. text_b: the second text of a pair. word:
-    whose tag. UserError where the model is for something else, or the text or the target will not do.
+    whose tag. lens: the file of a tuned lens, by which layers are read (`look lens`). UserError where the model is for
+    something else, or the text or the target will not do.
 
     >>> import espalier
     >>> seen = espalier.look(espalier.load(run), "To be, or [MASK] to be")
     >>> seen.asked.what, len(seen.owed)
     ('word at [MASK]', 7)
     """
+    tuned = None if lens is None else load(lens, model.config)
     asked = ask(model, text, Wanted(target, text_b, query, question, word))
     with progress.waiting("reading the heads"):
         heads = attention(model, asked)
     with progress.waiting("reading the layers"):
-        layers = lens(model, asked)
+        layers = read_layers(model, asked, tuned)
     with progress.waiting("asking what the answer is owed to"):
         why = attribution(model, asked)
     return Looked(model, text, asked, why, heads, layers)

@@ -12,6 +12,7 @@ KINDS = {
     "features": "espalier.commands.look.features:FeaturesConfig",
     "heads": "espalier.commands.look.heads:HeadsConfig",
     "induction": "espalier.commands.look.induction:InductionConfig",
+    "lens": "espalier.commands.look.lens:LensConfig",
     "patch": "espalier.commands.look.patch:PatchConfig",
     "probe": "espalier.commands.look.probe:ProbeConfig",
 }

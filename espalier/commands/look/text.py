@@ -34,6 +34,8 @@ class LookConfig(AskedModel):
     """Class, tag, word or answer whose score is explained; unset = the most probable one."""
     word: str | None = None
     """The word whose tag is explained; unset = that of the surest entity."""
+    lens: str | None = None
+    """A tuned lens (`look lens`) by which the layers are read; unset = the logit lens."""
     output: str = "look.html"
     """The page; the numbers go beside it, look.npz."""
 
@@ -50,7 +52,7 @@ def main(config: LookConfig) -> dict[str, Any]:
     assert config.text is not None
     with progress.waiting(f"loading {config.model}"):
         model = config.loaded()
-    given = {name: getattr(config, name) for name in ("target", "text_b", "query", "question", "word")}
+    given = {name: getattr(config, name) for name in ("target", "text_b", "query", "question", "word", "lens")}
     seen = look(model, config.text, **given)
     path, numbers = seen.write(pages.page_path(config.output))
     asked, why = seen.asked, seen.attribution

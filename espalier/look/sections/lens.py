@@ -20,9 +20,12 @@ def section(asked: Asked, found: Lens, tokenizer: PreTrainedTokenizerFast) -> Se
     rows = [(_after(at), float(found.chance_E[at]), "") for at in reversed(range(layers))]
     body = f"<h3>“{escape(asked.name.strip())}” after each layer</h3>{page.bars(rows)}"
     note = (
-        "The model's own head reads the stream after each layer, as if the others were not there (the logit lens, "
+        "The model's own head reads the stream after each layer, through a map that was trained for it (the tuned "
+        "lens, Belrose et al. 2023)."
+        if found.tuned
+        else "The model's own head reads the stream after each layer, as if the others were not there (the logit lens, "
         "nostalgebraist 2020). Early layers need not speak the head's language: little there does not mean that "
-        "little is known there."
+        "little is known there; a tuned lens (the command look lens) learns to translate."
     )
     if len(found.places_P):
         body += _table(asked, found, tokenizer)
@@ -62,8 +65,9 @@ def _table(asked: Asked, found: Lens, tokenizer: PreTrainedTokenizerFast) -> str
         rows.append(f"<tr><th scope=row>{_after(layer)}</th>{''.join(cells)}</tr>")
     cut = f" Of {len(found.places_P):,} the last {SHOWN} are shown." if first else ""
     return (
-        "<h3>The most probable word</h3><p class=note>Columns are the tokens at which it is read, the stronger the "
-        f"ground the more probable; what lies under a word names the next ones.{cut}</p>"
+        "<h3>The most probable word</h3><p class=note>Columns are the tokens at which it is read: masks, or of a "
+        "decoder every token, under which stands what would follow. The stronger the ground, the more probable."
+        f"{cut}</p>"
         f"<div class=scroll tabindex=0><table class=lens><thead><tr><th></th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
