@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sharding.mesh import constrain
 
-MEMORY = 0.99
+MEMORY = 0.9
 """How much of the running threshold stays from step to step, at most: it begins as the mean of all steps."""
 
 
