@@ -34,6 +34,7 @@ TASKS = {
     "masked_lm": "mlm.record:MASKED_LM",
     "causal_lm": "clm.record:CAUSAL_LM",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
+    "rationale": "finetune.tasks.rationale.record:RATIONALE",
     "token_classification": "finetune.tasks.tag.record:TAGGING",
     "multiple_choice": "finetune.tasks.choose.record:MULTIPLE_CHOICE",
     "ranking": "finetune.tasks.rank.record:RANKING",

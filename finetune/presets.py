@@ -9,12 +9,14 @@ from finetune.tasks.classify import record as classify
 from finetune.tasks.embed import record as embed
 from finetune.tasks.instruct import record as instruct
 from finetune.tasks.rank import record as rank
+from finetune.tasks.rationale import record as rationale
 from finetune.tasks.tag import record as tag
 
 PRESETS = {
     "classify": classify.classify,
     "classify-debug": classify.classify_debug,
     "demo": classify.demo,
+    "rationale": rationale.rationale,
     "glue": glue.glue,
     "tag": tag.tag,
     "embed": embed.embed,

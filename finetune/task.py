@@ -131,6 +131,8 @@ class OfExamples(Labelled):
 class FinetuneTask(TaskRecord):
     """A task that is learnt from labelled files, on top of a pretrained model."""
 
+    exports: bool = True
+    """Whether Hugging Face has a class for its models."""
     place: str
     """Module and class that read its data, `finetune.tasks.tag.task:Tagging`, loaded when they are needed.
 
@@ -152,6 +154,8 @@ class FinetuneTask(TaskRecord):
         from espalier.models.config import ModelConfig
         from finetune.config import max_length
 
+        if config.export and not self.exports:
+            raise UserError(f"export: Hugging Face has no class for models of the task {self.name}; leave out --export")
         if origin is None or not config.init_from:
             raise UserError(
                 "no --init-from given: name the run directory of the model that is to be fine-tuned, or hf:PATH_OR_ID"
@@ -227,7 +231,7 @@ class FinetuneTask(TaskRecord):
             summary=lambda step: {"metrics": {}} | ({"trained_parameters": partly.trained} if partly else {}),
             exported=lambda published: data.exported(tokenizer, published),
             following=None
-            if config.export
+            if config.export or not self.exports
             else ("./launch.sh", "export", str(config.run_dir), f"exported/{start.run.path.name}"),
         )
 

@@ -39,10 +39,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/(masked_lm|causal_lm)/kernel", ("tensor", "fsdp")),
     (r"head/(masked_lm|causal_lm)/bias", ("tensor",)),
     (
-        r"head/(pooler|\w+_classification|question_answering|replaced_token_detection)/(dense|out)/kernel",
+        r"head/(pooler|\w+_classification|question_answering|replaced_token_detection|rationale)/(dense|out)/kernel",
         ("fsdp", None),
     ),
-    (r"head/(pooler|\w+_classification|question_answering|replaced_token_detection)/(dense|out)/bias", (None,)),
+    (
+        r"head/(pooler|\w+_classification|question_answering|replaced_token_detection|rationale)/(dense|out)/bias",
+        (None,),
+    ),
+    (r"head/price/multiplier", ()),
     # Adapters follow their kernel; the rank stays whole.
     (r"(cross_)?attention/q/lora_a", (None, "fsdp")),
     (r"(cross_)?attention/q/lora_b", ("tensor", None, None)),

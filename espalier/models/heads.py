@@ -24,6 +24,7 @@ HEADS = (
     "question_answering",
     "replaced_token_detection",
     "embedding",
+    "rationale",
 )
 
 
@@ -53,6 +54,7 @@ def init_heads(config: ModelConfig, key: jax.Array, heads: tuple[str, ...]) -> d
         "token_classification": (TokenClassifier(c, len(c.labels)), (x_BTD,)),
         "question_answering": (TokenClassifier(c, 2), (x_BTD,)),
         "replaced_token_detection": (ReplacedTokenDetector(c), (x_BTD,)),
+        "rationale": (TokenClassifier(c, 2), (x_BTD,)),
     }
     for name in modules.keys() & set(heads):
         if name.endswith("classification"):
@@ -123,6 +125,13 @@ def span_logits(config: ModelConfig, params: dict, hidden_BTD: jax.Array, key: j
     """Scores of every token as the start and the end of the answer, float32 [B, T, 2]; a key turns dropout on."""
     classifier: Any = TokenClassifier(config, 2)
     return classifier.apply({"params": params["head"]["question_answering"]}, hidden_BTD, key)
+
+
+def gate_logits(config: ModelConfig, params: dict, hidden_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Scores of every token from which the gate of its word is made (models.gates), float32 [B, T, 2]; a key turns
+    dropout on."""
+    classifier: Any = TokenClassifier(config, 2)
+    return classifier.apply({"params": params["head"]["rationale"]}, hidden_BTD, key)
 
 
 def replaced_logits(config: ModelConfig, params: dict, hidden_BTD: jax.Array) -> jax.Array:

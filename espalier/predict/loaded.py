@@ -74,6 +74,13 @@ class LoadedModel:
             raise UserError("threshold: this model does not give several labels a text; leave it out")
         return [result | {"labels": at_least(threshold, result["probabilities"])} for result in results]
 
+    def rationale(self, texts: str | Sequence[str] | Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """As `classify`, by few words alone, which are there too: `words`, each with `text`, `begin` and `end`.
+
+        UserError where the model was not tuned for it (`finetune rationale`). `classify` reads the whole text.
+        """
+        return self._answers("rationale", _texts(texts))
+
     def tag(self, texts: str | Sequence[str] | Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """`tokens`, `tags` (one each) and, where tags are of entities, `spans` of each text, or list of words.
 

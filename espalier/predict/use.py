@@ -21,6 +21,7 @@ USES = {
     "causal_lm": "espalier.predict.generate:GENERATE",
     "instruction_tuning": "espalier.predict.generate:GENERATE",
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
+    "rationale": "espalier.predict.rationale:RATIONALE",
     "token_classification": "espalier.predict.tag:TAG",
     "multiple_choice": "espalier.predict.choose:CHOOSE",
     "ranking": "espalier.predict.rank:RANK",

@@ -1,0 +1,1 @@
+"""A class, and the few words that it was read off."""
