@@ -26,6 +26,7 @@ usage: ./launch.sh [COMMAND] [arguments]
   ./launch.sh                          install what is missing, then run the demo
 ${library_help%$'\n'}
   ./launch.sh test [pytest arguments]  install what the tests need and run them (paths as seen from this folder)
+  ./launch.sh docs [--output FOLDER]   the pages of docs/ as a site with search, in site/
   ./launch.sh setup                    install only
   ./launch.sh python [arguments]       the environment's Python, which finds Espalier from everywhere
 
@@ -168,7 +169,7 @@ for distribution in importlib.metadata.distributions():
 PYTHON
 }
 
-# Everything of requirements.txt, and of requirements-test.txt for `test`, unless a stamp says that it is there.
+# Everything of requirements.txt, and what `test` or `docs` need besides, unless a stamp says that it is there.
 # The stamp holds the requirements themselves and is removed while pip works: an interrupted install leaves none.
 install() {
   local stamp=$stamps/$1 wanted
@@ -241,6 +242,7 @@ install_libtpu_locked() {
 setup() {
   local files=("$root/requirements.txt") name
   [[ $1 != test ]] || files+=("$root/requirements-test.txt")
+  [[ $1 != docs ]] || files+=("$root/docs/site/requirements.txt")
   find_environment
   find_hardware
   name=$hardware-$1
@@ -271,6 +273,12 @@ case $command in
     # Processes of their own for the tests, since most of them wait for compilers that use one core.
     exec "$python" -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"
     ;;
+  docs)
+    setup run
+    setup docs
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    exec "$python" "$root/docs/site/build.py" "$@"
+    ;;
   python)
     setup run
     run python "$@"
@@ -281,7 +289,7 @@ case $command in
       [[ $command != plan || " $*" != *" --topology"* ]] || install_libtpu_locked
       run "$command" "$@"
     fi
-    commands+=(test setup python)
+    commands+=(test docs setup python)
     nearest=$("${PYTHON:-python3}" -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' \
       "$command" "${commands[@]}" 2>/dev/null || true)
     fail "unknown command '$command'${nearest:+; did you mean $nearest?}; \`./launch.sh --help\` lists ${commands[*]}"
