@@ -1,4 +1,4 @@
-"""The pages of docs/ as a site with search, for a server or to be opened from the disk: `./launch.sh docs`.
+"""The pages of docs/ as a site with search: `./launch.sh docs`.
 
 The pages are plain markdown that GitHub shows too. They are copied with one more, written from docstrings (api.py), and
 rendered by Zensical. Warnings are errors: a link to what is not there, and what the two renderers read differently.
@@ -34,6 +34,9 @@ SECTIONS = {
 }
 """Section → its pages, in order. A page belongs to the first pattern that it fits; a new one needs no entry."""
 
+ELSEWHERE = re.compile(r"<script[^>]*\bsrc=\"?https?://[^>]*></script>")
+"""A script that the renderer would load from elsewhere, for search in pages that are opened from the disk; without it
+search wants a server."""
 LINK = re.compile(r"(?<!!)\[([^\]\n]+(?:\n[^\]\n]+)?)\]\((?!https?:|mailto:|#)([^)\s]+)\)")
 
 
@@ -57,9 +60,13 @@ def main() -> int:
         if result.returncode:
             print(said.split("Traceback (most recent")[0], file=sys.stderr)
             return 1
+        for page in (folder / "site").rglob("*.html"):
+            text = page.read_text(encoding="utf-8")
+            page.write_text(ELSEWHERE.sub("", text), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(folder / "site", output)
-    print(f"{sum(1 for _ in output.rglob('*.html'))} pages: {output / 'index.html'}")
+    pages = sum(1 for _ in output.rglob("*.html"))
+    print(f"{pages} pages: {output / 'index.html'}; for search, python -m http.server -d {output}")
     return 0
 
 
