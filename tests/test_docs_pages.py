@@ -30,8 +30,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 MODULES = {command.name: command for command in commands()}
-STARTERS = {"cluster/tpu.sh": 2, "cluster/slurm.sh": 0}
-"""What starts a training on other machines → how many arguments of its own come first."""
 
 
 def commands_of(page: str) -> list[list[str]]:
@@ -46,13 +44,15 @@ def commands_of(page: str) -> list[list[str]]:
     found = []
     for line in lines:
         line = re.sub(r"\$seed\b|\$\{seed\}", "0", line.strip())
+        # What starts a run on other machines has the arguments of launch.sh behind its own.
         started = re.match(
-            r"(?:\$ )?(?:\w+=\S+ )*(?:sbatch |srun )?(\./launch\.sh|espalier|cluster/\w+\.sh)(?: (.*))?$", line
+            r"(?:\$ )?(?:\w+=\S+ )*"
+            r"(?:\./launch\.sh|espalier|sbatch \S+/run\.sh|python3 -m cluster\.\w+ run .* --)(?: (.*))?$",
+            line,
         )
-        if not started or started[1] not in ("./launch.sh", "espalier", *STARTERS):
+        if not started:
             continue
-        words = shlex.split(started[2] or "", comments=True)
-        words = words[STARTERS.get(started[1], 0) :]
+        words = shlex.split(started[1] or "", comments=True)
         for end in ("|", ">", "&&", ">>", "&", "2>&1", ";"):
             words = words[: words.index(end)] if end in words else words
         if words and "…" not in " ".join(words) and words[0] in MODULES:
