@@ -35,6 +35,7 @@ TASKS = {
     "causal_lm": "clm.record:CAUSAL_LM",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "rationale": "finetune.tasks.rationale.record:RATIONALE",
+    "concepts": "finetune.tasks.concepts.record:CONCEPTS",
     "token_classification": "finetune.tasks.tag.record:TAGGING",
     "multiple_choice": "finetune.tasks.choose.record:MULTIPLE_CHOICE",
     "ranking": "finetune.tasks.rank.record:RANKING",

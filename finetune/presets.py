@@ -6,6 +6,7 @@ from finetune.glue import record as glue
 from finetune.tasks.answer import record as answer
 from finetune.tasks.choose import record as choose
 from finetune.tasks.classify import record as classify
+from finetune.tasks.concepts import record as concepts
 from finetune.tasks.embed import record as embed
 from finetune.tasks.instruct import record as instruct
 from finetune.tasks.rank import record as rank
@@ -17,6 +18,7 @@ PRESETS = {
     "classify-debug": classify.classify_debug,
     "demo": classify.demo,
     "rationale": rationale.rationale,
+    "concepts": concepts.concepts,
     "glue": glue.glue,
     "tag": tag.tag,
     "embed": embed.embed,

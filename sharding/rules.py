@@ -47,6 +47,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
         (None,),
     ),
     (r"head/price/multiplier", ()),
+    (r"head/concept_classes/kernel", (None, None)),
+    (r"head/concept_classes/bias", (None,)),
     # Adapters follow their kernel; the rank stays whole.
     (r"(cross_)?attention/q/lora_a", (None, "fsdp")),
     (r"(cross_)?attention/q/lora_b", ("tensor", None, None)),

@@ -56,8 +56,9 @@ def test_every_rule_is_used():
         for key_path, _ in jax.tree_util.tree_leaves_with_path(tree):
             path = rules.path_of(key_path)
             used |= {p for p, _ in rules.RULES if re.search(f"(^|/){p}$", path)}
-    # A user's own; what finetune/tasks/rationale adds to its heads.
+    # A user's own; what tasks of finetune add to their heads.
     elsewhere = {r"adapters/[^/]+/(kernel|bias|scale)", r"head/price/multiplier"}
+    elsewhere |= {r"head/concept_classes/kernel", r"head/concept_classes/bias"}
     assert {pattern for pattern, _ in rules.RULES} - used == elsewhere
 
 

@@ -6,7 +6,7 @@ No state, no shuffle buffer: an epoch's order is a permutation that is computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -319,6 +319,10 @@ def prefetch(batch_fn: Callable[[int], Batch], start: int, depth: int, workers: 
     Threads of Grain's MapDataset, which asks for batches by their number: their order and content do not depend on how
     many there are. What batch_fn raises is raised by `next`, once the batches before it are taken. `close` ends them.
     """
+    from absl import logging
+
+    # Where the terminal is not ours (a notebook), Grain would say at its start what it cannot profile on older JAX.
+    logging.get_absl_logger().addFilter(_not_of_profiling)
     import grain
 
     options = grain.ReadOptions(num_threads=workers if depth else 0, prefetch_buffer_size=depth)
@@ -327,6 +331,10 @@ def prefetch(batch_fn: Callable[[int], Batch], start: int, depth: int, workers: 
         # The first ones while the step is compiled.
         batches.start_prefetch()
     return batches
+
+
+def _not_of_profiling(record: Any) -> bool:
+    return "worker profiling requires" not in record.getMessage()
 
 
 def ranges(counts: np.ndarray) -> np.ndarray:

@@ -81,6 +81,18 @@ class LoadedModel:
         """
         return self._answers("rationale", _texts(texts))
 
+    def concepts(
+        self, texts: str | Sequence[str] | Sequence[tuple[str, str]], *, without: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """As `classify`, with the `concepts` that the class was read off: `concept`, `score`, and `part`, how much it
+        speaks for the label; the greatest first.
+
+        without: concepts that are switched off. UserError where the model was not tuned for it (`finetune concepts`).
+        """
+        from espalier.predict.concepts import Asked
+
+        return self._answers("concepts", [Asked(text, tuple(without)) for text in _texts(texts)])
+
     def tag(self, texts: str | Sequence[str] | Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """`tokens`, `tags` (one each) and, where tags are of entities, `spans` of each text, or list of words.
 

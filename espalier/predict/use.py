@@ -22,6 +22,7 @@ USES = {
     "instruction_tuning": "espalier.predict.generate:GENERATE",
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
     "rationale": "espalier.predict.rationale:RATIONALE",
+    "concepts": "espalier.predict.concepts:CONCEPTS",
     "token_classification": "espalier.predict.tag:TAG",
     "multiple_choice": "espalier.predict.choose:CHOOSE",
     "ranking": "espalier.predict.rank:RANK",

@@ -220,7 +220,7 @@ def _opened(data: ClassifyData, name: str) -> Labelled:
 
 
 def _read(path: str, data: ClassifyData) -> Labelled:
-    file = read_labelled(path, data.text, data.label, data.encoding, (data.rationale,) if data.rationale else ())
+    file = read_labelled(path, data.text, data.label, data.encoding, data.others)
     if file.labels is None:
         there = ", ".join(map(repr, file.columns))
         if len(file.columns) == 1 and (wide := next((sign for sign in "，；｜" if sign in file.columns[0]), None)):

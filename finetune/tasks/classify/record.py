@@ -41,6 +41,11 @@ class ClassifyData(FinetuneData):
     """Examples that share a row, without seeing each other; little of the rows is padding then. 0 = as many as suit
     their length, up to 8."""
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Columns that are read beside texts and labels."""
+        return (self.rationale,) if self.rationale else ()
+
     def resumed(self, saved: Mapping[str, Any]) -> Self:
         chosen = saved.get("examples_per_row", 1)
         return self if self.examples_per_row else dataclasses.replace(self, examples_per_row=chosen)

@@ -1,0 +1,1 @@
+"""Classes by named concepts: what is said of a text, and a linear layer from that to its class."""
