@@ -34,6 +34,13 @@ def fail(text: str, code: int = 1) -> None:
     sys.exit(code)
 
 
+def keep(slice: dict) -> None:
+    """Written as a whole, for others read it meanwhile."""
+    new = SLICE.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(slice))
+    new.replace(SLICE)
+
+
 def taken_away() -> None:
     """The machines: whatever runs there is killed, whatever lies there is lost."""
     for host in hosts():
@@ -59,7 +66,7 @@ if verb == "create":
         number = len(file.readlines())
     states = (WORLD / f"plan-{number}").read_text().split()
     labels = dict(pair.split("=") for pair in flags["labels"].split(","))
-    SLICE.write_text(json.dumps({"labels": labels, "type": flags["accelerator-type"], "states": states}))
+    keep({"labels": labels, "type": flags["accelerator-type"], "states": states})
     for host in hosts():
         host.mkdir()
     sys.exit()
@@ -73,7 +80,7 @@ elif verb == "describe" and words[2] == "tpu-vm":
     print(json.dumps({"state": found.get("node", "READY")}))
 elif verb == "describe":
     state = found["states"].pop(0) if len(found["states"]) > 1 else found["states"][0]
-    SLICE.write_text(json.dumps(found))
+    keep(found)
     if state in ("SUSPENDED", "FAILED"):
         taken_away()
     data = {"failedData": {"error": {"message": "There is no more capacity in the zone"}}} if state == "FAILED" else {}

@@ -92,10 +92,11 @@ def config_for(there, run_dir, init_from=None, **changes) -> AnswerConfig:
     defaults = dict(
         init_from=str(init_from or there.encoder),
         run_dir=str(run_dir),
-        steps=6,
+        steps=40,
         batch_size=16,
-        eval_every=3,
-        data=AnswerData(train=there.two, validation=there.validation),
+        eval_every=20,
+        # So much that the part has questions of both kinds.
+        data=AnswerData(train=there.two, validation=there.validation, threshold_part=0.3),
         optimizer=FinetuneOptimizer(learning_rate=3e-3),
         checkpoint=CheckpointConfig(every=100),
         mesh=MeshConfig(1, 1, 1),
