@@ -20,7 +20,7 @@ class ConceptData(ClassifyData):
 
     concepts: tuple[str, ...] = often(())
     """Columns of numbers (0 and 1, or any), one for each concept."""
-    concept_file: str | None = often(None)
+    concept_file: str | None = None
     """Instead of columns: a file with a concept a line, in words ("praises the acting")."""
 
     def __post_init__(self):
@@ -39,7 +39,7 @@ class ConceptData(ClassifyData):
 class ConceptSettings:
     """How concepts are scored and learnt."""
 
-    scorer: str | None = often(None)
+    scorer: str | None = None
     """Run or hf: model whose embeddings say how near a text is to each line of data.concept_file."""
     weight: float = 1.0
     """Of the squared error of the concept scores, beside the nats of the class."""
