@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_pytorch(joint):
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, found), gradient = step(params, batch)
-    scores = np.array(sequence_logits(config, params, apply(config, params, batch, execution=EXECUTION), 
+    scores = np.array(sequence_logits(config, params, apply(config, params, batch, execution=EXECUTION),
                                       batch["segment_ids"]))  # fmt: skip
     s = torch.tensor(scores).requires_grad_()
     kernel, bias = (

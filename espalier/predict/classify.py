@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from espalier.data.examples import encode_pairs
+from espalier.data.examples import Example, encode_pairs
 from espalier.errors import UserError
 from espalier.predict.outputs import softmax
 from espalier.predict.use import Use
@@ -79,21 +79,21 @@ def _named(labels: Sequence[str], values_C: np.ndarray) -> dict[str, float]:
 
 def scores(model: LoadedModel, inputs: Sequence[Texts]) -> list[np.ndarray]:
     """Logits, float32 [C], of each."""
-    alone, pairs = (
-        [at for at, (_, text_b) in enumerate(inputs) if (text_b is not None) is pair] for pair in (False, True)
-    )
+    return model.outputs_of_head(encoded(model, inputs))
+
+
+def encoded(model: LoadedModel, inputs: Sequence[Texts], offsets: bool = False) -> list[Example]:
+    """Texts and pairs as fine-tuning encodes them, in their order; with the characters of their tokens if `offsets`."""
     examples: list[Any] = [None] * len(inputs)
-    for places, pair in ((alone, False), (pairs, True)):
-        encoded = encode_pairs(
-            model.tokenizer,
-            [inputs[at][0] for at in places],
-            [inputs[at][1] or "" for at in places] if pair else None,
-            model.longest,
-            model.config.causal,
-        )
-        for at, example in zip(places, encoded, strict=True):
+    for pair in (False, True):
+        places = [at for at, (_, text_b) in enumerate(inputs) if (text_b is not None) is pair]
+        firsts, seconds = [inputs[at][0] for at in places], [inputs[at][1] or "" for at in places]
+        how = (model.longest, model.config.causal, offsets)
+        for at, example in zip(
+            places, encode_pairs(model.tokenizer, firsts, seconds if pair else None, *how), strict=True
+        ):
             examples[at] = example
-    return model.outputs_of_head(examples)
+    return examples
 
 
 CLASSIFY = Use(

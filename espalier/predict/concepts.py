@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from espalier.data.examples import Example, encode_pairs
+from espalier.data.examples import Example
 from espalier.errors import UserError
 from espalier.predict import classify
 from espalier.predict.outputs import softmax
@@ -57,7 +57,7 @@ def concepts(model: LoadedModel, inputs: Sequence[Asked]) -> list[dict[str, Any]
     for asked in inputs:
         if unknown := [name for name in asked.without if name not in names]:
             raise UserError(f"without={unknown[0]!r} is no concept of this model; it has {', '.join(names)}")
-    examples = encoded(model, [asked.texts for asked in inputs])
+    examples = classify.encoded(model, [asked.texts for asked in inputs])
     layer = {name: np.asarray(array, np.float64) for name, array in model.params["head"][BOTTLENECK].items()}
     # Only differences between classes count.
     others_KC = (layer["kernel"].sum(1, keepdims=True) - layer["kernel"]) / max(len(classes) - 1, 1)
@@ -76,18 +76,6 @@ def concepts(model: LoadedModel, inputs: Sequence[Asked]) -> list[dict[str, Any]
             {"label": classes[best], "probability": named[classes[best]], "probabilities": named, "concepts": said}
         )
     return results
-
-
-def encoded(model: LoadedModel, texts: Sequence[classify.Texts]) -> list[Example]:
-    """Texts and pairs as fine-tuning encodes them, in their order."""
-    found: list[Any] = [None] * len(texts)
-    for pair in (False, True):
-        places = [at for at, (_, second) in enumerate(texts) if (second is not None) is pair]
-        firsts, seconds = [texts[at][0] for at in places], [texts[at][1] or "" for at in places]
-        examples = encode_pairs(model.tokenizer, firsts, seconds if pair else None, model.longest, model.config.causal)
-        for at, example in zip(places, examples, strict=True):
-            found[at] = example
-    return found
 
 
 CONCEPTS = Use(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from espalier.data import token_tables
-from espalier.data.examples import Example, encode_pairs
+from espalier.data.examples import Example
 from espalier.data.token_tables import word_table
 from espalier.data.tokenizer import special_ids
 from espalier.models.rationale import CONTINUABLE, CONTINUES, SPECIAL, explained
-from espalier.predict.classify import Texts, read
+from espalier.predict.classify import Texts, encoded, read
 from espalier.predict.outputs import outputs, softmax
 from espalier.predict.use import Use
 
@@ -26,7 +26,7 @@ def rationale(model: LoadedModel, inputs: Sequence[Texts]) -> list[dict[str, Any
     """`label`, `probability`, `probabilities` and `words` of each: those that were selected, each with its `text` and
     the characters `begin` and `end` (of a pair also `of`, 0 or 1)."""
     labels, results = model.config.labels, []
-    examples = encoded(model, inputs)
+    examples = encoded(model, inputs, offsets=True)
     for texts, example, found in zip(inputs, examples, selected(model, examples), strict=True):
         chances_C = softmax(found["scores"])
         best = int(chances_C.argmax())
@@ -46,19 +46,6 @@ def token_kinds(tokenizer: PreTrainedTokenizerFast, size: int) -> np.ndarray:
     kinds_V[: len(table)] = table
     kinds_V[[index for index in special_ids(tokenizer).all if index < size]] |= SPECIAL
     return kinds_V
-
-
-def encoded(model: LoadedModel, inputs: Sequence[Texts]) -> list[Example]:
-    """Examples with the characters of their tokens."""
-    found: list[Any] = [None] * len(inputs)
-    for pair in (False, True):
-        places = [at for at, (_, text_b) in enumerate(inputs) if (text_b is not None) is pair]
-        firsts = [inputs[at][0] for at in places]
-        seconds = [inputs[at][1] or "" for at in places] if pair else None
-        how = (model.longest, model.config.causal)
-        for at, example in zip(places, encode_pairs(model.tokenizer, firsts, seconds, *how, offsets=True), strict=True):
-            found[at] = example
-    return found
 
 
 def selected(model: LoadedModel, examples: Sequence[Example], compared: bool = False) -> list[dict[str, np.ndarray]]:

@@ -26,6 +26,7 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import sequence_logits
 from espalier.models.transformer import apply, init_params
 from espalier.predict.concepts import BOTTLENECK, class_scores, concept_scores
+from espalier.predict.embed import unit
 from espalier.predict.outputs import softmax
 from espalier.task import Evaluation
 from espalier.training.step import Objective
@@ -199,10 +200,6 @@ def scored(names: Sequence[str], scorer: str, parts: Sequence[Part]) -> list[np.
             texts = [f"{a} {b}".strip() for a, b in zip(part.texts.texts_a, seconds, strict=True)]
             found.append((unit(model.embed(texts)) @ concept_KD.T).astype(np.float64))
     return found
-
-
-def unit(x_ND: np.ndarray) -> np.ndarray:
-    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
 
 
 def measured(

@@ -24,8 +24,9 @@ from espalier.models import gates
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.rationale import seen_through, selector, spread, words_of
 from espalier.models.transformer import init_params
+from espalier.predict.classify import encoded
 from espalier.predict.outputs import softmax
-from espalier.predict.rationale import encoded, selected, token_kinds, words_in
+from espalier.predict.rationale import selected, token_kinds, words_in
 from espalier.task import Evaluation
 from espalier.training.step import Objective
 from finetune.task import OfExamples
@@ -127,7 +128,7 @@ def measured(model: LoadedModel, part: Part, train_labels: Sequence[int] | None 
     names, labels_N = model.config.labels, np.array(part.labels)
     texts_b = part.texts.texts_b or [None] * len(part.labels)
     inputs = list(zip(part.texts.texts_a, texts_b, strict=True))
-    examples = encoded(model, inputs)
+    examples = encoded(model, inputs, offsets=True)
     results = selected(model, examples, compared=True)
     chance_NC, whole_NC, rest_NC = (
         softmax(np.stack([result[name] for result in results])) for name in ("scores", "whole", "rest")
