@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "assembly": {"models", "data", "training", "report", "sharding", "task"},
     "training": {"sharding"},
     "report": {"task"},
-    "runs": {"report"},
+    "runs": {"report", "serve"},
     "data": set(),
     "sharding": set(),
     "commands": ENTRY | {"mlm", "clm", "features", "finetune", "loading", "look", "runs", "serve"},

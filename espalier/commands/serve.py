@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from espalier import cli, progress
 from espalier.commands.asked_model import AskedModel
 from espalier.errors import UserError
+from espalier.serve.server import address_of, check_installed, listening, until_ended
 
 if TYPE_CHECKING:
     from espalier.predict.loaded import LoadedModel
@@ -60,7 +58,9 @@ class ServeConfig(AskedModel):
 
 def main(config: ServeConfig) -> dict[str, Any]:
     """Serve until Ctrl-C; returns the `--json` object."""
-    check_installed()
+    check_installed("serve")
+    from espalier.serve.app import Limits, application
+
     with listening(config.host, config.port) as listener:
         with progress.waiting(f"loading {config.model}"):
             model, use = config.opened(config.use, config.max_length)
@@ -68,36 +68,13 @@ def main(config: ServeConfig) -> dict[str, Any]:
         with progress.waiting(f"compiling {len(shapes.all())} programs, for rows of up to {shapes.lengths[-1]} tokens"):
             example = example_of(model, use)
             warm_up(batcher, use, example)
-        host, port = listener.getsockname()[:2]
-        progress.say(f"{use.name}: http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends)")
+        progress.say(f"{use.name}: {address_of(listener)} (Ctrl-C ends)")
         about = {"use": use.name, "model": config.model, "takes": use.takes, "example": example}
-        _run(config, listener, use, batcher, about)
+        limits = Limits(config.limit_bytes, config.limit_rows, config.limit_seconds)
+        until_ended(application(use, batcher, limits, about), listener, max(1, round(config.limit_seconds)))
         batcher.close()
     progress.say(f"ended; {batcher.answered:,} rows were answered in {batcher.batches:,} batches")
     return {"use": use.name, "rows": batcher.answered, "batches": batcher.batches}
-
-
-def check_installed() -> None:
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"serve needs {error.name}, which is not installed; `./launch.sh python -m pip install starlette uvicorn` "
-            "(or espalier[serve])"
-        ) from None
-
-
-@contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens there; UserError where that is not possible."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}; try --port 0") from None
-    with listener:
-        yield listener
 
 
 def batcher_of(model: LoadedModel, use: Use, delay: float) -> tuple[Batcher, Shapes]:
@@ -133,37 +110,6 @@ def warm_up(batcher: Batcher, use: Use, example: Mapping[str, Any]) -> None:
         row = {name: value for name, value in example.items() if value != ""}
         batcher.ask([use.reads(row)]).result()
         batcher.batches = batcher.answered = 0
-
-
-def _run(config: ServeConfig, listener: socket.socket, use: Use, batcher: Batcher, about: dict[str, Any]) -> None:
-    import uvicorn
-
-    from espalier.serve.app import Limits, application
-
-    class Server(uvicorn.Server):
-        """Ctrl-C and SIGTERM end it after the requests at hand, and are not raised again."""
-
-        @contextlib.contextmanager
-        def capture_signals(self):
-            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    limits = Limits(config.limit_bytes, config.limit_rows, config.limit_seconds)
-    server = Server(
-        uvicorn.Config(
-            application(use, batcher, limits, about),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=max(1, round(config.limit_seconds)),
-        )
-    )
-    server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import signal
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 from espalier import progress
-from espalier.errors import UserError
 from espalier.runs.folder import Folder
 from espalier.runs.page import described, page_of, points_of_each, snapshot
+from espalier.serve.server import address_of, check_installed, listening, until_ended
 
 AT_LEAST = 1.0
 """Seconds between two looks."""
@@ -121,54 +118,13 @@ def application(watched: Watched, host: str = "127.0.0.1"):
 
 def serve(folder: Folder, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM. UserError where the libraries are missing or the address is taken."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise UserError(
-            f"runs --serve needs {error.name}, which is not installed; `./launch.sh python -m pip install starlette "
-            "uvicorn` (or espalier[serve]); --html needs neither"
-        ) from None
-
-    class Server(uvicorn.Server):
-        """Signals end it, and are not raised again."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
+    check_installed("runs --serve", "; --html needs neither")
     watched = Watched(folder)
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         with progress.waiting(f"reading {folder.path}"):
             watched.data()
-        address, taken = listener.getsockname()[:2]
-        address = f"[{address}]" if ":" in address else address
-        progress.say(f"{len(folder.runs)} runs of {folder.path}: http://{address}:{taken} (Ctrl-C ends)")
+        progress.say(f"{len(folder.runs)} runs of {folder.path}: {address_of(listener)} (Ctrl-C ends)")
         for line in folder.problems:
             progress.say(f"warning: {line}")
-        server = uvicorn.Config(
-            application(watched, host),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=2,
-        )
-        Server(server).run(sockets=[listener])
+        until_ended(application(watched, host), listener, 2)
     progress.say("ended")
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}; try --port 0") from None
-    with listener:
-        yield listener
