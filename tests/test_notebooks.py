@@ -83,8 +83,10 @@ def test_a_notebook_runs(path, tmp_path, shared_data, monkeypatch):
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.get("text", "") for output in outputs)
-    # Nothing but our own lines: no warnings of libraries, no orders to a terminal.
-    assert "\033[" not in printed and "warning" not in printed.lower(), printed[-3000:]
+    # Nothing but our own lines: no warnings of libraries, no orders to a terminal. That the tiny model of a few steps
+    # learnt nothing is ours to say; whether it did depends on the processor's arithmetic.
+    others = "\n".join(line for line in printed.splitlines() if not line.startswith("warning: every validation example"))
+    assert "\033[" not in others and "warning" not in others.lower(), printed[-3000:]
     assert any("text/html" in output.get("data", {}) for output in outputs)
     if os.environ.get("ESPALIER_KEEP_NOTEBOOKS"):
         nbformat.write(notebook, pathlib.Path(os.environ["ESPALIER_KEEP_NOTEBOOKS"]) / path.name)
