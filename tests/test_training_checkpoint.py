@@ -26,7 +26,7 @@ from espalier.training.checkpoint import (
     restore_params,
     restore_state,
 )
-from espalier.training.config import OptimizerConfig
+from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.optimizer import build_optimizer
 from espalier.training.state import new_state, shard_state
 from sharding.mesh import MeshConfig, build_mesh
@@ -209,7 +209,7 @@ def test_a_newer_format_is_refused(copied):
 def test_the_newest_stay_and_steps_only_grow(tmp_path):
     _, fill = layout(name="adamw")
     said = []
-    checkpoints = Checkpoints(tmp_path, keep=2, announce=said.append)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2), announce=said.append)
     for step in (1, 2, 3):
         checkpoints.save(fill(step), CONFIG, {"step": step})
     with pytest.raises(ValueError, match="step 2 is not after 3"):

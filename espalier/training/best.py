@@ -47,6 +47,8 @@ class Best:
         """Evaluations after it."""
         self._patience = stopping.patience
         self._last = -1
+        self._values: dict[int, float] = {}
+        """Of the evaluations whose checkpoint was kept."""
         for step, metrics in evaluations:
             if self.metric in metrics:
                 self.saw(step, metrics, step in there)
@@ -66,11 +68,17 @@ class Best:
         self._last = step
         value, before = metrics[self.metric], self.metrics.get(self.metric)
         better = kept and value == value and (before is None or (value < before if self.lower else value > before))
+        if kept and value == value:
+            self._values[step] = value
         if better:
             self.step, self.metrics, self.since = step, dict(metrics), 0
         else:
             self.since += 1
         return better
+
+    def steps(self, count: int) -> list[int]:
+        """The best so many of the steps that it saw, the best of all first; of equals, the earlier."""
+        return sorted(self._values, key=lambda step: (self._values[step] * (1 if self.lower else -1), step))[:count]
 
     @property
     def exhausted(self) -> bool:
@@ -86,13 +94,14 @@ class Best:
 
 
 class KeptBest:
-    """The best checkpoint on the disk of a run that keeps it. To be made and called by all processes."""
+    """The best checkpoints on the disk of a run that keeps them. To be made and called by all processes."""
 
     def __init__(self, config: TrainConfig, run: RunDirectory, tracker: Tracker, checkpoints: Checkpoints):
         there = from_first("checkpoints", complete_steps(run.checkpoints))
         self.best = Best(config, from_first("evaluations", tracker.evaluations), there)
         self._run, self._tracker, self._checkpoints = run, tracker, checkpoints
-        checkpoints.best = self.best.step
+        self._count = config.checkpoint.keep_best
+        checkpoints.best = self.best.steps(self._count)
 
     @classmethod
     def of(cls, config: TrainConfig, run: RunDirectory, tracker: Tracker, checkpoints: Checkpoints) -> KeptBest | None:
@@ -105,10 +114,10 @@ class KeptBest:
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """After each evaluation of a state that is saved, or is being saved."""
-        if self.best.saw(step, metrics):
-            self._checkpoints.best = step
-            if jax.process_index() == 0:
-                write_json(self._run.best, self.best.record)
+        better = self.best.saw(step, metrics)
+        self._checkpoints.best = self.best.steps(self._count)
+        if better and jax.process_index() == 0:
+            write_json(self._run.best, self.best.record)
 
     @property
     def exhausted(self) -> bool:

@@ -19,13 +19,12 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,17 @@ from etils import epath
 from espalier import progress
 from espalier.errors import MachineError, UserError
 from espalier.files import sync_path, sync_tree
+from espalier.training.config import CheckpointConfig
 from espalier.training.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    bytes_in,
     complete_steps,
-    size_of,
     step_folders,
     verify,
     write_manifest,
 )
+from espalier.training.retention import removal
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState
 from sharding.processes.coordination import LONG_WAIT, gather
@@ -65,17 +66,23 @@ class CheckpointError(OSError, MachineError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: asynchronous saves, the newest `keep` stay on disk.
+    """The checkpoints of one run: asynchronous saves; which of them stay on disk, `config` says.
 
     announce: receives a line for each finished save. To be made and called by all processes of the run.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, announce: Callable[[str], None] = print):
+    def __init__(
+        self,
+        folder: str | Path,
+        config: CheckpointConfig = CheckpointConfig(),  # noqa: B008  # frozen
+        announce: Callable[[str], None] = print,
+    ):
         self.folder = Path(folder).resolve()
-        self._keep = max(1, keep)
+        self._config = config
         self.announce = announce
-        self.best: int | None = None
-        """A step that stays on disk however old it is."""
+        self.best: Collection[int] = ()
+        """Steps that stay on disk however old they are."""
+        self._told = False
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._failed = False
@@ -153,14 +160,22 @@ class Checkpoints:
                     # Only now may an older checkpoint go.
                     sync_tree(self.folder / str(step))
                     sync_path(self.folder)
-                    for old in complete_steps(self.folder)[: -self._keep]:
-                        if old == self.best:
-                            continue
-                        (self.folder / str(old) / MANIFEST).unlink()
-                        shutil.rmtree(self.folder / str(old))
+                    self._clear()
                     self.announce(f"saved step {step} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)")
         except BaseException as error:  # raised where the loop asks next, in wait()
             self._failure, self._failed = error, True
+
+    def _clear(self) -> None:
+        """Delete what need not stay; the manifest first, so that what is left of a kill counts for nothing."""
+        steps = complete_steps(self.folder)
+        gone = removal({step: bytes_in(self.folder / str(step)) for step in steps}, self._config, self.best)
+        for step in gone.steps:
+            (self.folder / str(step) / MANIFEST).unlink()
+            shutil.rmtree(self.folder / str(step))
+        if gone.over and not self._told:
+            self._told = True
+            more = f"{progress.amount(gone.over)}B more than checkpoint.budget={self._config.budget}"
+            self.announce(f"the checkpoints that must stay, with the next one, take {more}")
 
 
 def save_params(folder: str | Path, params: Any, config: dict) -> None:
@@ -332,12 +347,7 @@ def _json(folder: Path, item: str) -> dict:
 
 def _written(folder: Path, step: int) -> int:
     """Bytes on disk of a checkpoint that is being written, whatever its folder is called meanwhile."""
-    size = 0
-    for root in (folder / str(step), *folder.glob(f"{step}.*")):
-        for place, _, names in os.walk(root):
-            for name in names:
-                size += size_of(Path(place, name))
-    return size
+    return sum(bytes_in(root) for root in (folder / str(step), *folder.glob(f"{step}.*")))
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from espalier.errors import UserError
 from espalier.short_help import often
 from espalier.training.optimizers import OPTIMIZERS, OptimizerKind
+from espalier.training.retention import bytes_of
 from sharding.mesh import MeshConfig
 from sharding.processes.discovery import DistributedConfig
 
@@ -125,11 +126,21 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = 2
     """How many of the newest stay on disk."""
+    keep_every: int | None = None
+    """Besides, each checkpoint whose step is a multiple of this stays; unset = none."""
+    keep_best: int = 1
+    """Besides, how many of the best stay, where --keep-best METRIC or early stopping follows a metric."""
+    budget: str | None = None
+    """Bytes that the checkpoints of the run may take, with the one that is being written: 20GB, 500MB. For it the
+    oldest go whatever the other rules say, but never the newest or the best; unset = no limit."""
 
     def __post_init__(self):
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
+        for name in ("every", "keep", "keep_every", "keep_best"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{name}={value} must be at least 1")
+        if self.budget is not None:
+            bytes_of(self.budget)
 
 
 @dataclass(frozen=True)

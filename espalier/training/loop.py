@@ -69,7 +69,7 @@ def train(
         task.save_tokenizer(run.tokenizer)
         kept = {"frozen": keep_frozen(run, state.frozen, task.frozen, origin)} if task.frozen else {}
         collector = Collector(task.objective.collect, run.collected, mesh)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint.keep)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint)))
         peak = peak_flops(mesh.devices.flat[0])
         tracker = Tracker(
             run,

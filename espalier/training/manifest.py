@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -70,6 +71,11 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:  # renamed just now
         return 0
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder, at any depth."""
+    return sum(size_of(Path(place, name)) for place, _, names in os.walk(folder) for name in names)
 
 
 def _sums(folder: Path, names: list[str], what: str | None) -> dict[str, str | None]:
