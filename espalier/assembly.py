@@ -6,6 +6,7 @@ export. What is trained is a `Task` (espalier/task.py); nothing here knows which
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,13 +64,21 @@ class Opened(NamedTuple):
 
 
 def opened(
-    config: Any, record: TaskRecord | None = None, call: cli.Call = cli.FROM_PYTHON, *, objective: Any = None
+    config: Any,
+    record: TaskRecord | None = None,
+    call: cli.Call = cli.FROM_PYTHON,
+    *,
+    objective: Any = None,
+    origin_of: Callable[[Any, RunDirectory, Callable[[str], Origin]], Origin | None] = find_origin,
 ) -> Opened:
-    """The task of a configuration with its data read; arguments as in `train`. Nothing is written into the run."""
+    """The task of a configuration with its data read; arguments as in `train`. Nothing is written into the run.
+
+    origin_of: where it goes on from, if that is not what is newest.
+    """
     assert config.run_dir is not None
     record = (record or tasks.find(config.task)).chosen(config, objective)
     run = RunDirectory(config.run_dir)
-    origin = find_origin(config, run, Pretrained)
+    origin = origin_of(config, run, Pretrained)
     model, longest = record.architecture(config, origin, call.settings_of("model"))
     mesh = open_mesh(config, model, record.head, longest, split=record.splits_rows)
     tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
@@ -80,25 +89,14 @@ def opened(
 def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: Origin | None, call: cli.Call) -> dict:
     """Train an open task to its end and write what a person needs of it. All that can be refused is refused first."""
     config, model, head = task.config, task.model, record.head
-    fresh = origin is None or task.scratch and not origin.resumed
-    handed_on = published_beside(origin.config if origin and not task.scratch else None)
-    published, tokenizer = Published.beside(handed_on), task.tokenizer
+    published, tokenizer = Published.beside(_handed_on(task, origin)), task.tokenizer
     exporting = export_to(config.export, run.path, origin, config.steps)
-    recorded = {"task": record.name, "fingerprints": dict(task.fingerprints), "command": call.command}
-    if head != record.name:
-        recorded["head"] = head
-    if record.name not in tasks.TASKS and record.report:
-        recorded["report"] = kept(record.report)
-    if task.part:
-        recorded["part"] = task.part
-    if task.user_code:
-        recorded["user_code"] = task.user_code
+    config_dict, defaults = recorded_settings(record, task, origin, call.command)
     if exporting:
         key = jax.random.key(0)
         base = jax.eval_shape(task.frozen.init, key) if task.frozen else {}
-        shapes = part_of(merged(combined(jax.eval_shape(task.init_params, key), base)), recorded)
+        shapes = part_of(merged(combined(jax.eval_shape(task.init_params, key), base)), config_dict)
         check_export(exporting, model, head, tokenizer, published, shapes)
-    config_dict, defaults = settings(config, model, **recorded, **task.settings, **handed_on)
     run.check(config_dict, defaults, origin.done if origin else 0, task.schedules)
     first = jax.process_index() == 0
     if first:
@@ -106,31 +104,8 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
             progress.say(fact)
         if task.frozen is not None and not (origin and origin.resumed):
             progress.say(f"frozen parameters: {task.frozen.origin}")
-
-    about = About(
-        model=describe(model, head, config.execution, task.longest, mesh),
-        data=task.data,
-        row=task.row,
-        epochs=task.epochs,
-    )
-    learnt = Trainable(
-        init_params=task.init_params,
-        load_params=task.load_params or load_weights(origin, model, head, task.init_params, config.seed)
-        if origin and not fresh
-        else None,
-        frozen=task.frozen,
-        matrix_axes=task.matrix_axes or matrix_axes,
-        depths=partial(layer_depths, model) if not task.part else None,
-        objective=task.objective,
-        batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
-        eval_batches=task.eval_batches,
-        finalize_eval=task.finalize_eval,
-        save_tokenizer=partial(save_tokenizer, tokenizer),
-        tokens_per_step=round(task.tokens_per_step),
-        flops_per_step=task.flops_per_step,
-        about=about,
-    )
-    result = loop.train(config, learnt, run, mesh, config_dict, None if fresh else origin)
+    learnt, begins_at = learnable(record, task, mesh, origin)
+    result = loop.train(config, learnt, run, mesh, config_dict, begins_at)
 
     # From here on every process takes part where parameters are asked for, and the first writes.
     trained, ended = Trained(run, result, mesh), not result.stopped_by
@@ -161,3 +136,52 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         progress.say(f"exported to {config.export}")
     conclude(summary, run, config, call.command, list(task.following) if task.following else None)
     return summary
+
+
+def recorded_settings(record: TaskRecord, task: Task, origin: Origin | None, command: str | None) -> tuple[dict, dict]:
+    """What config.json says of a run, JSON values, and the defaults for `RunDirectory.check`."""
+    recorded = {"task": record.name, "fingerprints": dict(task.fingerprints), "command": command}
+    if record.head != record.name:
+        recorded["head"] = record.head
+    if record.name not in tasks.TASKS and record.report:
+        recorded["report"] = kept(record.report)
+    if task.part:
+        recorded["part"] = task.part
+    if task.user_code:
+        recorded["user_code"] = task.user_code
+    return settings(task.config, task.model, **recorded, **task.settings, **_handed_on(task, origin))
+
+
+def learnable(record: TaskRecord, task: Task, mesh: Mesh, origin: Origin | None) -> tuple[Trainable, Origin | None]:
+    """What the loop trains of an open task, and where it goes on from."""
+    config, model, head = task.config, task.model, record.head
+    fresh = origin is None or task.scratch and not origin.resumed
+    about = About(
+        model=describe(model, head, config.execution, task.longest, mesh),
+        data=task.data,
+        row=task.row,
+        epochs=task.epochs,
+    )
+    learnt = Trainable(
+        init_params=task.init_params,
+        load_params=task.load_params or load_weights(origin, model, head, task.init_params, config.seed)
+        if origin and not fresh
+        else None,
+        frozen=task.frozen,
+        matrix_axes=task.matrix_axes or matrix_axes,
+        depths=partial(layer_depths, model) if not task.part else None,
+        objective=task.objective,
+        batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
+        eval_batches=task.eval_batches,
+        finalize_eval=task.finalize_eval,
+        save_tokenizer=partial(save_tokenizer, task.tokenizer),
+        tokens_per_step=round(task.tokens_per_step),
+        flops_per_step=task.flops_per_step,
+        about=about,
+    )
+    return learnt, None if fresh else origin
+
+
+def _handed_on(task: Task, origin: Origin | None) -> dict:
+    """What the run keeps of the model that it started from: of what was imported, its words and files."""
+    return published_beside(origin.config if origin and not task.scratch else None)

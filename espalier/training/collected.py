@@ -38,13 +38,21 @@ Added = dict[str, jax.Array]
 class Collector:
     """Calls an objective's `collect` for each step, or reads what it once returned."""
 
-    def __init__(self, collect: Callable[[TrainState, dict, jax.Array], dict] | None, folder: Path, mesh: Mesh):
+    def __init__(
+        self,
+        collect: Callable[[TrainState, dict, jax.Array], dict] | None,
+        folder: Path,
+        mesh: Mesh,
+        reading: bool = False,
+    ):
+        """reading: the folder is another's, and stays as it is."""
         self._collect, self._folder, self._mesh = collect, folder, mesh
         self._log = folder / "log.jsonl"
         self._known: dict[int, dict] = {}
         if collect is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            logged = self._readable() if jax.process_index() == 0 else []
+            if not reading:
+                folder.mkdir(parents=True, exist_ok=True)
+            logged = self._readable(mend=not reading) if jax.process_index() == 0 else []
             self._known = {record["step"]: record for record in from_first("batches collected", logged)}
 
     def __call__(self, state: TrainState, batch: dict, step: int) -> tuple[dict, Added]:
@@ -81,11 +89,11 @@ class Collector:
                 if path.stem.isdecimal() and int(path.stem) < step:
                     path.unlink()
 
-    def _readable(self) -> list[dict]:
-        """The records whose arrays are still there. Lines that a kill cut short are taken out of the log."""
+    def _readable(self, mend: bool) -> list[dict]:
+        """The records whose arrays are still there. mend: lines that a kill cut short are taken out of the log."""
         text = self._log.read_text(encoding="utf-8") if self._log.exists() else ""
         records = {line: record for line in text.splitlines() if (record := _record(line))}
-        if "".join(f"{line}\n" for line in records) != text:
+        if mend and "".join(f"{line}\n" for line in records) != text:
             with replacing(self._log) as log:
                 log.writelines(f"{line}\n" for line in records)
         return [record for record in records.values() if self._path(record["step"]).exists()]

@@ -23,7 +23,7 @@ EXECUTION_FIELDS = frozenset(
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
         *("distributed", "published", "user_code", "show", "answers", "beams", "max_new_tokens"),
-        *("keep_best", "early_stopping"),
+        *("keep_best", "early_stopping", "checksum_every"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -191,6 +191,9 @@ class TrainConfig:
     """Steps between progress lines and logged metrics."""
     eval_every: int = 500
     """Steps between evaluations on held-out data; the end is always evaluated."""
+    checksum_every: int = 0
+    """Steps between checksums of all tensors, by which `./launch.sh replay RUN` finds where a run left its way; 0 =
+    none."""
     keep_best: str | None = None
     """Keep the checkpoint that is best by this metric of the evaluations (loss, accuracy, …): it, and not the last one,
     is measured at the end, exported and loaded."""
@@ -212,6 +215,8 @@ class TrainConfig:
             # An entry point may leave it unset until it has seen the data.
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if self.checksum_every < 0:
+            raise UserError(f"checksum_every={self.checksum_every} must be at least 0 (0 = no checksums)")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
         if self.keep_best and self.early_stopping.metric not in (None, self.keep_best):

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import time
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -15,14 +16,15 @@ from espalier.contracts import Origin
 from espalier.errors import MachineError
 from espalier.training.best import KeptBest
 from espalier.training.checkpoint import Checkpoints, complete_steps
+from espalier.training.checksums import ChecksumLog
 from espalier.training.collected import Added, Collector
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate
 from espalier.training.guard import StopSignal
 from espalier.training.introduction import introduce
-from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.optimizer import Optimizer, build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
-from espalier.training.sparsity import projection
+from espalier.training.sparsity import Projection, projection
 from espalier.training.start import beginning, check_fork, first_state, keep_frozen
 from espalier.training.state import TrainState
 from espalier.training.step import count_tokens, jit_train_step
@@ -47,13 +49,7 @@ def train(
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        shapes = jax.eval_shape(task.init_params, jax.random.key(0))
-        base = jax.eval_shape(task.frozen.init, jax.random.key(0)) if task.frozen else {}
-        depths = task.depths(shapes) if task.depths else None
-        matrices = task.matrix_axes(shapes)
-        optimizer = build_optimizer(config.optimizer, shapes, matrices, base, depths)
-        factor = schedule(config.optimizer, config.steps)
-        project = projection(config.optimizer.sparsity, shapes, matrices, config.steps)
+        optimizer, factor, project = optimization(config, task)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
         start, origin_message, interval, tokens = beginning(origin, task.load_params)
         last = min(config.stop_at or config.steps, config.steps)
@@ -86,6 +82,17 @@ def train(
         stack.callback(tracker.close)
         checkpoints.announce = tracker.say
         best = KeptBest.of(config, run, tracker, checkpoints)
+        checksums = stack.enter_context(
+            ChecksumLog(
+                run,
+                config.checksum_every,
+                mesh,
+                state,
+                settings=config_dict,
+                log_every=config.log_every,
+                say=tracker.say,
+            )
+        )
         batches = stack.enter_context(contextlib.closing(task.batches_from(start)))
         stop = stack.enter_context(StopSignal())
         # A collection in the middle of a step stalls every device of the mesh.
@@ -116,6 +123,7 @@ def train(
                 counted = count_tokens(batch)
                 state, metrics = train_step(state, batch)
             step += 1
+            checksums.after(state, step)
             # The device works on this step while the host reads the one before.
             if pending is not None:
                 loss = _report(tracker, checkpoints, collector, pending)
@@ -161,6 +169,17 @@ def train(
             stopped_by=stop.number() if step < last and not exhausted else None,
             best=found,
         )
+
+
+def optimization(config: TrainConfig, task: Trainable) -> tuple[Optimizer, Callable, Projection | None]:
+    """(optimizer, step → factor on its rates, what is kept of the parameters after each step)."""
+    shapes = jax.eval_shape(task.init_params, jax.random.key(0))
+    base = jax.eval_shape(task.frozen.init, jax.random.key(0)) if task.frozen else {}
+    depths = task.depths(shapes) if task.depths else None
+    matrices = task.matrix_axes(shapes)
+    optimizer = build_optimizer(config.optimizer, shapes, matrices, base, depths)
+    project = projection(config.optimizer.sparsity, shapes, matrices, config.steps)
+    return optimizer, schedule(config.optimizer, config.steps), project
 
 
 def _report(

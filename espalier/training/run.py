@@ -43,6 +43,7 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer"
         self.metrics = self.path / "metrics.jsonl"
+        self.checksums = self.path / "checksums.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.frozen = self.path / "frozen"
