@@ -77,7 +77,7 @@ def opened(
     """
     assert config.run_dir is not None
     record = (record or tasks.find(config.task)).chosen(config, objective)
-    run = RunDirectory(config.run_dir)
+    run = RunDirectory(config.run_dir, call.began)
     origin = origin_of(config, run, Pretrained)
     model, longest = record.architecture(config, origin, call.settings_of("model"))
     mesh = open_mesh(config, model, record.head, longest, split=record.splits_rows)

@@ -7,6 +7,7 @@ error of the user or the machine in one line (exits.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -15,6 +16,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +37,8 @@ class Call:
     """The command line."""
     given: frozenset[str] = frozenset()
     """The fields that flags set, nested ones as `outer.inner`."""
+    began: float | None = None
+    """When the process began, in seconds since 1970."""
 
     def greet(self) -> None:
         """Print the first line of a command, before imports that take seconds."""
@@ -65,7 +69,7 @@ def run(
     library output goes to a log (library_log.py). Exit codes, by SystemExit: 2 for an error of the user, 1 for one of
     the machine, 128 + n if signal n (Ctrl-C: 2) ended it early.
     """
-    _take_the_terminal()
+    began = _process_began() if _take_the_terminal() else time.time()
     arguments = list(sys.argv[1:] if argv is None else argv)
     with one_line_errors("--debug" in arguments):
         if arguments[:1] in (["-h"], ["--help"], ["--help-all"]):
@@ -83,7 +87,7 @@ def run(
         config = parse(config_type, base.prog, base.description, arguments, default, also=(FROM, PRINT))
         if getattr(config, "run_dir", "") is None:
             config = dataclasses.replace(config, run_dir=f"runs/{base.name}")
-        called = Call(command, given | base.given)
+        called = Call(command, given | base.given, began)
         _refuse_contradictions(config, called)
         if printing:
             print(saved_config.as_json(config, command))
@@ -164,10 +168,23 @@ def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: S
         _call(main, parse(config_type, prog, inspect.getdoc(config_type), arguments))
 
 
-def _take_the_terminal() -> None:
-    """Send library output to a log, if `run` or `run_config` was called by the program that was started."""
-    if sys._getframe(2).f_globals.get("__name__") == "__main__":
+def _take_the_terminal() -> bool:
+    """Send library output to a log, if `run` or `run_config` was called by the program that was started; whether so."""
+    started = sys._getframe(2).f_globals.get("__name__") == "__main__"
+    if started:
         library_log.begin()
+    return started
+
+
+def _process_began() -> float:
+    """When this process began, in seconds since 1970; where the system does not say so (Linux does), now."""
+    now = time.time()
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+            # Fields after the name, which may have spaces; the 22nd of all is the start, in ticks since the boot.
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return now - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return now
 
 
 def _call(main: Callable[[Any], Any], config: Any) -> None:

@@ -16,6 +16,7 @@ from toy import quick_compilation  # noqa: F401
 
 import espalier.training.loop
 from espalier.errors import UserError
+from espalier.goodput import read_sessions
 from espalier.training.checkpoint import complete_steps, read_config, restore_params
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.introduction import About
@@ -74,6 +75,9 @@ def test_two_and_two_steps_equal_four(tmp_path, mesh, name, accumulation):
     assert (parts.step, parts.finished, parts.loss, parts.eval) == (4, True, whole.loss, whole.eval)
     assert parts.tokens == whole.tokens == 4 * toy.ROWS * toy.LENGTH
     assert without_timing(toy.metrics_of(tmp_path / "parts")) == without_timing(toy.metrics_of(tmp_path / "whole"))
+    sessions = read_sessions(tmp_path / "parts" / "sessions.jsonl")
+    assert [(one.start, one.step, one.end) for one in sessions] == [(0, 2, "ended"), (2, 4, "ended")]
+    assert all(one.seconds[part] > 0 for one in sessions for part in ("compile", "training", "save", "data", "start"))
 
 
 CONSTANT = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup=2)

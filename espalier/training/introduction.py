@@ -10,6 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from espalier import progress
+from espalier.goodput import goodput, read_sessions
+from espalier.goodput import words as goodput_words
 from espalier.training.config import TrainConfig
 from espalier.training.run import RunDirectory
 from sharding.mesh import AXES
@@ -93,6 +95,8 @@ def conclude(
         rows["time"] = progress.clock(summary["seconds"])
         if summary["tokens_per_second"]:
             rows["time"] += f", {summary['tokens_per_second']:,.0f} tokens/s"
+    if (found := goodput(read_sessions(run.sessions))) and found.fraction is not None:
+        rows["goodput"] = goodput_words(found)
     if run.report.is_file() and not summary["stopped_by"]:
         rows["report"] = f"{config.run_dir}/{run.report.name}"
     if rows:

@@ -79,7 +79,7 @@ def train(
             quiet=jax.process_index() != 0,
             interval=interval,
         )
-        stack.callback(tracker.close)
+        stack.enter_context(tracker)
         checkpoints.announce = tracker.say
         best = KeptBest.of(config, run, tracker, checkpoints)
         checksums = stack.enter_context(
@@ -139,14 +139,16 @@ def train(
                 pending = None
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
-                checkpoints.save(state, config_dict, data=kept | tracker.carried | {"step": step})
+                with tracker.saving():
+                    checkpoints.save(state, config_dict, data=kept | tracker.carried | {"step": step})
                 collector.forget(min(complete_steps(run.checkpoints), default=0))
             if evaluating:
                 evaluation = evaluated(state, step)
             if ending:
                 break
 
-        checkpoints.wait()
+        with tracker.saving():
+            checkpoints.wait()
         found = best.best.record if best else None
         exhausted = best is not None and best.exhausted
         if best and found:

@@ -21,6 +21,7 @@ import jax
 from espalier import library_log, progress
 from espalier.errors import MachineError, UserError
 from espalier.files import write_json
+from espalier.goodput import goodput, read_sessions
 from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS, USER_CODE_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
 from espalier.training.state import TrainState
@@ -34,16 +35,19 @@ threshold): JSON values by name, `saved["tuned"]` of a LoadedModel."""
 class RunDirectory:
     """The paths of the files of one run."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], began: float | None = None):
         if "://" in str(path):
             raise UserError(
                 f"{path}: a run directory is a local path; mount the bucket (gcsfuse, s3fs) and name the mount"
             )
         self.path = Path(path).expanduser().absolute()
+        self.began = time.time() if began is None else began
+        """When the session began that trains here, in seconds since 1970."""
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer"
         self.metrics = self.path / "metrics.jsonl"
         self.checksums = self.path / "checksums.jsonl"
+        self.sessions = self.path / "sessions.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.frozen = self.path / "frozen"
@@ -227,6 +231,8 @@ def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
         with contextlib.suppress(ValueError):
             before = json.loads(run.summary.read_text(encoding="utf-8"))
             summary |= {name: before[name] for name in names if summary[name] is None and name in before}
+    if found := goodput(read_sessions(run.sessions)):
+        summary["goodput"] = found.record
     if jax.process_index() == 0:
         write_json(run.summary, summary | {"environment": environment()})
     return summary

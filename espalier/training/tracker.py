@@ -14,6 +14,7 @@ import jax
 from espalier import progress
 from espalier.files import replacing
 from espalier.training.run import RunDirectory
+from espalier.training.sessions import SessionLog
 
 
 class Interval(TypedDict):
@@ -75,6 +76,7 @@ class Tracker:
         """Those before this session, by step; known to the one who writes."""
         self._evaluated: set[int] = set()
         self._compiled: set[tuple] = set()
+        self.session = SessionLog(None if quiet else run.sessions, start_step, run.began)
         if not quiet:
             kept = cut_metrics(run, start_step, within_interval=carried is not None)
             for record in kept:
@@ -107,19 +109,25 @@ class Tracker:
         """What a checkpoint stores, so that log and counts go on from it (JSON)."""
         return {"interval": self.interval, "tokens": self.tokens}
 
-    def compiling(self, batch: dict) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def compiling(self, batch: dict) -> Iterator[None]:
         """A context that reports a wait for compilation if this is the first batch with arrays of these shapes."""
         shapes = tuple((path, array.shape) for path, array in jax.tree_util.tree_leaves_with_path(batch))
-        if self._quiet or shapes in self._compiled:
-            return contextlib.nullcontext()
+        if shapes in self._compiled:
+            yield
+            return
+        if not self._compiled:
+            self.session.now("compile")
         self._compiled.add(shapes)
-        return progress.waiting("compiling the train step")
+        with self.session.within("compile"), self._told("compiling the train step"):
+            yield
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Time spent inside counts as waiting for a batch."""
         began = time.perf_counter()
-        yield
+        with self.session.within("data"):
+            yield
         if self.first_step_seconds is not None:
             self._waited += time.perf_counter() - began
 
@@ -132,6 +140,8 @@ class Tracker:
         if first:
             self.first_step_seconds = self._now.seconds - self._clock.seconds
             self._clock = self._mark = self._now
+            self.session.now("training")
+        self.session.alive(step)
         means = self._means(metrics)
         ends = step % self._log_every == 0
         if ends:
@@ -185,14 +195,27 @@ class Tracker:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is excluded from speeds."""
+        """Time spent inside is excluded from speeds, for it goes to an evaluation."""
         began = time.perf_counter()
-        yield
+        with self.session.within("evaluation"):
+            yield
         gap = time.perf_counter() - began
         readings = (self._clock, self._mark, self._now)
         self._clock, self._mark, self._now = (one._replace(seconds=one.seconds + gap) for one in readings)
 
-    def close(self) -> None:
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """Time spent inside is what the loop waits for a checkpoint."""
+        return self.session.within("save")
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close("failed" if kind else "ended")
+
+    def close(self, how: str = "ended") -> None:
+        """how: ended or failed, for the record of the session."""
+        self.session.end(how)
         if not self._quiet:
             progress.end()
         for sink in (self._metrics, self._board):
@@ -217,6 +240,9 @@ class Tracker:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
+
+    def _told(self, wait: str) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._quiet else progress.waiting(wait)
 
     def _show(self, line: str, keep: bool) -> None:
         if not self._quiet:
