@@ -3,8 +3,12 @@
 import json
 
 import pytest
+from soak import figure
 
 from espalier.goodput import Session, counted, goodput, lost_steps, read_sessions, words
+from espalier.report.render import write_report
+from espalier.report.run_files import read_run
+from espalier.report.sessions import session_sections
 from espalier.training.sessions import SessionLog
 
 
@@ -163,3 +167,27 @@ def test_a_damaged_line_is_no_session(tmp_path, line):
     path = tmp_path / "sessions.jsonl"
     path.write_text(line + "\n")
     assert read_sessions(path) == []
+
+
+def test_the_report_shows_the_sessions(tmp_path):
+    """By hand: the second session takes 89.5 of the 100 s of the first, and of its bar 49.5 parts are training."""
+    (tmp_path / "config.json").write_text("{}")
+    lines = [one._asdict() | {"session": f"</script>{number}"} for number, one in enumerate(KILLED)]
+    (tmp_path / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (section,) = session_sections(read_run(tmp_path))
+    assert section.note.startswith(
+        "52.2\u202f% of 3:10 became training that counts (goodput), over 2 starts, with 30.0 s"
+    )
+    assert section.note.endswith("; 21 steps had to be done again.")
+    assert 'width:49.50%" title="training 49.5 s"' in section.body and "script" not in section.body
+    assert "start 1: steps 0 to 121<small>1:40, killed or running" in section.body
+    assert section.body.count("<tr>") == 7
+    page = write_report(tmp_path).read_text()
+    assert "Where the time went" in page and ".went li" in page
+    (tmp_path / "sessions.jsonl").unlink()
+    assert session_sections(read_run(tmp_path)) == []
+
+
+def test_the_figure_of_the_soak_by_hand():
+    """Of 189.5 s and 30 s between the sessions, 51 s are start and compilation: 99 of 168.5 s count."""
+    assert figure(KILLED) == pytest.approx(99 / (189.5 + 30 - 51))

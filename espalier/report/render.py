@@ -10,6 +10,7 @@ from espalier.report import page
 from espalier.report.figures import Bar, Curve, draw, legend
 from espalier.report.page import Section
 from espalier.report.run_files import RunFiles, read_run
+from espalier.report.sessions import session_sections
 from espalier.report.task import loss_words, report_of
 
 CURVES = ("accuracy", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second")
@@ -30,6 +31,7 @@ def write_report(run_dir: str | Path) -> Path:
         *report_of(run.config).sections(run),
         *compared_run_sections(run),
         *curve_sections(run),
+        *session_sections(run),
         *settings_sections(run),
         all_runs_section(run.path),
     ]

@@ -3,6 +3,7 @@
     config.json        the settings
     metrics.jsonl      training and evaluation over the steps
     summary.json       the results and the environment
+    sessions.jsonl     where the time of each start went (espalier/goodput.py)
     comparison.json    {"title", "note", "rows": [{"name", "note", "value", "run"}]}: other runs (run = their path,
                        relative to this run, or null) and baselines; the first is shown in detail
 
