@@ -18,6 +18,7 @@ from espalier.models.repository import PREFIX
 from espalier.models.sentence_transformers import read_modules
 from espalier.predict.loaded import LoadedModel
 from espalier.training.checkpoint import read_config
+from espalier.training.fallback import given_step
 from espalier.training.frozen import restore_model
 from espalier.training.run import TUNED, RunDirectory
 
@@ -28,8 +29,9 @@ FRAMED = ("sequence_classification", "token_classification", "question_answering
 def load(source: str | os.PathLike[str], *, step: int | None = None, revision: str | None = None) -> LoadedModel:
     """The model of a run directory, or `hf:` before a folder in Hugging Face format or an id on the Hub.
 
-    step: a checkpoint of the run; default: its best where it keeps that, else the newest. revision: branch, tag or
-    commit on the Hub. UserError where there is no such model.
+    step: a checkpoint of the run; default: its best where it keeps that, else the newest; where that one is damaged,
+    the newest that is sound, and a line says so. revision: branch, tag or commit on the Hub. UserError where there is
+    no such model.
 
     >>> model = load(run)
     >>> model.head, model.config.vocab_size == len(model.tokenizer)
@@ -51,6 +53,7 @@ def load(source: str | os.PathLike[str], *, step: int | None = None, revision: s
     run = RunDirectory(source)
     if not run.checkpoints.exists() and (run.path / "model.safetensors").exists():
         raise UserError(f"{source} is a folder in Hugging Face format; write {PREFIX}{Path(source)}")
+    step = given_step(run.path) if step is None else step
     saved = read_config(run.path, step)
     if "task" not in saved:
         raise UserError(f"{source} holds no run of a language model or classifier; there is nothing to load")

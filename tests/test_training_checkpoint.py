@@ -1,6 +1,7 @@
 """Checkpoints come back bit by bit on any mesh, and damage, misfits and failed saves are said aloud."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -181,10 +182,17 @@ def test_a_checkpoint_without_manifest_does_not_count(copied):
     folder = copied / "checkpoints"
     shutil.copytree(folder / "3", folder / "9")
     (folder / "9" / "manifest.json").unlink()
+    (folder / "9.unfinished").touch()
+    shutil.copytree(folder / "9", folder / "8")
+    (folder / "2.removed").mkdir()
     said = []
     checkpoints = Checkpoints(folder, announce=said.append)
     assert checkpoints.latest() == 3
-    assert not (folder / "9").exists() and "checkpoint 9" in said[0]
+    assert said == [
+        "warning: checkpoint 8 has no manifest.json any more and is set aside as 8.damaged",
+        "removed checkpoint 9: it was not written to its end",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "8.damaged"]
     _, fill = layout()
     checkpoints.save(fill(7), CONFIG, {"step": 7})
     checkpoints.close()
@@ -200,7 +208,10 @@ def test_what_is_not_there_is_named(saved, tmp_path):
 
 def test_a_newer_format_is_refused(copied):
     file = copied / "checkpoints" / "3" / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
+    held = json.loads(file.read_text())
+    newer = {name: value for name, value in held.items() if name != "seal"} | {"format_version": 99}
+    seal = hashlib.sha256(json.dumps(newer, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    file.write_text(json.dumps(newer | {"seal": seal}))
     for read in (restore_params, read_config):
         with pytest.raises(UserError, match="format version 99 and this code reads 1"):
             read(copied)

@@ -138,16 +138,18 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.models.sentence_transformers import module_files
     from espalier.report.card import model_card
     from espalier.training.checkpoint import read_config
+    from espalier.training.fallback import given_step
     from espalier.training.frozen import restore_model
     from espalier.training.run import RunDirectory, tuned_file
 
     run = RunDirectory(config.run_dir)
-    saved = read_config(run.path, config.step)
+    step = given_step(run.path) if config.step is None else config.step
+    saved = read_config(run.path, step)
     if "task" not in saved:
         raise UserError(f"{run.path} holds no run of mlm, clm or finetune; name a run directory with a checkpoint")
     model, head = ModelConfig.from_dict(saved["model"]), saved.get("head", saved["task"])
     if config.adapter:
-        return _export_adapter(config, saved, model, head)
+        return _export_adapter(config, step, saved, model, head)
     tokenizer = tokenizer_of(run.tokenizer, saved)
     published = Published.beside(saved)
     if head in FRAMED and "imported_from" not in saved:
@@ -157,7 +159,7 @@ def export_model(config: ExportConfig) -> dict:
     check_export(config.destination, model, head, tokenizer, published)
     if published and saved["task"] == "instruction_tuning" and not saved["data"]["template"]:
         published = published.ended_by(end_of_turn(tokenizer))
-    params = part_of(restore_model(run.path, step=config.step), saved)
+    params = part_of(restore_model(run.path, step=step), saved)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
     also = module_files(saved, model.hidden_size) | tuned_file(run)
@@ -169,11 +171,11 @@ def export_model(config: ExportConfig) -> dict:
         published=published,
         also=also,
     )
-    progress.say(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}")
-    return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype}
+    progress.say(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}, step {step}")
+    return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype, "step": step}
 
 
-def _export_adapter(config: ExportConfig, saved: dict, model: ModelConfig, head: str) -> dict:
+def _export_adapter(config: ExportConfig, step: int, saved: dict, model: ModelConfig, head: str) -> dict:
     from pathlib import Path
 
     from espalier.models.hub import check_new
@@ -188,10 +190,10 @@ def _export_adapter(config: ExportConfig, saved: dict, model: ModelConfig, head:
     check_new(Path(config.destination).expanduser())
     base = config.base or str(saved["init_from"]).removeprefix(PREFIX)
     settings = {name: lora[name] for name in ("rank", "alpha", "rslora", "dropout")}
-    params = restore_complete(config.run_dir, step=config.step)
+    params = restore_complete(config.run_dir, step=step)
     save_adapter(config.destination, model, head, params, base, card=model_card(Path(config.run_dir)), **settings)
-    progress.say(f"exported the adapter to {config.destination}: PEFT puts it on {base}")
-    return {"path": config.destination, "head": head, "model_type": model.model_type, "base": base}
+    progress.say(f"exported the adapter of step {step} to {config.destination}: PEFT puts it on {base}")
+    return {"path": config.destination, "head": head, "model_type": model.model_type, "base": base, "step": step}
 
 
 if __name__ == "__main__":

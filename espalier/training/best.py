@@ -16,6 +16,7 @@ from espalier.errors import UserError
 from espalier.files import write_json
 from espalier.training.checkpoint import Checkpoints, complete_steps, restore_params
 from espalier.training.config import TrainConfig
+from espalier.training.fallback import best_step
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState
 from espalier.training.tracker import Tracker
@@ -102,6 +103,12 @@ class KeptBest:
         self._run, self._tracker, self._checkpoints = run, tracker, checkpoints
         self._count = config.checkpoint.keep_best
         checkpoints.best = self.best.steps(self._count)
+        if jax.process_index() == 0 and best_step(run) not in (None, self.best.step):
+            # It was set aside, and so was what was measured after it.
+            if record := self.best.record:
+                write_json(run.best, record)
+            else:
+                run.best.unlink()
 
     @classmethod
     def of(cls, config: TrainConfig, run: RunDirectory, tracker: Tracker, checkpoints: Checkpoints) -> KeptBest | None:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -38,19 +38,23 @@ from espalier import progress
 from espalier.errors import MachineError, UserError
 from espalier.files import sync_path, sync_tree
 from espalier.training.config import CheckpointConfig
+from espalier.training.fallback import set_aside
 from espalier.training.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     bytes_in,
     complete_steps,
+    fault,
+    is_unfinished,
     step_folders,
+    unfinished,
     verify,
     write_manifest,
 )
 from espalier.training.retention import removal
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState
-from sharding.processes.coordination import LONG_WAIT, gather
+from sharding.processes.coordination import LONG_WAIT, from_first, gather
 from sharding.rules import path_of
 
 # Every failure is raised to the loop; Orbax and its tasks would log pages of traces besides.
@@ -61,14 +65,26 @@ WRITING = 7200
 """Seconds that a checkpoint may take to be written by all processes."""
 
 
+ADVICE = {
+    errno.ENOSPC: "no space left; make some",
+    errno.EDQUOT: "the quota is used up; make room, or ask for more",
+    errno.EFBIG: "a file would be larger than is allowed (ulimit -f); raise the limit",
+    errno.EROFS: "the disk is read-only now; look for what its system log says, and mount it again",
+}
+
+
 class CheckpointError(OSError, MachineError):
     """A checkpoint could not be written."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class Checkpoints:
     """The checkpoints of one run: asynchronous saves; which of them stay on disk, `config` says.
 
-    announce: receives a line for each finished save. To be made and called by all processes of the run.
+    announce: receives a line for each finished save. Among several processes, a save that fails while it is written
+    ends the run whatever config.on_failure says, for the others wait. To be made and called by all processes of it.
     """
 
     def __init__(
@@ -85,16 +101,16 @@ class Checkpoints:
         self._told = False
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._lost: CheckpointError | None = None
+        """What the last save met, where the run went on."""
         self._failed = False
         self._saving = self._size = 0
         if jax.process_index() == 0:
-            for step in step_folders(self.folder):
-                if not (self.folder / str(step) / MANIFEST).exists():
-                    announce(f"removed checkpoint {step}: it was not written to its end")
-                    shutil.rmtree(self.folder / str(step))
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._tidy()
         gather("the folder of checkpoints is there")
         self._manager = _manager(self.folder)
+        self._disk = _identity(self.folder)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -115,10 +131,20 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config),
         )
-        with _plain_errors(step, self.folder):
-            saved = self._manager.save(step, args=items, force=True)
-        assert saved, f"Orbax did not save step {step}"
         self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, _rest(state))))
+        missing = from_first("room for a checkpoint", self._make_room(step) if jax.process_index() == 0 else None)
+        if missing:
+            self._failure = _failure(step, self.folder, missing[0], missing[1])
+            self.check(agreed=True)
+            return
+        try:
+            with _plain_errors(step, self.folder):
+                saved = self._manager.save(step, args=items, force=True)
+        except CheckpointError as error:
+            self._failure, self._failed = error, True
+            self.check()
+            return
+        assert saved, f"Orbax did not save step {step}"
         self._writer = threading.Thread(
             target=self._finish, args=(step, started), name=f"saving step {step}", daemon=True
         )
@@ -135,11 +161,38 @@ class Checkpoints:
             self._writer = None
         self.check()
 
-    def check(self) -> None:
-        """Raise the OSError of a save that failed meanwhile; does not wait."""
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+    def check(self, agreed: bool = False) -> None:
+        """Raise the OSError of a save that failed meanwhile; does not wait.
+
+        agreed: all processes know of it.
+        """
+        if self._failure is None:
+            return
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if not (
+            self._config.on_failure == "continue"
+            and isinstance(failure, CheckpointError)
+            and (agreed or jax.process_count() == 1)
+        ):
             raise failure
+        self._lost = failure
+        self.announce(f"warning: {failure}; the run goes on, and saves when the next checkpoint is due")
+        if self._failed:
+            # It would repeat the failure at every call.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._failed = False
+            with contextlib.suppress(OSError):
+                self._manager = _manager(self.folder)
+
+    def finish(self) -> None:
+        """Until the save under way is complete; raises what the last save met, also where the run went on."""
+        self.wait()
+        if self._lost is not None:
+            raise self._lost
 
     def close(self) -> None:
         """Finish the save under way and let go of the folder; raises as wait()."""
@@ -157,25 +210,83 @@ class Checkpoints:
                 self._manager.wait_until_finished()
                 size = write_manifest(self.folder / str(step))
                 if jax.process_index() == 0:
-                    # Only now may an older checkpoint go.
                     sync_tree(self.folder / str(step))
                     sync_path(self.folder)
+                    unfinished(self.folder, step).unlink()
+                    # Only now may an older checkpoint go.
                     self._clear()
                     self.announce(f"saved step {step} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s)")
+            self._lost = None
         except BaseException as error:  # raised where the loop asks next, in wait()
+            self._give_up(step)
             self._failure, self._failed = error, True
 
     def _clear(self) -> None:
-        """Delete what need not stay; the manifest first, so that what is left of a kill counts for nothing."""
-        steps = complete_steps(self.folder)
-        gone = removal({step: bytes_in(self.folder / str(step)) for step in steps}, self._config, self.best)
+        """Delete what need not stay."""
+        gone = removal(self._sizes(), self._config, self.best)
         for step in gone.steps:
-            (self.folder / str(step) / MANIFEST).unlink()
-            shutil.rmtree(self.folder / str(step))
+            self._remove(step)
         if gone.over and not self._told:
             self._told = True
             more = f"{progress.amount(gone.over)}B more than checkpoint.budget={self._config.budget}"
             self.announce(f"the checkpoints that must stay, with the next one, take {more}")
+
+    def _sizes(self) -> dict[int, int]:
+        return {step: bytes_in(self.folder / str(step)) for step in complete_steps(self.folder)}
+
+    def _remove(self, step: int) -> None:
+        """Delete a checkpoint; at no moment is there one that is half deleted and looks whole."""
+        going = self.folder / f"{step}.removed"
+        (self.folder / str(step)).rename(going)
+        shutil.rmtree(going)
+
+    def _tidy(self) -> None:
+        """Take away what earlier starts left unfinished."""
+        for step in step_folders(self.folder):
+            if is_unfinished(self.folder, step):
+                self.announce(f"removed checkpoint {step}: it was not written to its end")
+                shutil.rmtree(self.folder / str(step))
+            elif not (self.folder / str(step) / MANIFEST).exists():
+                aside = set_aside(self.folder, step)
+                self.announce(f"warning: checkpoint {step} has no {MANIFEST} any more and is set aside as {aside.name}")
+        for path in self.folder.glob("*.unfinished"):
+            path.unlink()
+        for path in self.folder.glob("*.removed"):
+            shutil.rmtree(path)
+
+    def _give_up(self, step: int) -> None:
+        """Take away what a save that failed has written: on a full disk the next one needs the room."""
+        if jax.process_index() == 0 and not (self.folder / str(step) / MANIFEST).exists():
+            for path in (self.folder / str(step), *self.folder.glob(f"{step}.orbax*")):
+                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                unfinished(self.folder, step).unlink(missing_ok=True)
+
+    def _make_room(self, step: int) -> tuple[int, str] | None:
+        """Mark the checkpoint of this step as begun, on a disk with room for it; (errno, words) where that fails.
+
+        What it takes is told by the newest one. Where room is short, those that would go after this save go before it,
+        but never the newest.
+        """
+        try:
+            if _identity(self.folder) != self._disk:
+                return errno.ENODEV, "its folder is gone, or is another one; is the disk still mounted?"
+            if sizes := self._sizes():
+                newest = max(sizes)
+                needed = sizes[newest]
+                spare = removal(sizes | {step: needed}, self._config, self.best).steps
+                spare = [old for old in spare if old not in (newest, step)]
+                while (free := shutil.disk_usage(self.folder).free) < needed and spare:
+                    self._remove(spare[0])
+                    self.announce(f"removed checkpoint {spare.pop(0)}: the disk has no room for {step} beside it")
+                if free < needed:
+                    needs = f"needs {progress.amount(needed)}B and {progress.amount(free)}B are free"
+                    return errno.ENOSPC, f"it {needs}; make room, and the same command goes on from step {newest}"
+            unfinished(self.folder, step).touch()
+            sync_path(self.folder)
+        except OSError as error:
+            return error.errno or errno.EIO, _words(error)
+        return None
 
 
 def save_params(folder: str | Path, params: Any, config: dict) -> None:
@@ -205,9 +316,10 @@ def restore_saved(folder: str | Path, abstract: Any, ignore: str | None = None) 
     return _restore(_step_folder(Path(folder), 0), "params", abstract, ignore)
 
 
-def saved_shapes(folder: str | Path, step: int) -> dict[str, Any]:
-    """Path a/b/c → shape and type of the parameters of a step in a folder of checkpoints; reads no arrays."""
-    return _named(_saved_tree(_step_folder(Path(folder), step) / "params"))
+def saved_shapes(folder: str | Path, step: int, item: str = "params") -> dict[str, Any]:
+    """Path a/b/c → shape and type of what a step in a folder of checkpoints has of an item; reads no arrays."""
+    place = _step_folder(Path(folder), step) / item
+    return _named(_saved_tree(place)) if place.is_dir() else {}
 
 
 def saved_paths(folder: str | Path) -> set[str]:
@@ -239,8 +351,12 @@ def restore_optimizer(run_dir: str | Path, abstract: TrainState, step: int | Non
 
 
 def read_config(run_dir: str | Path, step: int | None = None) -> dict:
-    """The configuration in a run's checkpoint (default: the newest); reads no arrays."""
-    return _json(_step_folder(RunDirectory(run_dir).checkpoints, step), "config")
+    """The configuration in a run's checkpoint (default: the newest where it is sound); reads no arrays."""
+    folder = RunDirectory(run_dir).checkpoints
+    newest = _step_folder(folder, step)
+    steps = [int(newest.name)] if step is not None else reversed(complete_steps(folder))
+    sound = next((there for there in steps if fault(folder / str(there), ["config"]) is None), None)
+    return _json(newest if sound is None else folder / str(sound), "config")
 
 
 def read_data(run_dir: str | Path, step: int) -> dict:
@@ -248,21 +364,6 @@ def read_data(run_dir: str | Path, step: int) -> dict:
     imported."""
     folder = _step_folder(RunDirectory(run_dir).checkpoints, step)
     return _json(folder, "data") if (folder / "data").is_dir() else {}
-
-
-def newest_step(run_dir: str | Path) -> int:
-    """The step of a run's newest checkpoint; UserError where there is none."""
-    return int(_step_folder(RunDirectory(run_dir).checkpoints, None).name)
-
-
-def given_step(run_dir: str | Path) -> int:
-    """The step whose parameters a run gives to those who use it: its best where it keeps that, else the newest."""
-    run = RunDirectory(run_dir)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        best = json.loads(run.best.read_text(encoding="utf-8"))["step"]
-        if best in complete_steps(run.checkpoints):
-            return best
-    return newest_step(run_dir)
 
 
 def _step_folder(folder: Path, step: int | None) -> Path:
@@ -386,9 +487,33 @@ def _plain_errors(step: int, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or re.search("no space left|RESOURCE_EXHAUSTED", said, re.I):
-            number, said = errno.ENOSPC, "no space left; make some, and the same command goes on from the last one"
-        else:
-            number, said = getattr(error, "errno", None) or errno.EIO, " ".join(said.split())[:300]
-        raise CheckpointError(number, f"checkpoint {step} could not be written: {said}", str(folder)) from error
+        raise _failure(step, folder, _number(error), _words(error)) from error
+
+
+def _failure(step: int, folder: Path, number: int, words: str) -> CheckpointError:
+    return CheckpointError(number, f"checkpoint {step} could not be written: {words}: {folder}", str(folder))
+
+
+def _number(error: BaseException) -> int:
+    """The errno of what Python, TensorStore or Orbax says of the disk."""
+    said = re.search(r"os_error_code='?(\d+)", str(error))
+    if said:
+        return int(said[1])
+    if re.search("no space left|RESOURCE_EXHAUSTED", str(error), re.I):
+        return errno.ENOSPC
+    return getattr(error, "errno", None) or errno.EIO
+
+
+def _words(error: BaseException) -> str:
+    number = _number(error)
+    if number in ADVICE:
+        return f"{ADVICE[number]}; what was saved before is intact, and the same command goes on from it"
+    if number != errno.EIO:
+        return os.strerror(number)
+    return " ".join(str(error).split())[:300]
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder from another of the same name on another disk."""
+    there = folder.stat()
+    return there.st_dev, there.st_ino

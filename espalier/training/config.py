@@ -133,6 +133,9 @@ class CheckpointConfig:
     budget: str | None = None
     """Bytes that the checkpoints of the run may take, with the one that is being written: 20GB, 500MB. For it the
     oldest go whatever the other rules say, but never the newest or the best; unset = no limit."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What one that cannot be written does (a full disk): it ends the run, or is told of and tried again when the next
+    is due."""
 
     def __post_init__(self):
         for name in ("every", "keep", "keep_every", "keep_best"):

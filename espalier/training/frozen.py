@@ -24,13 +24,13 @@ from espalier.errors import UserError
 from espalier.files import sha256_of_file
 from espalier.training.adapters import beside, merged
 from espalier.training.checkpoint import (
-    given_step,
     read_data,
     restore_params,
     restore_saved,
     save_params,
     saved_shapes,
 )
+from espalier.training.fallback import given_step
 from espalier.training.manifest import MANIFEST
 from espalier.training.run import RunDirectory
 from espalier.training.state import combined

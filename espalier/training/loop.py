@@ -148,7 +148,7 @@ def train(
                 break
 
         with tracker.saving():
-            checkpoints.wait()
+            checkpoints.finish()
         found = best.best.record if best else None
         exhausted = best is not None and best.exhausted
         if best and found:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -105,13 +105,9 @@ class RunDirectory:
         that ends the block in failure.json.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a") as lock:
-            first = jax.process_index() == 0
-            if first:
-                if not _locked(lock.fileno()):
-                    raise UserError(
-                        f"another process is training in {self.path}; wait for it, stop it, or give another --run-dir"
-                    )
+        first = jax.process_index() == 0
+        with self.locked() if first else contextlib.nullcontext() as lock:
+            if lock:
                 lock.truncate(0)
                 lock.write(json.dumps({"host": platform.node(), "step": step}))
                 lock.flush()
@@ -128,6 +124,16 @@ class RunDirectory:
                     if first:
                         write_json(self.failure, {"error": _one_line(error)})
                 raise
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[IO[str]]:
+        """The folder locked against trainings; UserError where one is under way."""
+        with (self.path / ".lock").open("a") as lock:
+            if not _locked(lock.fileno()):
+                raise UserError(
+                    f"another process is training in {self.path}; wait for it, stop it, or give another --run-dir"
+                )
+            yield lock
 
     def _check_same_run(self, config: dict, defaults: dict, done: int, schedules: Sequence[Schedule]) -> None:
         try:

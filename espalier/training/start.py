@@ -14,21 +14,19 @@ from espalier.contracts import Origin
 from espalier.errors import UserError
 from espalier.files import sha256_of_file
 from espalier.training.checkpoint import (
-    complete_steps,
-    given_step,
     read_config,
     read_data,
     restore_optimizer,
     restore_state,
 )
 from espalier.training.config import TrainConfig
+from espalier.training.fallback import MODEL, given_step, resumed_step
 from espalier.training.frozen import Frozen, restore_frozen, restore_model, save_frozen
 from espalier.training.manifest import MANIFEST
 from espalier.training.optimizer import Optimizer
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState, new_state, shard_state
 from espalier.training.tracker import Interval
-from sharding.processes.coordination import from_first
 from sharding.rules import shard_params
 
 
@@ -67,12 +65,13 @@ def find_origin(
 ) -> Origin | None:
     """Where the run starts, known before any work is done; None = scratch. UserError if it is to start from nothing.
 
+    Its newest checkpoint is verified here, whole, and set aside where it is damaged (`training.fallback`).
+
     open_hub: opens what --init-from names with hf: before it.
     """
     run.check_shared()
-    # Network disks may show a checkpoint to one host before another.
-    own = from_first("own checkpoints", complete_steps(run.checkpoints))
-    resumed = bool(own)
+    own = resumed_step(run)
+    resumed = own is not None
     if not resumed and not config.init_from:
         return None
     if not resumed and config.init_from and config.init_from.startswith("hf:"):
@@ -81,7 +80,8 @@ def find_origin(
             raise UserError(f"{config.init_from} has weights and no optimizer state; leave out --init-optimizer")
         return open_hub(config.init_from)
     folder = run.path if resumed else Path(config.init_from or "").expanduser()
-    step = own[-1] if resumed else from_first("first checkpoint", given_step(folder))
+    items = (*MODEL, "opt_state") if config.init_optimizer else MODEL
+    step = given_step(folder, items) if own is None else own
     return RunOrigin(folder, step, read_config(folder, step), resumed)
 
 

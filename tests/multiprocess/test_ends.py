@@ -78,18 +78,25 @@ def test_a_checkpoint_that_one_cannot_write_ends_all(start, tmp_path):
     assert complete_steps(tmp_path / "run" / "checkpoints") == []
 
 
-def test_a_damaged_checkpoint_is_told_by_all(start, run, tmp_path):
-    short = job(tmp_path / "run", mesh={"data": 1, "fsdp": 4}, steps=4, stop_at=2)
+def test_a_damaged_checkpoint_is_left_by_all_and_told_of_where_none_is_sound(start, run, tmp_path):
+    short = job(tmp_path / "run", mesh={"data": 1, "fsdp": 4}, steps=4, stop_at=2, every=1)
     run(2, "worker.py", short)
-    largest = max((tmp_path / "run" / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    folder = tmp_path / "run" / "checkpoints"
+    whole = {step: max((folder / step).rglob("d/*"), key=lambda path: path.stat().st_size) for step in ("1", "2")}
+    whole = {path: path.read_bytes() for path in whole.values()}
+    for path, content in whole.items():
+        path.write_bytes(content[:-1])
     group = start(2, "worker.py", short)
     group.wait(2, timeout=60)
     for number in range(2):
         (line,) = group.lines(number)
-        assert line.startswith("error: process ") and "is damaged" in line and largest.name in line
+        assert line.startswith("error: process ") and "none of them is sound: 2 (" in line
+        assert all(path.name in line for path in whole)
+    assert complete_steps(folder) == [1, 2]
+    first = next(iter(whole))
+    first.write_bytes(whole[first])
+    run(2, "worker.py", short)
+    assert complete_steps(folder) == [1, 2] and (folder / "2.damaged").is_dir()
 
 
 def test_processes_with_different_settings_are_refused(start, tmp_path):

@@ -38,10 +38,9 @@ def main(config: InductionConfig) -> dict[str, Any]:
     with progress.waiting(f"loading {config.model}") as said:
         steps: list[int | None] = [config.step]
         if config.step is None and not config.model.startswith(PREFIX):
-            from espalier.training.checkpoint import complete_steps
-            from espalier.training.run import RunDirectory
+            from espalier.training.fallback import sound_steps
 
-            steps = [*complete_steps(RunDirectory(config.model).checkpoints)] or [None]
+            steps = [*sound_steps(config.model)] or [None]
         found = {}
         for step in steps:
             said(f"step {step}" if step is not None else "one state")
