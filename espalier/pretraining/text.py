@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from espalier import progress, user_code
+from espalier.contracts import Origin
 from espalier.data.description import describe_epochs, describe_text
 from espalier.data.loader import Batches, Rows
 from espalier.data.packing import pack_best_fit, pack_split
@@ -12,6 +13,7 @@ from espalier.data.prepare import prepare
 from espalier.data.sources import user_sources
 from espalier.data.token_tables import token_bytes
 from espalier.data.tokenizer import special_ids, vocabulary_size
+from espalier.errors import UserError
 from espalier.models.counts import flops_per_token
 from espalier.models.transformer import init_params
 from espalier.pretraining.objective import HeldOut, Setup, TextObjective
@@ -33,6 +35,7 @@ def own_code(record: TextObjective, config: Any) -> dict[str, dict[str, str]]:
 def open_text(record: TextObjective, config: Any, start: Start) -> Task:
     """Prepare the text that `config` names, and pack it into rows."""
     length, framed, origin = config.data.sequence_length, record.layout == "framed", start.origin
+    asked = _asked_vocabulary(config, origin)
     prepared = prepare(
         config.data,
         config.model.vocab_size,
@@ -88,7 +91,7 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
         scratch=record.init_params is not None,
         fingerprints=prepared.fingerprints,
         user_code=own_code(record, config),
-        settings={"words": prepared.words} if prepared.words else {},
+        settings={"asked_vocabulary": asked} | ({"words": prepared.words} if prepared.words else {}),
         schedules=[schedule() for schedule in record.schedules],
         tokens_per_step=tokens,
         flops_per_step=tokens * flops_per_token(model, length, record.predicted(config)),
@@ -100,3 +103,18 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
         summary=lambda step: {"data": batches.epochs(step)},
         following=record.following(config.run_dir),
     )
+
+
+def _asked_vocabulary(config: Any, origin: Origin | None) -> int:
+    """The tokens that a tokenizer was asked for, which may have found fewer; UserError where a run asked for others."""
+    asked = config.model.vocab_size
+    if origin is None or not origin.resumed:
+        return asked
+    # Runs of earlier versions do not say; a saved configuration has what was found.
+    before, found = origin.config.get("asked_vocabulary", asked), origin.config["model"]["vocab_size"]
+    if asked not in (before, found) and not (config.init_from or config.data.tokenizer):
+        raise UserError(
+            f"{config.run_dir} holds a run with another tokenizer: model.vocab_size was {before}, now {asked}; to go "
+            f"on with it, give --model.vocab-size {before}; to train anew, another --run-dir"
+        )
+    return before

@@ -23,7 +23,7 @@ EXECUTION_FIELDS = frozenset(
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
         *("distributed", "published", "user_code", "show", "answers", "beams", "max_new_tokens"),
-        *("keep_best", "early_stopping", "checksum_every"),
+        *("keep_best", "early_stopping", "checksum_every", "asked_vocabulary"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
