@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import runpy
+import signal
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,11 @@ def usage() -> str:
 
 def main() -> None:
     """Run the command that the arguments name; does not return where the process must begin anew."""
+    from espalier import signals
+
+    # Those that came while the process began anew were kept back.
+    signals.begin(early=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         sys.stdout.write(usage())
@@ -76,6 +82,7 @@ def main() -> None:
         return
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs()} | os.environ
     if name == "python":
+        signals.end()
         # This environment's Python, as launch.sh calls it: the cache of compiled programs serves scripts too.
         os.execve(sys.executable, [sys.executable, *arguments], environment)
     known = {each.name: each for each in commands()}
@@ -87,6 +94,7 @@ def main() -> None:
         sys.exit(_refused(f"unknown command {name!r}{meant}; `espalier --help` lists {' '.join(known)}"))
     command = known[name]
     if command.training and keeps_memory(os.environ):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], KEPT_MEMORY | environment)
     os.environ.update(environment)
     sys.argv = [command.module, *command.before, *arguments]

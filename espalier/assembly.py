@@ -114,7 +114,7 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
     summary = summarise(run, result, **facts)
     if ended:
         summary = summarise(run, result, **(facts | task.finish(trained)))
-    params = trained.collected if exporting and result.finished else None
+    params = trained.collected if exporting and result.finished and ended else None
     if first and ended:
         with progress.waiting("drawing the report"):
             write_report(run.path)

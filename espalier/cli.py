@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from espalier import library_log, progress, saved_config, user_code
+from espalier import library_log, progress, saved_config, signals, user_code
 from espalier.errors import UserError
 from espalier.exits import one_line_errors
 from espalier.flags import fields_given, flags_of, nearest, parse, spelled_out
@@ -169,9 +169,11 @@ def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: S
 
 
 def _take_the_terminal() -> bool:
-    """Send library output to a log, if `run` or `run_config` was called by the program that was started; whether so."""
+    """Take over signals and send library output to a log, if `run` or `run_config` was called by the program that was
+    started; whether so."""
     started = sys._getframe(2).f_globals.get("__name__") == "__main__"
     if started:
+        signals.begin()
         library_log.begin()
     return started
 

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
+from espalier import signals
 from espalier.errors import MachineError, UserError
 
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
@@ -30,18 +31,22 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (UserError, MachineError, KeyboardInterrupt, OSError, RuntimeError) as error:
+    except BaseException as error:
+        if number := signals.interrupted_by(error):
+            if debug:
+                traceback.print_exc()
+            # A lost terminal takes no message.
+            with contextlib.suppress(OSError):
+                print(signals.words(number), file=sys.stderr)
+            raise SystemExit(128 + number) from None
         refused = isinstance(error, OSError) and error.errno in REFUSALS
         full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise SystemExit(128 + signal.SIGPIPE) from None
-        if not (refused or full or isinstance(error, UserError | MachineError | KeyboardInterrupt)):
+        if not (refused or full or isinstance(error, UserError | MachineError)):
             raise
         if debug:
             traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
         message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
         # Which of several processes failed (sharding/processes).
         who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))

@@ -8,6 +8,8 @@ repeated at growing intervals. A leaf: every module may import it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import sys
 import threading
@@ -182,7 +184,13 @@ def _write(line: str, keep: bool, over: bool = True) -> None:
             line = _fitting(line)
         _changing = not keep and bool(line)
         _shown = columns(line)
-        print(begin + line, end="\n" if keep else "", file=_stream(), flush=True)
+        try:
+            print(begin + line, end="\n" if keep else "", file=_stream(), flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # The terminal was closed; what runs goes on without one, or ends by the signal that comes with it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _stream().fileno())
 
 
 def _fitting(line: str) -> str:

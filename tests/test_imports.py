@@ -72,7 +72,7 @@ KNOWN_ONLY_IN = {
 
 LEAVES = set(
     "__main__ cli contracts errors exits files flags goodput intervals library_log neighbours progress saved_config "
-    "short_help speakers user_code".split()
+    "short_help signals speakers user_code".split()
 )
 """Which every module may import."""
 

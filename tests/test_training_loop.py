@@ -394,7 +394,7 @@ def test_a_signal_saves_and_leaves(tmp_path, capfd):
     stopped = toy.run(toy.config(tmp_path, steps=50), batches_from=signalled(2, signal.SIGTERM))
     assert (stopped.step, stopped.finished, stopped.eval) == (3, False, {})
     out, err = capfd.readouterr()
-    assert "SIGTERM: saving after this step" in err
+    assert "SIGTERM: saving; press Ctrl-C again" in err
     assert "paused at step 3 of 50, saved; the same command goes on from here" in out
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert toy.run(toy.config(tmp_path, steps=50, stop_at=4)).step == 4

@@ -25,8 +25,10 @@ def make_evaluate(
     mesh: Mesh,
     finalize: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     accumulation: int = 1,
-) -> Callable[[TrainState], dict[str, float]]:
-    """State → metrics over all `batches` (this process's rows, NumPy); they are gone through at every call.
+) -> Callable[..., dict[str, float] | None]:
+    """(State, ends) → metrics over all `batches` (this process's rows, NumPy); they are gone through at every call.
+
+    ends: asked after each batch, by default never true; the metrics are None where it is.
 
     finalize: metrics → metrics with what follows from them (perplexity = exp loss). It sees means as floats, and what
     has no weight (`training.step.Sums`) as float64 arrays, added up over all batches; arrays it returns are left out.
@@ -40,7 +42,7 @@ def make_evaluate(
     def sums_of(params, batch, index):
         return eval_step(params, batch, key_of(index))
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, ends: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         totals: Totals = {}
         pending: dict = {}
         complete = state.complete
@@ -54,6 +56,8 @@ def make_evaluate(
                 sums = sums_of(complete, placed, np.uint32(index))
                 _add(totals, pending)
                 pending = sums
+                if ends():
+                    return None
             _add(totals, pending)
         found = {
             name: total if weight is None else float(total / (weight or 1.0))

@@ -3,61 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import threading
-from types import FrameType
-from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
-from espalier import library_log
-from sharding.processes.coordination import gather
+from espalier import signals
+from sharding.processes.coordination import gather, watch
 
 
 class StopSignal:
-    """Context in which the first SIGTERM, SIGHUP (a lost terminal) or Ctrl-C only requests a stop; a second Ctrl-C
-    interrupts at once. A signal that is already ignored (nohup) stays ignored.
+    """Context in which the first SIGTERM, SIGHUP (a lost terminal) or Ctrl-C only requests a stop, once a step is made
+    that is not saved; a second Ctrl-C ends all at once (espalier/signals.py).
 
-    Several processes must all stop at the same step: JAX listens for SIGTERM from the start, passes it on to the other
-    processes and names that step (it does nothing of this for a single process).
+    Several processes stop at the same point, wherever the signal went: they agree on it over the connections of
+    sharding/processes/watchdog.py.
     """
 
     def __init__(self):
         self.requested: int | None = None
         """The number of the signal that requested the stop."""
-        self._before: dict[int, Any] = {}
-        self._alone = jax.process_count() == 1
+        self._watch = watch()
+        self._begun = False
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            # With several processes, the handler of JAX for SIGTERM must stay.
-            numbers = (signal.SIGHUP, signal.SIGINT, *(signal.SIGTERM,) * self._alone)
-            for number in numbers:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._ask)
+        self._stack.enter_context(signals.saving(self._ask))
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._stack.close()
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step. Every process must call it at every step."""
-        return bool(self.requested) if self._alone else multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """Whether to stop here. Every process must call it at the same points: after each step, within evaluations."""
+        self._begun = True
+        return self._watch.reached() if self._watch else self.requested is not None
 
     def number(self) -> int | None:
-        """The signal that ended the loop early, the same in every process. Every process must call it once."""
-        asked = [number for number in gather("stopped by", self.requested) if number]
-        return asked[0] if asked else signal.SIGTERM
+        """The signal that ended the session early, the same in every process. Every process must call it once."""
+        return next((number for number in gather("stopped by", self.requested) if number), None)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # os.write, because the signal may have interrupted print; a lost terminal takes no message.
-        with contextlib.suppress(OSError):
-            line = f"\n{signal.Signals(number).name}: saving after this step; press Ctrl-C again to exit at once\n"
-            os.write(library_log.terminal(2), line.encode())
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def _ask(self, number: int) -> bool:
+        # Before the first step there is nothing to save, and that may be minutes of compilation away.
+        if self._begun:
+            self.requested = number
+            signals.tell(f"{signal.Signals(number).name}: saving; press Ctrl-C again to exit at once")
+            if self._watch:
+                self._watch.stop()
+        return self._begun

@@ -99,10 +99,18 @@ def train(
         gc.disable()
         stack.callback(gc.enable)
 
-        def evaluated(state: TrainState, step: int) -> dict[str, float]:
+        def save(state: TrainState, step: int) -> None:
+            with tracker.saving():
+                checkpoints.save(state, config_dict, data=kept | tracker.carried | {"step": step})
+            collector.forget(min(complete_steps(run.checkpoints), default=0))
+
+        def evaluated(state: TrainState, step: int) -> dict[str, float] | None:
+            """None where a signal ended it; the next session makes up for it."""
             with tracker.paused():
-                metrics = evaluate(state)
+                metrics = evaluate(state, stop.reached)
                 gc.collect()
+            if metrics is None:
+                return None
             tracker.evaluation(step, metrics)
             if best:
                 best.evaluated(step, metrics)
@@ -115,7 +123,7 @@ def train(
         known = from_first("evaluated", tracker.has_evaluation(start))
         if start >= last or start and start % config.eval_every == 0 and not known:
             evaluation = evaluated(state, start)
-        while step < last and not (best and best.exhausted):
+        while step < last and evaluation is not None and not (best and best.exhausted):
             with tracker.waiting():
                 batch = next(batches)
             with tracker.compiling(batch):
@@ -129,7 +137,7 @@ def train(
                 loss = _report(tracker, checkpoints, collector, pending)
             pending = step, metrics, counted, added
 
-            stopping = stop.reached(step)
+            stopping = stop.reached()
             ending = stopping or step == last
             evaluating = step == last or step % config.eval_every == 0 and not stopping
             saving = step % config.checkpoint.every == 0 or ending or best is not None and evaluating
@@ -139,12 +147,12 @@ def train(
                 pending = None
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
-                with tracker.saving():
-                    checkpoints.save(state, config_dict, data=kept | tracker.carried | {"step": step})
-                collector.forget(min(complete_steps(run.checkpoints), default=0))
+                save(state, step)
             if evaluating:
                 evaluation = evaluated(state, step)
-            if ending:
+                if evaluation is None and not saving:
+                    save(state, step)
+            if ending or evaluation is None:
                 break
 
         with tracker.saving():
@@ -161,14 +169,14 @@ def train(
             step=step,
             finished=step == config.steps or exhausted,
             loss=loss,
-            eval=evaluation,
+            eval=evaluation or {},
             tokens=tracker.tokens,
             tokens_per_second=tracker.tokens_per_second,
             first_step_seconds=tracker.first_step_seconds,
             seconds=time.perf_counter() - began if step > start else None,
             mfu=tracker.mfu,
             data_wait=tracker.data_wait,
-            stopped_by=stop.number() if step < last and not exhausted else None,
+            stopped_by=stop.number(),
             best=found,
         )
 

@@ -120,7 +120,7 @@ def sweep(
             for r, rate in enumerate(learning_rates):
                 row = {"seed": seed, "learning_rate": rate, "train_loss": float(loss_SRs[s, r, -1])}
                 if eval_batches:
-                    row |= evaluate(states[s][r])
+                    row |= evaluate(states[s][r]) or {}
                 rows.append(row)
         return Sweep(rows, loss_SRs, _stacked([_stacked([state.params for state in runs]) for runs in states]))
 

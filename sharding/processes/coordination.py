@@ -19,16 +19,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from espalier import library_log
+from espalier import library_log, signals
 from espalier.errors import MachineError, UserError
 from sharding.processes.discovery import Place, find_place
-from sharding.processes.watchdog import rendezvous
+from sharding.processes.watchdog import Watch, rendezvous
 
 WAIT = 600.0
 """Time-out in seconds of a barrier before which no process does long work."""
 LONG_WAIT = 24 * 3600.0
 """The same where one process may prepare text, hash or export for hours; the watchdog sees that it is alive."""
-HEARTBEAT = 60
+HEARTBEAT = 100
 """Seconds without a heartbeat after which JAX gives up on a process, should `watchdog.py` have missed its end."""
 
 R = TypeVar("R")
@@ -49,6 +49,11 @@ def joined(main: Callable[..., R]) -> Callable[..., R]:
             return main(config, *args, **kwargs)
 
     return run
+
+
+def watch() -> Watch | None:
+    """The connections to the other processes; None where there are none."""
+    return _watch
 
 
 def gather(name: str, value: Any = None, timeout: float = WAIT) -> list:
@@ -117,6 +122,7 @@ def collected(tree: Any) -> Any:
 
 
 _turns: Counter[str] = Counter()
+_watch: Watch | None = None
 
 
 def _same(x):
@@ -149,26 +155,30 @@ def _membership(place: Place, timeout: float) -> Iterator[None]:
         # The file descriptor and not sys.stdout: libraries write to it from C++.
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), library_log.terminal(1))
-    watch = rendezvous(place, timeout)
+    global _watch
+    watch = _watch = rendezvous(place, timeout)
     import jax
 
     try:
-        _initialize(place, timeout)
-        yield
-        gather("the end", timeout=LONG_WAIT)
+        with signals.telling(lambda number: watch.fail(signals.words(number), 128 + number)):
+            _initialize(place, timeout)
+            yield
+            gather("the end", timeout=LONG_WAIT)
     except BaseException as error:
-        if not isinstance(error, UserError | MachineError | KeyboardInterrupt | SystemExit):
+        number = signals.interrupted_by(error)
+        if not (number or isinstance(error, UserError | MachineError | SystemExit)):
             # When another process ends, a collective fails here, and the message about the cause arrives later.
             cause = watch.failure(3.0)
             if cause:
                 error = MachineError(cause)
         who = f"process {place.process_id} of {place.processes}"
-        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        watch.fail(_one_line(error), code)
+        code = 128 + number if number else 2 if isinstance(error, UserError) else 1
+        watch.fail(signals.words(number) if number else _one_line(error), code)
         _exit_soon(code)
         error.add_note(who)
         raise error
     watch.leave()
+    _watch = None
     jax.distributed.shutdown()
 
 
@@ -177,6 +187,9 @@ def _initialize(place: Place, timeout: float) -> None:
 
     if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It takes SIGTERM, and does nothing of it before a training's first step.
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_enable_preemption_service", False)
     options: dict[str, Any] = {
         # All processes are connected: only JAX itself is awaited now.
         "initialization_timeout": max(60, round(timeout)),
@@ -197,6 +210,8 @@ def _initialize(place: Place, timeout: float) -> None:
         )
     except RuntimeError as error:
         raise UserError(f"jax.distributed did not start: {_one_line(error)}") from None
+    finally:
+        signals.again()
 
 
 def _one_line(error: BaseException) -> str:

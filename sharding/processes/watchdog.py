@@ -1,9 +1,13 @@
-"""Rendezvous of the processes of a run, and a watchdog: when one process ends, the others end within seconds.
+"""Rendezvous of the processes of a run, and a watchdog: when one process ends or stalls, the others end too.
 
 Before JAX listens on the coordinator's port, each process connects to process 0 there, so that a process that is
 missing, started twice or given a different count is named in one line. The connections stay open. The kernel closes
-those of a process that is killed, whatever it was doing, and process 0 informs the others. JAX's own heartbeats would
-notice a minute later, with a C++ stack trace; they remain the fallback for a connection that is open and silent.
+those of a process that is killed, whatever it was doing, and process 0 informs the others. A process that is stopped,
+or cut off from the network, is silent: each sends a heartbeat every BEAT seconds, and who hears none for SILENCE
+seconds ends with the others. JAX would notice later, with a C++ stack trace; its heartbeats remain the fallback.
+
+The connections also carry a request to stop (training.guard): process 0 asks all how far they are, and names the point
+at which they stop.
 """
 
 from __future__ import annotations
@@ -26,8 +30,16 @@ GRACE = 1.0
 """Seconds that the main thread has to report the failure itself before the watchdog thread ends the process."""
 LINGER = 5.0
 """Seconds that process 0 stays alive so that the others receive the reason of its end."""
-SILENCE = 30
-"""Seconds after which a machine that no longer answers counts as dead."""
+BEAT = 5.0
+"""Seconds between heartbeats."""
+SILENCE = 60.0
+"""Seconds without one after which a process counts as stalled; no native code holds Python's lock so long."""
+
+
+SILENT = (
+    f"no answer for {SILENCE:g} s: it is stopped, or its machine or the network hangs; start the same command in all "
+    "processes to resume from the last checkpoint"
+)
 
 
 class Failure(NamedTuple):
@@ -49,6 +61,11 @@ class Watch:
         self._leaving = threading.Event()
         self._failed = threading.Event()
         self._failure: Failure | None = None
+        self._sending = threading.Lock()
+        self._asks, self._asked = socket.socketpair()
+        self._stopping = StoppingPoint()
+        self._passed: dict[int, int] = {}
+        """Process 0: how far each is."""
         self._thread = threading.Thread(target=self._listen, name="watching the other processes", daemon=True)
         for peer in peers.values():
             _keep_alive(peer)
@@ -70,43 +87,100 @@ class Watch:
         self._leaving.set()
         self._send({"left": True})
 
+    def stop(self) -> None:
+        """Have all processes stop at the same point soon (`reached`). Returns at once; a signal handler may call it."""
+        self._asks.send(b"!")
+
+    def reached(self) -> bool:
+        """Whether all stop here. All processes call it at the same points, in the same order."""
+        return self._stopping.reached()
+
     def _send(self, message: dict, but: int | None = None) -> None:
-        for number, peer in self._peers.items():
-            if number != but:
-                with contextlib.suppress(OSError):
-                    peer.sendall(json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode() + b"\n"
+        with self._sending:
+            for number, peer in self._peers.items():
+                if number != but:
+                    with contextlib.suppress(OSError):
+                        peer.sendall(line)
 
     def _listen(self) -> None:
         selector = selectors.DefaultSelector()
         unread: dict[int, bytes] = {}
         for number, peer in self._peers.items():
             selector.register(peer, selectors.EVENT_READ, number)
-        while selector.get_map():
-            for key, _ in selector.select():
+        selector.register(self._asked, selectors.EVENT_READ, self._place.process_id)
+        now = beaten = time.monotonic()
+        heard = dict.fromkeys(self._peers, now)
+        while len(selector.get_map()) > 1:
+            ready = selector.select(max(beaten + BEAT - now, 0))
+            before, now = now, time.monotonic()
+            if now - before > 2 * BEAT:
+                # This process itself was suspended, perhaps with all the others.
+                heard = dict.fromkeys(heard, now)
+            if now >= beaten + BEAT:
+                beaten = now
+                self._send({})
+            for key, _ in ready:
                 number: int = key.data
+                if key.fileobj is self._asked:
+                    self._asked.recv(64)
+                    self._ask()
+                    continue
                 try:
                     data = self._peers[number].recv(65536)
                 except OSError:
                     data = b""
+                heard[number] = now
                 *lines, unread[number] = (unread.get(number, b"") + data).split(b"\n")
                 for line in lines:
-                    message = json.loads(line)
-                    # It closes the connection next, which then is no further failure.
-                    self._gone.add(number)
-                    if "failed" in message:
-                        self._end(Failure(*message["failed"]), number)
+                    self._receive(number, json.loads(line))
                 if not data:
                     selector.unregister(key.fileobj)
                     if number not in self._gone:
                         self._gone.add(number)
                         self._end(Failure(number, None, 1), number)
+            silent = [number for number in heard if number not in self._gone and now - heard[number] > SILENCE]
+            if silent:
+                self._end(Failure(silent[0], SILENT, 1), None)
 
-    def _end(self, failure: Failure, source: int) -> None:
+    def _receive(self, number: int, message: dict) -> None:
+        if "failed" in message:
+            self._gone.add(number)
+            self._end(Failure(*message["failed"]), number)
+        elif "left" in message:
+            # It closes the connection next, which then is no failure.
+            self._gone.add(number)
+        elif "ask" in message:
+            self._ask()
+        elif "how far" in message:
+            self._send({"passed": self._stopping.hold()})
+        elif "passed" in message:
+            self._told(number, message["passed"])
+        elif "stop" in message:
+            self._stopping.set(message["stop"])
+
+    def _ask(self) -> None:
+        """Begin to agree on where all stop; again, it changes nothing."""
+        if self._place.process_id:
+            self._send({"ask": True})
+        elif not self._passed:
+            self._send({"how far": True})
+            self._told(0, self._stopping.hold())
+
+    def _told(self, number: int, passed: int) -> None:
+        self._passed[number] = passed
+        if len(self._passed) == self._place.processes:
+            # The first point that nobody has passed.
+            point = max(self._passed.values())
+            self._send({"stop": point})
+            self._stopping.set(point)
+
+    def _end(self, failure: Failure, source: int | None) -> None:
         if self._failure is not None:
             return
         self._failure = failure
         self._failed.set()
-        if self._place.process_id == 0:
+        if self._place.process_id == 0 or source is None:
             self._send({"failed": failure}, but=source)
         threading.Thread(target=self._leave_with, args=(failure,), daemon=True).start()
 
@@ -135,6 +209,37 @@ class Watch:
             f"{who} died without an error message: it was killed, ran out of memory, or its machine failed; start the "
             "same command in all processes to resume from the last checkpoint"
         )
+
+
+class StoppingPoint:
+    """How many points this process has passed, and the one at which all stop once that is agreed."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._passed = 0
+        self._held = False
+        self._point: int | None = None
+
+    def reached(self) -> bool:
+        """Whether to stop at this point; waits while it is being agreed on. TimeoutError if that takes too long."""
+        with self._changed:
+            # The watching threads agree, wherever the main threads are; a process that does not answer ends all.
+            if not self._changed.wait_for(lambda: self._point is not None or not self._held, 2 * SILENCE):
+                raise TimeoutError("the processes did not agree on where to stop")
+            here, self._passed = self._passed, self._passed + 1
+            return self._point is not None and here >= self._point
+
+    def hold(self) -> int:
+        """Pass no further point until `set`; returns how many were passed."""
+        with self._changed:
+            self._held = True
+            return self._passed
+
+    def set(self, point: int) -> None:
+        """point: the number of points that are passed before that at which all stop."""
+        with self._changed:
+            self._point = point
+            self._changed.notify_all()
 
 
 def rendezvous(place: Place, timeout: float) -> Watch:
@@ -263,7 +368,7 @@ def _keep_alive(peer: socket.socket) -> None:
     peer.settimeout(None)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     # Not every operating system has these.
-    for name, seconds in (("TCP_KEEPIDLE", SILENCE // 3), ("TCP_KEEPINTVL", SILENCE // 6), ("TCP_KEEPCNT", 4)):
+    for name, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 

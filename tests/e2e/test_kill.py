@@ -122,7 +122,7 @@ def test_killed_and_terminated_runs_go_on_bit_by_bit(start, tmp_path, whole):
     out, err = finish(process, code=0)
     assert f"removed checkpoint {before + 10}: it was not written to its end" in out
     assert f"resumed at step {before}\n" in out
-    assert "SIGTERM: saving after this step" in err
+    assert "SIGTERM: saving; press Ctrl-C again" in err
     stopped = complete(run_dir)[-1]
     assert f"paused at step {stopped} of 40, saved; the same command goes on from here" in out
     (run_dir / "final.npz").unlink()
