@@ -37,6 +37,7 @@ from etils import epath
 from espalier import progress
 from espalier.errors import MachineError, UserError
 from espalier.files import sync_path, sync_tree
+from espalier.training.background import give_way, held, lower, threads
 from espalier.training.config import CheckpointConfig
 from espalier.training.fallback import set_aside
 from espalier.training.manifest import (
@@ -116,27 +117,32 @@ class Checkpoints:
         """The newest complete step, or None."""
         return max(complete_steps(self.folder), default=None)
 
-    def save(self, state: TrainState, config: dict, data: dict) -> None:
+    def save(self, state: TrainState, config: dict, data: dict, waited_for: bool = False) -> None:
         """Begin to write `state` under its step; returns once it may be donated. Raises what the last save met.
 
-        data: where the data goes on, JSON values. Steps only grow: ValueError for one that is not after the latest.
+        data: where the data goes on, JSON values. waited_for: no training goes on beside it. Steps only grow:
+        ValueError for one that is not after the latest.
         """
         self.wait()
         started, step, latest = time.perf_counter(), int(state.step), self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"step {step} is not after {latest}, the newest checkpoint in {self.folder}")
+        params, rest = state.params, _named(_rest(state))
+        if not waited_for:
+            params, rest = held((params, rest))
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(state.params),
-            opt_state=ocp.args.PyTreeSave(_named(_rest(state))),
+            params=ocp.args.PyTreeSave(params),
+            opt_state=ocp.args.PyTreeSave(rest),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config),
         )
-        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, _rest(state))))
+        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))
         missing = from_first("room for a checkpoint", self._make_room(step) if jax.process_index() == 0 else None)
         if missing:
             self._failure = _failure(step, self.folder, missing[0], missing[1])
             self.check(agreed=True)
             return
+        before = threads()
         try:
             with _plain_errors(step, self.folder):
                 saved = self._manager.save(step, args=items, force=True)
@@ -145,8 +151,10 @@ class Checkpoints:
             self.check()
             return
         assert saved, f"Orbax did not save step {step}"
+        if not waited_for:
+            give_way(before)
         self._writer = threading.Thread(
-            target=self._finish, args=(step, started), name=f"saving step {step}", daemon=True
+            target=self._finish, args=(step, started, waited_for), name=f"saving step {step}", daemon=True
         )
         self._writer.start()
 
@@ -204,8 +212,10 @@ class Checkpoints:
                 with contextlib.suppress(Exception):  # Orbax repeats the failure that wait() raised
                     self._manager.close()
 
-    def _finish(self, step: int, started: float) -> None:
+    def _finish(self, step: int, started: float, waited_for: bool) -> None:
         try:
+            if not waited_for:
+                lower(threading.get_native_id())
             with _plain_errors(step, self.folder):
                 self._manager.wait_until_finished()
                 size = write_manifest(self.folder / str(step))
