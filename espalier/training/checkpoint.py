@@ -53,7 +53,7 @@ from espalier.training.manifest import (
     write_manifest,
 )
 from espalier.training.retention import removal
-from espalier.training.run import RunDirectory
+from espalier.training.run import RunDirectory, folder_identity
 from espalier.training.state import TrainState
 from sharding.processes.coordination import LONG_WAIT, from_first, gather
 from sharding.rules import path_of
@@ -111,7 +111,7 @@ class Checkpoints:
             self._tidy()
         gather("the folder of checkpoints is there")
         self._manager = _manager(self.folder)
-        self._disk = _identity(self.folder)
+        self._disk = folder_identity(self.folder)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -165,7 +165,7 @@ class Checkpoints:
                 while self._writer.is_alive():
                     self._writer.join(0.2)
                     written = min(_written(self.folder, self._saving), self._size)
-                    far(f"{progress.amount(written)}B of {progress.amount(self._size)}B")
+                    far(f"{progress.size(written)} of {progress.size(self._size)}")
             self._writer = None
         self.check()
 
@@ -238,7 +238,7 @@ class Checkpoints:
             self._remove(step)
         if gone.over and not self._told:
             self._told = True
-            more = f"{progress.amount(gone.over)}B more than checkpoint.budget={self._config.budget}"
+            more = f"{progress.size(gone.over)} more than checkpoint.budget={self._config.budget}"
             self.announce(f"the checkpoints that must stay, with the next one, take {more}")
 
     def _sizes(self) -> dict[int, int]:
@@ -279,18 +279,18 @@ class Checkpoints:
         but never the newest.
         """
         try:
-            if _identity(self.folder) != self._disk:
+            if folder_identity(self.folder) != self._disk:
                 return errno.ENODEV, "its folder is gone, or is another one; is the disk still mounted?"
             if sizes := self._sizes():
                 newest = max(sizes)
-                needed = sizes[newest]
+                needed = _occupied(self.folder / str(newest))
                 spare = removal(sizes | {step: needed}, self._config, self.best).steps
                 spare = [old for old in spare if old not in (newest, step)]
                 while (free := shutil.disk_usage(self.folder).free) < needed and spare:
                     self._remove(spare[0])
                     self.announce(f"removed checkpoint {spare.pop(0)}: the disk has no room for {step} beside it")
                 if free < needed:
-                    needs = f"needs {progress.amount(needed)}B and {progress.amount(free)}B are free"
+                    needs = f"needs {progress.size(needed)} and {progress.size(free)} are free"
                     return errno.ENOSPC, f"it {needs}; make room, and the same command goes on from step {newest}"
             unfinished(self.folder, step).touch()
             sync_path(self.folder)
@@ -523,7 +523,6 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    """What tells a folder from another of the same name on another disk."""
-    there = folder.stat()
-    return there.st_dev, there.st_ino
+def _occupied(folder: Path) -> int:
+    """Bytes that the disk gave to the files of a folder: whole blocks, of compressed files less than they hold."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
