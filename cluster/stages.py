@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from cluster.config import ClusterConfig
 from espalier.errors import UserError
@@ -56,8 +56,6 @@ class MeasureFiles(Step):
     title = "measuring the documents"
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
-        import pickle
-
         from espalier.data.documents import documents
         from espalier.data.filters import measure
 
@@ -67,7 +65,7 @@ class MeasureFiles(Step):
             texts = (item.text for item in documents(source.part(rank, world_size)))
             found = [measure(text, self.config.data.filters) for text in texts]
             with replacing(path, "wb") as file:
-                pickle.dump(found, file)
+                _write_measures(file, found)
 
 
 class Decide(Step):
@@ -227,11 +225,31 @@ def _part_folder(step: Step, made: Plan, side: str, name: str, rank: int) -> Pat
 def _measures(step: Step, source: Source, rank: int) -> Path:
     from espalier.data.prepare.planning import decisions_path
 
-    return step.work / PARTS / decisions_path(source, step.config.data).stem / f"{rank:05}.pickle"
+    return step.work / PARTS / decisions_path(source, step.config.data).stem / f"{rank:05}.npz"
 
 
 def _read_measures(step: Step, source: Source, rank: int) -> list[Measure]:
-    """Of the files that a task measured. Written by this program beside it: pickle is safe here."""
-    import pickle
+    """Of the files that a task measured."""
+    import numpy as np
 
-    return pickle.loads(_measures(step, source, rank).read_bytes())
+    from espalier.data.filters import Measure
+
+    with _measures(step, source, rank).open("rb") as content, np.load(content, allow_pickle=False) as file:
+        reasons, exact, near, signatures = (file[name] for name in ("reasons", "exact", "near", "signatures"))
+    signed = iter(signatures)
+    rows = zip(reasons.tolist(), exact.tolist(), near.tolist(), strict=True)
+    return [Measure(reason, text, next(signed) if is_near else None) for reason, text, is_near in rows]
+
+
+def _write_measures(file: IO[bytes], found: list[Measure]) -> None:
+    """reasons uint8 [N], exact uint64 [N], near bool [N]: whether it has a signature; signatures uint32 [those, H]."""
+    import numpy as np
+
+    signatures = [one.signature for one in found if one.signature is not None]
+    np.savez(
+        file,
+        reasons=np.array([one.reason for one in found], np.uint8),
+        exact=np.array([one.exact for one in found], np.uint64),
+        near=np.array([one.signature is not None for one in found], bool),
+        signatures=np.stack(signatures) if signatures else np.zeros((0, 0), np.uint32),
+    )

@@ -80,7 +80,7 @@ def main() -> None:
 
         print(f"espalier {__version__}")
         return
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs()} | os.environ
+    environment = os.environ | _private(compiled_programs()) | os.environ
     if name == "python":
         signals.end()
         # This environment's Python, as launch.sh calls it: the cache of compiled programs serves scripts too.
@@ -129,6 +129,27 @@ def compiled_programs(cpuinfo: str = "/proc/cpuinfo") -> str:
     versions = "-".join([*_versions(), ""])
     cache = os.environ.get("ESPALIER_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "espalier")
     return os.path.join(cache, "compiled", f"{versions}cpu-{processor:08x}")
+
+
+def _private(folder: str) -> dict[str, str]:
+    """The variable that makes JAX keep its programs there, in a folder that nobody else may write or read.
+
+    They are machine code, which is run as it is found. In a cache that is someone else's, a folder of one's own is made
+    beside theirs; where that is not to be had, programs are not kept.
+    """
+    compiled = os.path.dirname(folder)
+    for own in (compiled, f"{compiled}-{os.getuid()}"):
+        try:
+            os.makedirs(own, 0o700, exist_ok=True)
+            # Neither a link that someone else has made nor what it leads to.
+            if not os.lstat(own).st_uid == os.stat(own).st_uid == os.getuid():
+                continue
+            if os.stat(own).st_mode & 0o077:
+                os.chmod(own, 0o700)
+        except OSError:
+            continue
+        return {"JAX_COMPILATION_CACHE_DIR": os.path.join(own, os.path.basename(folder))}
+    return {}
 
 
 def _versions() -> list[str]:

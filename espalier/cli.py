@@ -24,6 +24,7 @@ from espalier import library_log, progress, saved_config, signals, user_code
 from espalier.errors import UserError
 from espalier.exits import one_line_errors
 from espalier.flags import fields_given, flags_of, nearest, parse, spelled_out
+from espalier.redaction import without_secrets
 from espalier.short_help import preset_help
 
 FROM, PRINT = "--from-config", "--print-config"
@@ -34,7 +35,7 @@ class Call:
     """How an entry point was called, beyond its configuration; empty where Python calls it."""
 
     command: str | None = None
-    """The command line."""
+    """The command line, without secrets."""
     given: frozenset[str] = frozenset()
     """The fields that flags set, nested ones as `outer.inner`."""
     began: float | None = None
@@ -77,12 +78,14 @@ def run(
             return
         printing = PRINT in arguments
         arguments = [argument for argument in arguments if argument != PRINT]
-        command = f"./launch.sh {prog} {shlex.join(arguments)}"
+        command = without_secrets(f"./launch.sh {prog} {shlex.join(map(without_secrets, arguments))}")
         base, arguments = _base(presets, prog, arguments)
         config_type = type(base.config)
         flags = flags_of(config_type)
         arguments = spelled_out(arguments, flags)
         given = frozenset(fields_given(arguments, flags))
+        if base.source:
+            saved_config.check_code(base.source, base.config, given)
         default = saved_config.without_overridden(base.config, given)
         config = parse(config_type, base.prog, base.description, arguments, default, also=(FROM, PRINT))
         if getattr(config, "run_dir", "") is None:
@@ -106,6 +109,8 @@ class _Base(NamedTuple):
     """Of its run directory."""
     given: frozenset[str] = frozenset()
     """The fields that flags had set when it was saved."""
+    source: str = ""
+    """The file that it was read from, which may be someone else's."""
 
 
 def _base(presets: Mapping[str, Callable[[], Any]], prog: str, arguments: list[str]) -> tuple[_Base, list[str]]:
@@ -125,7 +130,7 @@ def _base(presets: Mapping[str, Callable[[], Any]], prog: str, arguments: list[s
         saved = saved_config.read(path, kinds, prog)
         rest = arguments[:at] + arguments[at + (1 if equals else 2) :]
         description = f"The settings of {path}, and what flags change."
-        return _Base(saved.config, f"{prog} {FROM} {path}", description, saved.name, saved.given), rest
+        return _Base(saved.config, f"{prog} {FROM} {path}", description, saved.name, saved.given, path), rest
     if name in presets:
         preset = presets[name]
         return _Base(preset(), f"{prog} {name}", inspect.getdoc(preset), f"{prog}-{name}"), arguments[1:]

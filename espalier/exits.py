@@ -14,15 +14,9 @@ from collections.abc import Iterator
 
 from espalier import signals
 from espalier.errors import MachineError, UserError
+from espalier.redaction import without_secrets
 
-DISK = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EREMOTEIO),
-        *(errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
-    }
-)
-"""What a disk says that is full, read-only, broken or gone."""
-REFUSALS = DISK | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
+REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
 """Errors that a correct program may get from the machine: no permission, no space left, a file instead of a folder."""
 
 OUT_OF_MEMORY = (
@@ -41,7 +35,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except BaseException as error:
         if number := signals.interrupted_by(error):
             if debug:
-                traceback.print_exc()
+                print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
             # A lost terminal takes no message.
             with contextlib.suppress(OSError):
                 print(signals.words(number), file=sys.stderr)
@@ -53,11 +47,11 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if not (refused or full or isinstance(error, UserError | MachineError)):
             raise
         if debug:
-            traceback.print_exc()
+            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
         # Which of several processes failed (sharding/processes).
         who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))
-        print(f"error: {who}{message}", file=sys.stderr)
+        print(without_secrets(f"error: {who}{message}"), file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 

@@ -38,11 +38,6 @@ def replacing(path: StrPath, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]
             yield file
             sync(file)
         os.replace(unfinished, path)
-    except OSError as error:
-        # What a full disk says does not name the file.
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -51,6 +46,19 @@ def write_json(path: StrPath, value: Any) -> None:
     """Replace the file by this value as JSON, one line an entry."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: StrPath) -> dict[str, Any]:
+    """The JSON object in a file; UserError for anything else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return values
 
 
 @contextlib.contextmanager
@@ -82,6 +90,27 @@ def make_folder(folder: Path) -> None:
         raise UserError(
             f"cannot write to {folder.parent} ({error.strerror}); choose another folder (of tokens: --data.cache)"
         ) from error
+
+
+def inside(folder: Path, name: object, source: object) -> Path:
+    """The path of a file that a manifest or index (`source`) names in its folder; it need not be there.
+
+    UserError for a name that leads elsewhere, by `..`, as an absolute path or through a link: whoever wrote the index
+    must not choose what else is read or written. In the cache of the Hub, files are links to the blobs of their
+    repository, which are of it.
+    """
+    bad = not isinstance(name, str) or not name or "\0" in name or "\\" in name
+    if bad or os.path.isabs(str(name)) or ".." in Path(str(name)).parts:
+        raise UserError(f"{source} names the file {str(name)[:200]!r}; only files within its folder are read")
+    path = folder / str(name)
+    home = folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    there = path.resolve()
+    if not any(there.is_relative_to(one) for one in homes):
+        raise UserError(f"{source} names {name}, a link that leads out of its folder, to {there}; copy the file there")
+    return path
 
 
 def sync(file: IO[Any]) -> None:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from espalier.redaction import without_secrets
 from espalier.speakers import has_part, speaker
 
 SHOWN = 20
@@ -185,7 +186,7 @@ class _Terminal(io.TextIOWrapper):
             else:
                 _take()
         if who == "library" and _log is not None:
-            _append(_log.descriptor, text.encode("utf-8", "backslashreplace"))
+            _append(_log.descriptor, without_secrets(text).encode("utf-8", "backslashreplace"))
             return len(text)
         return super().write(text)
 
@@ -301,7 +302,13 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
     """Print the last library output, then the traceback, last, where people look for it."""
     if _log is not None and not issubclass(kind, KeyboardInterrupt):
         os.write(_log.terminal[2], last_lines(_log.path).encode("utf-8", "replace"))
-    sys.__excepthook__(kind, error, trace)
+    if _log is not None and sys.stderr is not None:
+        import traceback
+
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
+        sys.stderr.flush()
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _unraisable(unraisable: Any) -> None:
@@ -323,4 +330,5 @@ def _report(head: str, error: BaseException | None) -> None:
 
     assert _log is not None
     lines = traceback.format_exception(error) if error is not None else []
-    _append(_log.descriptor, "".join([f"{head}\n", *lines]).encode("utf-8", "backslashreplace"))
+    text = without_secrets("".join([f"{head}\n", *lines]))
+    _append(_log.descriptor, text.encode("utf-8", "backslashreplace"))

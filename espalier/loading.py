@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from espalier.data.tokenizer import framed_tokenizer, tokenizer_of
 from espalier.errors import UserError
+from espalier.files import read_json
 from espalier.models.config import ModelConfig
-from espalier.models.hf_config import read_json
 from espalier.models.hub import Pretrained, load_pretrained
 from espalier.models.pretrained import part_of
 from espalier.models.repository import PREFIX

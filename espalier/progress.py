@@ -18,6 +18,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
+from espalier.redaction import without_secrets
+
 PATIENCE = 1.5
 """Seconds before a wait is reported."""
 AGAIN = 60.0
@@ -148,12 +150,6 @@ def amount(number: float) -> str:
     return f"{number:.0f}"
 
 
-def size(count: float) -> str:
-    """Bytes in three digits: 823 B, 9.87 kB, 1.24 GB."""
-    words = amount(count)
-    return f"{words.replace(' B', ' G')}{'' if ' ' in words else ' '}B"
-
-
 def clock(seconds: float) -> str:
     """Hours, minutes and seconds: 0:07, 12:00, 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
@@ -186,6 +182,7 @@ def _write(line: str, keep: bool, over: bool = True) -> None:
         if over and _changing:
             # A notebook knows no order to clear a line.
             begin = "\r\033[K" if _terminal() else f"\r{' ' * _shown}\r" if _notebook() else ""
+        line = without_secrets(line)
         if not keep:
             line = _fitting(line)
         _changing = not keep and bool(line)

@@ -7,13 +7,14 @@ import json
 import shlex
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from espalier import progress
 from espalier.errors import UserError
 from espalier.flags import fields_given, flags_of, nearest, spelled_out
+from espalier.redaction import recorded
 
 NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug"))
 """Settings of one call, which a file does not hand on: where it writes, where it pauses and how it prints."""
@@ -42,7 +43,8 @@ class Saved(NamedTuple):
 def as_json(config: Any, command: str) -> str:
     """The text of --print-config. command: recorded as in config.json, it tells which settings were asked for."""
     task = {"task": config.task} if hasattr(config, "task") else {}
-    return json.dumps(dataclasses.asdict(config) | task | {"command": command}, indent=1, ensure_ascii=False)
+    values = dataclasses.asdict(config) | task | {"command": command}
+    return json.dumps(recorded(values), indent=1, ensure_ascii=False)
 
 
 def read(given: str, config_types: Iterable[type], prog: str) -> Saved:
@@ -76,6 +78,32 @@ def read(given: str, config_types: Iterable[type], prog: str) -> Saved:
     return Saved(config, _given(values.get("command"), config_type), name)
 
 
+def check_code(source: str, config: Any, given: Iterable[str] = (), instead: str = "") -> None:
+    """UserError where a configuration names code of a user's own that no flag names: a file may be from anyone, and
+    what it names would be run. instead: what to do about it, where there is no flag of that name."""
+    named = {name: shown for name, shown in _code_in(dataclasses.asdict(config)) if name not in frozenset(given)}
+    if named:
+        flags = " ".join(f"--{name.replace('_', '-')} {shlex.join(shown)}" for name, shown in named.items())
+        raise UserError(
+            f"{source} names code to be run: {'; '.join(' '.join(shown) for shown in named.values())}; if you know it, "
+            + (instead or f"name it yourself: add {flags}")
+        )
+
+
+def _code_in(values: dict) -> Iterator[tuple[str, list[str]]]:
+    """(field, its values) of each that names code: an objective, a masking function, text by python:FILE.py:NAME."""
+    data = values.get("data") or {}
+    for outer, inner in (("", "objective"), ("masking", "function")):
+        value = (values.get(outer) or {}).get(inner) if outer else values.get(inner)
+        if isinstance(value, str) and ":" in value:
+            yield f"{outer}.{inner}".lstrip("."), [value]
+    for name in ("files", "validation_files", "sources", "train", "validation"):
+        value = data.get(name) or ()
+        texts = [value] if isinstance(value, str) else list(value)
+        if any("python:" in str(text) for text in texts):
+            yield f"data.{name}", [str(text) for text in texts]
+
+
 def without_overridden(config: Any, given: Iterable[str]) -> Any:
     """The configuration without what would win over the flags that are given. UserError for two that say the same."""
     given = frozenset(given)
@@ -96,7 +124,7 @@ def _read(given: str) -> tuple[Path, dict]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--from-config {given}: {path} is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"--from-config {given}: {path} holds no JSON object of settings")

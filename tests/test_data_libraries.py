@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 
 import datasets
@@ -127,21 +128,36 @@ def test_a_library_with_nothing_behind_it(spec):
 
 
 def test_what_is_asked_of_the_hub(monkeypatch):
-    """An id that is no folder goes to `load_dataset` with all that was said; without network, no more can be tried."""
-    asked = []
+    """An id that is no folder goes to `datasets` with all that was said; without network, no more can be tried."""
+    asked, files = [], {"train": ["hf://datasets/somebody/some-text@abc123/a.parquet"]}
 
-    def load_dataset(path, **options):
+    class Builder:
+        repo_id = "somebody/some-text"
+        config = types.SimpleNamespace(data_files=files)
+
+        def download_and_prepare(self):
+            pass
+
+        def as_dataset(self, split):
+            asked[-1][1]["split"] = split
+            return datasets.Dataset.from_dict({"body": ["one", "two"]})
+
+    def load_dataset_builder(path, **options):
         asked.append((path, options))
-        return datasets.Dataset.from_dict({"body": ["one", "two"]})
+        return Builder()
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     spec = "hf:somebody/some-text?name=20231101.en&split=validation&revision=abc123"
     assert texts(open_source((spec,), DataConfig(files=(spec,), text_field="body"))) == ["one", "two"]
-    options = {"name": "20231101.en", "split": "validation", "revision": "abc123", "streaming": False}
+    options = {"name": "20231101.en", "split": "validation", "revision": "abc123"}
     assert asked == [("somebody/some-text", options)]
     asked.clear()
     HfSource("somebody/some-text", "body").fingerprint()
-    assert asked == [("somebody/some-text", {"split": "train", "streaming": False})]
+    assert asked == [("somebody/some-text", {"split": "train"})]
+    # Its README.md may name any file, also of the machine that reads it.
+    files["train"].append("/etc/passwd")
+    with pytest.raises(UserError, match="names /etc/passwd, which is no file of it"):
+        HfSource("somebody/some-text", "body").fingerprint()
 
 
 @pytest.mark.slow

@@ -71,8 +71,8 @@ KNOWN_ONLY_IN = {
 """Libraries behind one place; the last two are never needed at run time."""
 
 LEAVES = set(
-    "__main__ cli contracts errors exits files flags goodput intervals library_log neighbours progress saved_config "
-    "short_help signals speakers user_code".split()
+    "__main__ cli contracts errors exits files flags goodput intervals library_log neighbours page_policy progress "
+    "redaction saved_config short_help signals speakers user_code".split()
 )
 """Which every module may import."""
 

@@ -44,6 +44,8 @@ class ReplayConfig:
     """Also --from: the step of the checkpoint to begin with; 0 = where the run began; unset = the oldest one there."""
     to_step: int | None = None
     """Also --to: the last step to execute; unset = the last one logged."""
+    trust_code: bool = False
+    """Run the code of a user's own that the run names (an objective, masking, a text): the run may be anyone's."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     json: bool = False
     """Print one JSON object as the last line of standard output."""
@@ -62,7 +64,7 @@ def main(config: ReplayConfig) -> dict[str, Any]:
 
     run = RunDirectory(config.run_dir)
     first, last = _steps(run, config)
-    found = _replayed(run, first, last)
+    found = _replayed(run, first, last, config.trust_code)
     result = dataclasses.asdict(found) | {"run_dir": str(run.path)}
     words = _compared(found)
     if found.difference is None:
@@ -74,7 +76,7 @@ def main(config: ReplayConfig) -> dict[str, Any]:
     raise Departure(f"{run.path}: {found.difference}")
 
 
-def _replayed(run: RunDirectory, first: int, last: int) -> Replayed:
+def _replayed(run: RunDirectory, first: int, last: int, trusted: bool) -> Replayed:
     from espalier import assembly
     from espalier.training.replay import replay
 
@@ -86,6 +88,8 @@ def _replayed(run: RunDirectory, first: int, last: int) -> Replayed:
             f"{run.path} holds a run of the task {values.get('task')!r}, which no command trains; runs of a task that "
             "was given in Python cannot be executed again"
         )
+    if not trusted:
+        saved_config.check_code(str(run.config), saved.config, instead="add --trust-code")
     config = _on_its_mesh(dataclasses.replace(saved.config, run_dir=str(run.path)), run, first)
     if first == 0 and not config.init_from and hasattr(config.data, "tokenizer"):
         # That which was trained then.

@@ -71,7 +71,9 @@ def main(config: ServeConfig) -> dict[str, Any]:
         progress.say(f"{use.name}: {address_of(listener)} (Ctrl-C ends)")
         about = {"use": use.name, "model": config.model, "takes": use.takes, "example": example}
         limits = Limits(config.limit_bytes, config.limit_rows, config.limit_seconds)
-        until_ended(application(use, batcher, limits, about), listener, max(1, round(config.limit_seconds)))
+        until_ended(
+            application(use, batcher, limits, about, config.host), listener, max(1, round(config.limit_seconds))
+        )
         batcher.close()
     progress.say(f"ended; {batcher.answered:,} rows were answered in {batcher.batches:,} batches")
     return {"use": use.name, "rows": batcher.answered, "batches": batcher.batches}

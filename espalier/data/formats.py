@@ -16,6 +16,7 @@ from espalier.data.encodings import SAMPLE_BYTES, Guess, detect, label, other_un
 from espalier.data.recode import Recoded, fault
 from espalier.data.records import delimited_records, json_records, no_column, not_utf8, parquet_records
 from espalier.data.storage import damaged_errors, open_file, plain_name
+from espalier.redaction import without_secrets
 
 PLAIN, TABLES = (".txt", ".md"), (".jsonl", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
@@ -39,6 +40,7 @@ def read(path: str, text_field: str, max_bytes: int, encoding: str = "utf-8") ->
     reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind)
     number, found, recoded, told = 0, False, None, False
     advice = functools.cache(lambda wanted: _advice(path, wanted))
+    name = without_secrets(path)
     try:
         with open_file(path) as file:
             if kind != ".parquet":
@@ -46,24 +48,25 @@ def read(path: str, text_field: str, max_bytes: int, encoding: str = "utf-8") ->
                     recoded = Recoded(file, encoding)
                     file = cast(IO[bytes], io.BufferedReader(recoded, 2**18))
                 elif other := other_unicode(cast(Any, file).peek(SAMPLE_BYTES)[:SAMPLE_BYTES]):
-                    yield Reject(path, "utf-8", f"not UTF-8: {Guess(other).advice}")
+                    yield Reject(name, "utf-8", f"not UTF-8: {Guess(other).advice}")
                     return
-            items = reader(file, path, text_field, max_bytes) if reader else _plain(file, path)
+            items = reader(file, name, text_field, max_bytes) if reader else _plain(file, name)
             for number, item in items:  # noqa: B007 (an error below says where)
                 found = True
                 if recoded and recoded.notice and not told:
                     told = True
-                    yield Reject(path, "encoding", recoded.notice, dropped=False)
+                    yield Reject(name, "encoding", recoded.notice, dropped=False)
                 if isinstance(item, Reject) and item.kind == "utf-8" and kind != ".parquet":
                     wrong = f"bytes that are not valid {label(recoded.encoding)}" if recoded else item.message
                     item = item._replace(message=wrong + advice(recoded.encoding if recoded else encoding))
                 yield item
         if not found:
-            yield Reject(path, "empty", "holds no text")
+            yield Reject(name, "empty", "holds no text")
     except damaged_errors() as error:
-        yield Reject(f"{path}:{number + 1}", "damaged", f"damaged after {number} records ({error}); fetch it again")
+        yield Reject(f"{name}:{number + 1}", "damaged", f"damaged after {number} records ({error}); fetch it again")
     except OSError as error:
-        yield Reject(path, "unreadable", error.strerror or " ".join(str(error).split()) or type(error).__name__)
+        said = without_secrets(error.strerror or " ".join(str(error).split()))
+        yield Reject(name, "unreadable", said or type(error).__name__)
 
 
 def _plain(file: IO[bytes], path: str) -> Iterator[tuple[int, Item]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from espalier.data.formats import from_arrow, too_long
 from espalier.data.records import Record
 from espalier.data.storage import digest
 from espalier.errors import UserError
-from espalier.files import sha256_of_lines, sha256_of_text
+from espalier.files import inside, read_json, sha256_of_lines, sha256_of_text
 
 STREAMED = 10_000
 """Documents read from a stream unless `take` is given."""
@@ -145,11 +146,19 @@ class HfSource:
         datasets.disable_progress_bars()
         try:
             if saved:
+                _check_saved(folder)
                 data: Any = datasets.load_from_disk(str(folder))
             else:
                 path = str(folder) if folder.is_dir() else self.path
-                options: dict[str, Any] = {"split": self._split, "streaming": self._streaming}
-                data = datasets.load_dataset(path, **options, **self._load)
+                builder = datasets.load_dataset_builder(path, **self._load)
+                _check_files(builder, folder if folder.is_dir() else None)
+                if self._streaming:
+                    data = builder.as_streaming_dataset(split=self._split)
+                else:
+                    builder.download_and_prepare()
+                    data = builder.as_dataset(split=self._split)
+        except UserError:
+            raise
         except Exception as error:  # of many kinds: not found, no network, no such configuration or split
             message = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
@@ -171,6 +180,31 @@ class HfSource:
             f"hf:{self.path} has no column {self._field!r}; there are {', '.join(map(repr, names))} "
             "(--data.text-field NAME chooses another)"
         )
+
+
+def _check_saved(folder: Path) -> None:
+    """UserError where the JSON files of `save_to_disk` name files outside their folder."""
+    splits = folder / "dataset_dict.json"
+    names = read_json(splits).get("splits") if splits.is_file() else None
+    parts = [inside(folder, name, splits) for name in names] if isinstance(names, list) else [folder]
+    for part in parts:
+        state = part / "state.json"
+        files = read_json(state).get("_data_files") if state.is_file() else None
+        for entry in files if isinstance(files, list) else []:
+            inside(part, entry.get("filename") if isinstance(entry, dict) else None, state)
+
+
+def _check_files(builder: Any, folder: Path | None) -> None:
+    """UserError where the README.md of a data set names files that are not of it.
+
+    folder: where it lies; None = on the Hub, where its files are hf://datasets/…
+    """
+    for files in (getattr(builder.config, "data_files", None) or {}).values():
+        for name in map(str, files):
+            if folder is None and not name.startswith("hf://") or folder is not None and "://" in name:
+                raise UserError(f"the README.md of {folder or builder.repo_id} names {name}, which is no file of it")
+            if folder is not None:
+                inside(folder, os.path.relpath(name, folder.resolve()), folder / "README.md")
 
 
 def _name_of(index: Any, classes: list[str]) -> str | None:

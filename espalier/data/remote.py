@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 from espalier.errors import MachineError, UserError
+from espalier.redaction import is_redacted, without_secrets
 
 T = TypeVar("T")
 BLOCK = 8 * 2**20
@@ -70,7 +71,7 @@ def persistently(act: Callable[[], T], what: str) -> T:
 @functools.lru_cache(1000)
 def _tell_once(line: str) -> None:
     """A file has thousands of blocks: the same message is printed once."""
-    print(line, flush=True)
+    print(without_secrets(line), flush=True)
 
 
 class RemoteFile(io.RawIOBase):
@@ -174,6 +175,11 @@ def remote_digest(url: str) -> str:
 def _system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     options = {}
+    if is_redacted(url):
+        raise UserError(
+            f"{url} had a secret, which no file of a run keeps; give the whole URL again, for instance with "
+            "--data.files"
+        )
     if url.startswith(("http://", "https://")):
         options = _http_options()
     try:

@@ -24,6 +24,7 @@ from espalier.data.storage import digest, expand, plain_name, size
 from espalier.data.user_source import UserSource
 from espalier.errors import UserError
 from espalier.files import hash_of_text, sha256_of_lines, sha256_of_text
+from espalier.redaction import without_secrets
 
 if TYPE_CHECKING:
     from espalier.data.filters import Decisions
@@ -75,7 +76,7 @@ def open_sources(
         raise UserError(f"data.encoding={config.encoding} is of files, and no files were given; leave it out")
     for source in train.values():
         if notice := getattr(source, "approximate", None):
-            print(notice, flush=True)
+            print(without_secrets(notice), flush=True)
     if config.validation_files:
         validation = open_source(config.validation_files, config, cache)
         _check_apart(train, validation)

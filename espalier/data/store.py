@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from espalier.errors import UserError
-from espalier.files import sha256_of_file, sha256_of_text, sync
+from espalier.files import inside, sha256_of_file, sha256_of_text, sync
 
+DTYPES = ("uint16", "uint32")
 MANIFEST, OFFSETS, REJECTS = "manifest.json", "offsets.bin", "rejects.jsonl"
 FORMAT_VERSION = 3
 
@@ -47,6 +48,8 @@ class TokenStore:
         self.folder = folder
         self.manifest: dict = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         self._check(MANIFEST)
+        if self.manifest["dtype"] not in DTYPES:
+            raise UserError(f"{folder / MANIFEST} has tokens of type {self.manifest['dtype']}; they are {DTYPES}")
         self._check(OFFSETS)
         self.offsets: np.ndarray = _map(folder / OFFSETS, np.dtype(np.int64))
         self._names = [shard["file"] for shard in self.manifest["shards"]]
@@ -102,7 +105,8 @@ class TokenStore:
             with self._opening:
                 if name not in self._mapped:
                     self._check(name)
-                    self._mapped[name] = _map(self.folder / name, np.dtype(dtype or self.manifest["dtype"]))
+                    path = inside(self.folder, name, self.folder / MANIFEST)
+                    self._mapped[name] = _map(path, np.dtype(dtype or self.manifest["dtype"]))
         return self._mapped[name]
 
     def _intact(self, name: str) -> bool:
@@ -110,7 +114,9 @@ class TokenStore:
             if name == MANIFEST:
                 found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
                 return found["sum"] == _sum_of_manifest(found)
-            return sha256_of_file(self.folder / name) == self.manifest["sha256"][name]
+            return sha256_of_file(inside(self.folder, name, self.folder / MANIFEST)) == self.manifest["sha256"][name]
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError):
             return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from espalier.data.formats import from_bytes
 from espalier.data.records import Record
 from espalier.data.storage import digest
 from espalier.errors import UserError
-from espalier.files import sha256_of_lines
+from espalier.files import read_json, sha256_of_lines
 
 
 class TfdsSource:
@@ -103,11 +104,15 @@ class TfdsSource:
             import tensorflow_datasets
 
             folder = Path(self.name).expanduser()
+            _check_name(self.name, folder)
             try:
                 if (folder / "dataset_info.json").is_file():
+                    _check_features(folder / "features.json")
                     builder = tensorflow_datasets.builder_from_directory(str(folder))
                 else:
                     builder = tensorflow_datasets.builder(self.name, data_dir=self._data_dir)
+            except UserError:
+                raise
             except Exception as error:  # of many kinds: unknown name, version or folder
                 message = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -129,3 +134,28 @@ class TfdsSource:
                 "(--data.text-field NAME chooses another)"
             )
         return builder
+
+
+def _check_name(name: str, folder: Path) -> None:
+    """UserError for NAMESPACE:NAME, whose code tensorflow-datasets would fetch and run."""
+    before, colon, version = name.partition(":")
+    if colon and not folder.is_dir() and not re.fullmatch(r"[\d*]+\.[\d*]+\.[\d*]+|experimental_latest", version):
+        raise UserError(
+            f"tfds:{name}: a data set of {before}, not of tensorflow-datasets, is code that would be run; prepare it "
+            "yourself and name its folder"
+        )
+
+
+def _check_features(path: Path) -> None:
+    """UserError where features.json asks for classes that are not of tensorflow-datasets: it would import them."""
+
+    def classes(value: Any) -> Iterator[str]:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if key in ("pythonClassName", "type") and isinstance(inner, str):
+                yield inner
+            elif isinstance(inner, dict | list):
+                yield from classes(inner)
+
+    for name in classes(read_json(path)) if path.is_file() else ():
+        if not name.startswith("tensorflow_datasets."):
+            raise UserError(f"{path} asks for the class {name[:200]}, not of tensorflow-datasets; it is not run")

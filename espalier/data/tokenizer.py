@@ -7,12 +7,13 @@ import copy
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from espalier.errors import UserError
-from espalier.files import sha256_of_text
+from espalier.files import inside, sha256_of_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,6 +61,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     """
     path = pathlib.Path(path).expanduser()
     folder = path.parent if path.name == "tokenizer.json" else path
+    _check_names(folder)
     if path.is_dir() and (folder / "config.json").is_file() and has_tokenizer(folder):
         return _load_model_tokenizer(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -79,6 +81,34 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
     known = (WORDPIECE_SPECIALS, BPE_MASKED_LM_SPECIALS, SENTENCEPIECE_SPECIALS)
     return wrap(backend, {name: text for specials in known for name, text in specials.items() if text in present})
+
+
+def _check_names(folder: pathlib.Path) -> None:
+    """UserError where tokenizer_config.json names files outside its folder, or templates by no name of a file.
+
+    transformers reads the files, and writes the templates to files of their names. What it names of the machine where
+    it was written is no harm if it is not here.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no JSON object")
+    named = settings.get("fast_tokenizer_files") or []
+    for name in named if isinstance(named, list) else [named]:
+        inside(folder, name, path)
+    for key, name in settings.items():
+        if key.endswith("_file") and isinstance(name, str) and os.path.lexists(folder / name):
+            inside(folder, name, path)
+    templates = settings.get("chat_template")
+    for template in templates if isinstance(templates, list) else []:
+        name = template.get("name") if isinstance(template, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(
+                f"{path} has a chat template called {str(name)[:100]!r}; a name has letters, digits, _ and -"
+            )
 
 
 def has_tokenizer(folder: pathlib.Path) -> bool:

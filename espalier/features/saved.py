@@ -9,16 +9,16 @@ W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D], threshold [F], float32.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from espalier.errors import UserError
-from espalier.files import make_folder, write_json
+from espalier.files import make_folder, read_json, write_json
+from espalier.models.tensor_files import open_file
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -69,10 +69,13 @@ def read_autoencoder(folder: Path) -> dict[str, np.ndarray]:
     """The arrays of an autoencoder, by their names in the file; UserError where there is none."""
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}; train one: ./launch.sh features encoder|decoder --init-from RUN …")
-    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if kind["architecture"] != "jumprelu" or kind["normalize_activations"] != "none":
+    kind = read_json(folder / CONFIG)
+    if kind.get("architecture") != "jumprelu" or kind.get("normalize_activations") != "none":
         raise UserError(f"{folder}: accepted are jumprelu autoencoders without normalisation of their own")
-    return load_file(folder / WEIGHTS)
+    arrays = open_file(folder / WEIGHTS)
+    if missing := sorted({"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} - arrays.keys()):
+        raise UserError(f"{folder / WEIGHTS} has no {' and no '.join(missing)}; copy it again")
+    return {name: np.array(array) for name, array in arrays.items()}
 
 
 def parameters(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

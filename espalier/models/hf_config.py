@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import UserError
+from espalier.files import read_json
 from espalier.models.config import ModelConfig
 from espalier.models.families import family_of
 from espalier.models.heads import LANGUAGE_MODELS
@@ -174,17 +175,6 @@ def _check_padding(config: ModelConfig, tokenizer: Any, values: dict[str, Any]) 
             f"{config.model_type} counts positions from its padding token, here {values['pad_token_id']}, and the "
             f"tokenizer's is {pad}; train with --model.position-offset {(pad or 0) + 1}, or export as bert"
         )
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; UserError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return values
 
 
 def _essence(config: ModelConfig, head: str) -> dict[str, Any]:

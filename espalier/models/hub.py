@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from espalier.errors import UserError
-from espalier.files import appearing
+from espalier.files import appearing, read_json
 from espalier.models import tensor_files
 from espalier.models.config import ModelConfig
 from espalier.models.families import family_of
@@ -31,7 +31,6 @@ from espalier.models.hf_config import (
     config_values,
     published_config,
     read_config,
-    read_json,
     to_hf,
     to_ours,
 )

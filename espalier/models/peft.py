@@ -38,6 +38,9 @@ TASK_TYPES = {
 }
 SAVED_WHOLE = ("classifier", "score", "qa_outputs")
 """Modules that PEFT saves whole for these task types by itself, with all that is in them."""
+PLAIN = re.compile(r"\^?(?:\.\*\\?\.?)?(?:[\w\-]|\\?\.|\\-|\\d\+(?!\\d)|\[\w+\]|\(\w+(?:\|\w+)*\))*\$?")
+"""Patterns of modules that are tried as they are: names, with digits left open. A file must not bring a regular
+expression that takes for ever (nested repeats)."""
 KEYS = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -200,8 +203,11 @@ def _turned(piece: Piece) -> bool:
 def _settings(path: Path) -> dict:
     try:
         settings = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        patterns = list(settings.get("alpha_pattern") or {})
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise UserError(f"{path} holds no adapter of PEFT ({error}); it has {CONFIG} and {WEIGHTS}") from None
+    if odd := next((one for one in patterns if len(one) > 500 or not PLAIN.fullmatch(one)), None):
+        raise UserError(f"{path} has alpha_pattern {odd[:100]!r}; read are names of modules, with .* and \\d+ at most")
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{path} is an adapter of type {settings.get('peft_type')}; only LORA is read")
     for name in ("use_dora", "lora_bias", "megatron_config", "trainable_token_indices", "target_parameters"):

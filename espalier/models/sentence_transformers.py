@@ -10,12 +10,13 @@ They are written in the spelling that every version since 2 reads, and read in t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from espalier.errors import UserError
-from espalier.models.hf_config import read_json
+from espalier.files import inside, read_json
 
 Pooling = Literal["mean", "first", "last"]
 MODULES = "modules.json"
@@ -74,7 +75,8 @@ def read_modules(folder: Path) -> dict[str, Any]:
             f"{folder / MODULES} has the modules {', '.join(kinds) or 'none'}; those of Transformer, Pooling and "
             "Normalize, in this order, are supported"
         )
-    path = folder / str(modules[1].get("path", "1_Pooling")) / "config.json"
+    pooling = modules[1].get("path", "1_Pooling")
+    path = inside(folder, f"{pooling}/config.json" if pooling else "config.json", folder / MODULES)
     if modules[0].get("path") or not path.is_file():
         lacks = f"its transformer in {modules[0]['path']}" if modules[0].get("path") else f"no {path}"
         raise UserError(f"{folder} has {lacks}; expected the transformer in the folder itself and {path}")
@@ -90,8 +92,6 @@ def read_modules(folder: Path) -> dict[str, Any]:
 
 
 def _modules(folder: Path) -> list[dict[str, Any]]:
-    import json
-
     path = folder / MODULES
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))

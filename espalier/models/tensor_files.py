@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from espalier.errors import MachineError, UserError
+from espalier.files import inside
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5 * 10**9
@@ -112,9 +113,9 @@ def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = sorted(set(_index(folder / INDEX).values()))
         for name in names:
-            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) or ".." in name:
+            if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
                 raise UserError(f"{folder / INDEX} names the file {name!r}; only .safetensors files beside it are read")
-            if not (folder / name).is_file():
+            if not inside(folder, name, folder / INDEX).is_file():
                 raise UserError(f"{folder / INDEX} names {name}, which is not there; copy the folder as a whole")
         return [folder / name for name in names]
     pickles = sorted(path.name for path in folder.iterdir() if path.is_file() and _is_pickle(path))
@@ -133,7 +134,7 @@ def _index(path: Path) -> dict[str, str]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         assert listed and all(isinstance(file, str) for file in listed.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise UserError(f"{path} is not a tensor index ({error}); copy the folder again") from None
     return listed
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from espalier.files import replacing
+from espalier.page_policy import content_policy, meta
 from espalier.report.style import COLOURS, STYLE
 
 NARROW, DARK = "(max-width:34rem)", "(prefers-color-scheme:dark)"
@@ -32,6 +33,8 @@ class Section(NamedTuple):
     """Plain text under the title."""
     style: str = ""
     """CSS of elements that only such sections have; a page includes it once."""
+    script: str = ""
+    """JavaScript of ours, run behind the body; no other script of the page is (page_policy.py)."""
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Iterable[Section], tiles: str = "") -> Path:
@@ -45,12 +48,15 @@ def page_of(title: str, subtitle: str, sections: Iterable[Section], tiles: str =
     """The page, complete. title, subtitle: plain text. tiles: from `tiles`, above the first section."""
     head = f"<p class=mark>Espalier</p><h1>{escape(title)}</h1><p class=sub>{escape(subtitle)}</p>"
     parts, styles = [f"<header>{head}{tiles}</header>"], [STYLE, COLOURS]
+    scripts = []
     for section in sections:
+        scripts += [section.script] if section.script else []
         styles += [section.style] if section.style not in styles else []
         note = f"<p class=note>{escape(section.note)}</p>" if section.note else ""
-        parts.append(f"<section><h2>{escape(section.title)}</h2>{note}{section.body}</section>")
+        script = f"<script>{section.script}</script>" if section.script else ""
+        parts.append(f"<section><h2>{escape(section.title)}</h2>{note}{section.body}{script}</section>")
     return (
-        "<!doctype html>\n<html lang=en><meta charset=utf-8>"
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8>{meta(content_policy(scripts))}"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f'<meta name=color-scheme content="light dark"><title>{escape(title)} · Espalier</title>'
         f"<style>{''.join(styles)}</style>"

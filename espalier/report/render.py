@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from espalier.files import inside
 from espalier.report import page
 from espalier.report.figures import Bar, Curve, draw, legend
 from espalier.report.page import Section
@@ -60,7 +61,8 @@ def loss_sections(run: RunFiles) -> list[Section]:
 def compared_run_sections(run: RunFiles) -> list[Section]:
     """Curves of the runs in the comparison, and the sections of the first of them."""
     rows = run.comparison.get("rows", [])
-    others = [(row["name"], read_run(run.path / row["run"])) for row in rows if row.get("run")]
+    named = [row for row in rows if row.get("run")]
+    others = [(row["name"], read_run(inside(run.path, row["run"], run.path / "comparison.json"))) for row in named]
     pictures = []
     for metric, label in (("eval/accuracy", "held-out accuracy"), ("loss", "training loss")):
         curves = [other.curve(metric, name, marked=metric.startswith("eval/")) for name, other in others]

@@ -4,8 +4,8 @@
     metrics.jsonl      training and evaluation over the steps
     summary.json       the results and the environment
     sessions.jsonl     where the time of each start went (espalier/goodput.py)
-    comparison.json    {"title", "note", "rows": [{"name", "note", "value", "run"}]}: other runs (run = their path,
-                       relative to this run, or null) and baselines; the first is shown in detail
+    comparison.json    {"title", "note", "rows": [{"name", "note", "value", "run"}]}: other runs (run = their path
+                       within this one, or null) and baselines; the first is shown in detail
 
 All but config.json may be missing. A task adds files of its own (samples.json, predictions.jsonl), which its sections
 read by `RunFiles.json` and `RunFiles.jsonl`.
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from espalier.errors import UserError
+from espalier.redaction import recorded
 from espalier.report.figures import Curve
 
 
@@ -53,13 +54,15 @@ def read_run(run_dir: str | Path) -> RunFiles:
     if not (path / "config.json").is_file():
         raise UserError(f"no run in {path} (it has no config.json); give a run directory, for instance runs/demo")
     config, summary, comparison = (_json(path / f"{name}.json") for name in ("config", "summary", "comparison"))
+    # Runs of earlier versions may hold some.
+    config, summary = recorded(config), recorded(summary)
     return RunFiles(path, config, _jsonl(path / "metrics.jsonl"), summary, comparison)
 
 
 def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and render the report again") from None
 
 
@@ -71,6 +74,6 @@ def _jsonl(path: Path) -> list[dict]:
     for line in lines:
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [record for record in records if isinstance(record, dict)]

@@ -14,13 +14,15 @@ import uuid
 from typing import Any
 
 from espalier import progress
+from espalier.errors import UserError
+from espalier.files import inside
+from espalier.page_policy import REPORT, Application, guarded
 from espalier.runs.folder import Folder
-from espalier.runs.page import described, page_of, points_of_each, snapshot
+from espalier.runs.page import described, page_of, points_of_each, policy, snapshot
 from espalier.serve.server import address_of, check_installed, listening, until_ended
 
 AT_LEAST = 1.0
 """Seconds between two looks."""
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class Watched:
@@ -71,49 +73,39 @@ class Watched:
             run = self.folder.runs.get(name)
         if run is None:
             return None
-        with contextlib.suppress(OSError):
-            return (run.path / "report.html").read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(OSError, UserError):
+            return inside(run.path, "report.html", run.path).read_text(encoding="utf-8", errors="replace")
         return None
 
 
-def application(watched: Watched, host: str = "127.0.0.1"):
-    """The routes, for Starlette. On this machine alone, a request must name it: a page from elsewhere that has its own
-    name point here may not read the runs."""
+def application(watched: Watched, host: str = "127.0.0.1") -> Application:
+    """The routes. host: the address on which it listens (page_policy.guarded)."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    def refused(request: Request) -> Response | None:
-        named = request.headers.get("host", "")
-        named = named[1:].partition("]")[0] if named.startswith("[") else named.partition(":")[0]
-        if host in LOCAL and named not in LOCAL:
-            return PlainTextResponse("this server answers on its own machine only; open http://127.0.0.1\n", 403)
-        return None
-
     async def page(request: Request) -> Response:
-        return refused(request) or HTMLResponse(page_of(await run_in_threadpool(watched.data)))
+        headers = {"Content-Security-Policy": f"{policy()}; frame-ancestors 'none'", "Cache-Control": "no-store"}
+        return HTMLResponse(page_of(await run_in_threadpool(watched.data)), headers=headers)
 
     async def data(request: Request) -> Response:
-        if answer := refused(request):
-            return answer
         given = request.query_params.get("since", "")
         same = request.query_params.get("server") == watched.identity
-        found = await run_in_threadpool(watched.data, int(given) if given.isdecimal() and same else None)
+        found = await run_in_threadpool(watched.data, int(given[:18]) if given.isdecimal() and same else None)
         text = json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
         return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def report(request: Request) -> Response:
-        if answer := refused(request):
-            return answer
         found = await run_in_threadpool(watched.report, request.path_params["name"])
         if found is None:
             return PlainTextResponse("this run has no report yet\n", 404)
-        return HTMLResponse(re.sub(r'href="(\.\./)+runs\.html"', 'href="/"', found))
+        shown = re.sub(r'href="(\.\./)+runs\.html"', 'href="/"', found)
+        return HTMLResponse(shown, headers={"Content-Security-Policy": REPORT})
 
     routes = [Route("/", page), Route("/data", data), Route("/report/{name:path}", report)]
-    return Starlette(routes=routes)
+    return guarded(Starlette(routes=routes), host)
 
 
 def serve(folder: Folder, host: str, port: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from espalier.files import replacing
+from espalier.page_policy import content_policy, meta
 from espalier.report.style import STYLE
 from espalier.runs.folder import Folder
 from espalier.runs.metrics_log import thinned
@@ -39,12 +40,26 @@ def page_of(data: dict[str, Any]) -> str:
     # Within <script>, no text may end the element or begin a comment; half a surrogate pair is no UTF-8.
     text = text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
     page = (HERE / "page.html").read_text(encoding="utf-8")
-    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.js", "runs.js"))
+    script = _script()
     # The data last, for they may hold what the others are put in place of.
-    for mark, put in (("/*STYLE*/", STYLE), ("/*SCRIPT*/", script), ("/*DATA*/null", text)):
+    for mark, put in (
+        ("<!--POLICY-->", meta(policy())),
+        ("/*STYLE*/", STYLE),
+        ("/*SCRIPT*/", script),
+        ("/*DATA*/null", text),
+    ):
         before, after = page.split(mark, 1)
         page = before + put + after
     return page
+
+
+def policy() -> str:
+    """What the page may do: run its own script, and ask the server that it comes from."""
+    return content_policy([_script()], asks=True)
+
+
+def _script() -> str:
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.js", "runs.js"))
 
 
 def snapshot(folder: Folder, beside: Path | None = None) -> dict[str, Any]:

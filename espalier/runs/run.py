@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from espalier.redaction import recorded
 from espalier.report.task import TaskReport, report_of
 from espalier.runs.metrics_log import MetricsLog
 from espalier.runs.state import DAMAGED, RUNNING, Facts, State, last_session_ended, lock_held, state_of
@@ -126,7 +127,7 @@ class Run:
             "left": self._left(now) if self.state.name == RUNNING else None,
             "parameters": _number(self.summary.get("parameters")),
             "seconds": _number(self.summary.get("seconds")),
-            "command": self.config.get("command") if isinstance(self.config.get("command"), str) else None,
+            "command": recorded(self.config.get("command")) if isinstance(self.config.get("command"), str) else None,
             "report": (self.path / "report.html").is_file(),
             "problems": self.problems,
         }
@@ -260,7 +261,7 @@ class Run:
                 del self._files[name]
         if attribute == "config":
             kept = {key: value for key, value in self.config.items() if key not in NOT_SETTINGS}
-            self.settings = flat(kept)
+            self.settings = flat(recorded(kept))
         return True
 
     def _there(self, name: str) -> tuple[float, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from espalier.errors import UserError
+from espalier.page_policy import Application, content_policy, guarded
 from espalier.predict.use import Use
 from espalier.serve.batching import Batcher, FullError
 
@@ -30,9 +32,11 @@ class Limits(NamedTuple):
     seconds: float
 
 
-def application(use: Use, batcher: Batcher, limits: Limits, about: Mapping[str, Any]) -> Starlette:
+def application(
+    use: Use, batcher: Batcher, limits: Limits, about: Mapping[str, Any], host: str = "127.0.0.1"
+) -> Application:
     """about: what /health and the page say of the model, JSON values: `use` and `model`, by their names, and `example`,
-    a row, whose fields the page has."""
+    a row, whose fields the page has. host: the address on which it listens (page_policy.guarded)."""
 
     async def predict(request: Request) -> Response:
         rows = _parsed(await _body(request, limits.bytes))
@@ -63,8 +67,11 @@ def application(use: Use, batcher: Batcher, limits: Limits, about: Mapping[str, 
         return _json(results)
 
     async def page(request: Request) -> Response:
-        facts = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
-        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("/*ABOUT*/null", facts))
+        facts = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c").encode("utf-8", "replace").decode()
+        before, script, after = re.split("(?<=<script>)|(?=</script>)", PAGE.read_text(encoding="utf-8"))
+        script = script.replace("/*ABOUT*/null", facts, 1)
+        policy = content_policy([script], asks=True) + "; frame-ancestors 'none'"
+        return HTMLResponse(before + script + after, headers={"Content-Security-Policy": policy})
 
     async def health(request: Request) -> Response:
         return _json({"status": "ok", **about, "rows": batcher.answered, "batches": batcher.batches})
@@ -82,7 +89,7 @@ def application(use: Use, batcher: Batcher, limits: Limits, about: Mapping[str, 
         Route("/health", health),
         Route("/predict", predict, methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: failed})
+    return guarded(Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: failed}), host)
 
 
 async def _body(request: Request, most: int) -> bytes:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 
 from espalier.errors import UserError
-from espalier.files import sha256_of_text, write_json
+from espalier.files import inside, sha256_of_text, write_json
 from sharding.processes.coordination import LONG_WAIT, from_first, gather
 
 FORMAT_VERSION = 1
@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(
                 f"{folder} has format version {version} and this code reads {FORMAT_VERSION}; use its own code"
             )
-        if isinstance(sums, dict) and isinstance(sizes, dict) and all(map(_inside, sums)):
+        if isinstance(sums, dict) and isinstance(sizes, dict) and all(_inside(folder, name) for name in sums):
             return Manifest(sums, sizes)
     raise Damage(f"{MANIFEST} is not as it was written")
 
@@ -189,9 +189,13 @@ def _authentic(held: dict[str, Any]) -> bool:
     return held["seal"] == _seal(rest) if "seal" in held else rest.keys() == {"format_version", "sha256"}
 
 
-def _inside(name: str) -> bool:
-    """Whether a name stays within the folder that it is relative to."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a file that the manifest names is within its folder."""
+    try:
+        inside(folder, name, MANIFEST)
+    except UserError:
+        return False
+    return True
 
 
 def _found(folder: Path, sizes: dict[str, int | None], what: str | None, remembered: bool = True) -> dict[str, Found]:

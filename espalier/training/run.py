@@ -20,9 +20,9 @@ import jax
 
 from espalier import library_log, progress
 from espalier.errors import MachineError, UserError
-from espalier.exits import DISK
 from espalier.files import write_json
 from espalier.goodput import goodput, read_sessions
+from espalier.redaction import recorded, without_secrets
 from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS, USER_CODE_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
 from espalier.training.state import TrainState
@@ -103,10 +103,9 @@ class RunDirectory:
 
         From then on, library output goes to log.txt in the folder, that of further processes to log-1.txt and so on.
         Those who look at the run (espalier.runs) find in `.lock` where it trains and from which step on, and an error
-        that ends the block in failure.json. An error of the disk is a MachineError that says so.
+        that ends the block in failure.json.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        place = folder_identity(self.path)
         first = jax.process_index() == 0
         with self.locked() if first else contextlib.nullcontext() as lock:
             if lock:
@@ -121,29 +120,11 @@ class RunDirectory:
             try:
                 yield
             except Exception as error:
-                of_disk = self._of_disk(error, place)
                 # What it is about must not be hidden by a disk that is full or gone.
                 with contextlib.suppress(OSError):
                     if first:
-                        write_json(self.failure, {"error": _one_line(of_disk or error)})
-                if of_disk:
-                    raise of_disk from error
+                        write_json(self.failure, {"error": _one_line(error)})
                 raise
-
-    def _of_disk(self, error: Exception, place: tuple[int, int] | None) -> MachineError | None:
-        """What to say of an error that the disk of the run has made; None where it has not.
-
-        place: what the folder was.
-        """
-        if isinstance(error, MachineError) or not isinstance(error, OSError):
-            return None
-        rest = "what was saved before is intact, and the same command goes on from it"
-        if folder_identity(self.path) != place:
-            return MachineError(f"{self.path} is gone, or is another folder; is its disk still mounted? {rest}")
-        if error.errno in DISK:
-            where = error.filename or self.path
-            return MachineError(f"{where} could not be written: {error.strerror or error}; {rest}")
-        return None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[IO[str]]:
@@ -157,23 +138,14 @@ class RunDirectory:
 
     def _check_same_run(self, config: dict, defaults: dict, done: int, schedules: Sequence[Schedule]) -> None:
         try:
-            there = completed(json.loads(self.config.read_text(encoding="utf-8")), defaults)
-        except ValueError as error:
+            there = completed(recorded(json.loads(self.config.read_text(encoding="utf-8"))), defaults)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.config} is damaged ({error}); give another --run-dir") from None
         # A run that failed before its first step has nothing to lose, so its settings may be corrected.
         begun = self.metrics.exists() and self.metrics.stat().st_size or any(self.checkpoints.glob("*"))
         change = check_same_run(self.path, there, config, done, schedules) if begun else None
         if change and jax.process_index() == 0:
             progress.say(change)
-
-
-def folder_identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name on another disk; None where there is none."""
-    try:
-        there = folder.stat()
-    except OSError:
-        return None
-    return there.st_dev, there.st_ino
 
 
 def _locked(file: int, seconds: float = 1.0) -> bool:
@@ -190,7 +162,7 @@ def _locked(file: int, seconds: float = 1.0) -> bool:
 
 def _one_line(error: Exception) -> str:
     """What people must know of an error: that of a machine or a user as it is said, else with its type."""
-    words = " ".join(str(error).split())[:500]
+    words = without_secrets(" ".join(str(error).split()))[:500]
     return words if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {words}"
 
 
@@ -268,6 +240,7 @@ def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
             summary |= {name: before[name] for name in names if summary[name] is None and name in before}
     if found := goodput(read_sessions(run.sessions)):
         summary["goodput"] = found.record
+    summary = recorded(summary)
     if jax.process_index() == 0:
         write_json(run.summary, summary | {"environment": environment()})
     return summary
@@ -293,7 +266,8 @@ def environment() -> dict[str, str]:
 def settings(config: Any, model: Any, **more: Any) -> tuple[dict, dict]:
     """A run's settings as JSON values: dataclasses `config` and `model`, and `more`; and the defaults for `check`.
 
-    A field that was added after a run has the default of its class there, never what a preset says today.
+    A field that was added after a run has the default of its class there, never what a preset says today. Secrets of
+    URLs are in neither (espalier/redaction.py).
     """
     values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model)} | more
-    return values, dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}
+    return recorded(values), dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}

@@ -46,9 +46,9 @@ def section(asked: Asked, heads: Attention) -> Section:
     body = (
         "<div id=heads><div class=kinds role=group aria-label='What is shown'></div><div class=overview></div>"
         "<div class=one hidden></div></div><noscript><p>These maps need JavaScript; look.npz has them.</p></noscript>"
-        f"<script type=application/json id=maps>{content}</script><script>{script}</script>"
+        f"<script type=application/json id=maps>{content}</script>"
     )
-    return Section("Attention", body, note, STYLE)
+    return Section("Attention", body, note, STYLE, script)
 
 
 STYLE = """
