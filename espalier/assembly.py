@@ -149,6 +149,7 @@ def recorded_settings(record: TaskRecord, task: Task, origin: Origin | None, com
         recorded["part"] = task.part
     if task.user_code:
         recorded["user_code"] = task.user_code
+    assert not (taken := task.settings.keys() & vars(task.config).keys()), f"settings of the run, too: {taken}"
     return settings(task.config, task.model, **recorded, **task.settings, **_handed_on(task, origin))
 
 

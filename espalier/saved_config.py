@@ -20,8 +20,8 @@ NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug"))
 """Settings of one call, which a file does not hand on: where it writes, where it pauses and how it prints."""
 FACTS = frozenset(
     (
-        "apart asked_vocabulary command fingerprints head imported_from labels labels_from_one model part published "
-        "report task user_code words"
+        "apart asked_vocabulary command concept_mean concept_spread fingerprints head imported_from labels "
+        "labels_from_one model part published report task user_code words"
     ).split()
 )
 """What config.json records of a run beside its settings, where the configuration has no field of that name."""

@@ -14,6 +14,7 @@ from labelled_words import config_for, lines_of, make_runs
 from tiny_models import BERT, as_jax, close, random_params, strict_and_quick  # noqa: F401
 
 import espalier
+from espalier import saved_config
 from espalier.errors import UserError
 from espalier.models.config import Execution
 from espalier.models.heads import sequence_logits
@@ -150,7 +151,10 @@ def test_a_run_says_what_it_answers_by(there, tmp_path):
     with pytest.raises(UserError, match="without='warm' is no concept of this model; it has says"):
         model.concepts("a", without=["warm"])
     page = (tmp_path / "run/report.html").read_text("utf-8")
-    assert "Concepts and classes" in page
+    assert "Concepts and classes" in page and "squared error" not in page
+    assert f"Classifier with {len(there.kinds)} labels by {len(config.data.concepts)} concepts" in page
+    # What the run records beside its settings takes the place of none.
+    assert saved_config.read(str(tmp_path / "run"), (ConceptConfig,), "finetune").config.concepts == config.concepts
 
     from finetune.tasks.concepts.task import measure
 

@@ -16,6 +16,8 @@ from finetune.tasks.classify import report as classify
 
 SHOWN = 40
 """Concepts, those with the greatest weights."""
+DEEPEST = 65
+"""Per cent of the colour behind the greatest weight, on which its number can still be read, by day and by night."""
 
 
 def sections(run: RunFiles) -> list[Section]:
@@ -41,8 +43,14 @@ def sections(run: RunFiles) -> list[Section]:
 
 
 def _cell(weight: float, most: float) -> str:
-    side = "for" if weight > 0 else "against"
-    return f"<td class={side} style='--part:{100 * abs(weight) / most:.0f}%'>{weight:+.2f}</td>"
+    side, written = "for" if weight > 0 else "against", f"{weight:+.2f}".replace("-", "−")
+    return f"<td class={side} style='--part:{DEEPEST * abs(weight) / most:.0f}%'>{written}</td>"
+
+
+def title(config: dict) -> str:
+    """The model of its config.json is a regression to the concepts, which are its labels."""
+    labels, concepts = config.get("labels") or [], (config.get("model") or {}).get("labels") or []
+    return f"Classifier with {len(labels)} labels by {len(concepts)} concepts" if labels else "Classifier by concepts"
 
 
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
@@ -61,6 +69,8 @@ STYLE = """
 
 REPORT = replace(
     classify.REPORT,
+    title=title,
+    loss=lambda config: None,
     sections=sections,
     tiles=tiles,
     words="fine-tuned to classify texts by concepts",

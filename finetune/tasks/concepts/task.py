@@ -67,7 +67,6 @@ class Concepts(OfExamples):
         self.model = dataclasses.replace(model, labels=tuple(names), problem_type="regression")
         self.settings = {
             "labels": self._examples.names,
-            "concepts": names,
             "concept_mean": middle_K.tolist(),
             "concept_spread": spread_K.tolist(),
         }

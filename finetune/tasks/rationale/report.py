@@ -29,6 +29,10 @@ def sections(run: RunFiles) -> list[Section]:
     return found + classify.sections(run)
 
 
+def title(config: dict) -> str:
+    return f"{classify.title(config)} by few of their words"
+
+
 def tiles(run: RunFiles) -> list[tuple[str, str]]:
     final = run.summary.get("metrics") or {}
     shown = (
@@ -62,6 +66,7 @@ mark{background:color-mix(in srgb,var(--accent) 30%,transparent);color:inherit;b
 
 REPORT = replace(
     classify.REPORT,
+    title=title,
     sections=sections,
     tiles=tiles,
     words="fine-tuned to classify texts by few of their words",
