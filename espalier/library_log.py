@@ -312,6 +312,9 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def _unraisable(unraisable: Any) -> None:
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Raised within a callback of the interpreter; the command is cut off soon (signals.py).
+        return
     if has_part(unraisable.exc_traceback):
         sys.__unraisablehook__(unraisable)
     else:

@@ -135,8 +135,19 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _leave(number)
     again = _asked is not None and _pipe is None and number == signal.SIGINT
     if again or not _decide(number) and not _raised:
+        if _pipe is not None and _importing(frame):
+            _cut_off(number)
         _raised = True
         raise Interrupted(number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: native ones do not bear an exception then, and may crash."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _listen(pipe: socket.socket) -> None:
@@ -166,7 +177,7 @@ def _decide(number: int) -> bool:
         return _saves
 
 
-def _cut_off(number: int) -> None:
+def _cut_off(number: int) -> NoReturn:
     if _farewell is not None:
         _farewell(number)
     _leave(number)

@@ -1,14 +1,17 @@
-"""Kills (SIGKILL) at chosen places of a training, each seen from outside only, and what must be equal afterwards.
+"""Kills and other signals at chosen places of a training, seen from outside only, and what must be equal afterwards.
 
-    python tests/faults/kills.py FOLDER --kills 100 --seed 0
+    python tests/faults/kills.py FOLDER --kills 100
+    python tests/faults/kills.py FOLDER --kills 30 --signals SIGTERM SIGINT SIGHUP --processes 4
 
-starts the same command again and again in a few run directories, kills it each time, lets it end at last, and compares
-parameters, optimizer state and metrics.jsonl with those of a run that was never killed: bit for bit.
+(one of ten of the first to the second of two processes) starts the same command again and again in a few run
+directories, sends the signal each time, lets it end at last, and compares parameters, optimizer state and metrics.jsonl
+with those of a run that was left alone: bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -17,8 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
@@ -47,19 +49,19 @@ def _after(seconds: float, draw: random.Random) -> bool:
 
 def _folders(command: Command) -> dict[int, bool]:
     """Step → whether it has its manifest, of the folders of checkpoints that are there."""
-    folder = command.run_dir / "checkpoints"
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return {}
+    folder, names = command.run_dir / "checkpoints", _names(command)
     return {int(name): os.path.exists(folder / name / "manifest.json") for name in names if name.isdigit()}
 
 
-def _writing(started: Started) -> bool:
+def _names(command: Command) -> list[str]:
     try:
-        return any(".orbax-checkpoint-tmp" in name for name in os.listdir(started.command.run_dir / "checkpoints"))
+        return os.listdir(command.run_dir / "checkpoints")
     except FileNotFoundError:
-        return False
+        return []
+
+
+def _writing(started: Started) -> bool:
+    return any(".orbax-checkpoint-tmp" in name for name in _names(started.command))
 
 
 def _committing(started: Started) -> bool:
@@ -68,8 +70,7 @@ def _committing(started: Started) -> bool:
 
 
 def _clearing(started: Started) -> bool:
-    there = _folders(started.command)
-    return any(not whole and any(other > step and there[other] for other in there) for step, whole in there.items())
+    return any(name.endswith(".removed") for name in _names(started.command))
 
 
 def _said(started: Started, words: str) -> bool:
@@ -137,29 +138,45 @@ ORDER = ("start", "tokenizing", "compile", "step", "evaluation", "save", "cleari
 class Kill(NamedTuple):
     place: str
     hit: bool
-    code: int
+    number: int
+    seconds: float
+    """Until all processes had ended."""
 
 
-def kill_at(command: Command, name: str, draw: random.Random, victim: int = 0) -> Kill | None:
-    """Start the command and kill it there; None where it ended well before that."""
+def kill_at(command: Command, name: str, draw: random.Random, number: int = signal.SIGKILL) -> Kill | None:
+    """Start the command and send the signal there, to one of its processes; None where it ended well before that."""
     place = PLACES[name]
     place.prepare(command)
     started = command.start()
+    victim = draw.randrange(command.count) if number != signal.SIGKILL else command.count - 1
     try:
+        if number != signal.SIGKILL:
+            started.sees(lambda: catches(started.processes[victim].pid, number))
         if not place.reach(started, draw):
             started.whole()
             return None
-        if command.count == 1:
-            started.kill()
-        else:
-            started.send(signal.SIGKILL, victim)
+        hit, began = place.hit(started), time.monotonic()
+        started.send(number, victim)
         codes = started.ended(300)
-        assert codes[victim] == -signal.SIGKILL and 0 not in codes, started.told()
-        if command.count > 1:
+        seconds = time.monotonic() - began
+        if number == signal.SIGKILL:
+            assert codes[victim] == -number and (command.count == 1 or 0 not in codes), started.told()
             _named(started, victim)
-        return Kill(name, place.hit(started), codes[victim])
+            hit = place.hit(started)
+        else:
+            _ended_by(started, victim, number, name, codes)
+        return Kill(name, hit, number, seconds)
     finally:
         started.kill()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for this signal: Python has, from its first moment, for Ctrl-C alone."""
+    with contextlib.suppress(OSError):
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1], 16)
+        return bool(caught >> (signal.SIGTERM - 1) & 1 and caught >> (number - 1) & 1)
+    return False
 
 
 def _named(started: Started, victim: int) -> None:
@@ -168,6 +185,22 @@ def _named(started: Started, victim: int) -> None:
         if number != victim and _said(started, "  run "):
             told = [line for line in lines if f"process {victim} of {started.command.count}" in line]
             assert len(told) == 1 == len([line for line in lines if line.strip()]), started.told()
+
+
+def _ended_by(started: Started, victim: int, number: int, place: str, codes: list[int]) -> None:
+    """All ended by the signal, with one line each at most, saved where a step was made; or just at their end."""
+    told = started.told()
+    if place == "end" and codes == [0] * len(codes):
+        return
+    assert codes == [128 + number] * len(codes), told
+    for at, lines in enumerate(started.err):
+        said = [line for line in lines if line.strip()]
+        assert len(said) == 1 if at == victim else len(said) <= 1, told
+        assert all(signal.Signals(number).name in line or "interrupted" in line for line in said), told
+    if any("saving" in line for line in started.err[victim]):
+        assert _said(started, "saved; the same command goes on") or _folders(started.command).get(STEPS), told
+    else:
+        assert place in ("start", "tokenizing", "compile", "end"), told
 
 
 class Outcome(NamedTuple):
@@ -206,27 +239,27 @@ def same(one: Outcome, two: Outcome) -> None:
 
 def tidy(command: Command) -> None:
     """Nothing half-written stays after the end."""
-    assert all(_folders(command).values())
+    assert all(_folders(command).values()) and all(name.isdigit() for name in _names(command)), _names(command)
     left = [path for path in command.run_dir.rglob("*") if "tmp" in path.name or path.name.startswith(".config")]
     left += [path for path in command.cache.glob(".*") if not path.name.endswith(".lock")]
     assert not left, left
 
 
-def chain(command: Command, places: list[str], draw: random.Random, expected: Outcome) -> list[Kill]:
-    """Kill the command at each of these places, let it end, and compare. Returns the kills."""
-    kills = []
-    for name in places:
-        kill = kill_at(command, name, draw, victim=command.count - 1)
+def chain(command: Command, kills: Iterable[tuple[str, int]], draw: random.Random, expected: Outcome) -> list[Kill]:
+    """Send the command these signals at these places, let it end, and compare."""
+    done = []
+    for name, number in kills:
+        kill = kill_at(command, name, draw, number)
         if kill is None:
             # It was at its end: another run goes on with the places that are left.
             _compare(command, expected)
             shutil.rmtree(command.run_dir)
-            kill = kill_at(command, name, draw, victim=command.count - 1)
-            assert kill is not None, name
-        kills.append(kill)
+            kill = kill_at(command, name, draw, number)
+        if kill is not None:
+            done.append(kill)
     command.start().whole()
     _compare(command, expected)
-    return kills
+    return done
 
 
 def _compare(command: Command, expected: Outcome) -> None:
@@ -243,32 +276,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--signals", nargs="+", default=["SIGKILL"])
+    parser.add_argument("--processes", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder, draw = options.folder.resolve(), random.Random(options.seed)
     text = write_text(folder / "text.txt")
     os.environ["ESPALIER_CACHE"] = str(folder / "own")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
-    one, two = (undisturbed(Command(folder / f"never-{count}", text, count)) for count in (1, 2))
-    # A tenth of the kills hits the second of two processes.
-    kinds = [*PLACES] * (options.kills // len(PLACES) + 1)
-    order = [*kinds[: options.kills - options.kills // 10]]
-    draw.shuffle(order)
-    second = [place for place in kinds if place not in ("start", "tokenizing", "end")][: options.kills // 10]
-    done: Counter[str] = Counter()
-    missed: Counter[str] = Counter()
-    jobs = [(1, order[at : at + 9]) for at in range(0, len(order), 9)] + [(2, second)] * bool(second)
-    for number, (count, places) in enumerate(jobs):
-        command = Command(folder / f"killed-{number}", text, count)
-        for kill in chain(command, places, draw, one if count == 1 else two):
-            name = kill.place if count == 1 else f"{kill.place}, second of two"
-            done[name] += 1
-            missed[name] += not kill.hit
-        print(f"{time.strftime('%X')} {sum(done.values())} kills, all equal so far", flush=True)
-        shutil.rmtree(command.folder)
-    for name, kills in sorted(done.items()):
-        print(f"{name:28}{kills:4} kills, {kills - missed[name]} of them exactly there")
-    print(f"{sum(done.values())} kills: parameters, optimizer state and metrics.jsonl equal in bits")
+    numbers = [signal.Signals[name] for name in options.signals]
+    # Before they are connected, the others can only wait for one that was ended (--distributed.timeout).
+    together = [name for name in PLACES if name not in ("start", "end")]
+    share = 0 if options.processes == 1 else options.kills if options.processes else options.kills // 10
+    groups = (1, [*PLACES], options.kills - share), (options.processes or 2, together, share)
+    expected: dict[int, Outcome] = {}
+    done: list[tuple[int, Kill]] = []
+    for count, places, kills in groups:
+        order = [*places * (kills // len(places) + 1)][:kills]
+        draw.shuffle(order)
+        for at in range(0, kills, 10):
+            if count not in expected:
+                expected[count] = undisturbed(Command(folder / f"alone-{count}", text, count))
+            command = Command(folder / f"{count}-{at}", text, count)
+            chosen = [(place, draw.choice(numbers)) for place in order[at : at + 10]]
+            done += [(count, kill) for kill in chain(command, chosen, draw, expected[count])]
+            print(f"{time.strftime('%X')} {len(done)} kills, all equal", flush=True)
+            shutil.rmtree(command.folder)
+    for count, places, _ in groups:
+        for place in places:
+            kills = [kill for group, kill in done if (group, kill.place) == (count, place)]
+            if kills:
+                there, slowest = sum(kill.hit for kill in kills), max(kill.seconds for kill in kills)
+                print(
+                    f"{count} processes, {place:12}{len(kills):4}, {there} exactly there, slowest end {slowest:.1f} s"
+                )
+    print(f"{len(done)} × {'/'.join(options.signals)}: parameters, optimizer state and metrics.jsonl equal in bits")
 
 
 if __name__ == "__main__":
