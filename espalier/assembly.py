@@ -149,7 +149,8 @@ def recorded_settings(record: TaskRecord, task: Task, origin: Origin | None, com
         recorded["part"] = task.part
     if task.user_code:
         recorded["user_code"] = task.user_code
-    assert not (taken := task.settings.keys() & vars(task.config).keys()), f"settings of the run, too: {taken}"
+    # A task may say what an unset setting came to be, and nothing else in the place of a setting.
+    assert all(vars(task.config).get(name) in (None, said) for name, said in task.settings.items()), task.settings
     return settings(task.config, task.model, **recorded, **task.settings, **_handed_on(task, origin))
 
 
