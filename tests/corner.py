@@ -43,6 +43,7 @@ CORNER = {
         test_chunks_equal_a_plain_log_softmax_in_value_and_gradient[4-True-bfloat16]""",
     "test_objectives.py": """test_three_meshes_equal_one_device[mlm-data=2 test_three_meshes_equal_one_device[clm-data=2
         test_one_batch_is_learnt_by_heart""",
+    "test_older_checkpoints.py": "test_it_comes_back_bit_by_bit",
     "test_training_checkpoint.py": """test_a_state_comes_back_bit_by_bit_on_any_mesh
         test_params_and_config_alone_suffice_to_use_the_model test_misfits_are_listed test_one_flipped_bit_is_found
         test_the_state_may_be_donated_while_it_is_written test_a_failed_save_is_raised_at_the_next_look""",

@@ -99,10 +99,9 @@ def train(
         gc.disable()
         stack.callback(gc.enable)
 
-        def save(state: TrainState, step: int, last: bool) -> None:
+        def save(state: TrainState, step: int) -> None:
             with tracker.saving():
-                data = kept | tracker.carried | {"step": step}
-                checkpoints.save(state, config_dict, data, waited_for=last)
+                checkpoints.save(state, config_dict, data=kept | tracker.carried | {"step": step})
             collector.forget(min(complete_steps(run.checkpoints), default=0))
 
         def evaluated(state: TrainState, step: int) -> dict[str, float] | None:
@@ -148,11 +147,11 @@ def train(
                 pending = None
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
-                save(state, step, last=ending)
+                save(state, step)
             if evaluating:
                 evaluation = evaluated(state, step)
                 if evaluation is None and not saving:
-                    save(state, step, last=True)
+                    save(state, step)
             if ending or evaluation is None:
                 break
 

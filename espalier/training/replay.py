@@ -101,7 +101,7 @@ def replay(
         optimizer, factor, project = optimization(config, task)
         first, _, interval, _ = beginning(origin, task.load_params)
         restored = origin is not None and origin.resumed
-        log = _Log(run, first, last, surroundings(mesh, settings), config.log_every, interval, restored)
+        log = Logged(run, first, last, surroundings(mesh, settings), config.log_every, interval, restored)
         with progress.waiting("loading the first state"):
             state = first_state(config, task.init_params, optimizer, mesh, origin, task.load_params, task.frozen)
         train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project)
@@ -129,7 +129,7 @@ def logged_steps(run: RunDirectory) -> int:
     return max((step for step, _ in (*_losses(run), *((line.step, 0.0) for line in logged(run)))), default=0)
 
 
-class _Log:
+class Logged:
     """What a run logged in these steps, and how far it is what is computed here."""
 
     def __init__(
