@@ -6,7 +6,8 @@ export. What is trained is a `Task` (espalier/task.py); nothing here knows which
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,10 +31,12 @@ from espalier.report.card import model_card
 from espalier.report.render import write_report
 from espalier.report.task import kept
 from espalier.task import Start, Task, TaskRecord, Trained
+from espalier.trackers.contract import check as check_trackers
+from espalier.trackers.notify import PATIENCE, Notifier
 from espalier.training import loop
 from espalier.training.adapters import merged
-from espalier.training.introduction import About, conclude
-from espalier.training.run import RunDirectory, settings, summarise, tuned_file
+from espalier.training.introduction import About, conclude, ending_words
+from espalier.training.run import RunDirectory, one_line, settings, summarise, tuned_file
 from espalier.training.start import find_origin
 from espalier.training.state import combined
 from espalier.training.trainable import Trainable
@@ -49,7 +52,8 @@ def train(
     call: how the run was asked for. With config.init_from, the settings of the model that `call` names change that of
     the weights.
     """
-    return fit(*opened(config, record, call, objective=objective), call)
+    with _notifying(config) as notify:
+        return fit(*opened(config, record, call, objective=objective), call, notify)
 
 
 class Opened(NamedTuple):
@@ -76,6 +80,7 @@ def opened(
     origin_of: where it goes on from, if that is not what is newest.
     """
     assert config.run_dir is not None
+    check_trackers(config.trackers)
     record = (record or tasks.find(config.task)).chosen(config, objective)
     run = RunDirectory(config.run_dir, call.began)
     origin = origin_of(config, run, Pretrained)
@@ -86,7 +91,15 @@ def opened(
     return Opened(record, task, run, mesh, origin)
 
 
-def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: Origin | None, call: cli.Call) -> dict:
+def fit(
+    record: TaskRecord,
+    task: Task,
+    run: RunDirectory,
+    mesh: Mesh,
+    origin: Origin | None,
+    call: cli.Call,
+    notify: Notifier,
+) -> dict:
     """Train an open task to its end and write what a person needs of it. All that can be refused is refused first."""
     config, model, head = task.config, task.model, record.head
     published, tokenizer = Published.beside(_handed_on(task, origin)), task.tokenizer
@@ -105,7 +118,10 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
         if task.frozen is not None and not (origin and origin.resumed):
             progress.say(f"frozen parameters: {task.frozen.origin}")
     learnt, begins_at = learnable(record, task, mesh, origin)
-    result = loop.train(config, learnt, run, mesh, config_dict, begins_at)
+    done = begins_at.done if begins_at else 0
+    started = f"{'goes on' if done else 'started'} at step {done:,} of {config.steps:,}"
+    notify.tell("started", started, step=done, steps=config.steps)
+    result = loop.train(config, learnt, run, mesh, config_dict, begins_at, notify)
 
     # From here on every process takes part where parameters are asked for, and the first writes.
     trained, ended = Trained(run, result, mesh), not result.stopped_by
@@ -135,7 +151,26 @@ def fit(record: TaskRecord, task: Task, run: RunDirectory, mesh: Mesh, origin: O
             )
         progress.say(f"exported to {config.export}")
     conclude(summary, run, config, call.command, list(task.following) if task.following else None)
+    event, words = ending_words(summary, config.steps)
+    facts = {name: summary.get(name) for name in ("loss", "eval", "metrics", "goodput", "best")}
+    notify.tell(event, words, step=result.step, steps=config.steps, **facts)
     return summary
+
+
+@contextlib.contextmanager
+def _notifying(config: Any) -> Iterator[Notifier]:
+    """The webhook of a run, which is told of an error that ends the block."""
+    notify, patience = Notifier(config.notify, str(config.run_dir), lambda: jax.process_index() != 0), PATIENCE
+    try:
+        yield notify
+    except Exception as error:
+        notify.tell("failed", f"failed: {one_line(error)}", error=one_line(error))
+        raise
+    except KeyboardInterrupt:
+        patience = 0.0
+        raise
+    finally:
+        notify.close(patience)
 
 
 def recorded_settings(record: TaskRecord, task: Task, origin: Origin | None, command: str | None) -> tuple[dict, dict]:

@@ -78,7 +78,7 @@ def run(
             return
         printing = PRINT in arguments
         arguments = [argument for argument in arguments if argument != PRINT]
-        command = without_secrets(f"./launch.sh {prog} {shlex.join(map(without_secrets, arguments))}")
+        command = without_secrets(f"./launch.sh {prog} {shlex.join(map(without_secrets, _unrecorded(arguments)))}")
         base, arguments = _base(presets, prog, arguments)
         config_type = type(base.config)
         flags = flags_of(config_type)
@@ -171,6 +171,19 @@ def run_config(main: Callable[[Any], Any], config_type: type, prog: str, argv: S
     arguments[:values] = [part for name, value in named for part in (f"--{name.replace('_', '-')}", value)]
     with one_line_errors("--debug" in arguments):
         _call(main, parse(config_type, prog, inspect.getdoc(config_type), arguments))
+
+
+def _unrecorded(arguments: Sequence[str]) -> list[str]:
+    """The arguments as config.json records them."""
+    kept, flags = [], {f"--{name.replace('_', '-')}" for name in saved_config.SECRET}
+    words = iter(arguments)
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag.replace("_", "-") not in flags:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
 
 
 def _take_the_terminal() -> bool:

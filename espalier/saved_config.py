@@ -16,8 +16,11 @@ from espalier.errors import UserError
 from espalier.flags import fields_given, flags_of, nearest, spelled_out
 from espalier.redaction import recorded
 
-NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug"))
-"""Settings of one call, which a file does not hand on: where it writes, where it pauses and how it prints."""
+NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug", "notify"))
+"""Settings of one call, which a file does not hand on: where it writes, where it pauses, how it prints and whom it
+tells."""
+SECRET = frozenset(("notify",))
+"""Those that no file holds, for they are passwords: the URL of a webhook."""
 FACTS = frozenset(
     (
         "apart asked_vocabulary command concept_mean concept_spread fingerprints head imported_from labels "
@@ -43,8 +46,8 @@ class Saved(NamedTuple):
 def as_json(config: Any, command: str) -> str:
     """The text of --print-config. command: recorded as in config.json, it tells which settings were asked for."""
     task = {"task": config.task} if hasattr(config, "task") else {}
-    values = dataclasses.asdict(config) | task | {"command": command}
-    return json.dumps(recorded(values), indent=1, ensure_ascii=False)
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in SECRET}
+    return json.dumps(recorded(values | task | {"command": command}), indent=1, ensure_ascii=False)
 
 
 def read(given: str, config_types: Iterable[type], prog: str) -> Saved:

@@ -23,7 +23,7 @@ STYLE = (
     ".key{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;font-size:.85rem;margin:.5rem 0 1rem}"
     ".key i,.parts i{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.4rem}"
     ".parts td,.parts th{padding:.25rem 1.2rem .25rem 0;border-bottom:1px solid var(--line);font-weight:400}"
-    ".parts .n{text-align:right;white-space:nowrap}"
+    ".parts td:first-child{white-space:nowrap}.parts .n{text-align:right;white-space:nowrap}"
     "@media(max-width:34rem){.went li{grid-template-columns:1fr;gap:.2rem}}"
 ) + "".join(
     f".went .{name},.key .{name},.parts .{name}{{background:{c}}}" for name, c in zip(PARTS, COLOURS, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 from espalier.errors import UserError
 from espalier.runs.run import Run
 
-WITHIN_A_RUN = frozenset(("checkpoints", "tokenizer", "tensorboard", "frozen", "collected"))
+WITHIN_A_RUN = frozenset(("checkpoints", "tokenizer", "tensorboard", "frozen", "collected", "wandb", "mlflow"))
 """Folders of a run that hold no other run."""
 TRAINED = ("metrics.jsonl", ".lock", "checkpoints")
 """One of these tells a run from another folder with a config.json, such as an exported model."""

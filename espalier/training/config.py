@@ -23,7 +23,7 @@ EXECUTION_FIELDS = frozenset(
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
         *("distributed", "published", "user_code", "show", "answers", "beams", "max_new_tokens"),
-        *("keep_best", "early_stopping", "checksum_every", "asked_vocabulary"),
+        *("keep_best", "early_stopping", "checksum_every", "asked_vocabulary", "trackers", "notify"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -36,7 +36,7 @@ FINGERPRINTED_FIELDS = frozenset(
 """What may be spelled anew (the folder was moved): the fingerprints, or the classes, know what was read."""
 USER_CODE_FIELDS = frozenset(("objective", "masking.function"))
 """What names code of the user's own; `user_code` of config.json knows which it is."""
-HOST_FIELDS = frozenset(("distributed", "command", "cache", "prefetch", "workers", "max_rejected", "json", "debug"))
+HOST_FIELDS = frozenset("distributed command cache prefetch workers max_rejected json debug trackers notify".split())
 """Field names, at any depth, that may differ between the processes of one run."""
 
 
@@ -207,6 +207,11 @@ class TrainConfig:
     """Threads that prepare them; batches are the same with any number."""
     export: str | None = often(None)
     """At the end, write the model to this new folder in Hugging Face format. `./launch.sh export` does so later."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Who gets the metrics besides metrics.jsonl; wandb and mlflow need their packages (docs/trackers.md)."""
+    notify: str | None = field(default=None, repr=False)
+    """URL of a webhook that is told when the run starts, fails, pauses and finishes; or the environment variable
+    ESPALIER_NOTIFY. It is kept in no file."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
@@ -227,6 +232,8 @@ class TrainConfig:
                 f"keep_best={self.keep_best} and early_stopping.metric={self.early_stopping.metric} are two metrics; "
                 "name one"
             )
+        if self.notify and not self.notify.startswith(("https://", "http://")):
+            raise UserError("notify must be a URL, https://… or http://… (not repeated here: it may be a secret)")
         if self.prefetch < 0:
             raise UserError(f"prefetch={self.prefetch} must be at least 0 (0 = prepare no batch ahead)")
         if self.workers < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -106,6 +107,17 @@ def conclude(
     if command and following:
         # On one line, however long, so that it can be copied.
         progress.say(f"  {'next':{max(map(len, [*rows, 'next'])) + 2}}{shlex.join(following)}")
+
+
+def ending_words(summary: dict, steps: int) -> tuple[str, str]:
+    """How a session ended: a word for programs (finished, paused, stopped), and a sentence for people."""
+    event = "finished" if summary["finished"] else "stopped" if summary["stopped_by"] else "paused"
+    words = f"{event} at step {summary['step']:,}" + ("" if event == "finished" else f" of {steps:,}")
+    if event == "stopped":
+        words += f" by {signal.Signals(summary['stopped_by']).name}, saved"
+    fraction = (summary.get("goodput") or {}).get("fraction")
+    goodput_said = f"goodput {fraction:.1%}".replace("%", " %") if fraction is not None else ""
+    return event, "; ".join(part for part in (words, result_words(summary), goodput_said) if part)
 
 
 def result_words(summary: dict) -> str:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from espalier import progress
 from espalier.contracts import Origin
 from espalier.errors import MachineError
+from espalier.trackers.notify import Notifier
 from espalier.training.best import KeptBest
 from espalier.training.checkpoint import Checkpoints, complete_steps
 from espalier.training.checksums import ChecksumLog
@@ -40,11 +41,18 @@ class NonFiniteLoss(MachineError):
 
 
 def train(
-    config: TrainConfig, task: Trainable, run: RunDirectory, mesh: Mesh, config_dict: dict, origin: Origin | None = None
+    config: TrainConfig,
+    task: Trainable,
+    run: RunDirectory,
+    mesh: Mesh,
+    config_dict: dict,
+    origin: Origin | None = None,
+    notify: Notifier | None = None,
 ) -> Result:
     """Train from the origin until config.steps, stop_at or a signal. What can be refused is refused before any write.
 
     config_dict: JSON values, saved with each checkpoint. origin: what the run goes on from; None = nothing.
+    notify: the webhook that is told of it.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -78,6 +86,9 @@ def train(
             log_every=config.log_every,
             quiet=jax.process_index() != 0,
             interval=interval,
+            trackers=config.trackers,
+            config=config_dict,
+            notify=notify,
         )
         stack.enter_context(tracker)
         checkpoints.announce = tracker.say

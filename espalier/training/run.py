@@ -23,6 +23,7 @@ from espalier.errors import MachineError, UserError
 from espalier.files import write_json
 from espalier.goodput import goodput, read_sessions
 from espalier.redaction import recorded, without_secrets
+from espalier.saved_config import SECRET
 from espalier.training.config import FINGERPRINTED_FIELDS, HOST_FIELDS, USER_CODE_FIELDS
 from espalier.training.identity import Schedule, check_same_run, completed, differences, without
 from espalier.training.state import TrainState
@@ -123,7 +124,7 @@ class RunDirectory:
                 # What it is about must not be hidden by a disk that is full or gone.
                 with contextlib.suppress(OSError):
                     if first:
-                        write_json(self.failure, {"error": _one_line(error)})
+                        write_json(self.failure, {"error": one_line(error)})
                 raise
 
     @contextlib.contextmanager
@@ -160,7 +161,7 @@ def _locked(file: int, seconds: float = 1.0) -> bool:
         time.sleep(0.05)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What people must know of an error: that of a machine or a user as it is said, else with its type."""
     words = without_secrets(" ".join(str(error).split()))[:500]
     return words if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {words}"
@@ -269,5 +270,9 @@ def settings(config: Any, model: Any, **more: Any) -> tuple[dict, dict]:
     A field that was added after a run has the default of its class there, never what a preset says today. Secrets of
     URLs are in neither (espalier/redaction.py).
     """
-    values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model)} | more
-    return recorded(values), dataclasses.asdict(type(config)()) | {"model": dataclasses.asdict(type(model)())}
+
+    def written(config: Any) -> dict:
+        return {name: value for name, value in dataclasses.asdict(config).items() if name not in SECRET}
+
+    values = written(config) | {"model": dataclasses.asdict(model)} | more
+    return recorded(values), written(type(config)()) | {"model": dataclasses.asdict(type(model)())}

@@ -1,18 +1,19 @@
-"""Logging of a run: the progress line, metrics.jsonl and TensorBoard. The only place that logs."""
+"""Logging of a run: the progress line, metrics.jsonl and what the trackers get. The only place that logs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 
 from espalier import progress
 from espalier.files import replacing
+from espalier.trackers.contract import PATIENCE, Boards, Session
+from espalier.trackers.notify import Notifier
 from espalier.training.run import RunDirectory
 from espalier.training.sessions import SessionLog
 
@@ -45,6 +46,7 @@ class Tracker:
     tokens: trained on before this session.
     flops_per_step, peak_flops: of the whole mesh; no MFU if one of them is None.
     quiet: only measure (all processes but the first).
+    trackers: names in trackers.contract.TRACKERS. config: what they are told of the run. notify: the webhook.
     """
 
     def __init__(
@@ -60,6 +62,9 @@ class Tracker:
         log_every: int = 10,
         quiet: bool = False,
         interval: Interval | None = None,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+        notify: Notifier | None = None,
     ):
         self.first_step_seconds: float | None = None
         # An interval that ends here under a new log_every has its record already.
@@ -71,7 +76,8 @@ class Tracker:
         self._quiet = quiet
         self._shown = time.perf_counter()
         self._clock = self._mark = self._now = Reading(start_step, tokens, self._shown)
-        self._metrics = self._board = None
+        self._metrics = self._boards = None
+        self._notify = notify
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         """Those before this session, by step; known to the one who writes."""
         self._evaluated: set[int] = set()
@@ -85,7 +91,7 @@ class Tracker:
                     self.evaluations.append((record["step"], found))
             self._evaluated = {step for step, _ in self.evaluations}
             self._metrics = run.metrics.open("a", encoding="utf-8")
-            self._board = _board(run, start_step)
+            self._boards = Boards(trackers, Session(run.path, config or {}, start_step), self.say)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -193,6 +199,12 @@ class Tracker:
         """Print a line; other threads may call it too."""
         self._show(line, keep=True)
 
+    def tell(self, event: str, line: str, **more: Any) -> None:
+        """Print a line, and tell the webhook of it. event: one word for programs. more: JSON values."""
+        self.say(line)
+        if self._notify:
+            self._notify.tell(event, line, **more)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside is excluded from speeds, for it goes to an evaluation."""
@@ -211,16 +223,20 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.close("failed" if kind else "ended")
+        # Whoever interrupts at once does not wait for a network.
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.close("failed" if kind else "ended", 0.0 if interrupted else PATIENCE)
 
-    def close(self, how: str = "ended") -> None:
-        """how: ended or failed, for the record of the session."""
+    def close(self, how: str = "ended", patience: float = PATIENCE) -> None:
+        """how: ended or failed, for the record of the session. patience: seconds for the trackers to take it all."""
         self.session.end(how)
         if not self._quiet:
             progress.end()
-        for sink in (self._metrics, self._board):
-            if sink is not None:
-                sink.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._boards is not None:
+            with progress.waiting("sending the last to the trackers"):
+                self._boards.close(how, patience)
 
     def _since(self, then: Reading) -> Reading | None:
         """Steps, tokens and seconds since then; None where there was no step."""
@@ -234,12 +250,10 @@ class Tracker:
         return passed.step / passed.seconds * self._flops / self._peak
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        if self._metrics is not None and self._board is not None:
+        if self._metrics is not None and self._boards is not None:
             self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
             self._metrics.flush()
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            self._boards.log(step, metrics)
 
     def _told(self, wait: str) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._quiet else progress.waiting(wait)
@@ -247,20 +261,6 @@ class Tracker:
     def _show(self, line: str, keep: bool) -> None:
         if not self._quiet:
             (progress.say if keep else progress.show)(line)
-
-
-def _board(run: RunDirectory, start_step: int):
-    """The TensorBoard writer of a run; what an earlier session wrote after `start_step` is hidden."""
-    # tensorboardX imports PyTorch where it is installed, which takes seconds, and needs it for tensors alone.
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter(str(run.tensorboard), purge_step=start_step + 1)
 
 
 def cut_metrics(run: RunDirectory, step: int, within_interval: bool = False) -> list[dict]:
