@@ -79,7 +79,7 @@ def main(config: GenerateConfig) -> dict:
         with progress.waiting("continuing the text") as far:
             completions = generate(model, prompts, config.sampling, said)
         for prompt, completion in zip(prompts, completions, strict=True):
-            print(f"{'─' * 60}\n{shown(prompt)}{completion}")
+            print(f"{'─' * 60}\n{_harmless(shown(prompt) + completion)}")
         _say_speed(drawn, time.perf_counter() - began, " with compiling")
     return {"prompts": prompts, "completions": completions, "run_dir": config.run_dir}
 
@@ -134,11 +134,11 @@ def _streamed(model: LoadedModel, prompt: Prompt, sampling: SamplingConfig) -> s
     """The completion, shown while it is written. Ctrl-C ends the line before it ends the command."""
     from espalier.predict.generate import stream
 
-    print(f"{'─' * 60}\n{shown(prompt)}", end="", flush=True)
+    print(f"{'─' * 60}\n{_harmless(shown(prompt))}", end="", flush=True)
     pieces, first, tokens, before = [], None, 0, 0
     try:
         for piece, tokens in stream(model, prompt, sampling):
-            print(piece, end="", flush=True)
+            print(_harmless(piece), end="", flush=True)
             pieces.append(piece)
             if first is None:
                 first, before = time.perf_counter(), tokens
@@ -147,6 +147,11 @@ def _streamed(model: LoadedModel, prompt: Prompt, sampling: SamplingConfig) -> s
     if first is not None and tokens > before:
         _say_speed(tokens - before, time.perf_counter() - first, " after the first")
     return "".join(pieces)
+
+
+def _harmless(text: str) -> str:
+    """On a terminal, without what would steer it; a file gets what the model wrote."""
+    return progress.visible(text) if sys.stdout.isatty() else text
 
 
 def _say_speed(tokens: int, seconds: float, what: str) -> None:

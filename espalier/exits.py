@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from espalier import signals
 from espalier.errors import MachineError, UserError
+from espalier.progress import visible
 from espalier.redaction import without_secrets
 
 REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
@@ -51,7 +52,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         message = OUT_OF_MEMORY.format(str(error).splitlines()[0]) if full else " ".join(str(error).splitlines())
         # Which of several processes failed (sharding/processes).
         who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("process "))
-        print(without_secrets(f"error: {who}{message}"), file=sys.stderr)
+        print(visible(without_secrets(f"error: {who}{message}")), file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
 
 

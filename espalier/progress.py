@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
@@ -26,6 +27,9 @@ AGAIN = 60.0
 """Seconds until a wait is reported again without a terminal; then twice as long, and so on."""
 WIDEST = 100
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that steer a terminal and are no text: a model, a label or a name of a file may hold them."""
+
 _lock = threading.RLock()
 _changing = False
 _shown = 0
@@ -36,6 +40,11 @@ _waits: list[threading.Event] = []
 def say(line: str = "") -> None:
     """Print a line."""
     _write(line, keep=True)
+
+
+def visible(text: str) -> str:
+    """The text with what would steer a terminal spelled out: `\\x1b` for the character that begins such a sequence."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def show(line: str) -> None:
@@ -182,7 +191,7 @@ def _write(line: str, keep: bool, over: bool = True) -> None:
         if over and _changing:
             # A notebook knows no order to clear a line.
             begin = "\r\033[K" if _terminal() else f"\r{' ' * _shown}\r" if _notebook() else ""
-        line = without_secrets(line)
+        line = visible(without_secrets(line))
         if not keep:
             line = _fitting(line)
         _changing = not keep and bool(line)

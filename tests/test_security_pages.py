@@ -17,6 +17,9 @@ import pytest
 import uvicorn
 from browser import page as browser_page
 
+from espalier import progress
+from espalier.errors import UserError
+from espalier.exits import one_line_errors
 from espalier.look.attention import Attention
 from espalier.look.attribution import Attribution
 from espalier.look.lens import Lens
@@ -88,7 +91,8 @@ def hostile_run(folder: pathlib.Path, task: str) -> pathlib.Path:
     folder.mkdir(parents=True)
     config = {
         "task": task, "head": task, "model": {"model_type": EVIL, EVIL: EVIL}, "data": {"files": [EVIL, LINK]},
-        "labels": [EVIL, LINK], "command": EVIL, "init_from": LINK, "steps": 2, EVIL: LINK, "long": EVIL * 9,
+        "labels": [EVIL, LINK], "command": f"a\n```\nSECOND {EVIL}", "init_from": LINK, "steps": 2,
+        EVIL: LINK, "long": EVIL * 9,
         "user_code": {"objective": {"name": EVIL, "file": EVIL, "sha256": "0"}}, "fingerprints": {EVIL: EVIL},
     }  # fmt: skip
     summary = {"step": 2, "finished": True, "eval": METRICS, "metrics": METRICS, "data": {EVIL: EVIL},
@@ -190,10 +194,11 @@ def test_a_report_and_a_card_hold_what_a_run_says_as_text(tmp_path, task):
     text = write_report(run).read_text(encoding="utf-8")
     harmless(text)
     assert text.count("<script") == 0 and "sandbox=allow-scripts" in Page(text)._repr_html_()
-    # Markdown is rendered by others, who let no script through; a block of code ends where it is ours to end.
-    card = model_card(run)
-    front = card.split("---\n")[1]
-    assert EVIL not in front and card.count("```") % 2 == 0
+    # In a card, which others render, an attack is text too: escaped, or in a block of code that it cannot end.
+    front, card = model_card(run).removeprefix("---\n").split("---\n", 1)
+    assert all(re.fullmatch(r"\w+: [\w-]+|tags:|- \w+", line) for line in front.splitlines())
+    outside = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1\n", "", card)
+    assert EVIL[:9] in card and "<" not in outside and "SECOND" not in outside
 
 
 def test_the_page_of_a_look_holds_words_as_text():
@@ -335,6 +340,17 @@ def test_on_all_networks_any_name_is_answered_and_other_pages_are_not():
         assert asked(f"{model}/health", Host="gpu-box.example")[0] == 200
         assert asked(f"{model}/predict", "POST", row, Host="gpu-box.example", Origin="http://gpu-box.example")[0] == 200
         assert asked(f"{model}/predict", "POST", row, Host="gpu-box.example", Origin="http://evil.example")[0] == 403
+
+
+def test_a_terminal_is_steered_by_no_text(capsys):
+    """Labels, names of files and what a model writes may hold the sequences that move a cursor or type for the user."""
+    for line in ("\x1b]0;title\x07 \x1b[2J\x9b31m\x7f", "one\r\x08two"):
+        progress.say(line)
+        with pytest.raises(SystemExit), one_line_errors(False):
+            raise UserError(f"{line} is wrong")
+    said = capsys.readouterr()
+    assert "\\x1b]0;title\\x07" in said.out and "\\x9b31m" in said.err
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said.out + said.err)
 
 
 def test_by_default_a_server_listens_on_this_machine_alone():

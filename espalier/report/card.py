@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,17 @@ def model_card(run_dir: str | Path) -> str:
     base = config.get("imported_from") or config.get("init_from") or ""
     embeds = task.pipeline == "sentence-similarity"
     library = "sentence-transformers" if embeds else "transformers"
-    front = [f"library_name: {library}", f"pipeline_tag: {task.pipeline}", "tags:", "- espalier", "- jax"]
+    pipeline = task.pipeline if re.fullmatch(r"[\w-]+", task.pipeline) else "other"
+    front = [f"library_name: {library}", f"pipeline_tag: {pipeline}", "tags:", "- espalier", "- jax"]
     if base.startswith("hf:") and not Path(base[3:]).expanduser().exists():
         front.append(f"base_model: {json.dumps(base[3:])}")
 
     size = f" with {summary['parameters'] / 1e6:,.1f} million parameters" if summary.get("parameters") else ""
-    title = run.path.name
+    title = _cell(run.path.name)
     text = ["---", *front, "---", "", f"# {title}", ""]
     text.append(
-        f"A model of type {config['model']['model_type']}{size}, {task.words}, made with Espalier (JAX). It loads with "
+        f"A model of type {_cell(config['model']['model_type'])}{size}, {_cell(task.words)}, made with Espalier (JAX). "
+        "It loads with "
         f"stock classes of {library}."
     )
     if task.pipeline in PIPELINES:
@@ -122,9 +126,12 @@ def _settings(task: TaskReport, run: RunFiles) -> dict[str, Any]:
 
 
 def _code(*lines: str) -> list[str]:
-    """A code block; the last argument is its language."""
-    return ["", f"```{lines[-1]}", *lines[:-1], "```"]
+    """A code block; the last argument is its language. Its fence is longer than any that is in it."""
+    longest = max((len(ticks) for line in lines for ticks in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return ["", f"{fence}{lines[-1]}", *lines[:-1], fence]
 
 
 def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
+    """On one line, and nothing in it is an element of HTML or the end of the cell."""
+    return escape(" ".join(str(value).replace("|", "\\|").split()), quote=False)
