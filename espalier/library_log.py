@@ -37,6 +37,7 @@ WIDTH = 300
 NO_HINT = r"^Extension modules: |cpu_aot_loader.*\+prefer-no-"
 """Lines that are not printed: the end of faulthandler's output, and tuning preferences that the loader of compiled
 programs mistakes for processor features (jax#38445), 2 kB per line and several lines per program."""
+ORPHANED = "JAX distributed service detected fatal errors"
 KEPT = 50
 """Logs that are kept in the cache, besides those of the last hour."""
 
@@ -46,17 +47,18 @@ log=$1
 while IFS= read -r line; do
     case $line in
     /*) log=$line ;;
+    =*) orphaned=${line#=} ;;
     *) exit 0 ;;
     esac
 done
-exec "$2" -P -E -s -S -c "$3" "$4" "$log"
+exec "$2" -P -E -s -S -c "$3" "$4" "$log" "$orphaned"
 """
-"""Reads the current path of the log; any other line means that the end was expected."""
+"""Reads the current path of the log, or what `orphaned` gave; any other line means that the end was expected."""
 SHOW_LAST = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from espalier.library_log import last_lines
-sys.stderr.write(last_lines(sys.argv[2]))
+sys.stderr.write(last_lines(*sys.argv[2:]))
 """
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -153,7 +155,13 @@ def ended() -> None:
             os.unlink(_log.path)
 
 
-def last_lines(path: str) -> str:
+def orphaned(line: str) -> None:
+    """What is printed should JAX abort this process because that with its coordinator has ended."""
+    if _log is not None:
+        _tell_watcher(f"={line}")
+
+
+def last_lines(path: str, orphaned: str = "") -> str:
     """The last lines of a log as printed after an abnormal end, below a line that names the file; "" if it is empty."""
     try:
         with open(path, "rb") as file:
@@ -162,6 +170,8 @@ def last_lines(path: str) -> str:
     except OSError:
         return ""
     lines = [line for line in lines if line.strip() and not re.search(NO_HINT, line)]
+    if orphaned and any(ORPHANED in line for line in lines):
+        return f"{orphaned}\n"
     fatal = next((number for number, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
     # Otherwise only the outer frames would be shown.
     lines = lines[: fatal + 8][-SHOWN:]

@@ -156,12 +156,12 @@ def _listen(pipe: socket.socket) -> None:
         while received := pipe.recv(1):
             number = received[0]
             # Where a server has put a handler of its own, it is not ours to judge.
-            if signal.getsignal(number) is not _handle or _early:
+            if signal.getsignal(number) is not _handle:
                 continue
             if heard and number == signal.SIGINT:
                 _cut_off(number)
-            elif not heard and not _decide(number):
-                timer = threading.Timer(GRACE, _cut_off, (number,))
+            elif not heard and (_early or not _decide(number)):
+                timer = threading.Timer(1.0 if _early else GRACE, _cut_off, (number,))
                 timer.daemon = True
                 timer.start()
             heard = True

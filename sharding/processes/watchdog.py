@@ -62,6 +62,9 @@ class Watch:
         self._failed = threading.Event()
         self._failure: Failure | None = None
         self._sending = threading.Lock()
+        if place.process_id:
+            # JAX notices the end of process 0 in the same millisecond, and aborts.
+            library_log.orphaned(f"error: {self._message(Failure(0, None, 1))}")
         self._asks, self._asked = socket.socketpair()
         self._stopping = StoppingPoint()
         self._passed: dict[int, int] = {}

@@ -10,11 +10,10 @@ from command import ROOT, Command, write_text
 from kills import chain, undisturbed
 
 HERE = (
+    # Of a compile and of a step: by the hundred, and tests/e2e/test_kill.py.
     ("start", signal.SIGINT),
     ("tokenizing", signal.SIGKILL),
     ("tokenizing", signal.SIGTERM),
-    ("compile", signal.SIGKILL),
-    ("step", signal.SIGKILL),
     ("evaluation", signal.SIGHUP),
     ("save", signal.SIGKILL),
     ("clearing", signal.SIGKILL),
