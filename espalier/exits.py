@@ -17,7 +17,14 @@ from espalier.errors import MachineError, UserError
 from espalier.progress import visible
 from espalier.redaction import without_secrets
 
-REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR})
+DISK = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EREMOTEIO),
+        *(errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
+    }
+)
+"""What a disk says that is full, read-only, broken or gone."""
+REFUSALS = DISK | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
 """Errors that a correct program may get from the machine: no permission, no space left, a file instead of a folder."""
 
 OUT_OF_MEMORY = (

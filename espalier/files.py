@@ -38,6 +38,11 @@ def replacing(path: StrPath, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]
             yield file
             sync(file)
         os.replace(unfinished, path)
+    except OSError as error:
+        # What a full disk says does not name the file.
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -159,6 +159,12 @@ def amount(number: float) -> str:
     return f"{number:.0f}"
 
 
+def size(count: float) -> str:
+    """Bytes in three digits: 823 B, 9.87 kB, 1.24 GB."""
+    words = amount(count)
+    return f"{words.replace(' B', ' G')}{'' if ' ' in words else ' '}B"
+
+
 def clock(seconds: float) -> str:
     """Hours, minutes and seconds: 0:07, 12:00, 1:02:03."""
     minutes, second = divmod(round(seconds), 60)

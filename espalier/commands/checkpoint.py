@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAIN = ("task", "command", "init_from", "imported_from", "steps", "batch_size", "seed", "accumulation")
 """Of a configuration, what is shown as it is; besides, the main settings of model and optimizer."""
 PARTS = {
-    "model": ("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads"),
+    "model": ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     "optimizer": ("name", "learning_rate", "schedule", "warmup"),
 }
 
@@ -63,7 +63,7 @@ def main(config: CheckpointConfig) -> dict[str, Any]:
     for row in rows:
         state = row["state"] + (f": {row['damage']}" if row["damage"] else "") + (", the best" if row["best"] else "")
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["written"]))
-        lines.append((Path(row["path"]).name, f"{progress.amount(row['bytes'])}B", written, state))
+        lines.append((Path(row["path"]).name, progress.size(row["bytes"]), written, state))
     widths = [max(len(line[at]) for line in lines) for at in range(3)]
     for step, size, written, state in lines:
         print(f"{step:>{widths[0]}}  {size:>{widths[1]}}  {written:{widths[2]}}  {state}")
@@ -114,8 +114,8 @@ def _verified(run: RunDirectory, rows: Sequence[Mapping[str, Any]], whole: bool)
         began = time.perf_counter()
         with progress.waiting(f"reading {name}"):
             damage = fault(path)
-        size, took = progress.amount(bytes_in(path)), time.perf_counter() - began
-        print(f"{name}: " + (f"damaged: {damage}" if damage else f"sound ({size}B, {took:.1f} s)"))
+        size, took = progress.size(bytes_in(path)), time.perf_counter() - began
+        print(f"{name}: " + (f"damaged: {damage}" if damage else f"sound ({size}, {took:.1f} s)"))
         found.append({"name": name, "path": str(path), "damage": damage})
     return {
         "run_dir": str(run.path),
@@ -152,11 +152,11 @@ def _shown(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> dict[str, An
     path_width = max(len(f"{one['item']}/{one['path']}") for one in listed)
     shape_width = max(len(_shape(one["shape"])) for one in listed)
     for one in listed:
-        name, size = f"{one['item']}/{one['path']}", f"{progress.amount(one['bytes'])}B"
+        name, size = f"{one['item']}/{one['path']}", progress.size(one["bytes"])
         print(f"{name:{path_width}}  {_shape(one['shape']):{shape_width}}  {one['type']:9} {size:>9}")
     lines = {
-        "parameters": f"{totals['parameters']:,} ({progress.amount(totals['parameter_bytes'])}B)",
-        "rest of the state": f"{progress.amount(totals['optimizer_bytes'])}B",
+        "parameters": f"{totals['parameters']:,} ({progress.size(totals['parameter_bytes'])})",
+        "optimizer state": progress.size(totals["optimizer_bytes"]),
         "step": str(step),
         "data goes on": _words(data) if data else "the checkpoint does not say",
         **{name: str(config[name]) for name in MAIN if config.get(name) is not None},

@@ -37,6 +37,7 @@ from etils import epath
 from espalier import progress
 from espalier.errors import MachineError, UserError
 from espalier.files import sync_path, sync_tree
+from espalier.training.background import give_way, held, lower, threads
 from espalier.training.config import CheckpointConfig
 from espalier.training.fallback import set_aside
 from espalier.training.manifest import (
@@ -52,7 +53,7 @@ from espalier.training.manifest import (
     write_manifest,
 )
 from espalier.training.retention import removal
-from espalier.training.run import RunDirectory
+from espalier.training.run import RunDirectory, folder_identity
 from espalier.training.state import TrainState
 from sharding.processes.coordination import LONG_WAIT, from_first, gather
 from sharding.rules import path_of
@@ -118,33 +119,38 @@ class Checkpoints:
             self._tidy()
         gather("the folder of checkpoints is there")
         self._manager = _manager(self.folder)
-        self._disk = _identity(self.folder)
+        self._disk = folder_identity(self.folder)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return max(complete_steps(self.folder), default=None)
 
-    def save(self, state: TrainState, config: dict, data: dict) -> None:
+    def save(self, state: TrainState, config: dict, data: dict, waited_for: bool = False) -> None:
         """Begin to write `state` under its step; returns once it may be donated. Raises what the last save met.
 
-        data: where the data goes on, JSON values. Steps only grow: ValueError for one that is not after the latest.
+        data: where the data goes on, JSON values. waited_for: no training goes on beside it. Steps only grow:
+        ValueError for one that is not after the latest.
         """
         self.wait()
         started, step, latest = time.perf_counter(), int(state.step), self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"step {step} is not after {latest}, the newest checkpoint in {self.folder}")
+        params, rest = state.params, _named(_rest(state))
+        if not waited_for:
+            params, rest = held((params, rest))
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(state.params),
-            opt_state=ocp.args.PyTreeSave(_named(_rest(state))),
+            params=ocp.args.PyTreeSave(params),
+            opt_state=ocp.args.PyTreeSave(rest),
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave({"format_version": FORMAT_VERSION} | config),
         )
-        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, _rest(state))))
+        self._saving, self._size = step, sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))
         missing = from_first("room for a checkpoint", self._make_room(step) if jax.process_index() == 0 else None)
         if missing:
             self._failure = _failure(step, self.folder, missing[0], missing[1])
             self.check(agreed=True)
             return
+        before = threads()
         try:
             with _plain_errors(step, self.folder):
                 saved = self._manager.save(step, args=items, force=True)
@@ -153,8 +159,10 @@ class Checkpoints:
             self.check()
             return
         assert saved, f"Orbax did not save step {step}"
+        if not waited_for:
+            give_way(before)
         self._writer = threading.Thread(
-            target=self._finish, args=(step, started), name=f"saving step {step}", daemon=True
+            target=self._finish, args=(step, started, waited_for), name=f"saving step {step}", daemon=True
         )
         self._writer.start()
 
@@ -165,7 +173,7 @@ class Checkpoints:
                 while self._writer.is_alive():
                     self._writer.join(0.2)
                     written = min(_written(self.folder, self._saving), self._size)
-                    far(f"{progress.amount(written)}B of {progress.amount(self._size)}B")
+                    far(f"{progress.size(written)} of {progress.size(self._size)}")
             self._writer = None
         self.check()
 
@@ -212,8 +220,10 @@ class Checkpoints:
                 with contextlib.suppress(Exception):  # Orbax repeats the failure that wait() raised
                     self._manager.close()
 
-    def _finish(self, step: int, started: float) -> None:
+    def _finish(self, step: int, started: float, waited_for: bool) -> None:
         try:
+            if not waited_for:
+                lower(threading.get_native_id())
             with _plain_errors(step, self.folder):
                 self._manager.wait_until_finished()
                 size = write_manifest(self.folder / str(step))
@@ -236,7 +246,7 @@ class Checkpoints:
             self._remove(step)
         if gone.over and not self._told:
             self._told = True
-            more = f"{progress.amount(gone.over)}B more than checkpoint.budget={self._config.budget}"
+            more = f"{progress.size(gone.over)} more than checkpoint.budget={self._config.budget}"
             self.announce(f"the checkpoints that must stay, with the next one, take {more}")
 
     def _sizes(self) -> dict[int, int]:
@@ -277,18 +287,18 @@ class Checkpoints:
         but never the newest.
         """
         try:
-            if _identity(self.folder) != self._disk:
+            if folder_identity(self.folder) != self._disk:
                 return errno.ENODEV, "its folder is gone, or is another one; is the disk still mounted?"
             if sizes := self._sizes():
                 newest = max(sizes)
-                needed = sizes[newest]
+                needed = _occupied(self.folder / str(newest))
                 spare = removal(sizes | {step: needed}, self._config, self.best).steps
                 spare = [old for old in spare if old not in (newest, step)]
                 while (free := shutil.disk_usage(self.folder).free) < needed and spare:
                     self._remove(spare[0])
                     self.announce(f"removed checkpoint {spare.pop(0)}: the disk has no room for {step} beside it")
                 if free < needed:
-                    needs = f"needs {progress.amount(needed)}B and {progress.amount(free)}B are free"
+                    needs = f"needs {progress.size(needed)} and {progress.size(free)} are free"
                     return errno.ENOSPC, f"it {needs}; make room, and the same command goes on from step {newest}"
             unfinished(self.folder, step).touch()
             sync_path(self.folder)
@@ -522,7 +532,6 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    """What tells a folder from another of the same name on another disk."""
-    there = folder.stat()
-    return there.st_dev, there.st_ino
+def _occupied(folder: Path) -> int:
+    """Bytes that the disk gave to the files of a folder: whole blocks, of compressed files less than they hold."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))

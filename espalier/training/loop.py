@@ -110,9 +110,10 @@ def train(
         gc.disable()
         stack.callback(gc.enable)
 
-        def save(state: TrainState, step: int) -> None:
+        def save(state: TrainState, step: int, last: bool) -> None:
             with tracker.saving():
-                checkpoints.save(state, config_dict, data=kept | tracker.carried | {"step": step})
+                data = kept | tracker.carried | {"step": step}
+                checkpoints.save(state, config_dict, data, waited_for=last)
             collector.forget(min(complete_steps(run.checkpoints), default=0))
 
         def evaluated(state: TrainState, step: int) -> dict[str, float] | None:
@@ -158,11 +159,11 @@ def train(
                 pending = None
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
-                save(state, step)
+                save(state, step, last=ending)
             if evaluating:
                 evaluation = evaluated(state, step)
                 if evaluation is None and not saving:
-                    save(state, step)
+                    save(state, step, last=True)
             if ending or evaluation is None:
                 break
 

@@ -20,6 +20,7 @@ import jax
 
 from espalier import library_log, progress
 from espalier.errors import MachineError, UserError
+from espalier.exits import DISK
 from espalier.files import write_json
 from espalier.goodput import goodput, read_sessions
 from espalier.redaction import recorded, without_secrets
@@ -104,9 +105,10 @@ class RunDirectory:
 
         From then on, library output goes to log.txt in the folder, that of further processes to log-1.txt and so on.
         Those who look at the run (espalier.runs) find in `.lock` where it trains and from which step on, and an error
-        that ends the block in failure.json.
+        that ends the block in failure.json. An error of the disk is a MachineError that says so.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        place = folder_identity(self.path)
         first = jax.process_index() == 0
         with self.locked() if first else contextlib.nullcontext() as lock:
             if lock:
@@ -121,11 +123,29 @@ class RunDirectory:
             try:
                 yield
             except Exception as error:
+                of_disk = self._of_disk(error, place)
                 # What it is about must not be hidden by a disk that is full or gone.
                 with contextlib.suppress(OSError):
                     if first:
-                        write_json(self.failure, {"error": one_line(error)})
+                        write_json(self.failure, {"error": one_line(of_disk or error)})
+                if of_disk:
+                    raise of_disk from error
                 raise
+
+    def _of_disk(self, error: Exception, place: tuple[int, int] | None) -> MachineError | None:
+        """What to say of an error that the disk of the run has made; None where it has not.
+
+        place: what the folder was.
+        """
+        if isinstance(error, MachineError) or not isinstance(error, OSError):
+            return None
+        rest = "what was saved before is intact, and the same command goes on from it"
+        if folder_identity(self.path) != place:
+            return MachineError(f"{self.path} is gone, or is another folder; is its disk still mounted? {rest}")
+        if error.errno in DISK:
+            where = error.filename or self.path
+            return MachineError(f"{where} could not be written: {error.strerror or error}; {rest}")
+        return None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[IO[str]]:
@@ -147,6 +167,15 @@ class RunDirectory:
         change = check_same_run(self.path, there, config, done, schedules) if begun else None
         if change and jax.process_index() == 0:
             progress.say(change)
+
+
+def folder_identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of the same name on another disk; None where there is none."""
+    try:
+        there = folder.stat()
+    except OSError:
+        return None
+    return there.st_dev, there.st_ino
 
 
 def _locked(file: int, seconds: float = 1.0) -> bool:
