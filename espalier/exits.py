@@ -24,6 +24,14 @@ DISK = frozenset(
     }
 )
 """What a disk says that is full, read-only, broken or gone."""
+DISK_ADVICE = {
+    errno.ENOSPC: "no space left; make some",
+    errno.EDQUOT: "the quota is used up; make room, or ask for more",
+    errno.EFBIG: "a file would be larger than is allowed (ulimit -f); raise the limit",
+    errno.EROFS: "the disk is read-only now; look for what its system log says, and mount it again",
+}
+"""What some of them mean and what to do, in words."""
+INTACT = "what was saved before is intact, and the same command goes on from it"
 REFUSALS = DISK | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
 """Errors that a correct program may get from the machine: no permission, no space left, a file instead of a folder."""
 

@@ -248,7 +248,9 @@ def test_a_log_that_cannot_be_written_is_told_of_in_one_line(disk, whole):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
 
-    with pytest.raises(MachineError, match="could not be written: File too large; what was saved before") as error:
+    with pytest.raises(
+        MachineError, match="could not be written: a file would be larger than is allowed .ulimit -f.; raise"
+    ) as error:
         toy.run(settings(disk), batches_from=events(disk, step3=limit))
     assert "\n" not in str(error.value)
     disk.clear()

@@ -61,6 +61,7 @@ SHORTENED = {
     "budget": "",
     "report": "",
     "runs": "",
+    "checkpoint": "",
     "import": "",
     "export": "",
 }
@@ -109,6 +110,7 @@ KEYS = {
     "prepare": {"vocab_size", "train", "validation"},
     "report": {"report"},
     "runs": {"folder", "runs", "problems"},
+    "checkpoint": {"run_dir", "checkpoints", "damaged"},
     "predict": {"use", "rows", "bad"},
     "evaluate": {"task", "metrics"},
     "look": {"answer", "probability", "words", "attribution"},

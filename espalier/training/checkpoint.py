@@ -36,6 +36,7 @@ from etils import epath
 
 from espalier import progress
 from espalier.errors import MachineError, UserError
+from espalier.exits import DISK_ADVICE, INTACT
 from espalier.files import sync_path, sync_tree
 from espalier.training.background import give_way, held, lower, threads
 from espalier.training.config import CheckpointConfig
@@ -74,12 +75,7 @@ WRITING = 7200
 """Seconds that a checkpoint may take to be written by all processes."""
 
 
-ADVICE = {
-    errno.ENOSPC: "no space left; make some",
-    errno.EDQUOT: "the quota is used up; make room, or ask for more",
-    errno.EFBIG: "a file would be larger than is allowed (ulimit -f); raise the limit",
-    errno.EROFS: "the disk is read-only now; look for what its system log says, and mount it again",
-}
+GONE = "its folder is gone, or is another one; is the disk still mounted?"
 
 
 class CheckpointError(OSError, MachineError):
@@ -152,7 +148,7 @@ class Checkpoints:
             return
         before = threads()
         try:
-            with _plain_errors(step, self.folder):
+            with self._plain_errors(step):
                 saved = self._manager.save(step, args=items, force=True)
         except CheckpointError as error:
             self._failure, self._failed = error, True
@@ -224,7 +220,7 @@ class Checkpoints:
         try:
             if not waited_for:
                 lower(threading.get_native_id())
-            with _plain_errors(step, self.folder):
+            with self._plain_errors(step):
                 self._manager.wait_until_finished()
                 size = write_manifest(self.folder / str(step))
                 if jax.process_index() == 0:
@@ -248,6 +244,17 @@ class Checkpoints:
             self._told = True
             more = f"{progress.size(gone.over)} more than checkpoint.budget={self._config.budget}"
             self.announce(f"the checkpoints that must stay, with the next one, take {more}")
+
+    @contextlib.contextmanager
+    def _plain_errors(self, step: int) -> Iterator[None]:
+        """As `_plain_errors`; whatever is raised where the disk is no more there, is because of that."""
+        try:
+            with _plain_errors(step, self.folder):
+                yield
+        except CheckpointError as error:
+            if folder_identity(self.folder) != self._disk:
+                raise _failure(step, self.folder, errno.ENODEV, GONE) from error
+            raise
 
     def _sizes(self) -> dict[int, int]:
         return {step: bytes_in(self.folder / str(step)) for step in complete_steps(self.folder)}
@@ -288,7 +295,7 @@ class Checkpoints:
         """
         try:
             if folder_identity(self.folder) != self._disk:
-                return errno.ENODEV, "its folder is gone, or is another one; is the disk still mounted?"
+                return errno.ENODEV, GONE
             if sizes := self._sizes():
                 newest = max(sizes)
                 needed = _occupied(self.folder / str(newest))
@@ -525,11 +532,9 @@ def _number(error: BaseException) -> int:
 
 def _words(error: BaseException) -> str:
     number = _number(error)
-    if number in ADVICE:
-        return f"{ADVICE[number]}; what was saved before is intact, and the same command goes on from it"
-    if number != errno.EIO:
-        return os.strerror(number)
-    return " ".join(str(error).split())[:300]
+    if number in DISK_ADVICE:
+        return f"{DISK_ADVICE[number]}; {INTACT}"
+    return os.strerror(number) if number != errno.EIO else " ".join(str(error).split())[:300]
 
 
 def _occupied(folder: Path) -> int:

@@ -20,7 +20,7 @@ import jax
 
 from espalier import library_log, progress
 from espalier.errors import MachineError, UserError
-from espalier.exits import DISK
+from espalier.exits import DISK, DISK_ADVICE, INTACT
 from espalier.files import write_json
 from espalier.goodput import goodput, read_sessions
 from espalier.redaction import recorded, without_secrets
@@ -126,7 +126,7 @@ class RunDirectory:
                 of_disk = self._of_disk(error, place)
                 # What it is about must not be hidden by a disk that is full or gone.
                 with contextlib.suppress(OSError):
-                    if first:
+                    if first and folder_identity(self.path) == place:
                         write_json(self.failure, {"error": one_line(of_disk or error)})
                 if of_disk:
                     raise of_disk from error
@@ -139,12 +139,12 @@ class RunDirectory:
         """
         if isinstance(error, MachineError) or not isinstance(error, OSError):
             return None
-        rest = "what was saved before is intact, and the same command goes on from it"
         if folder_identity(self.path) != place:
-            return MachineError(f"{self.path} is gone, or is another folder; is its disk still mounted? {rest}")
+            return MachineError(f"{self.path} is gone, or is another folder; is its disk still mounted? {INTACT}")
         if error.errno in DISK:
             where = error.filename or self.path
-            return MachineError(f"{where} could not be written: {error.strerror or error}; {rest}")
+            words = DISK_ADVICE.get(error.errno or 0, error.strerror or str(error))
+            return MachineError(f"{where} could not be written: {words}; {INTACT}")
         return None
 
     @contextlib.contextmanager
