@@ -282,10 +282,19 @@ class Checkpoints:
     def _give_up(self, step: int) -> None:
         """Take away what a save that failed has written: on a full disk the next one needs the room."""
         if jax.process_index() == 0 and not (self.folder / str(step) / MANIFEST).exists():
-            for path in (self.folder / str(step), *self.folder.glob(f"{step}.orbax*")):
-                shutil.rmtree(path, ignore_errors=True)
+            end = time.monotonic() + 2
+            # Others of Orbax's threads may still write, and find out a moment later.
+            while (left := self._half_written(step)) and time.monotonic() < end:
+                for path in left:
+                    shutil.rmtree(path, ignore_errors=True)
+                time.sleep(0.05)
             with contextlib.suppress(OSError):
                 unfinished(self.folder, step).unlink(missing_ok=True)
+
+    def _half_written(self, step: int) -> list[Path]:
+        """Folders of a checkpoint that is not complete, under the name that it will have and under those of Orbax."""
+        names = (str(step), f"{step}.orbax-checkpoint-tmp")
+        return [path for path in self.folder.glob("*") if path.name == names[0] or path.name.startswith(names[1])]
 
     def _make_room(self, step: int) -> tuple[int, str] | None:
         """Mark the checkpoint of this step as begun, on a disk with room for it; (errno, words) where that fails.
