@@ -153,7 +153,7 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
         sys.excepthook = print
         return Run()
 
-    library(monkeypatch, "wandb", init=init, Settings=lambda **more: more, login=lambda prompt: False)
+    library(monkeypatch, "wandb", init=init, Settings=lambda **more: more, login=lambda prompt, verify: False)
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(UserError, match="finds no account; run `wandb login`"):
         check(["wandb"])

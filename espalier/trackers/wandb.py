@@ -6,8 +6,10 @@ the same W&B run. Offline (WANDB_MODE=offline), what would be sent lies in RUN/w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import sys
 import uuid
@@ -15,15 +17,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from espalier.errors import UserError
-from espalier.trackers.contract import Session
+from espalier.trackers.contract import PATIENCE, Session
+
+OPENING = 30.0
+"""Seconds that the service may take to know the run."""
 
 
 class WeightsAndBiases:
     background = True
 
     def __init__(self, session: Session):
-        wandb: Any = importlib.import_module("wandb")
-
+        wandb = _package()
         name = session.known_id("wandb")
         if name is None:
             name = uuid.uuid4().hex[:12]
@@ -39,7 +43,15 @@ class WeightsAndBiases:
                 config={key: value for key, value in session.config.items() if key != "published"},
                 allow_val_change=True,
                 # Nothing on the terminal, and nothing of the code that happens to lie in the folder.
-                settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    disable_git=True,
+                    disable_code=True,
+                    # A process ends only when its package has ended what it waits for.
+                    init_timeout=OPENING,
+                    finish_timeout=PATIENCE,
+                ),
             )
         finally:
             # It prints tracebacks itself, and wants to know how the process ends.
@@ -53,11 +65,14 @@ class WeightsAndBiases:
             raise UserError(
                 'trackers=wandb needs the package wandb; pip install "wandb>=0.31,<1", or leave out --trackers wandb'
             )
+        wandb = _package()
         if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
             return
-        wandb: Any = importlib.import_module("wandb")
-
-        if not wandb.login(prompt=False):
+        known = True
+        # A service that does not answer now must not keep a run from going on.
+        with contextlib.suppress(Exception):
+            known = wandb.login(prompt=False, verify=False)
+        if not known:
             raise UserError(
                 "trackers=wandb finds no account; run `wandb login` first, set WANDB_API_KEY, or WANDB_MODE=offline"
             )
@@ -67,3 +82,14 @@ class WeightsAndBiases:
 
     def close(self, how: str) -> None:
         self._run.finish(exit_code=int(how == "failed"))
+
+
+def _package() -> Any:
+    """The package. When it is imported, it takes over how the standard streams write, for good: not ours.
+
+    To be called by the main thread first (`check`), for meanwhile nobody can print.
+    """
+    if "wandb" in sys.modules:
+        return sys.modules["wandb"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return importlib.import_module("wandb")
