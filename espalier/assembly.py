@@ -209,6 +209,7 @@ def learnable(record: TaskRecord, task: Task, mesh: Mesh, origin: Origin | None)
         depths=partial(layer_depths, model) if not task.part else None,
         objective=task.objective,
         batches_from=lambda step: prefetch(task.batch, step, config.prefetch, config.workers),
+        documents=task.documents,
         eval_batches=task.eval_batches,
         finalize_eval=task.finalize_eval,
         save_tokenizer=partial(save_tokenizer, task.tokenizer),

@@ -134,6 +134,8 @@ class Task:
     objective: Objective
     batch: Callable[[int], dict]
     """step → this process's rows of that step's batch, NumPy."""
+    documents: Callable[[int], Sequence[str]] | None = None
+    """step → names of the documents or examples in that step's whole batch, for the log of skipped ones."""
     eval_batches: Sequence[dict]
     finalize_eval: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """Adds what follows from the metrics of an evaluation, and from its counts (F1; `training.step.Sums`)."""

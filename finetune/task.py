@@ -171,8 +171,10 @@ class FinetuneTask(TaskRecord):
 
     def open(self, config: FinetuneConfig, start: Start) -> Task:
         import jax
+        import numpy as np
 
         from espalier.data.description import epochs_words
+        from espalier.data.loader import shuffled
         from espalier.data.tokenizer import fingerprint
         from espalier.models.counts import flops_per_token
         from espalier.predict.loaded import LoadedModel
@@ -203,6 +205,11 @@ class FinetuneTask(TaskRecord):
                 write_evaluation(trained.run.path, evaluation)
             return {"metrics": dict(evaluation.metrics)}
 
+        def documents(step: int) -> list[str]:
+            # All tasks draw alike: examples, groups, questions, or rows of them.
+            places = step * config.batch_size + np.arange(config.batch_size)
+            return [f"train:{number}" for number in np.sort(shuffled(places, data.examples, config.seed))]
+
         return Task(
             config=config,
             model=data.model,
@@ -210,6 +217,7 @@ class FinetuneTask(TaskRecord):
             init_params=partly.init_params if partly else data.init_params,
             objective=data.objective,
             batch=data.batch,
+            documents=documents,
             eval_batches=data.eval_batches,
             finalize_eval=data.finalize_eval,
             frozen=partly.frozen if partly else start.base(data.frozen),

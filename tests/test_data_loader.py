@@ -103,6 +103,24 @@ def test_rows_do_not_depend_on_each_other(lengths, T, random):
             assert alone["segment_ids"].any() == (index >= 0)
 
 
+@pytest.mark.parametrize("make", [masked_lm, causal_lm])
+@given(lengths, row_sizes, st.integers(0, 3))
+def test_the_documents_of_a_batch_are_those_whose_tokens_it_holds(make, lengths, T, step):
+    batches = Batches({"first": make(lengths, T), "second": make([5, 30, 0, 7], T)}, batch_size=3, seed=1)
+    found = set(batches.documents(step))
+    # Tokens of both sources count up from 6, so the sources are asked one by one.
+    source_B, row_B = batches._drawn(step, slice(None))
+    expected = set()
+    for number, (name, own) in enumerate((("first", lengths), ("second", [5, 30, 0, 7]))):
+        rows = make(own, T)
+        batch = rows.rows(row_B[source_B == number])
+        offsets = Store(own).offsets
+        for ids in (batch["input_ids"], batch.get("labels", batch["input_ids"])):
+            for token in ids[ids > 5]:
+                expected.add(f"{name}:{np.flatnonzero(offsets <= token - 6)[-1]}")
+    assert found == expected
+
+
 def test_no_rows_is_an_error():
     with pytest.raises(UserError, match="the text makes no row of tokens"):
         masked_lm([0])

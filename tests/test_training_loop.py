@@ -1,7 +1,6 @@
 """Interrupted equals uninterrupted, bit by bit; runs start, pause, fork and fail as they should."""
 
 import dataclasses
-import gc
 import json
 import re
 import shutil
@@ -20,10 +19,9 @@ from espalier.goodput import read_sessions
 from espalier.training.checkpoint import complete_steps, read_config, restore_params
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.introduction import About
-from espalier.training.loop import NonFiniteLoss
 from espalier.training.run import RunDirectory
 from espalier.training.start import check_fork, find_origin
-from espalier.training.step import Objective, count_tokens
+from espalier.training.step import count_tokens
 from sharding.mesh import MeshConfig
 
 ONE = MeshConfig(1, 1, 1)
@@ -133,9 +131,9 @@ def losses_seen(monkeypatch) -> dict[int, dict[str, float]]:
     """Step → metrics, as the loop reads them one step after the other."""
     seen, log = {}, espalier.training.loop.Tracker.log
 
-    def spy(self, step, metrics, tokens):
+    def spy(self, step, metrics, *rest):
         seen[step] = metrics
-        log(self, step, metrics, tokens)
+        log(self, step, metrics, *rest)
 
     monkeypatch.setattr(espalier.training.loop.Tracker, "log", spy)
     return seen
@@ -322,29 +320,6 @@ def test_evaluations_and_saves_come_when_they_should(tmp_path):
     assert {"learning_rate", "gradient_norm", "tokens_per_second"} <= records[-2].keys()
 
 
-@pytest.mark.parametrize("every", [1, 100])
-def test_a_nan_loss_stops_the_run_unsaved(tmp_path, every):
-    """Step 3 goes wrong; also when each step is saved, no checkpoint holds what it did."""
-
-    def batches_from(step):
-        for batch in toy.batches_from(step):
-            yield batch | {"poison": np.full(toy.ROWS, np.nan if step == 2 else 0, np.float32)}
-            step += 1
-
-    def poisoned(params, batch, *rest):
-        loss, sums = toy.objective().loss(params, batch, *rest)
-        return loss + batch["poison"].sum(), sums
-
-    objective = Objective(toy.objective().prepare, poisoned)
-    config = toy.config(tmp_path, steps=6, checkpoint=CheckpointConfig(every=every, keep=9))
-    with pytest.raises(NonFiniteLoss, match="at step 3 the loss is nan") as error:
-        toy.run(config, objective=objective, batches_from=batches_from)
-    assert "\n" not in str(error.value)
-    assert complete_steps(tmp_path / "checkpoints") == ([1, 2] if every == 1 else [])
-    assert [r["step"] for r in toy.metrics_of(tmp_path)] == [1, 2]
-    assert gc.isenabled()
-
-
 def test_the_host_reads_the_step_before_the_one_it_started(tmp_path, monkeypatch):
     """Step n+1 is handed to the device before anybody waits for step n."""
     order = []
@@ -357,9 +332,9 @@ def test_the_host_reads_the_step_before_the_one_it_started(tmp_path, monkeypatch
 
     log = espalier.training.loop.Tracker.log
 
-    def spy(self, step, metrics, tokens):
+    def spy(self, step, *rest):
         order.append(f"read {step}")
-        log(self, step, metrics, tokens)
+        log(self, step, *rest)
 
     monkeypatch.setattr(espalier.training.loop.Tracker, "log", spy)
     toy.run(toy.config(tmp_path, steps=3), batches_from=batches_from)

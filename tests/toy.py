@@ -178,15 +178,7 @@ def config(run_dir, **changes) -> TrainConfig:
     return TrainConfig(**defaults | changes)
 
 
-def run(config: TrainConfig, **changes) -> Result:
-    """Train the toy as an entry point would. changes: fields of Trainable, mesh, origin."""
-    assert config.run_dir is not None
-    directory = RunDirectory(config.run_dir)
-    settings = {"steps": config.steps, "seed": config.seed, "batch_size": config.batch_size}
-    settings |= {"optimizer": dataclasses.asdict(config.optimizer), "task": "causal_lm", "command": "toy"}
-    settings["fingerprints"] = {"train": str(directory.path)}
-    origin = find_origin(config, directory)
-    directory.check(settings, settings, origin.done if origin else 0)
+def trainable(config: TrainConfig, **changes) -> Trainable:
     task = Trainable(
         init_params=init_params,
         matrix_axes=matrix_axes,
@@ -196,9 +188,21 @@ def run(config: TrainConfig, **changes) -> Result:
         save_tokenizer=lambda folder: None,
         tokens_per_step=config.batch_size * LENGTH,
     )
+    return dataclasses.replace(task, **changes)
+
+
+def run(config: TrainConfig, **changes) -> Result:
+    """Train the toy as an entry point would. changes: fields of Trainable, mesh, origin."""
+    assert config.run_dir is not None
+    directory = RunDirectory(config.run_dir)
+    settings = {"steps": config.steps, "seed": config.seed, "batch_size": config.batch_size}
+    settings |= {"optimizer": dataclasses.asdict(config.optimizer), "task": "causal_lm", "command": "toy"}
+    settings["fingerprints"] = {"train": str(directory.path)}
+    origin = find_origin(config, directory)
+    directory.check(settings, settings, origin.done if origin else 0)
     origin = changes.pop("origin", origin)
     mesh = changes.pop("mesh", None) or build_mesh(config.mesh)
-    task = dataclasses.replace(task, **changes)
+    task = trainable(config, **changes)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("build_optimizer", "schedule", "jit_train_step", "make_evaluate"):
             patch.setattr(loop, name, made_once(getattr(loop, name)))

@@ -81,7 +81,7 @@ class Rows:
         if not plan.rows:
             label = getattr(store, "label", "the text")
             raise UserError(f"{label} makes no row of tokens: it is empty or too short to hold a part out; add text")
-        self._take, self._last = store.take, int(store.offsets[-1]) - 1
+        self._take, self._last, self._offsets = store.take, int(store.offsets[-1]) - 1, store.offsets
         self._word_starts = store.word_starts if word_starts else None
         self._plan, self._length, self._specials = plan, sequence_length, specials
         self._shifted, self._token_bytes = layout == "shifted", token_bytes
@@ -153,6 +153,14 @@ class Rows:
         batch["input_ids"].reshape(-1)[place_S] = input_S
         return batch
 
+    def documents(self, indices: np.ndarray) -> np.ndarray:
+        """int64: the documents that the pieces of these rows are of, piece by piece."""
+        plan = self._plan
+        first_B = plan.row_offsets[indices]
+        count_B = plan.row_offsets[np.asarray(indices) + 1] - first_B
+        starts_P = plan.starts[np.repeat(first_B, count_B) + ranges(count_B)]
+        return np.searchsorted(self._offsets, starts_P, side="right") - 1
+
     def _gather(self, source_S: np.ndarray) -> np.ndarray:
         """Tokens at these places of the store; places one off its ends are overwritten by the caller."""
         return self._take(np.clip(source_S, 0, self._last))
@@ -172,6 +180,10 @@ class RowSource(Protocol):
         """Arrays [B, …] of the rows `indices`; row -1 is empty."""
         ...
 
+    def documents(self, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the documents, or examples, in these rows."""
+        ...
+
 
 class Batches:
     """Rows of one source or several in batches: shuffled anew in each epoch for training, in order for evaluation."""
@@ -187,9 +199,25 @@ class Batches:
 
     def batch(self, step: int, part: Part = ALL) -> Batch:
         """Rows `part` of the global batch of this step; only those are read. Epochs follow each other without a gap."""
+        return self._gather(*self._drawn(step, part))
+
+    def documents(self, step: int) -> list[str]:
+        """The documents of which a part is in the global batch of this step, by source and number: "books:17".
+
+        Numbers count the documents that are learnt from, in the order in which they were read, from 0.
+        """
+        source_B, chosen_B = self._drawn(step, ALL)
+        named = []
+        for number, rows in enumerate(self._rows):
+            for document in np.unique(rows.documents(chosen_B[source_B == number])):
+                named.append(f"{self._names[number]}:{document}")
+        return named
+
+    def _drawn(self, step: int, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each row of a batch, and its number in that source."""
         index_B = step * self._batch_size + np.arange(self._batch_size)[part]
         if self._mixture is None:
-            return self._gather(*self._place(shuffled(index_B, int(self._begins[-1]), self._seed)))
+            return self._place(shuffled(index_B, int(self._begins[-1]), self._seed))
         source_B, number_B = self._mixture.at(index_B)
         chosen_B = np.empty(len(index_B), np.int64)
         for number, rows in enumerate(self._rows):
@@ -197,7 +225,7 @@ class Batches:
             # Each source is shuffled separately, the first one as if it were alone.
             seed = self._seed if number == 0 else int(_mix(np.uint64(self._seed), np.array(number, np.uint64)))
             chosen_B[mine] = shuffled(number_B[mine], len(rows), seed)
-        return self._gather(source_B, chosen_B)
+        return source_B, chosen_B
 
     def fixed(self, max_rows: int, part: Part = ALL) -> list[Batch]:
         """Evaluation batches: at most max_rows rows, of each source its share of them, evenly spaced over all it has.

@@ -50,6 +50,7 @@ class ExampleRows:
         ]
         self._weights: np.ndarray = np.concatenate(weights).astype(np.float32)
         order, self._row_offsets = best_fit_rows(sizes_N - 1, sequence_length)
+        self._order = order
         self._begins, self._slots = (np.cumsum(sizes_N) - sizes_N)[order], (sizes_N - 1)[order]
 
     def __len__(self) -> int:
@@ -59,6 +60,10 @@ class ExampleRows:
     def fill(self) -> float:
         """The part of all places that holds a token."""
         return float(self._slots.sum() / (len(self) * self._length))
+
+    def documents(self, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the examples in these rows."""
+        return np.concatenate([self._order[self._row_offsets[row] : self._row_offsets[row + 1]] for row in indices])
 
     def rows(self, indices: np.ndarray) -> Batch:
         """Arrays [B,T] of the rows `indices`; row -1 is empty (padding only).

@@ -83,6 +83,7 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
         init_params=fresh,
         objective=record.build(setup),
         batch=lambda step: batches.batch(step, mine),
+        documents=batches.documents,
         eval_batches=eval_batches,
         finalize_eval=record.finalize,
         frozen=start.base(record.frozen(setup)),

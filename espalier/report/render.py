@@ -146,6 +146,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
         ("tokens per second", summary.get("tokens_per_second"), page.number),
         ("MFU", summary.get("mfu"), page.percent),
         ("waiting for data", summary.get("data_wait"), page.percent),
+        ("skipped batches", summary.get("skipped_batches"), page.number),
     ]
     return own + [(name, write(value)) for name, value, write in candidates if value is not None]
 

@@ -1,7 +1,8 @@
 """Checkpoints on disk; the only file that knows Orbax.
 
     checkpoints/<step>/params      the parameters, a nested dict: enough, with config, to use the model
-                       opt_state   the rest of the state, a flat dict of paths: optimizer/…, rates/…, step, key
+                       opt_state   the rest of the state, a flat dict of paths: optimizer/…, rates/…, health/…, step,
+                                   key
                        data        JSON: where the data goes on
                        config      JSON: the run's configuration, format_version
                        manifest.json   SHA-256 of every file, written last
@@ -410,7 +411,8 @@ def _step_folder(folder: Path, step: int | None) -> Path:
 
 
 def _rest(state: TrainState) -> dict:
-    return {"optimizer": state.opt_state, "rates": state.rates, "step": state.step, "key": state.key}
+    rest = {"optimizer": state.opt_state, "rates": state.rates, "step": state.step, "key": state.key}
+    return rest | {"health": state.health}
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -421,10 +423,15 @@ def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
     """`abstract` with everything but the parameters read."""
     if not (folder / "opt_state").is_dir():
         raise UserError(f"{folder} has weights and no optimizer state: a model that was imported; only start from it")
-    wanted = _named(_rest(abstract))
-    named = _restore(folder, "opt_state", wanted)
+    wanted, there = _named(_rest(abstract)), _named(_saved_tree(folder / "opt_state"))
+    # Checkpoints of earlier versions know nothing of the health of their steps, and begin it anew.
+    unknown = {path for path in wanted if path.startswith("health/")} - there.keys()
+    named = _restore(folder, "opt_state", {path: leaf for path, leaf in wanted.items() if path not in unknown})
+    for path in unknown:
+        named[path] = jax.device_put(np.zeros(wanted[path].shape, wanted[path].dtype), wanted[path].sharding)
     rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract)), [named[path] for path in wanted])
-    return replace(abstract, opt_state=rest["optimizer"], rates=rest["rates"], step=rest["step"], key=rest["key"])
+    rest["opt_state"] = rest.pop("optimizer")
+    return replace(abstract, **rest)
 
 
 def _restore(folder: Path, item: str, abstract: Any, ignore: str | None = None) -> Any:

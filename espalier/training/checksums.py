@@ -135,14 +135,19 @@ class ChecksumLog:
         say: Callable[[str], None],
     ):
         self._run, self._every, self._say = run, every, say
+        self._first = jax.process_index() == 0
+        self._summed = Summed(mesh)
+        self._began = {"began": surroundings(mesh, settings), "log_every": log_every}
+        self.begin(state)
+
+    def begin(self, state: TrainState) -> None:
+        """Log from this state on, and forget what comes after it."""
         self._pending: tuple[dict[str, Any], Computing] | None = None
-        self._first, step = jax.process_index() == 0, int(state.step)
-        kept = cut(run, step) if self._first else []
+        step = int(state.step)
+        kept = cut(self._run, step) if self._first else []
         self._left = next((line.sums for line in reversed(kept) if line.step == step), None)
-        if every:
-            self._summed = Summed(mesh)
-            began = {"step": step, "began": surroundings(mesh, settings), "log_every": log_every}
-            self._pending = began, self._summed(state)
+        if self._every:
+            self._pending = {"step": step} | self._began, self._summed(state)
 
     def after(self, state: TrainState, step: int) -> None:
         """To be called after every step, before the state is donated to the next."""

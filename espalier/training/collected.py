@@ -1,7 +1,8 @@
 """What objectives add to batches on the mesh, logged and replayed (`training.step.Objective.collect`).
 
-    collected/<step>.npz     the arrays that were added to the batch of this step, counted from 0
-              log.jsonl      one line a step: step, sha256 of its file, dtypes
+    collected/<number>.npz   the arrays that were added to the batch of this number: that of its step, counted from 0,
+                             where the run passed over none
+              log.jsonl      one line a batch: its number as `step`, sha256 of its file, dtypes
 
 `collect(state, batch, key)` should be a function of its arguments alone, and then a resumed run would compute the same
 again. Rollouts may fail to be (a sandbox, a judge, other hardware), so that whatever was added since the oldest
@@ -56,7 +57,7 @@ class Collector:
             self._known = {record["step"]: record for record in from_first("batches collected", logged)}
 
     def __call__(self, state: TrainState, batch: dict, step: int) -> tuple[dict, Added]:
-        """(the batch with what is added, what of it has yet to be written). step: steps done before this one."""
+        """(the batch with what is added, what of it has yet to be written). step: the number of the batch."""
         if self._collect is None:
             return batch, {}
         if step in self._known:

@@ -23,7 +23,7 @@ EXECUTION_FIELDS = frozenset(
         *("run_dir", "stop_at", "accumulation", "mesh", "execution", "checkpoint", "log_every", "eval_every"),
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
         *("distributed", "published", "user_code", "show", "answers", "beams", "max_new_tokens"),
-        *("keep_best", "early_stopping", "checksum_every", "asked_vocabulary", "trackers", "notify"),
+        *("keep_best", "early_stopping", "checksum_every", "asked_vocabulary", "trackers", "notify", "bad_steps"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -147,6 +147,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class BadSteps:
+    """Steps that leave the model as it is, for their loss or gradient is not finite or too large."""
+
+    deviations: float = 0.0
+    """Too large is a gradient norm so many standard deviations above its running mean; 0 = any may be; try 6."""
+    in_a_row: int = 10
+    """After so many, the run goes back to its last checkpoint and passes over the batches since then."""
+    rollbacks: int = 3
+    """The time that this happens at one checkpoint at which the run ends instead."""
+
+    def __post_init__(self):
+        if not 0 <= self.deviations < math.inf:
+            raise UserError(f"bad_steps.deviations={self.deviations} must be a number of at least 0; 0 = off")
+        for name in ("in_a_row", "rollbacks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"bad_steps.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
 class EarlyStopping:
     """Ending a run that no longer gets better on held-out data. Its best checkpoint is then what it gives."""
 
@@ -201,6 +220,7 @@ class TrainConfig:
     """Keep the checkpoint that is best by this metric of the evaluations (loss, accuracy, …): it, and not the last one,
     is measured at the end, exported and loaded."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    bad_steps: BadSteps = field(default_factory=BadSteps)
     prefetch: int = 2
     """Batches prepared ahead."""
     workers: int = 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
-import math
 import time
 from collections.abc import Callable
 
@@ -13,20 +13,21 @@ from jax.sharding import Mesh
 
 from espalier import progress
 from espalier.contracts import Origin
-from espalier.errors import MachineError
 from espalier.trackers.notify import Notifier
+from espalier.training.bad_steps import SkippedSteps
 from espalier.training.best import KeptBest
 from espalier.training.checkpoint import Checkpoints, complete_steps
 from espalier.training.checksums import ChecksumLog
 from espalier.training.collected import Added, Collector
 from espalier.training.config import TrainConfig
 from espalier.training.evaluation import make_evaluate
+from espalier.training.fallback import resumed_step
 from espalier.training.guard import StopSignal
 from espalier.training.introduction import introduce
 from espalier.training.optimizer import Optimizer, build_optimizer, schedule
 from espalier.training.run import Result, RunDirectory
 from espalier.training.sparsity import Projection, projection
-from espalier.training.start import beginning, check_fork, first_state, keep_frozen
+from espalier.training.start import Beginning, RunOrigin, beginning, check_fork, first_state, keep_frozen
 from espalier.training.state import TrainState
 from espalier.training.step import count_tokens, jit_train_step
 from espalier.training.tracker import Tracker
@@ -34,10 +35,6 @@ from espalier.training.trainable import Trainable
 from sharding.mesh import place_batch
 from sharding.processes.coordination import from_first
 from sharding.topology import peak_flops
-
-
-class NonFiniteLoss(MachineError):
-    """The loss or the gradient is NaN or infinite."""
 
 
 def train(
@@ -59,20 +56,26 @@ def train(
         stack.enter_context(jax.set_mesh(mesh))
         optimizer, factor, project = optimization(config, task)
         check_fork(config, origin, config_dict.get("fingerprints", {}))
-        start, origin_message, interval, tokens = beginning(origin, task.load_params)
+        begun = beginning(origin, task.load_params)
+        start = begun.step
         last = min(config.stop_at or config.steps, config.steps)
-        introduce(task.about, config, mesh, origin_message, start, last, task.tokens_per_step)
+        introduce(task.about, config, mesh, begun.words, start, last, task.tokens_per_step)
         with progress.waiting("making the first state" if origin is None else "loading the first state"):
             state = jax.block_until_ready(
                 first_state(config, task.init_params, optimizer, mesh, origin, task.load_params, task.frozen)
             )
-        train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project)
+        deviations = config.bad_steps.deviations
+        train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project, deviations)
         evaluate = make_evaluate(task.objective, task.eval_batches, mesh, task.finalize_eval, config.accumulation)
 
         stack.enter_context(run.writing(config_dict, start))
         task.save_tokenizer(run.tokenizer)
         kept = {"frozen": keep_frozen(run, state.frozen, task.frozen, origin)} if task.frozen else {}
         collector = Collector(task.objective.collect, run.collected, mesh)
+
+        def tokens_of(begun: Beginning) -> int:
+            return begun.step * task.tokens_per_step if begun.tokens is None else begun.tokens
+
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.checkpoint)))
         peak = peak_flops(mesh.devices.flat[0])
         tracker = Tracker(
@@ -80,12 +83,12 @@ def train(
             total_steps=config.steps,
             start_step=start,
             last_step=last,
-            tokens=start * task.tokens_per_step if tokens is None else tokens,
+            tokens=tokens_of(begun),
             flops_per_step=task.flops_per_step,
             peak_flops=peak and peak * mesh.size,
             log_every=config.log_every,
             quiet=jax.process_index() != 0,
-            interval=interval,
+            interval=begun.interval,
             trackers=config.trackers,
             config=config_dict,
             notify=notify,
@@ -104,7 +107,9 @@ def train(
                 say=tracker.say,
             )
         )
-        batches = stack.enter_context(contextlib.closing(task.batches_from(start)))
+        first = jax.process_index() == 0
+        bad = SkippedSteps(config.bad_steps, run.skipped, start, begun.skipped, tracker.say, task.documents, first)
+        batches = stack.enter_context(contextlib.closing(task.batches_from(bad.batch(start))))
         stop = stack.enter_context(StopSignal())
         # A collection in the middle of a step stalls every device of the mesh.
         gc.disable()
@@ -112,9 +117,9 @@ def train(
 
         def save(state: TrainState, step: int, last: bool) -> None:
             with tracker.saving():
-                data = kept | tracker.carried | {"step": step}
+                data = kept | tracker.carried | bad.carried | {"step": step}
                 checkpoints.save(state, config_dict, data, waited_for=last)
-            collector.forget(min(complete_steps(run.checkpoints), default=0))
+            collector.forget(bad.batch(min(complete_steps(run.checkpoints), default=0)))
 
         def evaluated(state: TrainState, step: int) -> dict[str, float] | None:
             """None where a signal ended it; the next session makes up for it."""
@@ -128,7 +133,19 @@ def train(
                 best.evaluated(step, metrics)
             return metrics
 
+        def last_saved() -> tuple[TrainState, Beginning]:
+            """What the newest checkpoint holds, or, before the first, what the run began with."""
+            checkpoints.wait()
+            saved = resumed_step(run)
+            there = origin if saved is None else RunOrigin(run.path, saved, config_dict, resumed=True)
+            with progress.waiting("loading the last checkpoint"):
+                state = first_state(config, task.init_params, optimizer, mesh, there, task.load_params, task.frozen)
+            health = state.health | {"bad_in_a_row": state.health["bad_in_a_row"] * 0}
+            return jax.block_until_ready(dataclasses.replace(state, health=health)), beginning(there, task.load_params)
+
         step, loss, evaluation, pending = start, None, {}, None
+        # No checkpoint is written while steps are bad, so that the last one is from before; what is due waits.
+        due: set[str] = set()
         if start >= last:
             tracker.say(f"nothing left to train: step {start} of {config.steps} is done")
         # An evaluation that the end of the last session left out.
@@ -139,24 +156,38 @@ def train(
             with tracker.waiting():
                 batch = next(batches)
             with tracker.compiling(batch):
-                batch, added = collector(state, place_batch(batch, mesh), step)
+                batch, added = collector(state, place_batch(batch, mesh), bad.batch(step))
                 counted = count_tokens(batch)
                 state, metrics = train_step(state, batch)
             step += 1
             checksums.after(state, step)
             # The device works on this step while the host reads the one before.
             if pending is not None:
-                loss = _report(tracker, checkpoints, collector, pending)
+                loss = _report(tracker, checkpoints, collector, bad, pending, loss)
             pending = step, metrics, counted, added
 
             stopping = stop.reached()
             ending = stopping or step == last
-            evaluating = step == last or step % config.eval_every == 0 and not stopping
-            saving = step % config.checkpoint.every == 0 or ending or best is not None and evaluating
-            if saving or evaluating:
-                # A NaN or infinite loss ends the run here, before its state replaces a good one on the disk.
-                loss = _report(tracker, checkpoints, collector, pending)
+            if step % config.eval_every == 0:
+                due |= {"evaluation", "save"} if best else {"evaluation"}
+            if step % config.checkpoint.every == 0:
+                due |= {"save"}
+            if (due or ending) and (stopping or not bad.too_many):
+                loss = _report(tracker, checkpoints, collector, bad, pending, loss)
                 pending = None
+            if bad.too_many and not stopping:
+                batches.close()
+                del state, metrics
+                state, begun = last_saved()
+                tracker.tell("rolled back", bad.go_back(begun.step, begun.skipped), step=begun.step)
+                step, pending, due = begun.step, None, set()
+                tracker.begin(step, tokens_of(begun), begun.interval)
+                checksums.begin(state)
+                best = KeptBest.of(config, run, tracker, checkpoints)
+                batches = stack.enter_context(contextlib.closing(task.batches_from(bad.batch(step))))
+                continue
+            evaluating = step == last or "evaluation" in due and not stopping and not bad.in_a_row
+            saving = ending or "save" in due and not bad.in_a_row
             if saving:
                 # First, for it is written while the evaluation runs, and is there should that need too much memory.
                 save(state, step, last=ending)
@@ -166,6 +197,7 @@ def train(
                     save(state, step, last=True)
             if ending or evaluation is None:
                 break
+            due = due if bad.in_a_row else set()
 
         with tracker.saving():
             checkpoints.finish()
@@ -189,6 +221,7 @@ def train(
             mfu=tracker.mfu,
             data_wait=tracker.data_wait,
             stopped_by=stop.number(),
+            skipped_batches=bad.batches,
             best=found,
         )
 
@@ -205,17 +238,19 @@ def optimization(config: TrainConfig, task: Trainable) -> tuple[Optimizer, Calla
 
 
 def _report(
-    tracker: Tracker, checkpoints: Checkpoints, collector: Collector, pending: tuple[int, dict, jax.Array, Added]
-) -> float:
-    """Wait for the metrics of a step and log them; raises where training cannot go on. Returns the loss."""
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+    collector: Collector,
+    bad: SkippedSteps,
+    pending: tuple[int, dict, jax.Array, Added],
+    loss: float | None,
+) -> float | None:
+    """Wait for the metrics of a step and log them; raises where training cannot go on. Returns the loss: after a bad
+    step, still the one before."""
     step, metrics, tokens, added = pending
     values = {name: float(value) for name, value in metrics.items()}
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-        raise NonFiniteLoss(
-            f"at step {step} the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; "
-            "nothing was saved since the last checkpoint; try a lower --optimizer.learning-rate or a longer warm-up"
-        )
     checkpoints.check()
-    collector.write(step - 1, added)
-    tracker.log(step, values, int(tokens))
-    return values["loss"]
+    collector.write(bad.batch(step - 1), added)
+    skipped = bad.saw(step, values)
+    tracker.log(step, values, int(tokens), skipped)
+    return loss if skipped else values["loss"]

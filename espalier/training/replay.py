@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from espalier import progress
 from espalier.contracts import Origin
 from espalier.errors import UserError
+from espalier.training.bad_steps import Window, batch_number
+from espalier.training.checkpoint import complete_steps, read_data
 from espalier.training.checksums import Line, Summed, differing, logged, some, surroundings
 from espalier.training.collected import Collector
 from espalier.training.config import TrainConfig
@@ -99,29 +101,44 @@ def replay(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         optimizer, factor, project = optimization(config, task)
-        first, _, interval, _ = beginning(origin, task.load_params)
+        begun = beginning(origin, task.load_params)
+        first, interval = begun.step, begun.interval
         restored = origin is not None and origin.resumed
         log = Logged(run, first, last, surroundings(mesh, settings), config.log_every, interval, restored)
         with progress.waiting("loading the first state"):
             state = first_state(config, task.init_params, optimizer, mesh, origin, task.load_params, task.frozen)
-        train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project)
+        deviations = config.bad_steps.deviations
+        train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project, deviations)
+        windows = _windows(run, last)
         collector = Collector(task.objective.collect, run.collected, mesh, reading=True)
-        batches = stack.enter_context(contextlib.closing(task.batches_from(first)))
+        following = batch_number(first, windows)
+        batches = stack.enter_context(contextlib.closing(task.batches_from(following)))
         summed = Summed(mesh)
         if log.has_sums(first):
             log.compare_sums(first, summed(state).read())
         for step in range(first + 1, last + 1):
             if log.difference:
                 break
-            batch, _ = collector(state, place_batch(next(batches), mesh), step - 1)
+            if (number := batch_number(step - 1, windows)) != following:
+                batches = stack.enter_context(contextlib.closing(task.batches_from(number)))
+            batch, _ = collector(state, place_batch(next(batches), mesh), number)
+            following = number + 1
             state, metrics = train_step(state, batch)
             if log.has_sums(step):
                 log.compare_sums(step, summed(state).read())
-            log.compare_loss(step, float(metrics["loss"]))
+            log.compare_loss(step, None if int(metrics["bad_in_a_row"]) else float(metrics["loss"]))
             if progress.in_place() and jax.process_index() == 0:
                 progress.show(f"step {step}/{last}")
         progress.end()
     return Replayed(first, last, log.checksums, log.losses, log.apart, log.furthest, log.difference)
+
+
+def _windows(run: RunDirectory, step: int) -> list[Window]:
+    """The batches that a run passed over, as its first checkpoint from this step on, else its newest, has them."""
+    saved = complete_steps(run.checkpoints)
+    there = next((one for one in saved if one >= step), saved[-1] if saved else None)
+    skipped = read_data(run.path, there).get("skipped", {}) if there is not None else {}
+    return [Window(*window) for window in skipped.get("windows", ())]
 
 
 def logged_steps(run: RunDirectory) -> int:
@@ -183,8 +200,11 @@ class Logged:
                 self._within(line.began)
                 self._log_every = line.log_every or self._log_every
 
-    def compare_loss(self, step: int, loss: float) -> None:
-        steps, total = self._interval["steps"] + 1, self._interval["sums"].get("loss", 0.0) + loss
+    def compare_loss(self, step: int, loss: float | None) -> None:
+        """loss: None of a bad step, which is not in the means."""
+        steps, total = self._interval["steps"], self._interval["sums"].get("loss", 0.0)
+        if loss is not None:
+            steps, total = steps + 1, total + loss
         self._interval = {"steps": steps, "sums": {"loss": total}}
         if step % self._log_every == 0:
             self._interval = {"steps": 0, "sums": {}}

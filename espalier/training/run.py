@@ -55,6 +55,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.frozen = self.path / "frozen"
         self.collected = self.path / "collected"
+        self.skipped = self.path / "skipped.jsonl"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
         self.best = self.path / "best.json"
@@ -249,6 +250,8 @@ class Result:
     """The fraction of time in which the device waited for batches, at most; first step and evaluations excluded."""
     stopped_by: int | None
     """The number of the signal that ended the session early."""
+    skipped_batches: int = 0
+    """Batches of bad steps, which changed nothing, and those that the run passed over."""
     best: dict[str, Any] | None = None
     """Step, metric and value of the best checkpoint, whose parameters are in `state`; None where the last is given."""
 
@@ -264,6 +267,8 @@ def summarise(run: RunDirectory, result: Result, **more: Any) -> dict:
     summary = {name: getattr(result, name) for name in (*names, "stopped_by")} | more | {"run_dir": str(run.path)}
     if result.best:
         summary["best"] = result.best
+    if result.skipped_batches:
+        summary["skipped_batches"] = result.skipped_batches
     if result.loss is None and run.summary.is_file():
         with contextlib.suppress(ValueError):
             before = json.loads(run.summary.read_text(encoding="utf-8"))

@@ -94,6 +94,8 @@ class Beginning(NamedTuple):
     """Of the log that goes on."""
     tokens: int | None
     """Trained on so far; None where the checkpoint does not say."""
+    skipped: dict[str, Any] | None = None
+    """As training.bad_steps.SkippedSteps.carried."""
 
 
 def beginning(origin: Origin | None, load_params: Callable[[Any], Any] | None = None) -> Beginning:
@@ -101,7 +103,8 @@ def beginning(origin: Origin | None, load_params: Callable[[Any], Any] | None = 
     if isinstance(origin, RunOrigin) and origin.resumed:
         # Checkpoints of earlier versions have neither.
         data = read_data(origin.run_dir, origin.step)
-        return Beginning(origin.step, f"resumed at step {origin.step}", data.get("interval"), data.get("tokens"))
+        words, skipped = f"resumed at step {origin.step}", data.get("skipped")
+        return Beginning(origin.step, words, data.get("interval"), data.get("tokens"), skipped)
     if origin is None and load_params is None:
         return Beginning(0, "from scratch", None, 0)
     return Beginning(0, f"from the weights of {origin.name if origin else 'another model'}", None, 0)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from espalier.training.bad_steps import new_health
 from espalier.training.config import OptimizerConfig
 from espalier.training.optimizers import RATES
 from sharding.rules import shard_like_params, shard_params
@@ -34,6 +35,8 @@ class TrainState:
     """Raw key data (uint32) of the run's random key; never split, only folded with the step."""
     rates: dict[str, jax.Array]
     """Those of training.optimizers.RATES, float32 scalars: peaks, and weight_decay."""
+    health: dict[str, jax.Array]
+    """What is known of the steps until now (training.bad_steps.new_health)."""
     frozen: Any = field(default_factory=dict)
     """Parameters that do not change (the base under adapters, a reference model), laid out like `params`; often none.
     Paths are their own, within the same tree as those of `params` or beside it, but for stacks of layers of which the
@@ -81,6 +84,7 @@ def new_state(
         opt_state=init_opt_state(params),
         key=jax.random.key_data(key),
         rates={name: jnp.asarray(rate, jnp.float32) for name, rate in rates.items()},
+        health=new_health(),
         frozen={} if frozen is None else frozen,
     )
 

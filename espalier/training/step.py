@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from espalier.errors import UserError
+from espalier.training.bad_steps import chosen, judged
 from espalier.training.optimizer import Optimizer
 from espalier.training.sparsity import Projection
 from espalier.training.state import TrainState, combined
@@ -58,12 +59,15 @@ def make_train_step(
     factor_fn: Callable[[Any], jax.Array],
     accumulation: int = 1,
     project: Projection | None = None,
+    deviations: float = 0.0,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, batch) → (state, metrics): float32 scalars loss, learning_rate, gradient_norm and the objective's own.
+    """(state, batch) → (state, metrics): float32 scalars loss, learning_rate, gradient_norm and the objective's own,
+    and int32 bad_in_a_row, which is not 0 where the step was bad and left parameters and optimizer as they were.
 
     factor_fn: step → factor on the peak rates (`training.optimizer.schedule`).
     accumulation: micro-batches A, taken interleaved (row mod A); the batch has a multiple of A rows. UserError where
     the objective cannot be divided. project: what is kept of the parameters after each step (training.sparsity).
+    deviations: of which steps are bad (training.bad_steps).
     """
     if accumulation > 1 and not objective.divisible and objective.gradient is None:
         raise UserError(
@@ -101,9 +105,12 @@ def make_train_step(
             measured = measured | kept
         if objective.after is not None:
             params = objective.after(state.params, params, sums, state.step)
+        good, health = judged(state.health, loss, measured["gradient_norm"], deviations)
+        params, opt_state = chosen(good, (params, opt_state), (state.params, state.opt_state))
         rate = state.rates["learning_rate"] * factor
         metrics = means(sums) | {"loss": loss, "learning_rate": rate} | measured
-        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        metrics["bad_in_a_row"] = health["bad_in_a_row"]
+        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, health=health)
         return state, metrics
 
     return train_step
@@ -116,12 +123,13 @@ def jit_train_step(
     accumulation: int,
     state: Any,
     project: Projection | None = None,
+    deviations: float = 0.0,
 ) -> JittedStep:
     """The train step as the loop calls it: the old state's memory is taken for the new one, which lies like `state`.
 
     That of frozen parameters is not: others may hold them too.
     """
-    step = make_train_step(objective, optimizer, factor_fn, accumulation, project)
+    step = make_train_step(objective, optimizer, factor_fn, accumulation, project, deviations)
 
     def apart(state: TrainState, frozen: Any, batch: dict):
         state, metrics = step(dataclasses.replace(state, frozen=frozen), batch)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 
@@ -24,6 +24,8 @@ class Interval(TypedDict):
     steps: int
     sums: dict[str, float]
     """Of each metric over these steps; exact, because float32 values are added up as doubles."""
+    skipped: NotRequired[int]
+    """Bad steps among those since then, which are not in the sums."""
 
 
 class Reading(NamedTuple):
@@ -66,32 +68,41 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         notify: Notifier | None = None,
     ):
+        self._run, self._quiet = run, quiet
+        self._total, self._last, self._log_every = total_steps, last_step, log_every
+        self._flops, self._peak = flops_per_step, peak_flops
+        self._compiled: set[tuple] = set()
+        self._trackers, self._config, self._notify = trackers, config or {}, notify
+        self._metrics = self._boards = None
+        self._begin(start_step, tokens, interval)
+
+    def begin(self, step: int, tokens: int, interval: Interval | None) -> None:
+        """Go back to a step and log from it on; arguments as of the class."""
+        self.close()
+        self._begin(step, tokens, interval)
+
+    def _begin(self, step: int, tokens: int, interval: Interval | None) -> None:
         self.first_step_seconds: float | None = None
         # An interval that ends here under a new log_every has its record already.
-        carried = interval if interval and interval["steps"] and start_step % log_every else None
+        open_here = interval and (interval["steps"] or interval.get("skipped")) and step % self._log_every
+        carried = interval if open_here else None
         self.interval: Interval = carried or {"steps": 0, "sums": {}}
-        self._waited = 0.0
-        self._total, self._last, self._log_every = total_steps, last_step, log_every
-        self.tokens, self._flops, self._peak = tokens, flops_per_step, peak_flops
-        self._quiet = quiet
+        self._waited, self.tokens = 0.0, tokens
         self._shown = time.perf_counter()
-        self._clock = self._mark = self._now = Reading(start_step, tokens, self._shown)
-        self._metrics = self._boards = None
-        self._notify = notify
+        self._clock = self._mark = self._now = Reading(step, tokens, self._shown)
         self.evaluations: list[tuple[int, dict[str, float]]] = []
-        """Those before this session, by step; known to the one who writes."""
+        """Those before this step; known to the one who writes."""
         self._evaluated: set[int] = set()
-        self._compiled: set[tuple] = set()
-        self.session = SessionLog(None if quiet else run.sessions, start_step, run.began)
-        if not quiet:
-            kept = cut_metrics(run, start_step, within_interval=carried is not None)
+        self.session = SessionLog(None if self._quiet else self._run.sessions, step, self._run.began)
+        if not self._quiet:
+            kept = cut_metrics(self._run, step, within_interval=carried is not None)
             for record in kept:
                 found = {name[len("eval/") :]: value for name, value in record.items() if name.startswith("eval/")}
                 if found:
                     self.evaluations.append((record["step"], found))
             self._evaluated = {step for step, _ in self.evaluations}
-            self._metrics = run.metrics.open("a", encoding="utf-8")
-            self._boards = Boards(trackers, Session(run.path, config or {}, start_step), self.say)
+            self._metrics = self._run.metrics.open("a", encoding="utf-8")
+            self._boards = Boards(self._trackers, Session(self._run.path, self._config, step), self.say)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -137,10 +148,10 @@ class Tracker:
         if self.first_step_seconds is not None:
             self._waited += time.perf_counter() - began
 
-    def log(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+    def log(self, step: int, metrics: dict[str, float], tokens: int, skipped: bool = False) -> None:
         """Call it for every step once its metrics and tokens are known; it writes the first, the last and every
-        log_every-th."""
-        self.tokens += tokens
+        log_every-th. Of a skipped one nothing is known but that it was."""
+        self.tokens += 0 if skipped else tokens
         self._now = Reading(step, self.tokens, time.perf_counter())
         first = self.first_step_seconds is None
         if first:
@@ -148,7 +159,7 @@ class Tracker:
             self._clock = self._mark = self._now
             self.session.now("training")
         self.session.alive(step)
-        means = self._means(metrics)
+        means = self._skipped() if skipped else self._means(metrics)
         ends = step % self._log_every == 0
         if ends:
             self.interval = {"steps": 0, "sums": {}}
@@ -164,7 +175,9 @@ class Tracker:
             self._mark = self._now
             timing = {"tokens_per_second": speed, "mfu": mfu}
             self._write(step, means | {name: value for name, value in timing.items() if value is not None})
-        line = f"step {step}/{self._total}  loss {means['loss']:.3f}"
+        line = f"step {step}/{self._total}"
+        if "loss" in means:
+            line += f"  loss {means['loss']:.3f}"
         if first:
             line += f"  first step {self.first_step_seconds:.1f} s"
         if passed and speed is not None:
@@ -178,11 +191,23 @@ class Tracker:
         """Add the metrics of a step to the interval; returns the means over it."""
         before, steps = self.interval["sums"], self.interval["steps"] + 1
         sums = {name: before.get(name, 0.0) + value for name, value in metrics.items()}
-        self.interval = {"steps": steps, "sums": sums}
+        # A new one each time: a checkpoint may still be writing the last.
+        self.interval = cast(Interval, self.interval | {"steps": steps, "sums": sums})
         # A learning rate is a setting of this step, not a measurement.
         return {
             name: metrics[name] if name.endswith("learning_rate") else total / steps for name, total in sums.items()
-        }
+        } | self._count()
+
+    def _skipped(self) -> dict[str, float]:
+        """Count a skipped step; returns the means over the interval, if it has other steps."""
+        self.interval = cast(Interval, self.interval | {"skipped": self.interval.get("skipped", 0) + 1})
+        steps = self.interval["steps"]
+        sums = {name: total for name, total in self.interval["sums"].items() if not name.endswith("learning_rate")}
+        return {name: total / steps for name, total in sums.items()} | self._count()
+
+    def _count(self) -> dict[str, float]:
+        skipped = self.interval.get("skipped")
+        return {"skipped": skipped} if skipped else {}
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of an evaluation after `step`."""
@@ -237,6 +262,7 @@ class Tracker:
         if self._boards is not None:
             with progress.waiting("sending the last to the trackers"):
                 self._boards.close(how, patience)
+        self._metrics = self._boards = None
 
     def _since(self, then: Reading) -> Reading | None:
         """Steps, tokens and seconds since then; None where there was no step."""
@@ -274,7 +300,9 @@ def cut_metrics(run: RunDirectory, step: int, within_interval: bool = False) -> 
     kept = [(line, record) for line in run.metrics.read_text(encoding="utf-8").split("\n") if (record := _record(line))]
     kept = [(line, record) for line, record in kept if record["step"] <= step]
     if within_interval and step > 1:
-        kept = [(line, record) for line, record in kept if record["step"] < step or "loss" not in record]
+        kept = [
+            (line, record) for line, record in kept if record["step"] < step or not {"loss", "skipped"} & record.keys()
+        ]
     with replacing(run.metrics) as file:
         file.writelines(line + "\n" for line, _ in kept)
     return [record for _, record in kept]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,10 @@ class Trainable:
     """Parameter shapes → the layers between each and the head (see `build_optimizer`)."""
     objective: Objective
     batches_from: Callable[[int], BatchStream]
-    """step → the batches from that step on, this process's rows."""
+    """Number of a batch → the batches from that one on, this process's rows. It is that of the steps done, but where
+    batches were passed over."""
+    documents: Callable[[int], Sequence[str]] | None = None
+    """Number of a batch → names of the documents or examples in it, in all processes' rows."""
     eval_batches: Iterable[dict]
     """Gone through at each evaluation."""
     finalize_eval: Callable[[dict[str, Any]], dict[str, Any]] = dict
