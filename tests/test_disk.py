@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ import toy
 from toy import quick_compilation  # noqa: F401
 
 from espalier.errors import MachineError
+from espalier.trackers.contract import Session
+from espalier.trackers.tensorboard import TensorBoard
 from espalier.training.checkpoint import CheckpointError, Checkpoints, complete_steps
 from espalier.training.config import CheckpointConfig
 from espalier.training.manifest import fault
@@ -255,3 +258,13 @@ def test_a_log_that_cannot_be_written_is_told_of_in_one_line(disk, whole):
     assert "\n" not in str(error.value)
     disk.clear()
     assert_equal(toy.run(settings(disk)).state, whole.state)
+
+
+def test_a_writer_of_event_files_that_has_ended_holds_up_nobody(disk):
+    board = TensorBoard(Session(disk.path, {}, 0))
+    board.log(1, {"loss": 1.0})
+    writer: Any = board._writer.file_writer
+    writer.event_writer._worker.stop()
+    with pytest.raises(MachineError, match="its writer has ended; make room on the disk"):
+        board.log(2, {f"metric {number}": 1.0 for number in range(50)})
+    board.close("failed")
