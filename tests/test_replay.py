@@ -180,6 +180,7 @@ def test_a_flipped_bit_in_a_sound_checkpoint_is_found_from_the_one_before(run_of
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["mlm", "clm", "classify"])
 def test_two_runs_of_three_hundred_steps_are_equal(texts, tmp_path, kind):
     more = dict(steps=300, log_every=10, eval_every=100, checksum_every=10, checkpoint=CheckpointConfig(every=100))
