@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from quick import xla_flags
 
+from espalier.goodput import goodput, read_sessions
+
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys
@@ -133,3 +135,10 @@ def test_killed_and_terminated_runs_go_on_bit_by_bit(start, tmp_path, whole):
         np.testing.assert_array_equal(got, expected)
     assert losses(run_dir) == losses(whole)
     assert not list(run_dir.glob("checkpoints/*tmp*"))
+
+    sessions = read_sessions(run_dir / "sessions.jsonl")
+    assert [(one.start, one.end) for one in sessions] == [(0, ""), (before, ""), (before, "ended"), (stopped, "ended")]
+    found = goodput(sessions)
+    assert found is not None and (found.killed, found.unrecorded) == (2, 0)
+    assert found.lost_steps == sum(max(0, one.step - before) for one in sessions[:2])
+    assert 0 < found.seconds["training"] < found.total
