@@ -42,6 +42,7 @@ def test_the_threads_that_write_give_way_and_no_others_do_unless_the_run_waits_f
                     found[int(task.name)] = os.getpriority(os.PRIO_PROCESS, int(task.name))
         return found
 
+    monkeypatch.setattr(background, "LARGE", 1)
     seen = []
     write = checkpoint.write_manifest
 

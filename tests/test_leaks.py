@@ -49,11 +49,12 @@ def test_what_a_run_holds_does_not_grow_with_its_steps(tmp_path):
     (kinds, threads, files), (kinds_then, threads_then, files_then) = held[100], held[299]
     assert threads_then <= threads + 2 and files_then <= files + 2
     grown = {kind: kinds_then[kind] - kinds[kind] for kind in kinds_then if kind != ONE_EACH_SAVE}
-    # Fewer of a kind than saves; steps are ten times as many.
-    assert {kind: count for kind, count in grown.items() if count >= 20} == {}
+    # Fewer of a kind than two a save; there are ten steps a save.
+    assert {kind: count for kind, count in grown.items() if count >= 40} == {}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_memory_and_open_files_of_a_command_are_flat(tmp_path, steps=2000):
     """Saves every 20 steps, evaluations every 50, a log every 10; read from outside."""
     run = tmp_path / "run"

@@ -16,6 +16,8 @@ import jax
 
 NICENESS = 15
 """Of the threads that write: under 4 % of a core that a step wants too (`sched(7)`: a level is worth 1.25)."""
+LARGE = 2**24
+"""Bytes of a state from which on its writing is noticed; below, it should be over soon on a busy machine too."""
 TASKS = Path("/proc/self/task")
 WRITERS = "ts_pool"
 """How the names of TensorStore's threads begin."""

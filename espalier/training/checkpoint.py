@@ -39,7 +39,7 @@ from espalier import progress
 from espalier.errors import MachineError, UserError
 from espalier.exits import DISK_ADVICE, INTACT
 from espalier.files import sync_path, sync_tree
-from espalier.training.background import give_way, held, lower, threads
+from espalier.training import background
 from espalier.training.config import CheckpointConfig
 from espalier.training.fallback import set_aside
 from espalier.training.manifest import (
@@ -134,7 +134,7 @@ class Checkpoints:
             raise ValueError(f"step {step} is not after {latest}, the newest checkpoint in {self.folder}")
         params, rest = state.params, _named(_rest(state))
         if not waited_for:
-            params, rest = held((params, rest))
+            params, rest = background.held((params, rest))
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
             opt_state=ocp.args.PyTreeSave(rest),
@@ -147,7 +147,7 @@ class Checkpoints:
             self._failure = _failure(step, self.folder, missing[0], missing[1])
             self.check(agreed=True)
             return
-        before = threads()
+        before = background.threads()
         try:
             with self._plain_errors(step):
                 saved = self._manager.save(step, args=items, force=True)
@@ -156,10 +156,11 @@ class Checkpoints:
             self.check()
             return
         assert saved, f"Orbax did not save step {step}"
-        if not waited_for:
-            give_way(before)
+        yielding = not waited_for and self._size >= background.LARGE
+        if yielding:
+            background.give_way(before)
         self._writer = threading.Thread(
-            target=self._finish, args=(step, started, waited_for), name=f"saving step {step}", daemon=True
+            target=self._finish, args=(step, started, yielding), name=f"saving step {step}", daemon=True
         )
         self._writer.start()
 
@@ -217,10 +218,10 @@ class Checkpoints:
                 with contextlib.suppress(Exception):  # Orbax repeats the failure that wait() raised
                     self._manager.close()
 
-    def _finish(self, step: int, started: float, waited_for: bool) -> None:
+    def _finish(self, step: int, started: float, yielding: bool) -> None:
         try:
-            if not waited_for:
-                lower(threading.get_native_id())
+            if yielding:
+                background.lower(threading.get_native_id())
             with self._plain_errors(step):
                 self._manager.wait_until_finished()
                 size = write_manifest(self.folder / str(step))
