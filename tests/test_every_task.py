@@ -12,6 +12,7 @@ from tiny_models import strict_and_quick  # noqa: F401
 from tiny_runs import write_run
 
 import espalier
+from espalier.commands import replay
 from espalier.training.config import CheckpointConfig
 from espalier.training.frozen import restore_complete
 from finetune.config import FinetuneConfig, FinetuneOptimizer, LoraConfig
@@ -118,3 +119,13 @@ def test_frozen_layers_stay_and_lower_ones_learn_less(bases, tmp_path, name):
     kernel = [params["layers"]["period"]["0"]["mlp"]["up"]["kernel"] for params in (before, after)]
     low, high = np.abs(kernel[1] - kernel[0]).mean((1, 2))
     assert 0 < low < 0.3 * high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_steps_that_are_executed_again_are_as_logged(bases, tmp_path, name):
+    """`replay` opens a run of every task by the same path, adapters and frozen base included."""
+    config = config_for(bases, tmp_path, name, lora=LoraConfig(rank=2), checksum_every=1)
+    main(config)
+    found = replay.main(replay.ReplayConfig(str(tmp_path / "run"), from_step=2))
+    assert (found["checksums"], found["difference"], found["apart"]) == (3, None, None)
