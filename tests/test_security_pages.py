@@ -10,6 +10,7 @@ import re
 import socket
 import threading
 import types
+from typing import Any, cast
 
 import aiohttp
 import numpy as np
@@ -142,7 +143,7 @@ def looked_into() -> str:
     each = {name: np.array([0.5, -0.5, 0.1]) for name in attribution.METHODS}
     kept = {name: np.linspace(0, 1, 4) for name in ("integrated_gradients", "occlusion", "gradient_x_input", "random")}
     why = Attribution(each, kept, kept, EVIL, 1.0, 0.0, 8, 0.001)
-    tokenizer = types.SimpleNamespace(decode=lambda ids: EVIL)
+    tokenizer = cast(Any, types.SimpleNamespace(decode=lambda ids: EVIL))
     ones = np.ones((2, 3))
     read = Lens(np.array([0.1, 0.9]), np.arange(3), np.zeros((2, 3, 2), int), np.ones((2, 3, 2)) / 2, ones, ones, False)
     body = drawn.heat(np.ones((1, 2)), [EVIL], [EVIL, LINK], ("{:.1f}",)) + drawn.lines(
