@@ -75,7 +75,9 @@ def test_two_and_two_steps_equal_four(tmp_path, mesh, name, accumulation):
     assert without_timing(toy.metrics_of(tmp_path / "parts")) == without_timing(toy.metrics_of(tmp_path / "whole"))
     sessions = read_sessions(tmp_path / "parts" / "sessions.jsonl")
     assert [(one.start, one.step, one.end) for one in sessions] == [(0, 2, "ended"), (2, 4, "ended")]
-    assert all(one.seconds[part] > 0 for one in sessions for part in ("compile", "training", "save", "data", "start"))
+    # What takes less than half a millisecond is written as 0.
+    assert all(one.seconds[part] >= 0 for one in sessions for part in ("compile", "training", "save", "data"))
+    assert all(one.seconds["start"] > 0 for one in sessions)
 
 
 CONSTANT = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup=2)
