@@ -136,9 +136,7 @@ def looked_into() -> str:
     """The page of `look` with hostile tokens."""
     tokens = [EVIL, LINK, "a"]
     words = [(at, at + 1) for at in range(len(tokens))]
-    asked = types.SimpleNamespace(
-        tokens=tokens, words=words, texts=tokens, name=EVIL, what=EVIL, text=EVIL, places=(0,)
-    )
+    asked = cast(Any, types.SimpleNamespace(tokens=tokens, words=words, texts=tokens, name=EVIL))
     maps = Attention(np.ones((1, 1, 3, 3)), np.ones((1, 1, 3, 3)), np.ones((3, 3)))
     each = {name: np.array([0.5, -0.5, 0.1]) for name in attribution.METHODS}
     kept = {name: np.linspace(0, 1, 4) for name in ("integrated_gradients", "occlusion", "gradient_x_input", "random")}
