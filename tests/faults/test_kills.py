@@ -31,7 +31,7 @@ def test_killed_and_interrupted_at_each_place(tmp_path):
     assert sum(kill.hit for kill in done) >= len(HERE) // 2, done
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("flags", [("--kills", 100), ("--kills", 30, "--signals", "SIGTERM", "SIGINT", "SIGHUP")])
 def test_by_the_hundred(tmp_path, flags):

@@ -45,7 +45,7 @@ def test_a_closed_terminal_is_a_signal_and_no_error(tmp_path):
     assert saved >= 2 and "Traceback" not in (command.run_dir / "log.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_gigabyte_is_saved_in_time(tmp_path):
     """Within 25 s, and what the disk takes for as many bytes; a second Ctrl-C does not wait for it."""

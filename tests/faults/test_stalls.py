@@ -112,11 +112,21 @@ def all_end(started, victim: int, fault) -> float:
     return seconds
 
 
-@pytest.mark.slow
+FAULTS = [(2, signal.SIGSTOP), (0, signal.SIGSTOP), (3, signal.SIGKILL)]
+OFTEN = {(2, signal.SIGSTOP, "evaluation"), (0, signal.SIGSTOP, "save"), (3, signal.SIGKILL, "save")}
+"""Those that .ci/run tries; each takes about a minute."""
+
+
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("victim, number", [(2, signal.SIGSTOP), (0, signal.SIGSTOP), (3, signal.SIGKILL)])
-def test_one_of_four_is_killed_or_stopped(tmp_path, place, victim, number):
+@pytest.mark.parametrize(
+    "victim, number, place",
+    [
+        pytest.param(*fault, place, marks=pytest.mark.slow if (*fault, place) in OFTEN else pytest.mark.soak)
+        for fault in FAULTS
+        for place in PLACES
+    ],
+)
+def test_one_of_four_is_killed_or_stopped(tmp_path, victim, number, place):
     started = Command(tmp_path, write_text(tmp_path / "text.txt"), 4).start()
     try:
         assert started.line(PLACES[place]), started.told()
@@ -158,10 +168,11 @@ def namespaces() -> Iterator[tuple[str, str]]:
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
-@pytest.mark.parametrize("place", ["start", "step"])
+@pytest.mark.parametrize(
+    "place", [pytest.param("start", marks=pytest.mark.soak), pytest.param("step", marks=pytest.mark.slow)]
+)
 def test_the_network_to_one_of_four_is_dropped(tmp_path, namespaces, place):
     here, there = namespaces
     command = Command(tmp_path, write_text(tmp_path / "text.txt"), 4, host="10.77.0.1")
