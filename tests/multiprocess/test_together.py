@@ -59,6 +59,21 @@ def assert_close(state, expected_state):
         assert difference <= 1e-5 * np.linalg.norm(expected.astype(float)) + 1e-6 * np.sqrt(expected.size)
 
 
+def test_processes_go_back_together(run, tmp_path):
+    """Batches 4 and 5 are bad and the last checkpoint is of step 3: both take the batches 0, 1, 2, 6, 7, … ."""
+    bad = {"poison": [4, 5], "bad_steps": {"in_a_row": 2}}
+    run(2, "worker.py", job(tmp_path / "two", TWO["fsdp"], **{"steps": 6, "every": 3} | bad))
+    order = (0, 1, 2, 6, 7, 8, 9, 10)
+
+    def batches_from(step):
+        yield from (toy.batch(number) for number in order[step:])
+
+    config = toy.config(tmp_path / "one", mesh=MeshConfig(**TWO["fsdp"]), steps=6)
+    one = toy.run(config, batches_from=batches_from)
+    assert_close(state_in(tmp_path / "two" / "final.npz"), [np.asarray(leaf) for leaf in jax.tree.leaves(one.state)])
+    assert read_data(tmp_path / "two", 6)["skipped"]["windows"] == [[3, 3]]
+
+
 def assert_same(run_dir, expected_dir, expected_state):
     assert_close(state_in(run_dir / "final.npz"), expected_state)
     assert [step for step, _ in losses(run_dir)] == [step for step, _ in losses(expected_dir)]

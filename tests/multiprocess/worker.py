@@ -1,6 +1,7 @@
 """The toy (tests/toy.py), trained by several processes: `worker.py JOB …`, a job being JSON.
 
     run_dir, mesh (sizes of axes), steps, stop_at, every (steps between checkpoints), pause (seconds before a batch),
+    poison (numbers of batches whose loss is NaN), bad_steps (settings of training.config.BadSteps),
     frozen (whether embeddings are frozen and weigh the rows: toy.partly_frozen),
     blind (processes that do not see what others write), full (processes that cannot write more than 1 kB to a file)
 
@@ -33,7 +34,7 @@ def perform(job: dict):
     import toy
 
     from espalier.training import loop, run
-    from espalier.training.config import CheckpointConfig
+    from espalier.training.config import BadSteps, CheckpointConfig
     from sharding.mesh import MeshConfig, build_mesh, host_rows
 
     run_dir = pathlib.Path(job["run_dir"])
@@ -44,6 +45,7 @@ def perform(job: dict):
         mesh=MeshConfig(**job["mesh"]),
         checkpoint=CheckpointConfig(every=job.get("every", 100)),
         eval_every=job.get("eval_every", 100),
+        bad_steps=BadSteps(**job.get("bad_steps", {})),
     )
     mesh = build_mesh(config.mesh)
     mine = host_rows(toy.ROWS, mesh)
@@ -59,7 +61,10 @@ def perform(job: dict):
             # Not before the programs are compiled and cached.
             if jax.process_index() in job.get("full", ()) and step == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            yield part(toy.batch(step))
+            batch = part(toy.batch(step))
+            if step in job.get("poison", ()):
+                batch["loss_weights"] = batch["loss_weights"] * np.float32(np.nan)
+            yield batch
             step += 1
 
     def keep(state, name):
