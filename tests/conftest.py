@@ -130,6 +130,14 @@ def run_cli(start_cli) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def signals_are_given_back():
+    """A command that was run in this process took them over; a second signal would end the process."""
+    yield
+    if "espalier.signals" in sys.modules:
+        sys.modules["espalier.signals"].end()
+
+
 @pytest.fixture
 def call_cli(tmp_path, monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess[str]]:
     """As `run_cli` for a command with presets, but in this process, with its eight devices: without its start."""

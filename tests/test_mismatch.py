@@ -25,9 +25,11 @@ import mlm.pretrain
 from espalier import assembly
 from espalier.data.tokenizer import save_tokenizer
 from espalier.exits import one_line_errors
+from espalier.files import write_json
 from espalier.training import loop
 from espalier.training.checkpoint import Checkpoints
 from espalier.training.frozen import save_frozen
+from espalier.training.manifest import _seal
 from espalier.training.state import new_state
 from finetune.config import LoraConfig
 from finetune.presets import PRESETS
@@ -165,7 +167,11 @@ def other_base(config: Any, folder: pathlib.Path) -> Any:
 
 
 def newer_format(config: Any, folder: pathlib.Path) -> Any:
-    return file(f"mlm/checkpoints/{DONE}/manifest.json", '"format_version": 1', '"format_version": 2')(config, folder)
+    path = folder / f"mlm/checkpoints/{DONE}/manifest.json"
+    held = json.loads(path.read_text()) | {"format_version": 2}
+    held.pop("seal")
+    write_json(path, held | {"seal": _seal(held)})
+    return config
 
 
 MUTATIONS = {

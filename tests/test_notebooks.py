@@ -85,7 +85,7 @@ def test_a_notebook_runs(path, tmp_path, shared_data, monkeypatch):
     printed = "".join(output.get("text", "") for output in outputs)
     # Nothing but our own lines: no warnings of libraries, no orders to a terminal. That the tiny model of a few steps
     # learnt nothing is ours to say; whether it did depends on the processor's arithmetic.
-    ours = "warning: every validation example"
+    ours = "warning: every validation "
     others = "\n".join(line for line in printed.splitlines() if not line.startswith(ours))
     assert "\033[" not in others and "warning" not in others.lower(), printed[-3000:]
     assert any("text/html" in output.get("data", {}) for output in outputs)

@@ -594,6 +594,8 @@ def test_the_source_unpickles_nothing_and_runs_no_text():
     # Only where one of the words stands at all: reading all of them as syntax takes seconds.
     words = re.compile("|".join([*FORBIDDEN, *UNSAFE, *(name + r"\(" for name in RUN)]))
     bad = [line for path, text in texts.items() if words.search(text) for line in unsafe(path, text)]
+    # W&B's word for not asking the service at once; its connections are checked as ever.
+    bad = [line for line in bad if not re.fullmatch(r"espalier/trackers/wandb\.py:\d+ verify=False", line)]
     assert not bad, "\n".join(bad)
 
 

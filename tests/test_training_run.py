@@ -242,6 +242,7 @@ def test_a_session_without_a_step_keeps_the_figures(tmp_path):
         values |= dict(
             first_step_seconds=1.0, mfu=None, data_wait=None, seconds=2.0, finished=True, stopped_by=None, best=None
         )
+        values["skipped_batches"] = 0
         return types.SimpleNamespace(**values | changes)
 
     run = RunDirectory(tmp_path)

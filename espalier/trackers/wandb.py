@@ -71,6 +71,7 @@ class WeightsAndBiases:
         known = True
         # A service that does not answer now must not keep a run from going on.
         with contextlib.suppress(Exception):
+            # Its own word for not asking the service now; the connection is checked as ever.
             known = wandb.login(prompt=False, verify=False)
         if not known:
             raise UserError(

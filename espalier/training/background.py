@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 NICENESS = 15
 """Of the threads that write: under 4 % of a core that a step wants too (`sched(7)`: a level is worth 1.25)."""
@@ -66,5 +67,7 @@ def _writes(thread: int) -> bool:
 
 
 def _copy(array: jax.Array) -> jax.Array:
+    if not isinstance(array, jax.Array):
+        return np.array(array)
     parts = [jax.device_put(part.data, part.device, may_alias=False) for part in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
