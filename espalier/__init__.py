@@ -11,6 +11,7 @@ Importing it is light: JAX is loaded by the first of these that is used. docs/py
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from espalier import neighbours
@@ -41,6 +42,10 @@ _FRONT = {
 __all__ = ["LoadedModel", "load", "look", "metrics", "page", "plan", "settings", "sweep", "train"]
 
 neighbours.take()
+if "ipykernel" in sys.modules:
+    from espalier import library_log
+
+    library_log.begin_in_notebook()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ The log starts in the cache, moves into the run directory once that exists (`mov
 small process (/bin/sh on a pipe) outlives this one for a moment: if this one ends without `ended()`, by a signal or an
 abort in native code, it prints the last lines of the log.
 
-Only commands do this (`cli.run`, started as a program), not code that is called from Python.
+Only commands do this (`cli.run`, started as a program), not code that is called from Python. In a notebook what a
+library writes while it works for us goes to such a log too (`begin_in_notebook`); all else is the user's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import functools
 import io
 import os
 import re
@@ -23,12 +25,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from espalier.redaction import without_secrets
-from espalier.speakers import has_part, speaker
+from espalier.speakers import has_part, on_our_behalf, speaker
 
 SHOWN = 20
 """Lines of the log that are printed after an abnormal end."""
@@ -115,6 +118,43 @@ def begin() -> None:
         os.environ.setdefault(f"{name}_DISABLE_PROGRESS_BARS", "1")
     # Registered first, so that it runs last.
     atexit.register(ended)
+
+
+def begin_in_notebook() -> None:
+    """Keep the words of libraries that work for us out of a cell's output: they go to a log in the cache."""
+    for stream in (sys.stdout, sys.stderr):
+        kind: Any = type(stream)
+        if kind.__module__.startswith("ipykernel.") and not hasattr(kind, "sifts"):
+            # IPython sets `write` at the start of a cell, and at its end what it was: neither may undo this.
+            write = stream.write
+            vars(stream).pop("write", None)
+            vars(stream)["_unsifted"] = write
+            contents = {"write": property(_sifted, _set_write), "sifts": True, "__module__": kind.__module__}
+            stream.__class__ = type(kind.__name__, (kind,), contents)
+
+
+def _sifted(stream: Any) -> Callable[..., int]:
+    write = stream._unsifted
+
+    def sifted(text: str, *more: Any) -> int:
+        frame = sys._getframe(1)
+        if speaker(frame) != "library" or not on_our_behalf(frame):
+            return write(text, *more)
+        with contextlib.suppress(OSError):
+            _append(_notebook_log(), without_secrets(text).encode("utf-8", "backslashreplace"))
+        return len(text)
+
+    sifted.unsifted = write  # type: ignore[attr-defined]
+    return sifted
+
+
+def _set_write(stream: Any, write: Any) -> None:
+    stream._unsifted = getattr(write, "unsifted", write)
+
+
+@functools.cache
+def _notebook_log() -> int:
+    return _open_first()[1]
 
 
 def terminal(number: int) -> int:

@@ -40,6 +40,7 @@ Saver = Callable[[int], bool]
 
 _before: dict[int, Any] = {}
 _pipe: tuple[socket.socket, socket.socket] | None = None
+_timer: threading.Timer | None = None
 _lock = threading.RLock()
 _saver: Saver | None = None
 _farewell: Callable[[int], object] | None = None
@@ -56,7 +57,7 @@ def begin(early: bool = False) -> None:
         there.setblocking(False)
         threading.Thread(target=_listen, args=(here,), name="listening for signals", daemon=True).start()
         signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=end)
+        os.register_at_fork(after_in_child=_forked)
         _take()
 
 
@@ -67,14 +68,24 @@ def again() -> None:
 
 
 def end() -> None:
-    """Give them back; in a forked child too, for signals to it are none to this process."""
-    global _pipe, _asked, _saves, _raised
-    if _pipe is not None:
-        signal.set_wakeup_fd(-1)
-        _pipe[1].close()
-    while _before:
-        signal.signal(*_before.popitem())
-    _pipe, _asked, _saves, _raised = None, None, False, False
+    """Give them back, and call off what would cut the command off."""
+    global _pipe, _timer, _asked, _saves, _raised
+    with _lock:
+        if _pipe is not None:
+            signal.set_wakeup_fd(-1)
+            _pipe[1].close()
+        if _timer is not None:
+            _timer.cancel()
+        while _before:
+            signal.signal(*_before.popitem())
+        _pipe, _timer, _asked, _saves, _raised = None, None, None, False, False
+
+
+def _forked() -> None:
+    """In a forked child: signals to it are none to this process, and the thread that may hold the lock is not here."""
+    global _lock
+    _lock = threading.RLock()
+    end()
 
 
 @contextlib.contextmanager
@@ -151,20 +162,25 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _listen(pipe: socket.socket) -> None:
+    global _timer
     heard = False
     with pipe:
         while received := pipe.recv(1):
             number = received[0]
-            # Where a server has put a handler of its own, it is not ours to judge.
-            if signal.getsignal(number) is not _handle:
-                continue
-            if heard and number == signal.SIGINT:
-                _cut_off(number)
-            elif not heard and (_early or not _decide(number)):
-                timer = threading.Timer(1.0 if _early else GRACE, _cut_off, (number,))
-                timer.daemon = True
-                timer.start()
-            heard = True
+            with _lock:
+                # The command may have ended, and another one begun, since the system wrote it.
+                if _pipe is None or _pipe[0] is not pipe:
+                    return
+                # Where a server has put a handler of its own, it is not ours to judge.
+                if signal.getsignal(number) is not _handle:
+                    continue
+                if heard and number == signal.SIGINT:
+                    _cut_off(number)
+                elif not heard and (_early or not _decide(number)):
+                    _timer = threading.Timer(1.0 if _early else GRACE, _cut_off, (number,))
+                    _timer.daemon = True
+                    _timer.start()
+                heard = True
 
 
 def _decide(number: int) -> bool:

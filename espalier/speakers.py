@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from types import FrameType, TracebackType
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -42,6 +43,19 @@ def speaker(frame: FrameType | None) -> str:
             within = "library"
         frame = frame.f_back
     return within
+
+
+def on_our_behalf(frame: FrameType | None) -> bool:
+    """Whether this is a library at work for our code, not for a caller of the user's: our code is nearer to the write.
+
+    A thread that has neither belongs to a library.
+    """
+    while frame is not None:
+        kind = _kind(_file(frame))
+        if kind in ("own", "user"):
+            return kind == "own"
+        frame = frame.f_back
+    return threading.current_thread() is not threading.main_thread()
 
 
 def has_part(trace: TracebackType | None) -> bool:

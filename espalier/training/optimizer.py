@@ -77,7 +77,7 @@ def build_optimizer(
         directions = optax.partition({config.name: kind.matrices(config, at_matrices), "adam": directions}, labels)
 
     def update(grads, opt_state, params, rates, factor):
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if config.clip_norm:
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * shrink, grads)

@@ -5,10 +5,12 @@ import pty
 import re
 import signal
 import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
-from command import Command, write_text
+from command import ROOT, Command, write_text
 
 WIDE = (
     *("--model.hidden-size", 1024, "--model.num-attention-heads", 8, "--model.num-hidden-layers", 7),
@@ -43,6 +45,34 @@ def test_a_closed_terminal_is_a_signal_and_no_error(tmp_path):
     assert process.wait(120) == 128 + signal.SIGHUP, said
     (saved,) = complete(command)
     assert saved >= 2 and "Traceback" not in (command.run_dir / "log.txt").read_text()
+
+
+def test_a_command_that_ended_in_time_is_not_cut_off_later(tmp_path):
+    """What was asked of one command in a process does nothing to the next one there."""
+    program = """
+        import signal, time
+        from espalier import signals
+
+        signals.GRACE = 0.2
+        for _ in range(2):
+            signals.begin()
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            except signals.Interrupted:
+                time.sleep(0.1)
+                signals.end()
+        time.sleep(0.5)
+        print("went on")
+    """
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("went on\n", "", 0)
 
 
 @pytest.mark.soak
