@@ -194,7 +194,7 @@ def learnable(record: TaskRecord, task: Task, mesh: Mesh, origin: Origin | None)
     config, model, head = task.config, task.model, record.head
     fresh = origin is None or task.scratch and not origin.resumed
     about = About(
-        model=describe(model, head, config.execution, task.longest, mesh),
+        model=describe(model, head, config.execution, task.longest, mesh, packed=task.packed),
         data=task.data,
         row=task.row,
         epochs=task.epochs,

@@ -166,6 +166,8 @@ class Task:
     flops_per_step: float
     longest: int
     """Tokens of the longest row."""
+    packed: bool = True
+    """Whether a row may hold several documents, for attention (models.attention_backend.Use)."""
     facts: Sequence[str] = ()
     """What was read and what it was taken for, a line each."""
     data: Mapping[str, str] = field(default_factory=dict)

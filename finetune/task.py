@@ -231,6 +231,7 @@ class FinetuneTask(TaskRecord):
             # Frozen matrices have no gradient: of forward, gradient of what goes in and of the matrix, two are left.
             flops_per_step=flops * 2 / 3 if config.lora.rank else flops,
             longest=longest,
+            packed="row_lengths" not in data.eval_batches[0],
             facts=data.facts,
             data=data.about | (partly.words if partly else {}),
             row=f"up to {longest} tokens, {tokens:.0f} on average",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -219,6 +220,25 @@ def mesh_platform() -> str:
         return jax.default_backend()
     kind = device.device_kind.lower()
     return "cpu" if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
+
+
+def mesh_capability() -> float | None:
+    """Compute capability of the NVIDIA GPUs of the current mesh, or of this process; None for other devices.
+
+    Of a GPU that is not here it is that of its architecture.
+    """
+    import jax
+
+    from sharding.topology import chip_of
+
+    if mesh_platform() != "gpu":
+        return None
+    if jax.default_backend() == "gpu":
+        # "gfx90a" is AMD's.
+        found = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+        return float(found) if re.fullmatch(r"\d+\.\d+", found) else None
+    chip = chip_of(jax.sharding.get_abstract_mesh().abstract_device)
+    return chip.capability if chip else None
 
 
 def constrain(x, *axes):

@@ -49,6 +49,15 @@ class Chip:
     """Base clock ÷ boost clock, for chips whose low power limit keeps them from holding the peak; 1 where the fitted
     efficiency of the architecture (plan/time/roofline.py) already contains it."""
 
+    @property
+    def capability(self) -> float | None:
+        """Compute capability of an NVIDIA GPU, by its architecture; None of a TPU."""
+        return CAPABILITIES.get(self.architecture)
+
+
+CAPABILITIES = {"volta": 7.0, "turing": 7.5, "ampere": 8.0, "ada": 8.9, "hopper": 9.0, "blackwell": 10.0}
+"""The lowest of an architecture."""
+
 
 # TPU: peaks, HBM and its bandwidth per chip from the Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/
 # v2, v3, v4, v5e, v5p, v6e, tpu7x, "System architecture"); one link one way from "How to Scale Your Model" (Austin et

@@ -90,13 +90,14 @@ def test_fixed_batches_are_the_file():
             size = lengths[number] if number < len(lengths) else 0
             assert batch["input_ids"][row].tolist() == [number + 10] * size + [0] * (batch["input_ids"].shape[1] - size)
             assert batch["segment_ids"][row].sum() == size and (batch["segment_ids"][row, :size] == 1).all()
+            assert batch["row_lengths"][row] == size
             assert batch["positions"][row, :size].tolist() == list(range(size))
             assert batch["token_type_ids"][row].sum() == (size > 0)
             assert batch["example_weights"][row] == (size > 0)
             assert batch["labels"][row] == (number % 3 if size else 0)
             number += 1
     assert {name: array.dtype.name for name, array in fixed[0].items()} == {
-        **dict.fromkeys(["input_ids", "segment_ids", "positions", "token_type_ids", "labels"], "int32"),
+        **dict.fromkeys(["input_ids", "segment_ids", "positions", "token_type_ids", "row_lengths", "labels"], "int32"),
         "example_weights": "float32",
     }
 
@@ -110,6 +111,7 @@ def test_rows_of_several_examples_hold_the_same_batches():
     packed, single = LabelledBatches(drawn, examples_per_row=4, **settings), LabelledBatches(drawn, **settings)
     pairs = [(packed.batch(step), single.batch(step)) for step in range(8)]
     for batch, alone in [*pairs, *zip(packed.fixed(), single.fixed(), strict=True)]:
+        assert "row_lengths" not in batch and "row_lengths" in alone
         assert batch["input_ids"].shape[0] == 4 and batch["labels"].shape == batch["example_weights"].shape == (4, 4)
         found = []
         for row, number in np.argwhere(batch["example_weights"] > 0):

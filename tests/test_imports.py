@@ -55,7 +55,7 @@ MAY_IMPORT = {
 TOP = ("mlm", "clm", "finetune", "sharding", "cluster", "espalier")
 """Packages at the top; the rooms of the library are within `espalier`."""
 
-MODELS_MAY_TAKE = {"constrain", "mesh_platform", "BATCH_AXES"}
+MODELS_MAY_TAKE = {"constrain", "mesh_capability", "mesh_platform", "BATCH_AXES"}
 """What `models` takes from `sharding`: how activations lie, and on what."""
 
 LAYING_OUT = ("espalier/models/hub.py", "espalier/models/memory.py", "espalier/models/layout.py")

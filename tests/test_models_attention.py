@@ -120,12 +120,12 @@ def test_dropout_acts_on_the_probabilities():
 
 
 def test_every_backend_has_a_name_on_the_command_line():
-    assert typing.get_args(typing.get_type_hints(Execution)["attention"]) == ("auto", "xla", "splash")
-    assert {"auto", *BACKENDS} == {"auto", "xla", "splash"}
+    names = typing.get_args(typing.get_type_hints(Execution)["attention"])
+    assert names == ("auto", "xla", "splash", "cudnn", "triton") and {"auto", *BACKENDS} == set(names)
     assert list(BACKENDS.values())[-1] is XLA
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cudnn"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_backend_says_that_it_keeps_is_what_it_keeps(name, dtype):
     """Against the arrays of the vector-Jacobian product, but for the result and one bit or number a token."""
@@ -145,6 +145,9 @@ def test_what_a_backend_says_that_it_keeps_is_what_it_keeps(name, dtype):
         arrays = [jax.ShapeDtypeStruct((1, length, n, size), dtype) for n in (heads, kv_heads, kv_heads)]
         leaves = jax.eval_shape(kept, *arrays, jax.ShapeDtypeStruct((1, length), jnp.int32))
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.size > length)
+        if name == "triton":
+            # The very result, which is kept once.
+            total -= length * heads * size * jnp.dtype(dtype).itemsize
         # From 0.12 on, JAX differentiates tanh by its result alone: one array of scores less than what is counted.
         less = 4 * heads * length**2 if softcap and jax.__version_info__ >= (0, 12) else 0
         assert BACKENDS[name].keeps(use) - less == total

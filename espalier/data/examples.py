@@ -124,12 +124,12 @@ class LabelledBatches:
 
     There are two row lengths, so that a jitted step is compiled twice and not for each length: one that is enough for
     about half of the batches, one that holds all. Arrays: `input_ids`, `segment_ids`, `positions`, `token_type_ids`
-    int32 [B,T], `example_weights` float32 [B] (0 where the last evaluation batch has no example), and the targets by
-    their names, [B, …] and [B,T], 0 where there is no example or token.
+    int32 [B,T], `row_lengths` int32 [B], `example_weights` float32 [B] (0 where the last evaluation batch has no
+    example), and the targets by their names, [B, …] and [B,T], 0 where there is no example or token.
 
     With examples_per_row E > 1, a row holds E examples, one behind the other, as segments 1 … E that do not see each
-    other. The examples of a batch are spread so that its B / E rows are about equally long: little of them is padding.
-    What is said of an example then has the shape [B / E, E, …].
+    other, and there are no `row_lengths`. The examples of a batch are spread so that its B / E rows are about equally
+    long: little of them is padding. What is said of an example then has the shape [B / E, E, …].
     """
 
     def __init__(
@@ -244,6 +244,9 @@ class LabelledBatches:
             "token_type_ids": np.zeros(shape, np.int32),
             "example_weights": real.astype(np.float32),
         }
+        if self._per_row == 1:
+            # Promises attention that a row is one document.
+            batch["row_lengths"] = np.where(real, self._lengths[indices], 0).astype(np.int32)
         for name, values in self._of_row.items():
             batch[name] = np.zeros((*indices.shape, *values.shape[1:]), values.dtype)
             batch[name][real] = values[indices[real]]

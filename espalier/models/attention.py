@@ -9,12 +9,14 @@ import jax
 
 from espalier.errors import UserError
 from espalier.models.attention_backend import Backend, Use
+from espalier.models.attention_cudnn import CUDNN
 from espalier.models.attention_spec import AttentionSpec, Places
+from espalier.models.attention_triton import TRITON
 from espalier.models.attention_xla import PROBABILITIES, XLA, run_xla
 from espalier.models.splash import SPLASH
 from espalier.models.taps import Tap
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (SPLASH, XLA)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (SPLASH, CUDNN, TRITON, XLA)}
 """By name, the fastest first; the last one refuses nothing."""
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from espalier.models.attention_spec import AttentionSpec, Places, spec_for
 from espalier.models.config import ModelConfig
-from sharding.mesh import mesh_platform
+from sharding.mesh import mesh_capability, mesh_platform
 
 Keys = Literal["row", "cache", "memory"]
 """Where keys come from: the queries' own row, a cache, or another text."""
@@ -40,6 +40,10 @@ class Use:
     dropout: float
     """Rate at which probabilities are dropped; 0 where dropout is off."""
     keys: Keys
+    packed: bool = True
+    """Whether a row may hold several documents; otherwise it is one, from the first place on, with padding behind."""
+    capability: float | None = None
+    """Compute capability of an NVIDIA GPU: 9.0 is Hopper; None = another device."""
 
     @classmethod
     def of(
@@ -50,10 +54,13 @@ class Use:
         dtype: str,
         dropping: bool,
         keys: Keys = "row",
+        packed: bool = True,
         platform: str | None = None,
+        capability: float | None = None,
         parts: int | None = None,
     ) -> Use:
-        """The use of a model on rows of `length` tokens. platform, parts: default: those of the mesh in use."""
+        """The use of a model on rows of `length` tokens. platform with capability, parts: default: those of the mesh in
+        use."""
         mesh = jax.sharding.get_abstract_mesh()
         in_use = 1 if mesh.empty else mesh.shape["sequence"]
         return cls(
@@ -67,6 +74,8 @@ class Use:
             dtype=dtype,
             dropout=config.attention_dropout if dropping else 0.0,
             keys=keys,
+            packed=packed,
+            capability=capability if platform else mesh_capability(),
         )
 
     @property

@@ -300,8 +300,8 @@ class ModelConfig:
 class Execution:
     """How the model runs: speed and memory. What is computed stays the same, but for the rounding of `dtype`."""
 
-    attention: Literal["auto", "xla", "splash"] = "auto"
-    """Attention backend; auto = the fastest one that honours the model's boundaries here."""
+    attention: Literal["auto", "xla", "splash", "cudnn", "triton"] = "auto"
+    """Attention: splash (TPU), cudnn (GPU, plain rows), triton (GPU), xla; auto = the fastest that honours the rows."""
     scan_layers: bool | None = None
     """Run the repeated layers by lax.scan (fast compile) or unrolled (fast step); unset = scan on TPUs and
     beyond 24 layers."""

@@ -82,15 +82,18 @@ def apply(
     """Final hidden states x_BTD of a batch.
 
     batch: `input_ids`; `segment_ids` and `positions`, or `attention_mask`, or neither (`models.inputs.completed` fills
-    in); optional `token_type_ids`. The rest as in `stack`.
+    in); optional `token_type_ids`; `row_lengths` promises that every row is one document, from the first place on. The
+    rest as in `stack`.
     """
+    packed = "row_lengths" not in batch
     batch = completed(batch, cached=cache is not None)
     embedding_key = None if key is None else _dropout_keys(config, key)[0]
     embeddings: Any = Embeddings(config, compute_dtype(execution))
     inputs = (batch["input_ids"], batch["positions"], batch.get("token_type_ids"), embedding_key)
     x_BTD = embeddings.apply({"params": params["embeddings"]}, *inputs)
     places = (batch["segment_ids"], batch["positions"])
-    return stack(config, params, x_BTD, *places, execution=execution, key=key, cache=cache, memory=memory, taps=taps)
+    how: Any = dict(execution=execution, key=key, cache=cache, memory=memory, taps=taps, packed=packed)
+    return stack(config, params, x_BTD, *places, **how)
 
 
 def stack(
@@ -105,6 +108,7 @@ def stack(
     cache: dict | None = None,
     memory: Memory | None = None,
     taps: Taps | None = None,
+    packed: bool = True,
 ) -> Any:
     """The layers and the final norm over any vectors x_BTD, as `apply` runs them over the embeddings.
 
@@ -113,6 +117,7 @@ def stack(
     and (x_BTD, cache) is returned. The cache must have room for T more tokens: past its end, writes would land on
     its last entries, and no error could be raised. memory: what the layers read where config.cross_attention is set.
     taps: places inside that are read or changed (models.taps); then (x_BTD, {place: array [L, …]}) is returned.
+    packed: whether a row may hold several documents.
     """
     assert taps is None or cache is None, "taps are for whole rows"
     assert (memory is not None) == config.cross_attention, "a memory belongs to config.cross_attention, and only to it"
@@ -120,7 +125,7 @@ def stack(
     dropping = key is not None and config.attention_dropout > 0
     length = x_BTD.shape[1]
     keys = "memory" if memory is not None else "row" if cache is None else "cache"
-    use = Use.of(config, length, dtype=dtype.name, dropping=dropping, keys=keys)
+    use = Use.of(config, length, dtype=dtype.name, dropping=dropping, keys=keys, packed=packed)
     backend, _ = choose_backend(execution.attention, use)
     scan = scans(config, execution)
     context = _context(config, segment_ids_BT, positions_BT, cache, memory)

@@ -176,6 +176,7 @@ class Planner:
             dtype=self.dtype,
             dropping=self.model.attention_dropout > 0,
             platform=self.platform,
+            capability=self.hardware.chip.capability,
             parts=mesh.sequence,
         )
         return choose_backend(self.config.execution.attention, use)
