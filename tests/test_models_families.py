@@ -243,6 +243,20 @@ def test_an_export_does_not_lose_a_setting_that_a_type_has_not():
 
 
 @pytest.mark.parametrize(
+    ("model_type", "head", "key"),
+    [
+        ("bert", "masked_lm", "hidden_act"),
+        ("modernbert", "masked_lm", "hidden_activation"),
+        ("gpt2", "causal_lm", "activation_function"),
+        ("qwen3", "causal_lm", "hidden_act"),
+    ],
+)
+def test_squared_relu_and_zero_outputs_export_to_stock_classes(model_type, head, key):
+    config = dataclasses.replace(family_of(model_type).base, hidden_act="relu2", zero_outputs=True)
+    assert getattr(to_hf(config, head), key) == "relu2"
+
+
+@pytest.mark.parametrize(
     ("kinds", "apart", "period"),
     [
         ("g" * 12, False, (0, 1, 0)),

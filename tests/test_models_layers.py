@@ -1,17 +1,22 @@
 """What the layers keep for the backward pass: no more than it needs, and the gradients are those of plain autodiff."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.activations import ACT2FN
 
 import clm.presets
 import mlm.presets
-from espalier.models.config import ModelConfig
+from espalier.models.config import HiddenAct, ModelConfig
 from espalier.models.layers import Norm, activation, dropout, gated, gelu, zero_unless
 from espalier.models.memory import step_memory
 
 PLAIN = {"gelu": gelu, "gelu_new": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}
+PLAIN |= {"relu2": lambda x: jnp.where(x > 0, x * x, 0)}
 SHAPE = (4, 512)
 
 
@@ -51,6 +56,12 @@ def test_a_gated_activation_keeps_a_slope_for_each_argument(name):
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
     assert kept(gated(name), gate, up) == [SHAPE, SHAPE]
+
+
+@pytest.mark.parametrize("name", typing.get_args(HiddenAct))
+def test_an_activation_is_that_of_transformers(name):
+    x = np.linspace(-6, 6, 1001, dtype=np.float32)
+    np.testing.assert_allclose(activation(name)(x), ACT2FN[name](torch.from_numpy(x)).numpy(), rtol=2e-6, atol=2e-6)
 
 
 def test_plain_autodiff_would_keep_several():

@@ -312,6 +312,21 @@ def test_initial_parameters():
     assert set(classifier["head"]) == {"sequence_classification"}
 
 
+def test_layers_whose_outputs_begin_at_0_begin_as_the_identity():
+    zero = dataclasses.replace(LLAMA, zero_outputs=True)
+    params, plain = (jax.jit(functools.partial(init_params, c))(jax.random.key(0)) for c in (zero, LLAMA))
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(plain), strict=True):
+        names = [entry.key for entry in path]
+        if names[-2] in ("out", "down"):
+            assert not leaf.any() and other.any(), names
+        else:
+            np.testing.assert_array_equal(leaf, other)
+    batch = batch_of(LLAMA, [[7, 2]], 9)
+    x_BTD = np.asarray(params["embeddings"]["token"]["embedding"])[batch["input_ids"]]
+    root_BT1 = np.sqrt(np.square(x_BTD).mean(-1, keepdims=True) + LLAMA.norm_eps)
+    close(apply(zero, params, as_jax(batch)), x_BTD / root_BT1)
+
+
 @pytest.mark.parametrize("config", [EVERYTHING, BERT, LLAMA], ids=["everything", "bert", "llama"])
 def test_matrix_axes_multiply_what_the_layers_multiply(config):
     D, N, K, H, F = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_size, 48

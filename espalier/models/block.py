@@ -203,7 +203,12 @@ class Block(nn.Module):
 
 
 def output_stddev(config: ModelConfig) -> float:
-    """Initial scale of what writes to the residual stream: pre-norm stacks divide by √(2L) (GPT-2, section 2.3)."""
+    """Initial scale of what writes to the residual stream: pre-norm stacks divide by √(2L) (GPT-2, section 2.3).
+
+    0 where the config wants layers that begin as the identity.
+    """
+    if config.zero_outputs:
+        return 0.0
     if config.norm_position in ("post", "output"):
         return config.initializer_range
     return config.initializer_range * (2 * config.num_hidden_layers) ** -0.5

@@ -16,7 +16,7 @@ from espalier.errors import UserError
 
 LayerKind = Literal["global", "local", "nope"]
 """nope: a global layer without rotary positions (Yang et al. 2025, SmolLM 3)."""
-HiddenAct = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu"]
+HiddenAct = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu", "relu2"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 VOCAB_MULTIPLE = 128
 
@@ -38,7 +38,8 @@ class ModelConfig:
     """Size of one head; unset = hidden_size / num_attention_heads."""
     intermediate_size: int = 3072
     hidden_act: HiddenAct = "gelu"
-    """gelu is the exact one; gelu_new and gelu_pytorch_tanh are two names of its tanh approximation."""
+    """gelu is the exact one; gelu_new and gelu_pytorch_tanh are two names of its tanh approximation. relu2 is
+    the square of relu (So et al. 2021)."""
     embedding_size: int | None = None
     """E: size of the embeddings, which are then projected to hidden_size (ELECTRA); unset = hidden_size."""
     scale_embeddings: bool = False
@@ -135,6 +136,8 @@ class ModelConfig:
     adapter_dropout: float = 0.0
     """Of what adapters see, where the parameters have some (--lora.dropout of a fine-tuning)."""
     initializer_range: float = 0.02
+    zero_outputs: bool = False
+    """Output projections of attention and MLP begin at 0: a layer begins as the identity (Fixup, Zhang et al. 2019)."""
 
     def __post_init__(self):
         for name in (

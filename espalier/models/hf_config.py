@@ -182,7 +182,7 @@ def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
     c = dataclasses.asdict(config)
     for name in ("prefix_layers", "layer_period", "suffix_layers", "labels", "problem_type"):
         del c[name]
-    del c["hidden_dropout"], c["attention_dropout"], c["adapter_dropout"]
+    del c["hidden_dropout"], c["attention_dropout"], c["adapter_dropout"], c["zero_outputs"]
     c |= {"layers": config.layers, "head_dim": config.head_size, "num_key_value_heads": config.kv_heads}
     c |= {"embedding_size": config.embedding_width, "query_pre_attn_scalar": config.attention_divisor}
     if config.attention_out_bias is None:

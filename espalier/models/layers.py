@@ -212,7 +212,7 @@ def gated(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 def _activation(name: str) -> Callable[[jax.Array], jax.Array]:
     functions = {"gelu": gelu, "gelu_new": jax.nn.gelu, "gelu_pytorch_tanh": jax.nn.gelu}
-    return (functions | {"silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh})[name]
+    return (functions | {"silu": jax.nn.silu, "relu": jax.nn.relu, "relu2": relu2, "tanh": jnp.tanh})[name]
 
 
 def elementwise(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -239,6 +239,11 @@ def elementwise(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU (Hendrycks & Gimpel 2016)."""
     return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    """max(x, 0)² (So et al. 2021, Primer)."""
+    return jnp.square(jax.nn.relu(x))
 
 
 def zero_unless(kept: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,0 +1,232 @@
+"""Tokens to the same loss: recipes against the tuned BERT and GPT-2 recipes, at one size, on books.
+
+A variant is a list of flags; every run is a normal run directory, whose command a person can give by hand. What is
+finished is not run again, so that more variants, rates, seeds and lengths can be added at any time:
+
+    .venv/bin/python benchmarks/recipe.py runs/recipe --books ../shared/data/books --task mlm --variants bert \\
+        --rates 5e-4 1e-3 2e-3 4e-3 --steps 500
+    .venv/bin/python benchmarks/recipe.py runs/recipe --books ../shared/data/books --task mlm --variants bert \\
+        --best --seeds 0 1 2 --steps 1000
+    .venv/bin/python benchmarks/recipe.py runs/recipe --table
+
+--best takes the rate at which a run of that variant and length, or else of any length, reached the lowest loss.
+--table writes results.jsonl (a line a run), table.md and curves.png into the folder, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = (
+    "--model.hidden-size WIDTH --model.num-hidden-layers 4 --model.num-attention-heads 4 --model.vocab-size 4096 "
+    "--model.max-position-embeddings 128 --model.hidden-dropout 0 --model.attention-dropout 0 "
+    "--data.sequence-length 128 --batch-size 16 --accumulation 1"
+)
+MLM = f"{SIZE} --data.tokenizer-kind wordpiece --data.lowercase"
+PLAIN = "--model.intermediate-size PLAIN"
+GATED = "--model.intermediate-size GATED"
+"""Three matrices instead of two: as many parameters as with PLAIN, near enough."""
+MUON = "--optimizer.name muon"
+WSD = "--optimizer.schedule wsd --optimizer.decay-fraction 0.3"
+# ModernBERT's layers, all of them global.
+MODERN = (
+    f"modern-base {MLM} {GATED} --model.layer-period global --masking.mask-fraction 0.8 --masking.random-fraction 0.1"
+)
+ADAMW = "--optimizer.schedule linear --optimizer.warmup 0.1 --optimizer.weight-decay 0.01 --masking.rate 0.15"
+MASKS = "--masking.rate 0.3 --masking.final-rate 0.15"
+BERT = f"bert-base {MLM} {PLAIN} --optimizer.warmup 0.1"
+GPT2 = f"gpt2 {SIZE} {PLAIN} --optimizer.warmup 0.05"
+QWEN3 = (
+    f"gpt2 {SIZE} {GATED} --optimizer.warmup 0.05 --model.model-type qwen3 --model.norm rmsnorm --model.no-norm-bias "
+    "--model.position-embedding rotary --model.gated-mlp --model.hidden-act silu --model.no-attention-bias "
+    "--model.no-mlp-bias"
+)
+QK_NORM = "--model.qk-norm"
+VARIANTS: dict[str, dict[str, str]] = {
+    "mlm": {
+        "bert": BERT,
+        "bert-b2": f"{BERT} --optimizer.b2 0.98",
+        "bert-muon": f"{BERT} {MUON}",
+        "bert-wsd": f"{BERT} {WSD}",
+        "bert-masks": f"{BERT} {MASKS}",
+        "bert-pre": f"{BERT} --model.norm-position pre --model.final-norm",
+        "modern": f"{MODERN} {ADAMW}",
+        "modern-muon": f"{MODERN} {ADAMW} {MUON}",
+        "modern-muon-masks": f"{MODERN} {ADAMW} {MUON} {MASKS}",
+        "modern-muon-wsd": f"{MODERN} {ADAMW} {MUON} {WSD}",
+        "modern-muon-qk": f"{MODERN} {ADAMW} {MUON} {QK_NORM}",
+    },
+    "clm": {
+        "gpt2": GPT2,
+        "gpt2-muon": f"{GPT2} {MUON}",
+        "gpt2-wsd": f"{GPT2} {WSD}",
+        "gpt2-qk": f"{GPT2} {QK_NORM}",
+        "qwen3": f"{QWEN3} {QK_NORM}",
+        "qwen3-no-qk": QWEN3,
+        "qwen3-muon": f"{QWEN3} {QK_NORM} {MUON}",
+        "qwen3-muon-wsd": f"{QWEN3} {QK_NORM} {MUON} {WSD}",
+    },
+}
+BASELINES = {"mlm": "bert", "clm": "gpt2"}
+MUON_RATIO = 5
+"""The rate of the matrices under Muon, as a multiple of that of the other parameters."""
+
+
+def sized(flags: str, width: int) -> list[str]:
+    """The flags at one size."""
+    values = {"WIDTH": width, "PLAIN": 4 * width, "GATED": round(width * 8 / 3 / 8) * 8}
+    return [str(values.get(flag, flag)) for flag in flags.split()]
+
+
+def name_of(task: str, variant: str, rate: float, seed: int, steps: int) -> str:
+    return f"{task}-{variant}-{rate:g}-seed{seed}-{steps}"
+
+
+def command_of(
+    folder: Path, books: Path, task: str, variant: str, rate: float, seed: int, steps: int, width: int
+) -> list[str]:
+    """The command of one run, as it is given to launch.sh."""
+    flags = sized(VARIANTS[task][variant], width)
+    given = [task, *flags, "--optimizer.learning-rate", f"{rate:g}"]
+    if "muon" in flags:
+        given += ["--optimizer.muon-learning-rate", f"{MUON_RATIO * rate:g}"]
+    every = max(1, steps // 10)
+    given += ["--seed", str(seed), "--steps", str(steps), "--eval-every", str(every), "--log-every", str(every)]
+    given += ["--eval-rows", "256", "--checkpoint.every", "1000000"]
+    given += ["--data.files", str(books / "train/*.txt"), "--data.validation-files", str(books / "validation/*.txt")]
+    return [*given, "--run-dir", str(folder / name_of(task, variant, rate, seed, steps))]
+
+
+def curve_of(run: Path) -> list[tuple[int, float]]:
+    """(step, held-out loss) of every evaluation of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
+
+
+def results(folder: Path) -> list[dict]:
+    """A record of every finished run."""
+    found = []
+    for path in sorted(folder.glob("*/recipe.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found.append(record | {"curve": curve_of(path.parent)})
+    return found
+
+
+def best_rate(folder: Path, task: str, variant: str, steps: int) -> float:
+    """The rate of the lowest loss, of one seed, among runs of this length or else of all."""
+    runs = [r for r in results(folder) if (r["task"], r["variant"]) == (task, variant)]
+    runs = [r for r in runs if r["steps"] == steps] or runs
+    if not runs:
+        sys.exit(f"no run of {task} {variant} in {folder}; give --rates first")
+    seed = min(r["seed"] for r in runs)
+    return min((r for r in runs if r["seed"] == seed), key=lambda r: r["loss"])["rate"]
+
+
+def train(folder: Path, books: Path, task: str, variant: str, rate: float, seed: int, steps: int, width: int) -> None:
+    name = name_of(task, variant, rate, seed, steps)
+    kept = folder / name / "recipe.json"
+    if kept.exists():
+        return
+    command = command_of(folder, books, task, variant, rate, seed, steps, width)
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"PYTHONPATH": str(ROOT)}
+    with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+        code = subprocess.call(
+            [sys.executable, "-P", "-m", "espalier", *command], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+    if code:
+        print(f"{name}: exit code {code}, see {name}.log", flush=True)
+        return
+    loss = curve_of(folder / name)[-1][1]
+    record = {"task": task, "variant": variant, "rate": rate, "seed": seed, "steps": steps, "loss": loss}
+    record["command"] = "./launch.sh " + " ".join(command)
+    kept.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in record.items() if k != "command"}), flush=True)
+
+
+def steps_to(curve: list[tuple[int, float]], loss: float) -> float | None:
+    """The step at which a curve first is at a loss, by linear interpolation; None if it never is."""
+    before: tuple[int, float] | None = None
+    for step, value in curve:
+        if value <= loss:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = step, value
+    return None
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown: a row for each variant, rate and length; means over seeds, with the range."""
+    groups: dict[tuple, list[dict]] = {}
+    for run in runs:
+        groups.setdefault((run["task"], run["steps"], run["variant"], run["rate"]), []).append(run)
+    lines = ["| task | steps | variant | rate | seeds | held-out loss | range |", "|---|---|---|---|---|---|---|"]
+    for key in sorted(groups, key=lambda k: (*k[:2], statistics.mean(r["loss"] for r in groups[k]))):
+        losses = [run["loss"] for run in groups[key]]
+        task, steps, variant, rate = key
+        spread = f"{min(losses):.3f} to {max(losses):.3f}" if len(losses) > 1 else ""
+        lines.append(
+            f"| {task} | {steps:,} | {variant} | {rate:g} | {len(losses)} | {statistics.mean(losses):.3f} | {spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: list[dict], path: Path, tokens_per_step: int = 2048) -> None:
+    """Held-out loss over tokens: each variant at its longest length and best rate, every seed a line."""
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in VARIANTS if any(run["task"] == task for run in runs)]
+    figure = Figure(figsize=(6 * len(tasks), 4.2), layout="constrained")
+    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
+        mine = [run for run in runs if run["task"] == task]
+        shown = [v for v in VARIANTS[task] if len({r["seed"] for r in mine if r["variant"] == v}) > 1]
+        for number, variant in enumerate(shown):
+            own = [r for r in mine if r["variant"] == variant]
+            for steps in sorted({r["steps"] for r in own if r["seed"] > 0}):
+                for at, run in enumerate(r for r in own if r["steps"] == steps):
+                    x, y = zip(*run["curve"], strict=True)
+                    label = f"{variant}, {steps:,} steps" if at == 0 else None
+                    axes.plot([step * tokens_per_step / 1e6 for step in x], y, color=f"C{number}", label=label)
+        axes.set(title=task, xlabel="million tokens", ylabel="held-out loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the runs are")
+    parser.add_argument("--books", type=Path, help="folder with train/*.txt and validation/*.txt")
+    parser.add_argument("--task", choices=list(VARIANTS), default="mlm")
+    parser.add_argument("--variants", nargs="+", default=[])
+    parser.add_argument("--rates", nargs="+", type=float, default=[])
+    parser.add_argument("--best", action="store_true", help="the best rate of what has been run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--width", type=int, default=64, help="of the model; a folder holds runs of one")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    folder = given.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for variant in given.variants:
+        rates = [best_rate(folder, given.task, variant, given.steps)] if given.best else given.rates
+        for rate in rates:
+            for seed in given.seeds:
+                train(folder, given.books.resolve(), given.task, variant, rate, seed, given.steps, given.width)
+    if given.table:
+        runs = results(folder)
+        (folder / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
+        (folder / "table.md").write_text(table(runs), encoding="utf-8")
+        draw(runs, folder / "curves.png")
+        print(table(runs), end="")
+
+
+if __name__ == "__main__":
+    main()
