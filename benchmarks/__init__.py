@@ -1,0 +1,1 @@
+"""How fast, measured against what people would use instead; run by hand, never imported by the product."""
