@@ -10,6 +10,7 @@ from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.gpt2 import GPT2, GPT2_MEDIUM
 from espalier.models.families.llama import LLAMA_1B, LLAMA_8B, LLAMA_70B, LLAMA_405B
+from espalier.models.families.qwen import QWEN3_600M
 from espalier.pretraining.config import TextConfig
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from sharding.mesh import MeshConfig
@@ -169,11 +170,50 @@ def llama_405b() -> PretrainConfig:
     )
 
 
+def decoder_small() -> PretrainConfig:
+    """A decoder of 42M by the recipe of docs/experiments.md: `./launch.sh clm decoder-small --data.files …`.
+
+    Not yet run at this size: what the recipe reached at 64 × 4, on 2 CPU cores, is on that page. Qwen 3's layers (norms
+    of queries and keys, gated MLP, rotary positions) with Muon. Exports as Qwen3ForCausalLM.
+    """
+    return PretrainConfig(
+        steps=20_000,
+        batch_size=128,
+        log_every=10,
+        eval_every=1000,
+        model=replace(
+            QWEN3_600M,
+            vocab_size=32_768,
+            hidden_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=None,
+            head_dim=None,
+            intermediate_size=1408,
+            max_position_embeddings=1024,
+            rope_theta=10_000.0,
+        ),
+        data=DataConfig(tokenizer_kind="bpe", sequence_length=1024),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=4e-3,
+            muon_learning_rate=0.02,
+            schedule="cosine",
+            warmup=0.05,
+            final_fraction=0.1,
+            weight_decay=0.1,
+            b2=0.95,
+            eps=1e-8,
+        ),
+    )
+
+
 PRESETS = {
     "debug": debug,
     "demo": demo,
     "gpt2": gpt2,
     "gpt2-medium": gpt2_medium,
+    "decoder-small": decoder_small,
     "llama-1b": llama_1b,
     "llama-8b": llama_8b,
     "llama-70b": llama_70b,
