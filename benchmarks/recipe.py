@@ -7,8 +7,10 @@ finished is not run again, so that more variants, rates, seeds and lengths can b
         --rates 5e-4 1e-3 2e-3 4e-3 --steps 500
     .venv/bin/python benchmarks/recipe.py runs/recipe --books ../shared/data/books --task mlm --variants bert \\
         --best --seeds 0 1 2 --steps 1000
+    .venv/bin/python benchmarks/recipe.py runs/recipe --books ../shared/data/books --plan
     .venv/bin/python benchmarks/recipe.py runs/recipe --table
 
+--plan runs all that docs/experiments.md asks, the most worth first.
 --best takes the rate at which a run of that variant and length, or else of any length, reached the lowest loss.
 --table writes results.jsonl (a line a run), table.md and curves.png into the folder, and prints the table.
 """
@@ -49,6 +51,8 @@ QWEN3 = (
     "--model.no-mlp-bias"
 )
 QK_NORM = "--model.qk-norm"
+ZERO = "--model.zero-outputs"
+RELU2 = "--model.hidden-act relu2"
 VARIANTS: dict[str, dict[str, str]] = {
     "mlm": {
         "bert": BERT,
@@ -57,26 +61,53 @@ VARIANTS: dict[str, dict[str, str]] = {
         "bert-wsd": f"{BERT} {WSD}",
         "bert-masks": f"{BERT} {MASKS}",
         "bert-pre": f"{BERT} --model.norm-position pre --model.final-norm",
+        "bert-relu2": f"{BERT} {RELU2}",
+        "bert-zero": f"{BERT} {ZERO}",
         "modern": f"{MODERN} {ADAMW}",
         "modern-muon": f"{MODERN} {ADAMW} {MUON}",
         "modern-muon-masks": f"{MODERN} {ADAMW} {MUON} {MASKS}",
         "modern-muon-wsd": f"{MODERN} {ADAMW} {MUON} {WSD}",
-        "modern-muon-qk": f"{MODERN} {ADAMW} {MUON} {QK_NORM}",
+        "modern-muon-masks-wsd": f"{MODERN} {ADAMW} {MUON} {MASKS} {WSD}",
+        "modern-muon-masks-zero": f"{MODERN} {ADAMW} {MUON} {MASKS} {ZERO}",
+        "modern-muon-masks-relu2": f"{MODERN} {ADAMW} {MUON} {MASKS} {RELU2}",
+        "modern-muon-masks-qk": f"{MODERN} {ADAMW} {MUON} {MASKS} {QK_NORM}",  # Of no stock class.
     },
     "clm": {
         "gpt2": GPT2,
         "gpt2-muon": f"{GPT2} {MUON}",
         "gpt2-wsd": f"{GPT2} {WSD}",
-        "gpt2-qk": f"{GPT2} {QK_NORM}",
+        "gpt2-qk": f"{GPT2} {QK_NORM}",  # Of no stock class.
+        "gpt2-zero": f"{GPT2} {ZERO}",
+        "gpt2-relu2": f"{GPT2} {RELU2}",
         "qwen3": f"{QWEN3} {QK_NORM}",
         "qwen3-no-qk": QWEN3,
         "qwen3-muon": f"{QWEN3} {QK_NORM} {MUON}",
         "qwen3-muon-wsd": f"{QWEN3} {QK_NORM} {MUON} {WSD}",
+        "qwen3-muon-zero": f"{QWEN3} {QK_NORM} {MUON} {ZERO}",
     },
 }
 BASELINES = {"mlm": "bert", "clm": "gpt2"}
+RECIPES = {"mlm": "modern-muon-masks", "clm": "qwen3-muon"}
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 MUON_RATIO = 5
 """The rate of the matrices under Muon, as a multiple of that of the other parameters."""
+LENGTH = 1000
+
+
+def plan() -> list[tuple[str, str, tuple[float, ...], tuple[int, ...], int]]:
+    """(task, variant, rates or none for the best, seeds, steps) in the order of worth."""
+    rows = []
+    for task in VARIANTS:
+        base, recipe = BASELINES[task], RECIPES[task]
+        rows += [(task, base, GRID, (0,), LENGTH), (task, recipe, GRID[2:], (0,), LENGTH // 2)]
+    for task in VARIANTS:
+        rows += [(task, BASELINES[task], (), (0, 1, 2), LENGTH), (task, RECIPES[task], (), (0, 1, 2), LENGTH // 2)]
+    # Muon against AdamW at equal tokens, each with its own grid.
+    rows += [("mlm", v, GRID, (0,), LENGTH // 2) for v in ("modern", "modern-muon")]
+    rows += [("mlm", v, (), (0, 1, 2, 3, 4), LENGTH // 2) for v in ("modern", "modern-muon")]
+    for task, variants in VARIANTS.items():
+        rows += [(task, variant, (1e-3, 2e-3, 4e-3), (0,), LENGTH // 2) for variant in variants]
+    return rows
 
 
 def sized(flags: str, width: int) -> list[str]:
@@ -178,6 +209,42 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ratios(runs: list[dict]) -> str:
+    """Markdown: tokens to the loss at which the baseline ends, at its best rate and greatest length, mean of its seeds.
+
+    A run that is longer than it needs has a higher rate where it passes that loss than one that ends there: what is
+    said of it is too little rather than too much.
+    """
+    lines = [
+        "| task | variant | rate | length | steps to the loss | baseline's steps ÷ these |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task, base in BASELINES.items():
+        mine = [run for run in runs if run["task"] == task]
+        of_base = [run for run in mine if run["variant"] == base]
+        if not of_base:
+            continue
+        length = max(run["steps"] for run in of_base)
+        longest = [run for run in of_base if run["steps"] == length]
+        best = min((run for run in longest if run["seed"] == 0), key=lambda run: run["loss"])["rate"]
+        target = statistics.mean(run["loss"] for run in longest if run["rate"] == best)
+        groups: dict[tuple, list[float | None]] = {}
+        for run in mine:
+            if run["variant"] != base:
+                group = groups.setdefault((run["variant"], run["rate"], run["steps"]), [])
+                group.append(steps_to(run["curve"], target))
+        lines.append(f"| {task} | {base} | {best:g} | {length:,} | {length:,} (loss {target:.3f}) | 1 |")
+        for (variant, rate, steps), reached in sorted(groups.items()):
+            met = [step for step in reached if step is not None]
+            if len(met) < len(reached):
+                shown, gain = f"{len(reached) - len(met)} of {len(reached)} not reached", ""
+            else:
+                shown = ", ".join(f"{step:.0f}" for step in met)
+                gain = f"{length / statistics.mean(met):.2f}"
+            lines.append(f"| {task} | {variant} | {rate:g} | {steps:,} | {shown} | {gain} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(runs: list[dict], path: Path, tokens_per_step: int = 2048) -> None:
     """Held-out loss over tokens: each variant at its longest length and best rate, every seed a line."""
     from matplotlib.figure import Figure
@@ -210,22 +277,29 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="the best rate of what has been run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--plan", action="store_true", help="everything, the most worth first")
     parser.add_argument("--width", type=int, default=64, help="of the model; a folder holds runs of one")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    rows = plan() if given.plan else []
     for variant in given.variants:
-        rates = [best_rate(folder, given.task, variant, given.steps)] if given.best else given.rates
-        for rate in rates:
-            for seed in given.seeds:
-                train(folder, given.books.resolve(), given.task, variant, rate, seed, given.steps, given.width)
+        rates = () if given.best else tuple(given.rates)
+        rows.append((given.task, variant, rates, tuple(given.seeds), given.steps))
+    if rows and given.books is None:
+        parser.error("--books: where is the text?")
+    for task, variant, rates, seeds, steps in rows:
+        for rate in rates or (best_rate(folder, task, variant, steps),):
+            for seed in seeds:
+                train(folder, given.books.resolve(), task, variant, rate, seed, steps, given.width)
     if given.table:
         runs = results(folder)
         (folder / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
-        (folder / "table.md").write_text(table(runs), encoding="utf-8")
+        text = table(runs) + "\n" + ratios(runs)
+        (folder / "table.md").write_text(text, encoding="utf-8")
         draw(runs, folder / "curves.png")
-        print(table(runs), end="")
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ def test_a_gated_activation_keeps_a_slope_for_each_argument(name):
 @pytest.mark.parametrize("name", typing.get_args(HiddenAct))
 def test_an_activation_is_that_of_transformers(name):
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
-    np.testing.assert_allclose(activation(name)(x), ACT2FN[name](torch.from_numpy(x)).numpy(), rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(
+        activation(name)(jnp.asarray(x)), ACT2FN[name](torch.from_numpy(x)).numpy(), rtol=2e-6, atol=2e-6
+    )
 
 
 def test_plain_autodiff_would_keep_several():

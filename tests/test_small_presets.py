@@ -36,7 +36,8 @@ def test_a_small_preset_exports_to_a_stock_class_and_comes_back(preset, head, lm
     theirs = made.from_pretrained(tmp_path / "there").eval()
     batch = batch_of(config, [[9]], 9)
     x_BTD = apply(config, params, as_jax(batch), execution=Execution(dtype="float32"))
-    ours = logits(*lm_head(config, params, x_BTD, Execution(dtype="float32")), config.vocab_size, None)
+    x_BTD, table_VD, bias_V = lm_head(config, params, x_BTD, Execution(dtype="float32"))
+    ours = logits(x_BTD, table_VD, bias_V, config.vocab_size, None)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(np.asarray(batch["input_ids"], np.int64))).logits.numpy()
     assert np.abs(expected).max() > 0.3
