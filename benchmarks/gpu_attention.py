@@ -46,7 +46,7 @@ def main(quick: bool, tiles: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"device": jax.local_devices()[0].device_kind, "checks": {}, "times": {}}
     for name, (rows, length, heads, kv_heads, size, spec) in (QUICK if quick else SHAPES).items():
         for packed in (True,) if quick else (True, False):
-            inputs = inputs_of(rows, length, heads, kv_heads, size, packed)
+            inputs: Any = inputs_of(rows, length, heads, kv_heads, size, packed)
             kernel: Any = functools.partial(triton_attention, interpret=not gpu)
             runs: dict[str, Any] = {"triton": kernel}
             if gpu and not packed and not spec.softcap and (spec.causal or spec.left is None):

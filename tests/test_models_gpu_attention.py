@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absent_gpu import h100
 from tiny_models import GPT, MODERN, close, strict_and_quick  # noqa: F401
 
 from espalier.errors import UserError
@@ -128,14 +129,6 @@ def test_rows_and_heads_of_any_size_and_another_text():
     close(got, expected)
 
 
-def on_a_gpu() -> contextlib.AbstractContextManager:
-    """A mesh of an H100 that is not here, for which JAX makes programs; before 0.12 it needs none."""
-    if jax.__version_info__ < (0, 12):
-        return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-
-
 @pytest.mark.parametrize(("name", "size", "heads"), [("window", 64, 4), ("softcap", 128, 6), ("bidirectional", 256, 2)])
 def test_kernels_are_made_for_a_gpu(name, size, heads):
     """Forward and backward pass become programs for a GPU, with no [T, T] outside of the kernels."""
@@ -148,7 +141,7 @@ def test_kernels_are_made_for_a_gpu(name, size, heads):
 
     length = 512
     arrays = [jax.ShapeDtypeStruct((B, length, n, size), "bfloat16") for n in (heads, 2, 2)]
-    with on_a_gpu():
+    with jax.sharding.use_abstract_mesh(h100()):
         traced = jax.jit(gradients).trace(*arrays, jax.ShapeDtypeStruct((B, length), jnp.int32))
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("forward", "query", "key"):
