@@ -45,11 +45,13 @@ ADAMW = "--optimizer.schedule linear --optimizer.warmup 0.1 --optimizer.weight-d
 MASKS = "--masking.rate 0.3 --masking.final-rate 0.15"
 BERT = f"bert-base {MLM} {PLAIN} --optimizer.warmup 0.1"
 GPT2 = f"gpt2 {SIZE} {PLAIN} --optimizer.warmup 0.05"
-QWEN3 = (
-    f"gpt2 {SIZE} {GATED} --optimizer.warmup 0.05 --model.model-type qwen3 --model.norm rmsnorm --model.no-norm-bias "
+PRE_RMS = (
+    f"gpt2 {SIZE} {GATED} --optimizer.warmup 0.05 --model.norm rmsnorm --model.no-norm-bias "
     "--model.position-embedding rotary --model.gated-mlp --model.hidden-act silu --model.no-attention-bias "
     "--model.no-mlp-bias"
 )
+LLAMA = f"{PRE_RMS} --model.model-type llama"
+QWEN3 = f"{PRE_RMS} --model.model-type qwen3 --model.qk-norm"
 QK_NORM = "--model.qk-norm"
 ZERO = "--model.zero-outputs"
 RELU2 = "--model.hidden-act relu2"
@@ -79,11 +81,11 @@ VARIANTS: dict[str, dict[str, str]] = {
         "gpt2-qk": f"{GPT2} {QK_NORM}",  # Of no stock class.
         "gpt2-zero": f"{GPT2} {ZERO}",
         "gpt2-relu2": f"{GPT2} {RELU2}",
-        "qwen3": f"{QWEN3} {QK_NORM}",
-        "qwen3-no-qk": QWEN3,
-        "qwen3-muon": f"{QWEN3} {QK_NORM} {MUON}",
-        "qwen3-muon-wsd": f"{QWEN3} {QK_NORM} {MUON} {WSD}",
-        "qwen3-muon-zero": f"{QWEN3} {QK_NORM} {MUON} {ZERO}",
+        "qwen3": QWEN3,
+        "llama": LLAMA,
+        "qwen3-muon": f"{QWEN3} {MUON}",
+        "qwen3-muon-wsd": f"{QWEN3} {MUON} {WSD}",
+        "qwen3-muon-zero": f"{QWEN3} {MUON} {ZERO}",
     },
 }
 BASELINES = {"mlm": "bert", "clm": "gpt2"}
