@@ -248,25 +248,28 @@ def ratios(runs: list[dict]) -> str:
 
 
 def draw(runs: list[dict], path: Path, tokens_per_step: int = 2048) -> None:
-    """Held-out loss over tokens: each variant at its longest length and best rate, every seed a line."""
+    """Held-out loss over tokens of baselines and recipes, each at its best rate; every length and seed is a line."""
     from matplotlib.figure import Figure
 
     tasks = [task for task in VARIANTS if any(run["task"] == task for run in runs)]
     figure = Figure(figsize=(6 * len(tasks), 4.2), layout="constrained")
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
-        mine = [run for run in runs if run["task"] == task]
-        shown = [v for v in VARIANTS[task] if len({r["seed"] for r in mine if r["variant"] == v}) > 1]
-        for number, variant in enumerate(shown):
-            own = [r for r in mine if r["variant"] == variant]
-            for steps in sorted({r["steps"] for r in own if r["seed"] > 0}):
-                for at, run in enumerate(r for r in own if r["steps"] == steps):
+        for number, variant in enumerate((BASELINES[task], RECIPES[task])):
+            own = [run for run in runs if (run["task"], run["variant"]) == (task, variant)]
+            for steps in sorted({run["steps"] for run in own}):
+                alike = [run for run in own if run["steps"] == steps]
+                first = min(run["seed"] for run in alike)
+                rate = min((run for run in alike if run["seed"] == first), key=lambda run: run["loss"])["rate"]
+                for at, run in enumerate(run for run in alike if run["rate"] == rate):
                     x, y = zip(*run["curve"], strict=True)
-                    label = f"{variant}, {steps:,} steps" if at == 0 else None
-                    axes.plot([step * tokens_per_step / 1e6 for step in x], y, color=f"C{number}", label=label)
+                    label = f"{variant}, rate {rate:g}, {steps:,} steps" if at == 0 else None
+                    millions = [step * tokens_per_step / 1e6 for step in x]
+                    axes.plot(millions, y, color=f"C{number}", marker=".", label=label)
         axes.set(title=task, xlabel="million tokens", ylabel="held-out loss")
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=110)
+        if axes.get_lines():
+            axes.legend()
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ SECTIONS = {
     "Start": ("index.md", "start.md"),
     "Cookbook": ("cookbook/*.md",),
     "Tasks": ("tasks/index.md", "tasks/*.md"),
-    "Pretrain": ("data.md", "own-objective.md", "interpretable-objectives.md", "results.md"),
+    "Pretrain": ("data.md", "own-objective.md", "interpretable-objectives.md", "results.md", "experiments.md"),
     "Rely on it": ("reliability.md", "security.md"),
     "Plan and run": ("plan.md", "plan-budget.md", "many-hosts.md", "runs.md", "cluster*.md"),
     "Use and look inside": ("predict.md", "look*.md", "features.md", "python.md", "api.md"),
