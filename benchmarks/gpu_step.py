@@ -74,6 +74,7 @@ TINY: dict[str, Any] = dict(
 CASES = {
     "bert-base plain": Case(BERT, 128, 512, 0.15, packed=False, target=0.46),
     "bert-base packed": Case(BERT, 128, 512, 0.15),
+    "bert-base dropout packed": Case(BERT_BASE, 128, 512, 0.15),
     "bert-base xla": Case(BERT, 128, 512, 0.15, attention="xla"),
     "bert-large plain": Case(LARGE, 64, 512, 0.15, packed=False, target=0.54),
     "bert-large packed": Case(LARGE, 64, 512, 0.15),
@@ -194,7 +195,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     return result | planned(case, chip)
 
 
-def planned(case: Case, chip: Any) -> dict[str, float]:
+def planned(case: Case, chip: Any) -> dict[str, Any]:
     """What `plan` says of this step, for rows of one document; of an H100 where there is no chip."""
     from espalier.commands.plan.time.amounts import Job
     from espalier.commands.plan.time.roofline import step_time
@@ -228,9 +229,11 @@ def planned(case: Case, chip: Any) -> dict[str, float]:
         moments=(kind.moments, kind.matrix_moments),
         scan=job.scan,
     )
-    seconds = step_time(job).step
+    parts = step_time(job)
+    seconds = parts.step
     mfu = case.rows * case.length * flops_per_token(model, case.length, case.rate) / seconds / chip.flops
-    return {"planned_seconds": seconds, "planned_bytes": memory.total, "planned_mfu": mfu}
+    seconds_of = {name: getattr(parts, name) for name in ("matmul", "attention", "memory", "optimizer", "launch")}
+    return {"planned_seconds": seconds, "planned_bytes": memory.total, "planned_mfu": mfu, "planned_parts": seconds_of}
 
 
 def _objective(case: Case):

@@ -26,8 +26,8 @@ TILES = {
     128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
 }
-"""By head size. Of those that were compiled for Hopper, the largest that keep their sums in registers (but for 40 bytes
-with heads of 256), within the 99 KB of shared memory that the smallest of these GPUs has (8.6, 8.9, 12.0)."""
+"""By head size. Of those that were compiled for Hopper, the largest that keep their sums in registers (but for 50 bytes
+a thread with heads of 256 or a softcap), within the 99 KB of shared memory of the smallest of these GPUs (8.6, 8.9)."""
 
 
 def triton_attention(
