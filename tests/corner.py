@@ -28,7 +28,7 @@ CORNER = {
     "test_models_counts.py": "test_flops_equal_those_of_the_compiler",
     "test_models_families.py": """test_published_configurations_read_as_they_are_meant
         test_a_family_names_the_version_of_transformers_that_brought_it""",
-    "test_models_gpu_attention.py": """test_kernel_equals_reference[causal test_kernels_are_made_for_a_gpu[window
+    "test_models_gpu_attention.py": """test_kernel_equals_reference[causal] test_kernels_are_made_for_a_gpu[window-64-4]
         test_what_cudnn_is_asked_for_equals_reference""",
     "test_models_hub.py": """test_half_precision_is_read_exactly_and_written
         test_several_files_with_an_index test_weights_are_placed_on_the_mesh_piece_by_piece
