@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_attention [quick] [tiles]
 
 Each is compared with XLA's attention in float32, in values and gradients; that of bfloat16 says how far off is normal.
-That documents do not see each other is shown exactly: what changes in one changes no bit of another. With `tiles`, the
+That documents do not see each other is shown exactly: what changes in one changes no bit of another, or no more than
+two equal runs differ. With `tiles`, the
 sizes of the Triton kernel's blocks are tried. Without a GPU the Triton kernel runs step by step. Prints one line of
 JSON.
 """
@@ -106,8 +107,15 @@ def checked(run: Run, spec: AttentionSpec, q, k, v, weights, segments) -> dict[s
     changed = ((segments == 2) | (segments == 0))[:, :, None, None]
     others = [jnp.where(changed, 3 * x + 1, x) for x in (q, k, v, weights)]
     first = (segments == 1)[:, :, None, None]
-    again = jax.tree.leaves(compiled(*others, segments))
-    apart = all(bool(jnp.all(jnp.where(first, x == y, True))) for x, y in zip(got, again, strict=True))
+    same, other = (jax.tree.leaves(compiled(*arrays, segments)) for arrays in ((q, k, v, weights), others))
+
+    def differ(found):
+        """The most that anything of the first document differs."""
+        differences = [jnp.abs(x.astype(jnp.float32) - y) for x, y in zip(got, found, strict=True)]
+        return [float(jnp.max(jnp.where(first, x, 0))) for x in differences]
+
+    # cuDNN adds gradients up in any order; what does so in a fixed one differs by nothing.
+    apart = all(a <= 4 * b for a, b in zip(differ(other), differ(same), strict=True))
     mine, usual = errors(got), errors(normal)
     near = all(a <= FURTHER_OFF * b + 1e-6 for a, b in zip(mine, usual, strict=True))
     return {"right": near and apart, "apart": apart, "errors": mine, "errors_of_xla": usual}
