@@ -19,8 +19,9 @@ from espalier.errors import UserError
 from espalier.models.attention import XLA, attend, choose_backend
 from espalier.models.attention_backend import Backend, Use
 from espalier.models.attention_cudnn import CUDNN, cudnn_attention
-from espalier.models.attention_spec import AttentionSpec, Places
+from espalier.models.attention_spec import AttentionSpec, Places, visible
 from espalier.models.attention_triton import TRITON, triton_attention
+from espalier.models.attention_triton_kernels import visited
 from espalier.models.attention_xla import run_xla
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.topology import CHIPS
@@ -87,6 +88,26 @@ def test_kernel_equals_reference(name):
     places = Places.of_rows(jnp.asarray(np.concatenate([segments()[:1], segments()[:1, ::-1] % 3])))
     got, expected = (values_and_gradients(SPECS[name], each, *random_qkv(), places) for each in (INTERPRETED, XLA))
     close(got, expected)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_no_block_is_visited_that_nobody_may_see(by_key):
+    """The first, the end, and the run that is seen whole, of each block, by looking at every pair of tokens."""
+    places = Places.of_rows(jnp.asarray(segments()))
+    own, other = (32, 16) if by_key else (16, 32)
+    for spec in SPECS.values():
+        q_block, k_block = (other, own) if by_key else (own, other)
+        pairs = np.asarray(visible(spec, places)).reshape(B, T // q_block, q_block, T // k_block, k_block)
+        some, whole = pairs.any((2, 4)), pairs.all((2, 4))
+        if by_key:
+            some, whole = some.swapaxes(1, 2), whole.swapaxes(1, 2)
+        bounds = np.asarray(visited(spec, places, q_block, k_block, by_key))
+        for b, i in np.ndindex(*bounds.shape[:2]):
+            first, first_whole, end_whole, end = bounds[b, i]
+            assert range(first, end) == range(
+                *(some[b, i].nonzero()[0][[0, -1]] + [0, 1]) if some[b, i].any() else (0, 0)
+            )
+            assert whole[b, i, first_whole:end_whole].all() and end_whole - first_whole == whole[b, i].sum()
 
 
 def test_kernel_in_bfloat16_is_as_good_as_the_reference():
