@@ -12,7 +12,16 @@ from transformers.activations import ACT2FN
 import clm.presets
 import mlm.presets
 from espalier.models.config import HiddenAct, ModelConfig
-from espalier.models.layers import Norm, activation, dropout, gated, gelu, zero_unless
+from espalier.models.layers import (
+    Norm,
+    activation,
+    dropout,
+    gated,
+    gelu,
+    plus_bias,
+    product,
+    zero_unless,
+)
 from espalier.models.memory import step_memory
 
 PLAIN = {"gelu": gelu, "gelu_new": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}
@@ -117,3 +126,40 @@ def test_a_layer_keeps_what_its_products_need(config, length, arrays):
     head = "causal_lm" if model.causal else "masked_lm"
     memory = step_memory(model, head, {}, rows=1, length=length, attention="splash")
     assert memory.kept == pytest.approx(model.num_hidden_layers * length * arrays(model), rel=0.01)
+
+
+EQUATIONS = {
+    "BTD,DNH->BTNH": ((2, 3, 4), (4, 2, 5), "NH"),
+    "BTD,CDKH->BTCKH": ((2, 3, 4), (2, 4, 2, 5), "CKH"),
+    "BTNH,NHD->BTD": ((2, 3, 2, 5), (2, 5, 4), "D"),
+    "BTD,DF->BTF": ((2, 3, 4), (4, 16), "F"),
+    "BTF,FD->BTD": ((2, 3, 16), (16, 4), "D"),
+    "BTD,CDF->BTCF": ((2, 3, 4), (2, 4, 6), "CF"),
+}
+"""Of every product with parameters in a layer: shapes of both factors, and the axes of its bias."""
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_gradients_of_products_on_cpus_are_those_of_einsum(equation):
+    x_shape, kernel_shape, letters = EQUATIONS[equation]
+    x, kernel = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate((x_shape, kernel_shape)))
+    result = equation.split("->")[1]
+    plain = jnp.einsum(equation, x, kernel)
+    axes = [result.index(letter) for letter in letters]
+    bias, weight = (jax.random.normal(jax.random.key(n), plain.shape) for n in (2, 3))
+    bias = bias[tuple(slice(None) if axis in axes else 0 for axis in range(plain.ndim))]
+    spread = [axis for axis in range(plain.ndim) if axis not in axes]
+
+    def ours(x, kernel, bias):
+        return plus_bias(product(equation, x, kernel), bias, result, letters)
+
+    def theirs(x, kernel, bias):
+        return jnp.einsum(equation, x, kernel) + jnp.expand_dims(bias, spread)
+
+    np.testing.assert_array_equal(ours(x, kernel, bias), theirs(x, kernel, bias))
+    gradients = [
+        jax.grad(lambda *inputs, f=f: (f(*inputs) * weight).sum(), argnums=(0, 1, 2))(x, kernel, bias)
+        for f in (ours, theirs)
+    ]
+    for mine, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
