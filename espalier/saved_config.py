@@ -16,7 +16,7 @@ from espalier.errors import UserError
 from espalier.flags import fields_given, flags_of, nearest, spelled_out
 from espalier.redaction import recorded
 
-NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug", "notify"))
+NOT_TAKEN = frozenset(("run_dir", "stop_at", "export", "json", "debug", "notify", "profile"))
 """Settings of one call, which a file does not hand on: where it writes, where it pauses, how it prints and whom it
 tells."""
 SECRET = frozenset(("notify",))

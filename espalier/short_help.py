@@ -30,7 +30,7 @@ def often(default: Any = dataclasses.MISSING) -> Any:
 OTHER_BASES = """In place of PRESET:
   FILE.py:NAME         a function of yours that returns the configuration; or package.module:NAME
   --from-config FILE   a saved configuration: a run directory, its config.json, or what --print-config printed; all its
-                       settings but run_dir, stop_at, export, json and debug
+                       settings but run_dir, stop_at, export, profile, json and debug
 
 Flags change what the preset, function or file says. `{prog} PRESET --help` shows the flags that people
 change, `--help-all` every flag; `--print-config` prints all settings as JSON and exits."""

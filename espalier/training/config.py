@@ -24,6 +24,7 @@ EXECUTION_FIELDS = frozenset(
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
         *("distributed", "published", "user_code", "show", "answers", "beams", "max_new_tokens"),
         *("keep_best", "early_stopping", "checksum_every", "asked_vocabulary", "trackers", "notify", "bad_steps"),
+        "profile",
     )
 )
 """Field names, at any depth, that a resumed run may change."""
@@ -221,6 +222,8 @@ class TrainConfig:
     is measured at the end, exported and loaded."""
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     bad_steps: BadSteps = field(default_factory=BadSteps)
+    profile: str | None = None
+    """Write a trace of the steps from A to B, given as A:B, for Perfetto and XProf; 10:15 shows a run at its pace."""
     prefetch: int = 2
     """Batches prepared ahead."""
     workers: int = 1
@@ -254,6 +257,8 @@ class TrainConfig:
             )
         if self.notify and not self.notify.startswith(("https://", "http://")):
             raise UserError("notify must be a URL, https://… or http://… (not repeated here: it may be a secret)")
+        if self.profile is not None:
+            steps_of(self.profile)
         if self.prefetch < 0:
             raise UserError(f"prefetch={self.prefetch} must be at least 0 (0 = prepare no batch ahead)")
         if self.workers < 1:
@@ -262,3 +267,11 @@ class TrainConfig:
             raise UserError(f"stop_at={self.stop_at} must be at least 1; leave it out to train to the end")
         if self.init_optimizer and not self.init_from:
             raise UserError("init_optimizer needs --init-from RUN: whose optimizer state should be taken?")
+
+
+def steps_of(window: str) -> tuple[int, int]:
+    """The first and the last step of a profile, given as A:B; UserError where it is not that."""
+    first, _, last = window.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"profile={window} must be two steps, the first and the last, such as 10:15")
+    return int(first), int(last)

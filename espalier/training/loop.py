@@ -25,6 +25,7 @@ from espalier.training.fallback import resumed_step
 from espalier.training.guard import StopSignal
 from espalier.training.introduction import introduce
 from espalier.training.optimizer import Optimizer, build_optimizer, schedule
+from espalier.training.profile import Profile
 from espalier.training.run import Result, RunDirectory
 from espalier.training.sparsity import Projection, projection
 from espalier.training.start import Beginning, RunOrigin, beginning, check_fork, first_state, keep_frozen
@@ -59,6 +60,8 @@ def train(
         begun = beginning(origin, task.load_params)
         start = begun.step
         last = min(config.stop_at or config.steps, config.steps)
+        profile = Profile(config.profile, run.profile, start, last, progress.say)
+        stack.callback(profile.close)
         introduce(task.about, config, mesh, begun.words, start, last, task.tokens_per_step)
         with progress.waiting("making the first state" if origin is None else "loading the first state"):
             state = jax.block_until_ready(
@@ -155,12 +158,13 @@ def train(
         while step < last and evaluation is not None and not (best and best.exhausted):
             with tracker.waiting():
                 batch = next(batches)
-            with tracker.compiling(batch):
+            with profile.step(step + 1), tracker.compiling(batch):
                 batch, added = collector(state, place_batch(batch, mesh), bad.batch(step))
                 counted = count_tokens(batch)
                 state, metrics = train_step(state, batch)
             step += 1
             checksums.after(state, step)
+            profile.after(state, step)
             # The device works on this step while the host reads the one before.
             if pending is not None:
                 loss = _report(tracker, checkpoints, collector, bad, pending, loss)

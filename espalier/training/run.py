@@ -55,6 +55,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.frozen = self.path / "frozen"
         self.collected = self.path / "collected"
+        self.profile = self.path / "profile"
         self.skipped = self.path / "skipped.jsonl"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
