@@ -174,7 +174,8 @@ def decoder_small() -> PretrainConfig:
     """A decoder of 42M by the recipe of docs/experiments.md: `./launch.sh clm decoder-small --data.files …`.
 
     Not yet run at this size: what the recipe reached at 64 × 4, on 2 CPU cores, is on that page. Qwen 3's layers (norms
-    of queries and keys, gated MLP, rotary positions) with Muon. Exports as Qwen3ForCausalLM.
+    of queries and keys, gated MLP, rotary positions) with Muon; rates are half of those of that size. Exports as
+    Qwen3ForCausalLM.
     """
     return PretrainConfig(
         steps=20_000,

@@ -163,7 +163,8 @@ def encoder_small() -> PretrainConfig:
     """An encoder of 33M by the recipe of docs/experiments.md: `./launch.sh mlm encoder-small --data.files …`.
 
     Not yet run at this size: what the recipe reached at 64 × 4, on 2 CPU cores, is on that page. ModernBERT's layers,
-    all global, with Muon, 30 % of the tokens hidden at first and 15 % at the end. Exports as ModernBertForMaskedLM.
+    all global, with Muon, 30 % of the tokens hidden at first and 15 % at the end; rates are half of those of that
+    size. Exports as ModernBertForMaskedLM.
     """
     return PretrainConfig(
         steps=50_000,
