@@ -37,11 +37,19 @@ def test_a_signal_ends_the_trace_and_the_same_command_traces_what_is_left(tmp_pa
     settings = dict(profile="2:3")
     stopped = toy.run(toy.config(tmp_path, **settings), batches_from=signalled(1, signal.SIGTERM))
     assert stopped.step == 2 and traced(tmp_path / "profile") == {2}
+    assert "profile of steps 2 to 2: open " in capsys.readouterr().out
     toy.run(toy.config(tmp_path, **settings))
     assert traced(tmp_path / "profile") == {3}
     capsys.readouterr()
     toy.run(toy.config(tmp_path, **settings))
     assert "no profile: steps 2 to 3 are done" in capsys.readouterr().out
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    toy.run(toy.config(tmp_path, stop_at=1))
+    (tmp_path / "profile").write_text("a file where the folder would be")
+    assert toy.run(toy.config(tmp_path, profile="2:3")).finished
+    assert f"no profile is written to {tmp_path / 'profile'}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("window", ["", "3", "3:2", "0:2", "a:b", "1:2:3"])

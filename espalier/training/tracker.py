@@ -143,7 +143,7 @@ class Tracker:
     def waiting(self) -> Iterator[None]:
         """Time spent inside counts as waiting for a batch."""
         began = time.perf_counter()
-        with self.session.within("data"):
+        with self.session.within("data"), jax.profiler.TraceAnnotation("wait for data"):
             yield
         if self.first_step_seconds is not None:
             self._waited += time.perf_counter() - began
