@@ -29,8 +29,8 @@ def test_the_steps_that_were_named_are_traced_and_losses_stay(tmp_path, capsys):
     assert "profile of steps 2 to 3: open " in said and "ui.perfetto.dev" in said
     toy.run(toy.config(tmp_path / "plain"))
     assert not (tmp_path / "plain" / "profile").exists()
-    losses = [[r["loss"] for r in toy.metrics_of(tmp_path / name) if "loss" in r] for name in ("run", "plain")]
-    np.testing.assert_array_equal(*losses)
+    ours, plain = ([r["loss"] for r in toy.metrics_of(tmp_path / name) if "loss" in r] for name in ("run", "plain"))
+    np.testing.assert_array_equal(ours, plain)
 
 
 def test_a_signal_ends_the_trace_and_the_same_command_traces_what_is_left(tmp_path, capsys):

@@ -28,6 +28,7 @@ SECTIONS = {
     "Tasks": ("tasks/index.md", "tasks/*.md"),
     "Pretrain": ("data.md", "own-objective.md", "interpretable-objectives.md", "results.md", "experiments.md"),
     "Rely on it": ("reliability.md", "security.md"),
+    "Speed": ("performance.md", "attention.md"),
     "Plan and run": ("plan.md", "plan-budget.md", "many-hosts.md", "runs.md", "cluster*.md"),
     "Use and look inside": ("predict.md", "look*.md", "features.md", "python.md", "api.md"),
     "Work on it": ("adding-a-family.md", "testing.md"),
