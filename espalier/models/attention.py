@@ -9,6 +9,7 @@ import jax
 
 from espalier.errors import UserError
 from espalier.models.attention_backend import Backend, Use
+from espalier.models.attention_check import disagreement
 from espalier.models.attention_cudnn import CUDNN
 from espalier.models.attention_spec import AttentionSpec, Places
 from espalier.models.attention_triton import TRITON
@@ -53,6 +54,8 @@ def choose_backend(requested: str, use: Use) -> tuple[Backend, str]:
     refusals = []
     for backend in kernels(use.platform):
         refusal = backend.refuses(use)
+        if refusal is None and use.platform == "gpu" == jax.default_backend():
+            refusal = disagreement(backend, use)
         if refusal is None:
             return backend, backend.reason
         refusals.append(refusal)
