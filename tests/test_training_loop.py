@@ -265,8 +265,8 @@ def test_a_fork_does_not_go_through_the_same_batches_again(tmp_path):
 
 
 def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path):
-    stopped = toy.run(toy.config(tmp_path, eval_every=2), batches_from=signalled(1, signal.SIGHUP))
-    assert (stopped.step, stopped.eval, stopped.stopped_by) == (2, {}, signal.SIGHUP)
+    stopped = toy.run(toy.config(tmp_path, eval_every=2), batches_from=signalled(1, signal.SIGTERM))
+    assert (stopped.step, stopped.eval, stopped.stopped_by) == (2, {}, signal.SIGTERM)
     toy.run(toy.config(tmp_path, eval_every=2))
     whole = toy.run(toy.config(tmp_path / "whole", eval_every=2))
     assert whole.stopped_by is None
