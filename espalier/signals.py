@@ -69,7 +69,7 @@ def again() -> None:
 
 def end() -> None:
     """Give them back, and call off what would cut the command off."""
-    global _pipe, _timer, _asked, _saves, _raised
+    global _pipe, _timer, _asked, _saves, _raised, _early
     with _lock:
         if _pipe is not None:
             signal.set_wakeup_fd(-1)
@@ -78,7 +78,8 @@ def end() -> None:
             _timer.cancel()
         while _before:
             signal.signal(*_before.popitem())
-        _pipe, _timer, _asked, _saves, _raised = None, None, None, False, False
+        _pipe = _timer = _asked = None
+        _saves = _raised = _early = False
 
 
 def _forked() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import corner
 from quick import xla_flags
@@ -61,6 +62,21 @@ def cache(tmp_path_factory) -> Iterator[pathlib.Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ESPALIER_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def signals_stay() -> Iterator[None]:
+    """A test that leaves a handler behind fails itself; else a later one, which sends a signal, ends this process."""
+    before = handlers()
+    yield
+    after = handlers()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before, "the handlers of signals that this test met are not those that it leaves"
+
+
+def handlers() -> dict[int, Any]:
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 @pytest.fixture(autouse=True)

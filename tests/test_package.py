@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,7 @@ import pytest
 from setuptools import build_meta
 
 from espalier import __main__ as command_line
+from espalier import signals
 from espalier.__main__ import KEPT_MEMORY, commands, compiled_programs, keeps_memory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -66,9 +68,21 @@ def test_a_wheel_needs_what_requirements_say(wheel):
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
 
 
-def test_help_lists_every_command_and_imports_nothing_heavy(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["espalier", "--help"])
-    command_line.main()
+@pytest.fixture
+def called(monkeypatch):
+    """called("espalier", "--help") is what the command line does in this process, whose signals it gives back."""
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", list(arguments))
+        command_line.main()
+
+    yield call
+    signals.end()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy(capsys, called):
+    called("espalier", "--help")
     out = capsys.readouterr().out
     assert [line.split()[1] for line in out.splitlines() if line.startswith("  espalier ")] == [
         command.name for command in commands()
@@ -82,10 +96,9 @@ def source_of(module: str) -> str:
     return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
-def test_an_unknown_command_names_the_nearest(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["espalier", "finetun"])
+def test_an_unknown_command_names_the_nearest(capsys, called):
     with pytest.raises(SystemExit) as left:
-        command_line.main()
+        called("espalier", "finetun")
     assert left.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("error: unknown command 'finetun'; did you mean finetune?") and err.count("\n") == 1
@@ -106,7 +119,7 @@ class Begun(Exception):
         ("clm", False, KEPT_MEMORY, None),
     ],
 )
-def test_training_on_cpus_keeps_its_memory(monkeypatch, tmp_path, command, device, given, arenas):
+def test_training_on_cpus_keeps_its_memory(monkeypatch, tmp_path, called, command, device, given, arenas):
     """Memory is kept by a process that begins anew, once, with the arguments as they were."""
     begun, ran = [], []
 
@@ -118,16 +131,15 @@ def test_training_on_cpus_keeps_its_memory(monkeypatch, tmp_path, command, devic
     monkeypatch.setattr(command_line, "ACCELERATORS", (str(tmp_path / ("nvidia*" if device else "accel*")),))
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(command_line.runpy, "run_module", lambda module, **_: ran.append(module))
-    monkeypatch.setattr(sys, "argv", ["espalier", command, "a b"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-P", "-m", "espalier", command, "a b"])
     environment = {"HOME": str(tmp_path)} | given
     monkeypatch.setattr(os, "environ", dict(environment))
     if arenas is None:
-        command_line.main()
+        called("espalier", command, "a b")
         assert not begun and len(ran) == 1 and sys.argv[-1] == "a b"
     else:
         with pytest.raises(Begun):
-            command_line.main()
+            called("espalier", command, "a b")
         ((arguments, then),) = begun
         assert arguments == [sys.executable, "-P", "-m", "espalier", command, "a b"]
         assert then["MALLOC_ARENA_MAX"] == arenas and not keeps_memory(then) and not ran

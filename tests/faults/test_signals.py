@@ -63,6 +63,11 @@ def test_a_command_that_ended_in_time_is_not_cut_off_later(tmp_path):
                 time.sleep(0.1)
                 signals.end()
         time.sleep(0.5)
+        # One that ended before anything had begun.
+        signals.begin(early=True)
+        signals.end()
+        with signals.saving(lambda number: True):
+            signal.raise_signal(signal.SIGTERM)
         print("went on")
     """
     ran = subprocess.run(
