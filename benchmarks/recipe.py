@@ -67,8 +67,10 @@ VARIANTS: dict[str, dict[str, str]] = {
         "bert-zero": f"{BERT} {ZERO}",
         "modern": f"{MODERN} {ADAMW}",
         "modern-muon": f"{MODERN} {ADAMW} {MUON}",
+        "modern-masks": f"{MODERN} {ADAMW} {MASKS}",
         "modern-muon-masks": f"{MODERN} {ADAMW} {MUON} {MASKS}",
         "modern-muon-wsd": f"{MODERN} {ADAMW} {MUON} {WSD}",
+        "modern-muon-masks-warm": f"{MODERN} {ADAMW} {MUON} {MASKS} --optimizer.warmup 0.02",
         "modern-muon-masks-wsd": f"{MODERN} {ADAMW} {MUON} {MASKS} {WSD}",
         "modern-muon-masks-zero": f"{MODERN} {ADAMW} {MUON} {MASKS} {ZERO}",
         "modern-muon-masks-relu2": f"{MODERN} {ADAMW} {MUON} {MASKS} {RELU2}",
@@ -90,6 +92,17 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 BASELINES = {"mlm": "bert", "clm": "gpt2"}
 RECIPES = {"mlm": "modern-muon-masks", "clm": "qwen3-muon"}
+PAIRS = {
+    "mlm": [("modern", "modern-muon"), ("bert", "bert-muon"), ("bert", "modern")]
+    + [
+        ("modern-muon-masks", variant)
+        for variant in VARIANTS["mlm"]
+        if variant.startswith("modern-m") and variant != RECIPES["mlm"]
+    ],
+    "clm": [("gpt2", "gpt2-muon"), ("gpt2", "qwen3"), ("qwen3", "qwen3-muon")]
+    + [("qwen3-muon", variant) for variant in VARIANTS["clm"] if variant.startswith("qwen3-muon-")],
+}
+"""What `pairs` compares: one against other."""
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 MUON_RATIO = 5
 """The rate of the matrices under Muon, as a multiple of that of the other parameters."""
@@ -123,12 +136,12 @@ def name_of(task: str, variant: str, rate: float, seed: int, steps: int) -> str:
 
 
 def command_of(
-    folder: Path, books: Path, task: str, variant: str, rate: float, seed: int, steps: int, width: int
+    folder: Path, books: Path, task: str, variant: str, rate: float, seed: int, steps: int, width: int, flags: str
 ) -> list[str]:
-    """The command of one run, as it is given to launch.sh."""
-    flags = sized(VARIANTS[task][variant], width)
-    given = [task, *flags, "--optimizer.learning-rate", f"{rate:g}"]
-    if "muon" in flags:
+    """The command of one run, as it is given to launch.sh; `flags` follow those of the variant and outdo them."""
+    of_variant = sized(VARIANTS[task][variant], width)
+    given = [task, *of_variant, *flags.split(), "--optimizer.learning-rate", f"{rate:g}"]
+    if "muon" in of_variant:
         given += ["--optimizer.muon-learning-rate", f"{MUON_RATIO * rate:g}"]
     every = max(1, steps // 10)
     given += ["--seed", str(seed), "--steps", str(steps), "--eval-every", str(every), "--log-every", str(every)]
@@ -162,12 +175,14 @@ def best_rate(folder: Path, task: str, variant: str, steps: int) -> float:
     return min((r for r in runs if r["seed"] == seed), key=lambda r: r["loss"])["rate"]
 
 
-def train(folder: Path, books: Path, task: str, variant: str, rate: float, seed: int, steps: int, width: int) -> None:
+def train(
+    folder: Path, books: Path, task: str, variant: str, rate: float, seed: int, steps: int, width: int, flags: str
+) -> None:
     name = name_of(task, variant, rate, seed, steps)
     kept = folder / name / "recipe.json"
     if kept.exists():
         return
-    command = command_of(folder, books, task, variant, rate, seed, steps, width)
+    command = command_of(folder, books, task, variant, rate, seed, steps, width, flags)
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"PYTHONPATH": str(ROOT)}
     with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
         code = subprocess.call(
@@ -247,6 +262,48 @@ def ratios(runs: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pairs(runs: list[dict]) -> str:
+    """Markdown: what each recipe changes, by itself, at equal tokens: `other` - `one`, paired by seed.
+
+    A seed is the order of the rows and which tokens are hidden, and where the layers are alike the first parameters
+    too. Each variant is at its best rate, by the lowest seed; that seed is left out where at least five others are
+    there, for the rate was chosen by it. Student's t of the differences, two-sided.
+    """
+    from scipy import stats
+
+    lines = [
+        "| task | steps | one | other | seeds | one, mean ± deviation | other | difference, 95 % interval | p |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lengths = sorted({(run["task"], run["steps"]) for run in runs})
+    for task, steps, (one, other) in [(*at, pair) for at in lengths for pair in PAIRS[at[0]]]:
+        losses = [at_best(runs, task, variant, steps) for variant in (one, other)]
+        seeds = sorted(losses[0].keys() & losses[1].keys())
+        seeds = seeds[1:] if len(seeds) > 5 else seeds
+        if len(seeds) < 2:
+            continue
+        a, b = ([loss[seed] for seed in seeds] for loss in losses)
+        test = stats.ttest_rel(b, a)
+        low, high = test.confidence_interval(0.95)
+        means = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in (a, b)]
+        change = statistics.mean(b) - statistics.mean(a)
+        lines.append(
+            f"| {task} | {steps:,} | {one} | {other} | {', '.join(map(str, seeds))} | {means[0]} | {means[1]} "
+            f"| {change:+.3f} ({low:+.3f} to {high:+.3f}) | {test.pvalue:.2g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def at_best(runs: list[dict], task: str, variant: str, steps: int) -> dict[int, float]:
+    """Seed → held-out loss of a variant at one length, at the rate that was best for its lowest seed."""
+    own = [run for run in runs if (run["task"], run["variant"], run["steps"]) == (task, variant, steps)]
+    if not own:
+        return {}
+    lowest = min(run["seed"] for run in own)
+    rate = min((run for run in own if run["seed"] == lowest), key=lambda run: run["loss"])["rate"]
+    return {run["seed"]: run["loss"] for run in own if run["rate"] == rate}
+
+
 def draw(runs: list[dict], path: Path, tokens_per_step: int = 2048) -> None:
     """Held-out loss over tokens of baselines and recipes, each at its best rate; every length and seed is a line."""
     from matplotlib.figure import Figure
@@ -284,6 +341,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--plan", action="store_true", help="everything, the most worth first")
     parser.add_argument("--width", type=int, default=64, help="of the model; a folder holds runs of one")
+    parser.add_argument(
+        "--flags", default="", help="of every run, like the width of one folder: --flags='--batch-size 8'"
+    )
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     folder = given.folder.resolve()
@@ -297,11 +357,11 @@ def main() -> None:
     for task, variant, rates, seeds, steps in rows:
         for rate in rates or (best_rate(folder, task, variant, steps),):
             for seed in seeds:
-                train(folder, given.books.resolve(), task, variant, rate, seed, steps, given.width)
+                train(folder, given.books.resolve(), task, variant, rate, seed, steps, given.width, given.flags)
     if given.table:
         runs = results(folder)
         (folder / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
-        text = table(runs) + "\n" + ratios(runs)
+        text = "\n".join([table(runs), ratios(runs), pairs(runs)])
         (folder / "table.md").write_text(text, encoding="utf-8")
         draw(runs, folder / "curves.png")
         print(text, end="")

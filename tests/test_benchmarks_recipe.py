@@ -18,7 +18,8 @@ OF_NO_STOCK_CLASS = {"bert-pre", "modern-muon-masks-qk", "gpt2-qk"}
 
 def configured(task: str, variant: str, seed: int = 3, width: int = 64):
     folder, books = pathlib.Path("runs"), pathlib.Path("books")
-    name, *arguments = recipe.command_of(folder, books, task, variant, 2e-3, seed, 100, width)
+    flags = "--data.sequence-length 64"
+    name, *arguments = recipe.command_of(folder, books, task, variant, 2e-3, seed, 100, width, flags)
     seen = []
     cli.run(lambda config, call: seen.append(config), ENTRIES[name][0], name, "", arguments)
     return seen[0]
@@ -32,6 +33,7 @@ def test_every_variant_is_a_run_and_most_are_of_stock_classes(task, monkeypatch)
     seen = {recipe.BASELINES[task]: base}
     for variant in recipe.VARIANTS[task]:
         config = seen[variant] = configured(task, variant)
+        assert config.data.sequence_length == 64, "what is given for every run outdoes the variant's"
         assert ("muon" in variant) == (config.optimizer.name == "muon"), variant
         if "muon" in variant:
             assert config.optimizer.muon_learning_rate == recipe.MUON_RATIO * 2e-3
@@ -73,3 +75,19 @@ def test_ratios_are_against_the_best_rate_of_the_baseline_at_its_greatest_length
     # The loss is 5.1, the mean of two seeds; modern is there half way from step 25 to step 50.
     assert "| mlm | modern | 0.001 | 50 | 38 | 2.67 |" in recipe.ratios(runs)
     assert "| mlm | modern-muon | 0.001 | 50 | 1 of 1 not reached |  |" in recipe.ratios(runs)
+
+
+def test_pairs_are_of_the_same_seed_at_the_rate_that_each_was_best_at():
+    def run(variant, seed, loss, rate=1e-3):
+        return dict(task="mlm", variant=variant, rate=rate, seed=seed, steps=100, loss=loss)
+
+    changes = (-0.5, -0.1, -0.2, -0.3, -0.2, -0.2)
+    runs = [run("modern", seed, 5 + seed / 10) for seed in range(6)] + [run("modern", 0, 6.0, 2e-3)]
+    runs += [run("modern-muon", seed, 5 + seed / 10 + change) for seed, change in enumerate(changes)]
+    # The first seed chose the rates and is left out. t = -0.2 ÷ (√0.005 ÷ √5) = -6.325 with 4 degrees of freedom:
+    # t² = 40 and p = 1 - x(3 - x²) ÷ 2 with x = √(40 ÷ 44), Student's closed form for 4; t₀.₉₇₅ = 2.776.
+    # The deviations are √0.025 and √0.02.
+    assert "| 1, 2, 3, 4, 5 | 5.300 ± 0.158 | 5.100 ± 0.141 | -0.200 (-0.288 to -0.112) | 0.0032 |" in recipe.pairs(
+        runs
+    )
+    assert "modern-muon" not in recipe.pairs(runs[:8]), "one seed is no pair"
