@@ -181,8 +181,8 @@ def test_a_server_generates_in_its_own_shapes_alone(model):
     expected = model.generate(prompts)
     with fixed_shapes(Shapes([16, 32], [1, 2])):
         assert model.generate(prompts) == expected
-        compiled = models._compiled._cache_size()
-        assert model.generate(prompts[2:] * 3)[0] and models._compiled._cache_size() == compiled
+        compiled = models.continued._cache_size()
+        assert model.generate(prompts[2:] * 3)[0] and models.continued._cache_size() == compiled
         with pytest.raises(UserError, match="ask without settings"):
             model.generate(prompts, max_new_tokens=3)
         with pytest.raises(UserError, match="a prompt of 41 tokens is longer than the 32 taken here"):
@@ -211,5 +211,5 @@ def test_a_second_prompt_of_a_like_length_compiles_nothing(model):
     counts = []
     for prompts in (["a" * 5], ["b" * 9], ["a", "b"], ["c", "dd"], ["e" * 40]):
         model.generate(prompts, max_new_tokens=4, temperature=0.5)
-        counts.append(models._compiled._cache_size())
+        counts.append(models.continued._cache_size())
     assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [0, 1, 0, 1]

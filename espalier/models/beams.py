@@ -20,6 +20,7 @@ from espalier.models.decoding import (
     cast_once,
     next_logits,
     penalised,
+    repeated_cache,
     split_rows_and_heads,
 )
 from espalier.models.layers import compute_dtype
@@ -127,12 +128,7 @@ def search(
     def repeated(array, axis=0):
         return jnp.repeat(array, K, axis=axis)
 
-    cache = start.cache | {
-        "layers": jax.tree.map(
-            lambda cached: split_rows_and_heads(repeated(cached, cached.ndim - 4)), start.cache["layers"]
-        ),
-        "segment_ids": repeated(start.cache["segment_ids"]),
-    }
+    cache = repeated_cache(start.cache, K)
     none = Beams(
         jnp.full((B, K, G), -1, jnp.int32), jnp.zeros((B, K, G), jnp.float32), jnp.full((B, K), NEVER, jnp.float32)
     )

@@ -41,6 +41,8 @@ class Sampling:
     """Rows that are followed at once, of which the best is kept; 1 = tokens are drawn (models.beams)."""
     length_penalty: float = 1.0
     """With beams: the log-probability of a row is divided by its length to this power; above 0 favours long rows."""
+    samples: int = 1
+    """S: rows that are drawn for each prompt, which is read once for all of them."""
 
 
 class Drawn(NamedTuple):
@@ -51,6 +53,9 @@ class Drawn(NamedTuple):
     logprobs_BG: Any
     """float32: log p of each token under the model itself, whatever temperature, top_k, top_p and repetition_penalty it
     was drawn by; 0 after the row's end."""
+    drawn_logprobs_BG: Any = None
+    """float32: log p of each token under the distribution that it was drawn from, by all of these; 0 after the row's
+    end. None of beams, which draw nothing."""
 
 
 class State(NamedTuple):
@@ -78,11 +83,11 @@ def sample(
     sampling: Sampling,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Drawn:
-    """Continue every row of a batch.
+    """Continue every row of a batch, sampling.samples times: the rows of a prompt stand one behind the other.
 
     prompt: a batch as `apply` takes it, of one document a row, padded on the left; a row of padding alone stays empty.
-    keys_B: a random key for each row. What is drawn for a row depends on its prompt and key alone, wherever it
-    stands in the batch and however the batch is split.
+    keys_B: a random key for each prompt. What is drawn for a row depends on its prompt, its key and its number among
+    the rows of its prompt alone, wherever it stands in the batch and however the batch is split.
     """
     params = cast_once(params, compute_dtype(execution))
 
@@ -92,7 +97,10 @@ def sample(
     def unfinished(state):
         return (state.count < sampling.max_new_tokens) & ~jnp.all(state.done_B)
 
-    return jax.lax.while_loop(unfinished, turn, begun(config, params, prompt, sampling, execution)).drawn
+    start = begun(config, params, prompt, sampling, execution)
+    if sampling.samples > 1:
+        start, keys_B = repeated(start, sampling.samples), sample_keys(keys_B, sampling.samples)
+    return jax.lax.while_loop(unfinished, turn, start).drawn
 
 
 def begun(
@@ -111,8 +119,43 @@ def begun(
         rows_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
         seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, prompt["input_ids"]].max(real_BT)
     last = {name: prompt[name][:, -1:] for name in ("segment_ids", "positions")}
-    drawn = Drawn(jnp.full((batch, new), -1, jnp.int32), jnp.zeros((batch, new), jnp.float32))
+    zeros_BG = jnp.zeros((batch, new), jnp.float32)
+    drawn = Drawn(jnp.full((batch, new), -1, jnp.int32), zeros_BG, zeros_BG)
     return State(jnp.int32(0), logits_BV, cache, ~jnp.any(real_BT, axis=1), seen_BV, last, drawn)
+
+
+def repeated(state: State, samples: int) -> State:
+    """Each row of a batch so many times, one behind the other, as `begun` left it."""
+
+    def rows(array: jax.Array, axis: int = 0) -> jax.Array:
+        array = jnp.repeat(array, samples, axis=axis)
+        return constrain(array, *(None,) * axis, "batch", *(None,) * (array.ndim - axis - 1))
+
+    return state._replace(
+        logits_BV=rows(state.logits_BV),
+        cache=repeated_cache(state.cache, samples),
+        done_B=rows(state.done_B),
+        seen_BV=None if state.seen_BV is None else rows(state.seen_BV),
+        last=jax.tree.map(rows, state.last),
+        drawn=jax.tree.map(rows, state.drawn),
+    )
+
+
+def repeated_cache(cache: dict, samples: int) -> dict:
+    """A cache with each of its rows so many times."""
+
+    def rows(cached: jax.Array) -> jax.Array:
+        return split_rows_and_heads(jnp.repeat(cached, samples, axis=cached.ndim - 4))
+
+    segments_BS = jnp.repeat(cache["segment_ids"], samples, axis=0)
+    return cache | {"layers": jax.tree.map(rows, cache["layers"]), "segment_ids": segments_BS}
+
+
+def sample_keys(keys_B: jax.Array, samples: int) -> jax.Array:
+    """A key for each sample of each prompt, [B·S]."""
+    number_S = jnp.arange(samples, dtype=jnp.uint32)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))
+    return fold(keys_B, number_S).reshape(-1)
 
 
 def advanced(
@@ -121,12 +164,12 @@ def advanced(
     """Another token in every row that has not ended."""
     count, logits_BV, done_B = state.count, state.logits_BV, state.done_B
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, count)
-    token_B = next_token(penalised(logits_BV, state.seen_BV, sampling.repetition_penalty), keys, sampling)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    drawn_BV = drawn_from(penalised(logits_BV, state.seen_BV, sampling.repetition_penalty), sampling)
+    token_B = drawn_token(drawn_BV, keys, sampling)
     drawn = Drawn(
         state.drawn.tokens_BG.at[:, count].set(jnp.where(done_B, -1, token_B)),
-        state.drawn.logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_B)),
+        state.drawn.logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_of(logits_BV, token_B))),
+        state.drawn.drawn_logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_of(drawn_BV, token_B))),
     )
     seen_BV = state.seen_BV
     if seen_BV is not None:
@@ -160,8 +203,15 @@ def penalised(scores: jax.Array, seen: jax.Array | None, penalty: float) -> jax.
 
 def next_token(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
     """Draw one token id a row, int32 [B], from float32 logits; -inf entries are never drawn."""
+    return drawn_token(drawn_from(logits_BV, sampling), keys_B, sampling)
+
+
+def drawn_from(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """The scores [B, V] whose softmax is what tokens are drawn from; -inf where it is 0."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        best_B1 = jnp.argmax(logits_BV, axis=-1, keepdims=True)
+        entry_1V = jnp.arange(logits_BV.shape[-1], dtype=best_B1.dtype)[None]
+        return jnp.where(entry_1V == best_B1, jnp.float32(0), -jnp.inf)
     logits_BV = logits_BV / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
@@ -173,7 +223,20 @@ def next_token(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> j
         kept_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV < sampling.top_p
         smallest_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    return logits_BV
+
+
+def drawn_token(drawn_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token id a row, int32 [B], by the scores of `drawn_from`."""
+    if sampling.temperature == 0:
+        return jnp.argmax(drawn_BV, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, drawn_BV).astype(jnp.int32)
+
+
+def logprob_of(scores_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """log softmax of scores at one token a row, float32 [B]."""
+    chosen_B = jnp.take_along_axis(scores_BV, token_B[:, None], axis=1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(scores_BV, axis=-1)
 
 
 def cast_once(params: dict, dtype: jnp.dtype) -> dict:

@@ -36,7 +36,7 @@ def generate(
     numbers: Sequence[int] | None = None,
     shape: tuple[int, int] | None = None,
 ) -> Drawn:
-    """Continue lists of token ids, each of at least one; NumPy arrays of as many rows.
+    """Continue lists of token ids, each of at least one; NumPy arrays of as many rows, times sampling.samples.
 
     numbers: those of the rows, by which their random keys are made of `key`; unset = 0, 1, … shape: (rows, tokens) that
     the prompts are padded to; unset = those of their bucket. Under jax.set_mesh rows
@@ -45,8 +45,9 @@ def generate(
     """
     assert config.max_length is None or max(map(len, prompts)) + sampling.max_new_tokens <= config.max_length
     prompt, numbers_B = _batch(prompts, numbers, shape)
-    drawn = jax.device_get(_compiled(config, params, prompt, key, numbers_B, sampling, execution))
-    return Drawn(*(array[: len(prompts)] for array in drawn))
+    drawn = jax.device_get(continued(config, params, prompt, key, numbers_B, sampling, execution))
+    rows = len(prompts) * sampling.samples
+    return jax.tree.map(lambda array: array[:rows], drawn)
 
 
 def stream(
@@ -59,7 +60,7 @@ def stream(
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Iterator[int]:
     """The tokens that `generate` adds to one list of token ids, each as soon as it is drawn."""
-    assert sampling.beams == 1, "beams are known at their end"
+    assert sampling.beams == sampling.samples == 1, "beams are known at their end, and one row is streamed"
     batch, numbers_B = _batch([prompt])
     params = _cast(params, compute_dtype(execution).name)
     state = _begun(config, params, batch, sampling, execution)
@@ -108,8 +109,23 @@ def _batch(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
-def _compiled(config, params, prompt, key, numbers_B, sampling, execution) -> Drawn:
+def continued(
+    config: ModelConfig,
+    params: dict,
+    prompt: dict[str, jax.Array],
+    key: jax.Array,
+    numbers_B: jax.Array,
+    sampling: Sampling,
+    execution: Execution,
+) -> Drawn:
+    """The one program of generation: prompts [B, T] read, [B·S, G] tokens added, whole on every process.
+
+    prompt: as models.decoding.sample takes it. numbers_B: of the prompts, by which their random keys are made of `key`,
+    uint32. The parameters are taken as they lie on the mesh. Compiled once for each shape and each `sampling`; the
+    cache lives within the program, where every turn writes into the memory of the one before.
+    """
     if sampling.beams > 1:
+        assert sampling.samples == 1, "of the beams of a prompt the best is kept"
         drawn = search(config, params, prompt, sampling, execution)
     else:
         drawn = sample(config, params, prompt, keys_of(key, numbers_B), sampling, execution)
