@@ -39,6 +39,7 @@ TASKS = {
     "token_classification": "finetune.tasks.tag.record:TAGGING",
     "multiple_choice": "finetune.tasks.choose.record:MULTIPLE_CHOICE",
     "ranking": "finetune.tasks.rank.record:RANKING",
+    "reward": "finetune.tasks.reward.record:REWARD",
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
     "instruction_tuning": "finetune.tasks.instruct.record:INSTRUCTION",

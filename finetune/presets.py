@@ -11,6 +11,7 @@ from finetune.tasks.embed import record as embed
 from finetune.tasks.instruct import record as instruct
 from finetune.tasks.rank import record as rank
 from finetune.tasks.rationale import record as rationale
+from finetune.tasks.reward import record as reward
 from finetune.tasks.tag import record as tag
 
 PRESETS = {
@@ -24,6 +25,7 @@ PRESETS = {
     "embed": embed.embed,
     "answer": answer.answer,
     "rank": rank.rank,
+    "reward": reward.reward,
     "instruct": instruct.instruct,
     "translate": instruct.translate,
     "choose": choose.choose,

@@ -66,6 +66,7 @@ PREDICTIONS = {
                          "log_likelihoods": [-1.0, -2.0]}],
     "ranking": [{"query_id": EVIL, "query": EVIL, "ndcg@10": 0.5,
                  "ranking": [{"text_id": EVIL, "text": EVIL, "score": 0.5, "relevance": 1}]}],
+    "reward": [{"prompt": EVIL, "chosen": EVIL, "rejected": LINK, "score_chosen": 1.0, "score_rejected": 0.5}],
     "sentence_embedding": [{"query": EVIL, "positive": EVIL, "nearest": EVIL, "rank": 3, "cosine": 0.5,
                             "nearest_cosine": 0.5}],
     "question_answering": [{"id": EVIL, "question": EVIL, "context": EVIL, "answers": [EVIL[9:12]], "begins": [9],

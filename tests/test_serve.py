@@ -285,6 +285,7 @@ RESULTS = {
     "tag": ({"text": EMOJI}, {"tokens": [], "tags": [], "spans": SPANS}),
     "answer": ({"question": "谁?", "context": EMOJI}, {"answer": "Anna", "begin": 2, "end": 6, "score": 0.5}),
     "rank": ({"query": "q", "texts": ["one", "two"]}, {"ranking": [{"index": 1, "text": "two", "score": 0.75}]}),
+    "score": ({"prompt": "p", "texts": ["one", "two"]}, {"ranking": [{"index": 1, "text": "two", "score": 0.75}]}),
     "embed": ({"text": "a"}, {"embedding": [0.5, -0.25]}),
     "fill": ({"text": "a"}, {"filled": "the cat", "masks": [[{"token": "cat", "id": 1, "probability": 0.5}]]}),
     "choose": (
@@ -299,6 +300,7 @@ SHOWN = {
     "tag": [f"{EMOJI[:2]}AnnaPER 去了巴黎LOC"],
     "answer": ["Anna", EMOJI, "score 0.5000"],
     "rank": ["two0.7500"],
+    "score": ["two0.7500"],
     "embed": ["2 numbers: 0.5000, -0.2500"],
     "fill": ["the cat", "50.0 %"],
     "choose": ["two75.0 %", "one25.0 %"],

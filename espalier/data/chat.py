@@ -219,6 +219,16 @@ def messages_of(value: Any, place: str) -> list[dict[str, str]]:
     return [_message(item, f"{place}, message {number}") for number, item in enumerate(value, 1)]
 
 
+def plain_chat(said: str | Sequence[Message]) -> str:
+    """Messages as a text without a template, for models that read but do not answer: one alone is its content, several
+    are `role: content`, a line each. A text is as it is."""
+    if isinstance(said, str):
+        return said
+    if len(said) == 1:
+        return said[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in said)
+
+
 SHAREGPT = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT}
 
 

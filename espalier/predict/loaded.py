@@ -116,6 +116,18 @@ class LoadedModel:
 
         return rank(self, [Asked(query, (texts,) if isinstance(texts, str) else tuple(texts))])[0]["ranking"]
 
+    def score(self, texts: str | Sequence[str], prompt: str | Sequence[Mapping[str, str]] = "") -> list[float]:
+        """How good each text is by a reward model, as an answer to the prompt (a text or messages) where there is one.
+
+        A score may be any number, and only differences between answers to the same prompt say something: their sigmoid
+        is how likely the one is to be preferred. The best of n answers is that of the greatest. UserError where the
+        model is no classifier with one output (`finetune reward`).
+        """
+        from espalier.predict.score import rewards
+
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        return rewards(self, [(prompt, text) for text in rows]).tolist()
+
     def choose(
         self, question: str, choices: Sequence[str], *, normalize: Literal["none", "tokens", "bytes"] | None = None
     ) -> dict[str, Any]:

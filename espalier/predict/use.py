@@ -26,6 +26,7 @@ USES = {
     "token_classification": "espalier.predict.tag:TAG",
     "multiple_choice": "espalier.predict.choose:CHOOSE",
     "ranking": "espalier.predict.rank:RANK",
+    "reward": "espalier.predict.score:SCORE",
     "sentence_embedding": "espalier.predict.embed:EMBED",
     "embedding": "espalier.predict.embed:EMBED",
     "question_answering": "espalier.predict.answer:ANSWER",

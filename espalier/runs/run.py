@@ -21,6 +21,7 @@ MAIN = {
     "token_classification": ("f1",),
     "multiple_choice": ("accuracy",),
     "ranking": ("ndcg@10", "mrr@10"),
+    "reward": ("accuracy",),
     "sentence_embedding": ("spearman", "ndcg@10"),
     "question_answering": ("f1", "exact"),
 }

@@ -1,0 +1,72 @@
+"""The report of a reward model: how often it prefers what people prefer, how surely, and pairs.
+
+predictions.jsonl  {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"} a line
+"""
+
+from __future__ import annotations
+
+from espalier.report import page
+from espalier.report.page import Section
+from espalier.report.run_files import RunFiles
+from espalier.report.task import TaskReport
+
+SHOWN = 8
+"""How many pairs are shown."""
+
+
+def sections(run: RunFiles) -> list[Section]:
+    """Accuracy beside that of the longer answer, and the pairs that are judged most against the file."""
+    metrics, rows = run.summary.get("metrics") or {}, run.jsonl("predictions.jsonl")
+    found = []
+    if "baseline_accuracy" in metrics:
+        bars = [
+            ("accuracy", metrics["accuracy"], "this model"),
+            ("accuracy", metrics["baseline_accuracy"], "the longer answer"),
+        ]
+        note = "Of the validation pairs, how often the chosen answer has the higher score; equal scores count half."
+        found.append(Section("Preferences", page.bars(bars), note))
+    if rows:
+        rows = sorted(rows, key=lambda row: row["score_chosen"] - row["score_rejected"])
+        shown = rows if len(rows) <= SHOWN else rows[: SHOWN // 2] + rows[-(SHOWN // 2) :]
+        bodies = page.entries(
+            (
+                f"chosen {row['score_chosen']:.2f}: {_short(row['chosen'])}",
+                f"rejected {row['score_rejected']:.2f}: {_short(row['rejected'])}",
+                _short(row["prompt"]),
+            )
+            for row in shown
+        )
+        note = (
+            "The pairs judged most against the file, and those judged most clearly as in it; predictions.jsonl has all."
+        )
+        found.append(Section("Pairs", bodies, note))
+    return found
+
+
+def tiles(run: RunFiles) -> list[tuple[str, str]]:
+    """The metrics of the validation file."""
+    metrics = run.summary.get("metrics") or {}
+    shown = [("accuracy", "accuracy"), ("of the longer answer", "baseline_accuracy")]
+    found = [(words, page.percent(metrics[name])) for words, name in shown if name in metrics]
+    return found + ([("margin", page.number(metrics["margin"]))] if "margin" in metrics else [])
+
+
+def _short(text: str, limit: int = 240) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
+
+
+REPORT = TaskReport(
+    title=lambda config: "Reward model",
+    unit="pair",
+    sections=sections,
+    tiles=tiles,
+    pipeline="text-classification",
+    loader="AutoModelForSequenceClassification",
+    words="fine-tuned to score answers as people prefer them",
+    metric_names={
+        "accuracy": "pairs whose chosen answer has the higher score",
+        "margin": "score of the chosen answer less that of the rejected one",
+        "baseline_accuracy": "accuracy of preferring the longer answer",
+    },
+)
