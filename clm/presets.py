@@ -126,7 +126,7 @@ def llama_1b() -> PretrainConfig:
         model=LLAMA_1B,
         data=DataConfig(tokenizer_kind="bpe", sequence_length=2048),
         execution=Execution(remat="dots"),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(fsdp=-1),
         optimizer=OptimizerConfig(
             learning_rate=4e-4, schedule="cosine", warmup=2000, final_fraction=0.1, weight_decay=0.1, b2=0.95, eps=1e-8
         ),

@@ -135,7 +135,7 @@ def bert_large() -> PretrainConfig:
     """BERT-large (335M), fully sharded over the devices: `./launch.sh mlm bert-large --data.files …`. Not yet run."""
     from sharding.mesh import MeshConfig
 
-    return replace(bert_base(), model=BERT_LARGE, mesh=MeshConfig(data=1, fsdp=-1))
+    return replace(bert_base(), model=BERT_LARGE, mesh=MeshConfig(fsdp=-1))
 
 
 def modern_base() -> PretrainConfig:

@@ -32,7 +32,8 @@ class MeshConfig:
     data: int = -1
     """Copies of the model, each with its part of the batch."""
     fsdp: int = 1
-    """Ways to split parameters, optimizer state and batch (ZeRO-3)."""
+    """Ways to split parameters, optimizer state and batch (ZeRO-3). Beside an open `data`, -1 is all devices, or half
+    of them where they are a whole 3-D torus (`off_torus`)."""
     tensor: int = 1
     """Ways to split heads, MLP width and vocabulary."""
     sequence: int = 1
@@ -86,6 +87,34 @@ class MeshConfig:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def off_torus(config: MeshConfig, sides: tuple[int, ...]) -> MeshConfig:
+    """The same mesh, or with `data` 2 where both `data` and `fsdp` are open and the devices are a whole 3-D torus.
+
+    There the TPU's compiler would gather weights by all-reduces, which move twice the bytes (plan/compile/slices.py).
+    sides: of the torus, () where there is none.
+    """
+    both = config.data == config.fsdp == -1 and config.sequence == config.tensor == 1 and not config.auto
+    return dataclasses.replace(config, data=2) if both and is_torus(sides) else config
+
+
+def is_torus(sides: tuple[int, ...]) -> bool:
+    """Whether a slice of these sides is a torus of three dimensions; shorter sides do not close to rings."""
+    return len(sides) == 3 and min(sides) >= 4
+
+
+def torus_sides(devices) -> tuple[int, ...]:
+    """Chips along each dimension of the slice (of the first of several) that TPU devices fill; () for other devices."""
+    import numpy as np
+
+    if devices[0].platform != "tpu":
+        return ()
+    slices = [getattr(d, "slice_index", None) or 0 for d in devices]
+    where = [d.coords for d, number in zip(devices, slices, strict=True) if number == min(slices)]
+    spread = np.ptp(np.array(where), axis=0) + 1
+    full = len({tuple(place) for place in where}) == math.prod(spread.tolist())
+    return tuple(spread.tolist()) if full else ()
 
 
 def build_mesh(config: MeshConfig, devices=None):

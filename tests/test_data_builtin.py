@@ -54,6 +54,24 @@ def library(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_what_was_parsed_is_kept_until_the_files_change(library, tmp_path, monkeypatch):
+    def read() -> list:
+        return list(BuiltinSource("pydoc", cache=tmp_path / "cache"))
+
+    first = read()
+    assert first == list(documents("pydoc"))
+    monkeypatch.setattr(espalier.data.builtin, "documents", lambda *_: pytest.fail("parsed again"))
+    assert read() == first
+    monkeypatch.undo()
+    monkeypatch.setattr(espalier.data.builtin, "standard_library", lambda: library)
+    monkeypatch.setattr(espalier.data.builtin.sysconfig, "get_path", lambda name: str(tmp_path / "site-packages"))
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text(kept.read_text().replace("First", "Last"))
+    assert read() == first
+    (library / "c.py").write_text('"""Third."""')
+    assert [text for text, _ in read()] == [text for text, _ in first] + ["Third."]
+
+
 def test_docstrings_in_order_without_running_anything(library):
     assert docstrings(library / "b.py") == [
         ("", "About the module."),

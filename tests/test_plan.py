@@ -11,6 +11,7 @@ import pytest
 
 from espalier import cli
 from espalier.commands.plan.__main__ import main
+from espalier.commands.plan.compile import peaks
 from espalier.commands.plan.compile.slices import devices_of, parse_topology
 from espalier.commands.plan.compile.step import lower_step
 from espalier.commands.plan.objectives import objective_of
@@ -21,7 +22,7 @@ from espalier.data.packing import pack_best_fit, pack_split
 from espalier.data.tokenizer import SpecialIds
 from espalier.errors import UserError
 from sharding.advice import Task, advise, layouts
-from sharding.mesh import MeshConfig, build_mesh, slice_count
+from sharding.mesh import MeshConfig, build_mesh, off_torus, slice_count
 
 KEYS = {
     *("fits", "peak_bytes_per_chip", "chip_bytes", "params", "model_flops_per_token", "step_seconds"),
@@ -292,3 +293,37 @@ def test_whole_words_are_planned_as_they_are_trained():
     config = dataclasses.replace(config, masking=dataclasses.replace(config.masking, whole_words=True))
     program = lower_step(config, build_mesh(MeshConfig(data=1), jax.devices()[:1]))
     assert "word_starts" in program.arguments[1]
+
+
+def test_a_peak_that_rises_by_three_percent_says_how_to_accept_it():
+    known = {"gpt2 v4:2x2x2": peak_of(rows=512, peak=100 * 2**30)}
+    assert peaks.raised("gpt2 v4:2x2x2", 102.9 * 2**30, known) is None
+    said = peaks.raised("gpt2 v4:2x2x2", 103.2 * 2**30, known)
+    assert said and "103.20 GiB a device, 3.2% more than the 100.00" in said
+    assert f"{peaks.COMMAND} gpt2 v4:2x2x2" in said and peaks.wanted(["gpt2", "v4:2x2x2"]) == [("gpt2", "v4:2x2x2")]
+    assert "not recorded" in (peaks.raised("gpt2 v5e:4x4", 1, known) or "")
+    assert peaks.wanted(["llama-8b", "v5e"]) == [("llama-8b", "v5e:16x16")]
+
+
+def test_recorded_peaks_are_of_the_presets_as_they_are():
+    known = peaks.recorded()
+    assert known and known.keys() <= set(peaks.names()) and peaks.documented() == peaks.table(known)
+    assert peaks.SLICES.keys() == {name for name in PRESETS if "debug" not in name and "demo" not in name}
+    for name, found in known.items():
+        preset, topology = name.split()
+        config, wanted = PRESETS[preset](), parse_topology(topology)
+        given = (config.batch_size, config.data.sequence_length, config.accumulation, config.execution.remat)
+        assert (found.rows, found.length, found.accumulation, found.remat) == given, f"{peaks.COMMAND} {name}"
+        assert found.mesh == str(off_torus(config.mesh, wanted.shape).on(wanted.devices)), f"{peaks.COMMAND} {name}"
+        assert found.fits == (found.peak <= found.limit) and (found.largest_peak or 0) <= found.limit
+
+
+def test_the_largest_batch_is_found_by_a_line_through_what_was_compiled():
+    assert peaks.largest_below(100, lambda rows: 10 + 5 * rows) == 18  # four binary digits: 16, 18, 20
+    assert peaks.largest_below(10, lambda rows: 11) == 0
+    line = peaks.line_through({4: 30.0, 16: 90.0}, 100)
+    assert (line(4), line(18)) == (30.0, 100.0)
+
+
+def peak_of(rows: int, peak: float) -> peaks.Peak:
+    return peaks.Peak(1, "data=8", rows, 1024, 1, "none", peak, 128 * 2**30, True, rows, peak, "JAX 0.10.1")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from espalier.commands.plan.compile import peaks
 from espalier.commands.plan.planner import make_plan
 from espalier.commands.plan.settings import PRESETS, PlanSettings
 from sharding.mesh import MeshConfig
@@ -20,12 +21,8 @@ FITS = {
 }
 
 
-# The preset's own mesh is the whole torus, as llama-70b's, which is compiled with it.
-MESHES = {"llama-8b": {"mesh": MeshConfig(data=4, fsdp=16)}}
-
-
 def compiled(name: str, **changes):
-    config = dataclasses.replace(PRESETS[name](), **MESHES.get(name, {}), **changes)
+    config = dataclasses.replace(PRESETS[name](), **changes)
     return make_plan(config, PlanSettings(topology=FITS[name], search=False))
 
 
@@ -44,10 +41,23 @@ def test_preset_fits_its_slice(name):
     # BERT drops out attention probabilities, which no kernel holds; the others have the TPU's own.
     assert (program.kernels > 0) == (name != "bert-base") == (plan.asked.attention == "splash")
     assert "attention_dropout=0.1" in plan.attention_reason if name == "bert-base" else program.largest
-    # Weights that are split are gathered, except over the whole of a 3-D torus, as the plan says.
-    assert ("all-gather" in program.collectives) == (split > 1 and plan.hint is None)
-    assert (name == "llama-70b") == (plan.hint is not None and "--mesh.data 8 --mesh.fsdp 64" in plan.hint)
+    # Weights that are split are gathered: the presets' meshes are not the whole of a 3-D torus.
+    assert ("all-gather" in program.collectives) == (split > 1) and plan.hint is None
+    assert split == 1 or plan.asked.mesh.data == 2
+    # No more than recorded.
+    name = peaks.name_of(name, FITS[name])
+    assert not (said := peaks.raised(name, program.peak, peaks.recorded())), said
     assert plan.asked.memory.total == pytest.approx(plan.asked.peak, rel=0.25)
+
+
+def test_over_the_whole_of_a_3d_torus_weights_are_gathered_by_reducing_as_the_plan_says():
+    model = dataclasses.replace(PRESETS["llama-1b"]().model, num_hidden_layers=2)
+    whole, half = (
+        compiled("llama-8b", model=model, mesh=mesh) for mesh in (MeshConfig(data=1, fsdp=64), MeshConfig(fsdp=-1))
+    )
+    assert "all-gather" not in whole.as_json()["collectives"]
+    assert whole.hint and "--mesh.data 2 --mesh.fsdp 32" in whole.hint
+    assert "all-gather" in half.as_json()["collectives"] and half.hint is None
 
 
 def test_what_does_not_fit_is_said_with_what_takes_the_most():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from espalier.training.state import combined
 from finetune.config import LoraConfig
 from finetune.lora import init_adapters, places_of, tree_at
 from sharding import rules
-from sharding.mesh import MeshConfig, build_mesh, check_batch, place_batch
+from sharding.mesh import MeshConfig, build_mesh, check_batch, off_torus, place_batch, torus_sides
 
 HEADS = {mlm.presets: "masked_lm", clm.presets: "causal_lm"}
 PRESETS = [(entry, name) for entry in HEADS for name in entry.PRESETS]
@@ -109,6 +110,18 @@ def test_an_axis_that_does_not_divide_is_refused_by_name():
     }
     with pytest.raises(UserError, match=r"tensor=2 does not divide the 3 of layers/suffix/0/attention/q/kernel.*try"):
         rules.shard_params(tree, build_mesh(MeshConfig(data=1, fsdp=4, tensor=2)))
+
+
+def test_open_axes_leave_the_whole_of_a_3d_torus():
+    left, whole = MeshConfig(fsdp=-1), (4, 4, 4)
+    assert off_torus(left, whole).on(64) == MeshConfig(data=2, fsdp=32)
+    for mesh, sides in ((left, (16, 16)), (left, (2, 2, 4)), (left, ()), (MeshConfig(data=1, fsdp=-1), whole)):
+        assert off_torus(mesh, sides) is mesh
+    assert left.on(1) == MeshConfig(data=1, fsdp=1)
+    # As JAX describes the chips of a slice; devices of a CPU form none.
+    places = [(x, y, z) for x in range(4) for y in range(4) for z in range(4)]
+    chips = [SimpleNamespace(platform="tpu", coords=place, slice_index=0) for place in places]
+    assert torus_sides(chips) == whole and torus_sides(chips[:-1]) == () and torus_sides(jax.devices()) == ()
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ folders, are left out.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import re
+import sys
 import sysconfig
 import warnings
 from collections import Counter
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 from espalier.data.documents import Document
 from espalier.errors import UserError
+from espalier.files import cache_key, make_folder, replacing, sha256_of_text
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 TOPICS_FILE = "pydoc_data/topics.py"
@@ -48,13 +52,36 @@ class DemoTask(NamedTuple):
 
 
 class BuiltinSource:
-    """The text of `documents` as a source (data.sources.Source)."""
+    """The text of `documents` as a source (data.sources.Source).
 
-    def __init__(self, name: str, exclude: frozenset[str] = frozenset()):
-        self.name, self.exclude = name, exclude
+    cache: folder where what was parsed is kept, which takes three seconds for "pydoc"; None = nowhere.
+    """
+
+    def __init__(self, name: str, exclude: frozenset[str] = frozenset(), cache: pathlib.Path | None = None):
+        self.name, self.exclude, self.cache = name, exclude, cache
 
     def __iter__(self) -> Iterator[Document]:
-        return documents(self.name, self.exclude)
+        # The packages may be more than fits the memory at once.
+        if self.cache is None or self.name != "pydoc":
+            return documents(self.name, self.exclude)
+        return iter(self._kept)
+
+    @functools.cached_property
+    def _kept(self) -> list[Document]:
+        """All documents, parsed once for each state of the files and version of Python."""
+        assert self.cache is not None
+        path = self.cache / f"builtin-{cache_key(self.fingerprint(), sys.version)}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            checksum, _, text = path.read_text("utf-8").partition("\n")
+            if checksum == sha256_of_text(text):
+                return [Document(*pair) for pair in json.loads(text)]
+        found = list(documents(self.name, self.exclude))
+        text = json.dumps(found, ensure_ascii=False)
+        with contextlib.suppress(OSError):
+            make_folder(path.parent)
+            with replacing(path) as file:
+                file.write(f"{sha256_of_text(text)}\n{text}")
+        return found
 
     def fingerprint(self) -> str:
         """Over the source files themselves: hashing is ten times faster than parsing."""

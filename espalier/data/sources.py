@@ -103,7 +103,7 @@ def open_source(patterns: tuple[str, ...], config: DataConfig, cache: Path | Non
         raise UserError(f"{named[0][0]!r} names no text; expected {EXPECTED[library]}")
     if spec not in ("pydoc", "packages"):
         raise UserError(f"builtin:{spec} is unknown; there are builtin:pydoc and builtin:packages")
-    return BuiltinSource(spec)
+    return BuiltinSource(spec, cache=cache)
 
 
 def open_library(
@@ -139,7 +139,7 @@ def _open_train(config: DataConfig, cache: Path | None) -> dict[str, Source]:
     if config.files:
         return {"text": open_source(config.files, config, cache)}
     if config.builtin:
-        return {"text": BuiltinSource(config.builtin, frozenset(config.builtin_exclude))}
+        return {"text": BuiltinSource(config.builtin, frozenset(config.builtin_exclude), cache)}
     raise UserError("no text was given; use --data.files 'text/*.txt', or --data.builtin pydoc for what is here")
 
 

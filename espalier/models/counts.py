@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 from espalier.models.config import LayerKind, ModelConfig
 
 
+# Asked for several times in a run, and tracing the model takes most of a second.
+@functools.lru_cache(maxsize=32)
 def count_params(config: ModelConfig, head: str | None = None) -> int:
     """Parameters of the stack with one head (None = without), the padding of the vocabulary not counted."""
     import jax

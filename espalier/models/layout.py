@@ -14,7 +14,7 @@ from espalier.models.layers import compute_dtype
 from espalier.models.memory import Memory, step_memory
 from espalier.models.transformer import scans
 from sharding.advice import Task, advise
-from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch, slice_count
+from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch, off_torus, slice_count, torus_sides
 from sharding.processes.coordination import from_first
 from sharding.topology import chip_of
 
@@ -25,7 +25,7 @@ def open_mesh(config: Any, model: ModelConfig, head: str, length: int, *, split:
     length: tokens of the longest row. split: whether rows may be split over the axis sequence. UserError where batch or
     row does not divide.
     """
-    mesh = config.mesh
+    mesh = off_torus(config.mesh, torus_sides(jax.devices()))
     if mesh.auto:
         devices = jax.devices()
         dtype = compute_dtype(config.execution).name

@@ -99,10 +99,9 @@ class Plan:
         wanted, mesh = self.hardware.slice, self.layout.mesh
         if wanted is None or not gathers_by_reducing(wanted, mesh):
             return None
-        data = min(wanted.shape)
         return (
             "fsdp is the whole of a 3-D torus, where the compiler gathers weights by all-reduces (twice the bytes, and "
-            f"without overlap); --mesh.data {data} --mesh.fsdp {mesh.fsdp // data} gathers, if it fits"
+            f"without overlap); --mesh.data 2 --mesh.fsdp {mesh.fsdp // 2} gathers, if it fits"
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from espalier.models.layout import memory_of, task_of
 from espalier.models.memory import Memory
 from espalier.models.transformer import scans
 from sharding.advice import KEPT_FREE, Task, advise, layouts
-from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch
+from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch, off_torus
 from sharding.topology import chip_named
 
 COMPILATIONS = 4
@@ -98,6 +98,8 @@ class Planner:
             wanted, why = advise(self._task(config), lambda mesh: self._memory(config, mesh).total, self.limit)
         elif self.hardware.slices > 1 and wanted.replica == 1:
             wanted = dataclasses.replace(wanted, replica=self.hardware.slices)
+        if self.hardware.slice:
+            wanted = off_torus(wanted, self.hardware.slice.shape)
         mesh = wanted.on(devices)
         product = math.prod(mesh.sizes(devices))
         if product != devices:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import UserError
+from sharding.mesh import is_torus
 from sharding.topology import Chip, chip_named
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def gathers_by_reducing(wanted: Slice, mesh: MeshConfig) -> bool:
     moves twice the bytes, and no computation overlaps with it.
     """
     whole = mesh.fsdp == wanted.devices // wanted.count
-    return whole and len(wanted.shape) == 3 and min(wanted.shape) >= 4
+    return whole and is_torus(wanted.shape)
 
 
 def devices_of(wanted: Slice) -> list[Any]:
