@@ -40,6 +40,7 @@ TASKS = {
     "multiple_choice": "finetune.tasks.choose.record:MULTIPLE_CHOICE",
     "ranking": "finetune.tasks.rank.record:RANKING",
     "reward": "finetune.tasks.reward.record:REWARD",
+    "preference": "finetune.tasks.prefer.record:PREFERENCE",
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
     "instruction_tuning": "finetune.tasks.instruct.record:INSTRUCTION",

@@ -9,6 +9,7 @@ from finetune.tasks.classify import record as classify
 from finetune.tasks.concepts import record as concepts
 from finetune.tasks.embed import record as embed
 from finetune.tasks.instruct import record as instruct
+from finetune.tasks.prefer import record as prefer
 from finetune.tasks.rank import record as rank
 from finetune.tasks.rationale import record as rationale
 from finetune.tasks.reward import record as reward
@@ -26,6 +27,7 @@ PRESETS = {
     "answer": answer.answer,
     "rank": rank.rank,
     "reward": reward.reward,
+    "prefer": prefer.prefer,
     "instruct": instruct.instruct,
     "translate": instruct.translate,
     "choose": choose.choose,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from espalier.training.frozen import Frozen
     from espalier.training.step import Objective
     from finetune.config import FinetuneConfig, FinetuneData
+    from finetune.freezing import Partly
 
 
 class Labelled(Protocol):
@@ -66,8 +67,13 @@ class Labelled(Protocol):
         """Fresh parameters with the head of this task."""
         ...
 
+    def begins(self, run: Path, resumed: bool) -> Callable[[dict], None] | None:
+        """What is computed with the complete parameters that a run starts from, under the mesh and before anything is
+        written; None = nothing. Of a run that goes on, what its first start has left in its folder is read here."""
+        return None
+
     def batch(self, step: int) -> dict:
-        """This process's rows of a step's batch."""
+        """This process's rows of a step's batch. The first is asked for when the run has its folder."""
         ...
 
     def finalize_eval(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +198,7 @@ class FinetuneTask(TaskRecord):
         partly = adapt(config, data, self.head, start) if config.lora.rank else None
         if config.freeze:
             partly = freeze(config, data, self.head, start)
+        load_params = _loading(config, data, self.head, start, partly)
         flops = config.batch_size * tokens * flops_per_token(start.model, round(tokens), data.predicted)
 
         def finish(trained: Trained) -> dict[str, Any]:
@@ -221,7 +228,7 @@ class FinetuneTask(TaskRecord):
             eval_batches=data.eval_batches,
             finalize_eval=data.finalize_eval,
             frozen=partly.frozen if partly else start.base(data.frozen),
-            load_params=partly.load_params if partly else None,
+            load_params=load_params,
             matrix_axes=data.matrix_axes,
             part=data.part,
             fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,
@@ -243,6 +250,31 @@ class FinetuneTask(TaskRecord):
             if config.export or not self.exports
             else ("./launch.sh", "export", str(config.run_dir), f"exported/{start.run.path.name}"),
         )
+
+
+def _loading(
+    config: FinetuneConfig, data: Labelled, head: str, start: Start, partly: Partly | None
+) -> Callable[[Any], Any] | None:
+    """Task.load_params, which tells the task of the parameters that the run starts from, where it asks for them."""
+    from espalier.models.pretrained import load_weights
+    from finetune.freezing import whole_model
+
+    load = partly.load_params if partly else None
+    begins = data.begins(start.run.path, start.origin is not None and start.origin.resumed)
+    if begins is None:
+        return load
+    origin = start.origin
+    assert origin is not None
+
+    def load_and_tell(abstract: Any) -> Any:
+        if load is not None:
+            begins(whole_model(config, data, head, start)())
+            return load(abstract)
+        params = load_weights(origin, data.model, head, data.init_params, config.seed)(abstract)
+        begins(params)
+        return params
+
+    return load_and_tell
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:

@@ -66,6 +66,8 @@ PREDICTIONS = {
                          "log_likelihoods": [-1.0, -2.0]}],
     "ranking": [{"query_id": EVIL, "query": EVIL, "ndcg@10": 0.5,
                  "ranking": [{"text_id": EVIL, "text": EVIL, "score": 0.5, "relevance": 1}]}],
+    "preference": [{"prompt": EVIL, "chosen": EVIL, "rejected": LINK, "logprob_chosen": -1.0,
+                    "logprob_rejected": -2.0}],
     "reward": [{"prompt": EVIL, "chosen": EVIL, "rejected": LINK, "score_chosen": 1.0, "score_rejected": 0.5}],
     "sentence_embedding": [{"query": EVIL, "positive": EVIL, "nearest": EVIL, "rank": 3, "cosine": 0.5,
                             "nearest_cosine": 0.5}],

@@ -225,6 +225,12 @@ def template_of(model: LoadedModel) -> str | None:
     return (model.saved.get("data") or {}).get("template") if model.saved.get("task") == TUNED else None
 
 
+def answers_chats(model: LoadedModel) -> bool:
+    """Whether a text is what the user says: of runs tuned to answer, and of those that learnt preferences on chats."""
+    task = model.saved.get("task")
+    return task == TUNED or task == "preference" and bool(model.saved.get("chat"))
+
+
 def prompt_ids(model: LoadedModel, prompt: Prompt) -> list[int]:
     """The tokens of a prompt, as the model was trained to read them; an empty text is the beginning-of-text token.
 
@@ -237,7 +243,7 @@ def prompt_ids(model: LoadedModel, prompt: Prompt) -> list[int]:
         prompt = {"prompt": prompt}
     if isinstance(prompt, Mapping) and template is None:
         prompt = prompt.get("prompt", prompt.get("text", prompt))
-    if isinstance(prompt, str) and model.saved.get("task") == TUNED:
+    if isinstance(prompt, str) and answers_chats(model):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, Mapping):
         return _framed(tokenizer, _of_fields(prompt, template))
@@ -255,7 +261,7 @@ def way_of(model: LoadedModel, config: SamplingConfig) -> Way:
     """How the model writes by this configuration, and where it ends."""
     published = Published.beside(model.saved)
     config, ignored = sampling_of((published.generation_config if published else None) or {}, config)
-    tuned = model.saved.get("task") == TUNED
+    tuned = answers_chats(model)
     if config.temperature is None and config.beams == 1 and tuned:
         config = replace(config, temperature=0.0)
     specials = special_ids(model.tokenizer, need=("bos", "eos"))

@@ -22,6 +22,7 @@ MAIN = {
     "multiple_choice": ("accuracy",),
     "ranking": ("ndcg@10", "mrr@10"),
     "reward": ("accuracy",),
+    "preference": ("accuracy", "margin"),
     "sentence_embedding": ("spearman", "ndcg@10"),
     "question_answering": ("f1", "exact"),
 }
