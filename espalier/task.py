@@ -43,6 +43,7 @@ TASKS = {
     "preference": "finetune.tasks.prefer.record:PREFERENCE",
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
+    "reinforcement": "finetune.tasks.reinforce.record:REINFORCE",
     "instruction_tuning": "finetune.tasks.instruct.record:INSTRUCTION",
     "masked_lm_autoencoder": "espalier.features.record:ON_ENCODERS",
     "causal_lm_autoencoder": "espalier.features.record:ON_DECODERS",

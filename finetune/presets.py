@@ -12,6 +12,7 @@ from finetune.tasks.instruct import record as instruct
 from finetune.tasks.prefer import record as prefer
 from finetune.tasks.rank import record as rank
 from finetune.tasks.rationale import record as rationale
+from finetune.tasks.reinforce import record as reinforce
 from finetune.tasks.reward import record as reward
 from finetune.tasks.tag import record as tag
 
@@ -30,5 +31,6 @@ PRESETS = {
     "prefer": prefer.prefer,
     "instruct": instruct.instruct,
     "translate": instruct.translate,
+    "reinforce": reinforce.reinforce,
     "choose": choose.choose,
 }

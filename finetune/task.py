@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -60,6 +60,10 @@ class Labelled(Protocol):
     trained begins with `init_params`."""
     matrix_axes: Callable[[Any], Any] | None = None
     """As Task.matrix_axes."""
+    reference: bool = False
+    """Whether the parameters that the run begins with are kept beside it, frozen, under the name `reference`."""
+    user_code: Mapping[str, Mapping[str, str]] = {}
+    """As Task.user_code."""
     part: str = ""
     """As Task.part."""
 
@@ -199,6 +203,7 @@ class FinetuneTask(TaskRecord):
         if config.freeze:
             partly = freeze(config, data, self.head, start)
         load_params = _loading(config, data, self.head, start, partly)
+        reference = _reference(config, data, self.head, start) if data.reference else None
         flops = config.batch_size * tokens * flops_per_token(start.model, round(tokens), data.predicted)
 
         def finish(trained: Trained) -> dict[str, Any]:
@@ -227,12 +232,13 @@ class FinetuneTask(TaskRecord):
             documents=documents,
             eval_batches=data.eval_batches,
             finalize_eval=data.finalize_eval,
-            frozen=partly.frozen if partly else start.base(data.frozen),
+            frozen=partly.frozen if partly else reference or start.base(data.frozen),
             load_params=load_params,
             matrix_axes=data.matrix_axes,
             part=data.part,
             fingerprints={"tokenizer": fingerprint(tokenizer)} | data.fingerprints,
             settings=data.settings,
+            user_code=data.user_code,
             scratch=config.scratch or data.frozen is not None,
             tokens_per_step=config.batch_size * tokens,
             # Frozen matrices have no gradient: of forward, gradient of what goes in and of the matrix, two are left.
@@ -275,6 +281,21 @@ def _loading(
         return params
 
     return load_and_tell
+
+
+def _reference(config: FinetuneConfig, data: Labelled, head: str, start: Start) -> Frozen:
+    """The parameters that the run begins with, once more and frozen."""
+    from espalier.models.pretrained import load_weights
+    from espalier.training.frozen import Frozen
+
+    origin = start.origin
+    assert origin is not None and not config.lora.rank and not config.freeze and data.frozen is None
+    load = load_weights(origin, data.model, head, data.init_params, config.seed)
+    return Frozen(
+        lambda key: {"reference": data.init_params(key)},
+        None if origin.resumed else lambda abstract: {"reference": load(abstract["reference"])},
+        origin.revision,
+    )
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:

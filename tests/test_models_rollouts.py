@@ -102,7 +102,7 @@ def test_the_difference_in_bfloat16_is_of_rounding():
     """Reported, not hidden: half a unit of the last place of bfloat16 is 0.4 %, over scores of up to 5."""
     drawn = drawn_by("llama", Sampling(G, samples=S), dtype="bfloat16")
     difference = abs(drawn.logprobs_BG - trained("llama", drawn.tokens_BG, dtype="bfloat16"))
-    print(f"bfloat16: mean {difference.mean():.4f}, largest {difference.max():.4f} nats")
+    print(f"bfloat16: mean {difference.mean():.1e}, largest {difference.max():.1e} nats")
     assert 0 < difference.mean() < 0.02 and difference.max() < 0.1
 
 

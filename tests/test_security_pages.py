@@ -74,7 +74,9 @@ PREDICTIONS = {
     "question_answering": [{"id": EVIL, "question": EVIL, "context": EVIL, "answers": [EVIL[9:12]], "begins": [9],
                             "answer": EVIL[:5], "score": 0.5, "begin": 0, "end": 5, "n_best": [], "em": 0, "f1": 0}],
     "instruction_tuning": [{"prompt": EVIL, "reference": EVIL, "prediction": EVIL}],
+    "reinforcement": [{"prompt": EVIL, "answer": EVIL, "prediction": EVIL, "rewards": [0.5, 1.0], "solved": 1}],
 }  # fmt: skip
+ROLLOUTS = [{"step": 1, "which": EVIL, "prompt": EVIL, "completion": LINK, "reward": 0.5, "tokens": 3, "ended": False}]
 FILES = {
     "masked_lm": {"samples": {"samples": [{"tokens": [EVIL, LINK], "masked": [
         {"index": 1, "truth": EVIL, "guesses": [[EVIL, 0.5], [LINK, 0.1]]}]}]}},
@@ -106,6 +108,7 @@ def hostile_run(folder: pathlib.Path, task: str) -> pathlib.Path:
     for name, value in (files | FILES.get(task, {})).items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     lines = {"predictions.jsonl": PREDICTIONS.get(task, []), "features.jsonl": FEATURES if "auto" in task else []}
+    lines["rollouts.jsonl"] = ROLLOUTS if task == "reinforcement" else []
     lines["metrics.jsonl"] = [{"step": 1, "loss": 2.0, EVIL: 1.0, f"eval/{EVIL}": 1.0}, {"step": 2, "loss": 1.0}]
     for name, values in lines.items():
         (folder / name).write_text("".join(json.dumps(value) + "\n" for value in values))

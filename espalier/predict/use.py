@@ -21,6 +21,7 @@ USES = {
     "causal_lm": "espalier.predict.generate:GENERATE",
     "instruction_tuning": "espalier.predict.generate:GENERATE",
     "preference": "espalier.predict.generate:GENERATE",
+    "reinforcement": "espalier.predict.generate:GENERATE",
     "sequence_classification": "espalier.predict.classify:CLASSIFY",
     "rationale": "espalier.predict.rationale:RATIONALE",
     "concepts": "espalier.predict.concepts:CONCEPTS",

@@ -45,10 +45,14 @@ class Collector:
         folder: Path,
         mesh: Mesh,
         reading: bool = False,
+        steps: int = 1,
     ):
-        """reading: the folder is another's, and stays as it is."""
+        """reading: the folder is another's, and stays as it is. steps: so many in a row share what was collected."""
         self._collect, self._folder, self._mesh = collect, folder, mesh
         self._log = folder / "log.jsonl"
+        self._steps = steps
+        self._held: tuple[int, Added] | None = None
+        """What the steps from this one on share."""
         self._known: dict[int, dict] = {}
         if collect is not None:
             if not reading:
@@ -60,13 +64,20 @@ class Collector:
         """(the batch with what is added, what of it has yet to be written). step: the number of the batch."""
         if self._collect is None:
             return batch, {}
-        if step in self._known:
-            return self._replayed(batch, step), {}
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), step), COLLECTING)
+        first = step - step % self._steps
+        # Batches may be passed over, the first of those that share something among them.
+        known = next((number for number in range(first, first + self._steps) if number in self._known), None)
+        if known is not None:
+            return self._replayed(batch, known), {}
+        if self._held is not None and self._held[0] == first:
+            return _nested(_flat(batch) | self._held[1]), {}
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), first), COLLECTING)
         full, before = self._collect(state, batch, key), _flat(batch)
         found = _flat(full)
         assert before.keys() <= found.keys(), f"collect took away {sorted(before.keys() - found.keys())}"
-        return full, {path: array for path, array in found.items() if array is not before.get(path)}
+        added = {path: array for path, array in found.items() if array is not before.get(path)}
+        self._held = (first, added) if self._steps > 1 else None
+        return full, added
 
     def write(self, step: int, added: Added) -> None:
         """Write what was added to the batch of a step; waits for it."""
@@ -85,6 +96,7 @@ class Collector:
 
     def forget(self, step: int) -> None:
         """Delete the arrays of the steps before this one: no checkpoint is left that would lead to them."""
+        step -= step % self._steps
         if self._collect is not None and jax.process_index() == 0:
             for path in self._folder.glob("*.npz"):
                 if path.stem.isdecimal() and int(path.stem) < step:

@@ -110,7 +110,9 @@ def replay(
         deviations = config.bad_steps.deviations
         train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project, deviations)
         windows = _windows(run, last)
-        collector = Collector(task.objective.collect, run.collected, mesh, reading=True)
+        collector = Collector(
+            task.objective.collect, run.collected, mesh, reading=True, steps=task.objective.collected_for
+        )
         following = batch_number(first, windows)
         batches = stack.enter_context(contextlib.closing(task.batches_from(following)))
         summed = Summed(mesh)

@@ -44,6 +44,8 @@ class Objective:
     """(state, batch, key) → the batch, already on the mesh, with arrays added that current or frozen parameters must
     compute first (reference log-probabilities, rollouts). Called outside the compiled step; see `training.collected`
     for what that asks of it and how it is logged and replayed."""
+    collected_for: int = 1
+    """Steps in a row that share what was collected before the first of them; their batches are the same."""
     gradient: Callable[..., tuple[tuple[jax.Array, Sums], Any]] | None = None
     """(complete, params, batch, key, norms, accumulation) → ((loss, Sums), gradient of params): how a loss that is not
     divisible takes micro-batches, for instance by caching representations (Gao et al. 2021); `micro_batches` cuts.

@@ -1,0 +1,1 @@
+"""Reinforcement learning of decoders from rewards on what they write."""
