@@ -50,6 +50,8 @@ class Labelled(Protocol):
     """Training examples; an epoch."""
     tokens_per_row: float
     """Of an average training example."""
+    answers_per_row: int = 1
+    """How many texts of data.max_length tokens a row holds: 2 where it is a pair."""
     predicted: float = 0.0
     """The part of the tokens that are scored over the vocabulary, for counts of operations."""
     eval_batches: Sequence[dict]
@@ -198,7 +200,7 @@ class FinetuneTask(TaskRecord):
         data = self.read(config, start.model, tokenizer, start.mesh)
         config = resolved(replace(config, data=data.data or config.data), data.examples, start.model.hidden_size)
         assert config.steps is not None
-        tokens, longest = data.tokens_per_row, max_length(config.data, start.model)
+        tokens, longest = data.tokens_per_row, max_length(config.data, start.model) * data.answers_per_row
         partly = adapt(config, data, self.head, start) if config.lora.rank else None
         if config.freeze:
             partly = freeze(config, data, self.head, start)

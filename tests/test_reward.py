@@ -140,6 +140,9 @@ def test_the_loss_is_that_of_pytorch_accumulated_and_sharded_alike(model):
     assert float(evaluated["accuracy"][0]) == int((scores[:, 0] > scores[:, 1]).sum())
     assert float(evaluated["margin"][0]) == pytest.approx(float((scores[:, 0] - scores[:, 1]).sum()), abs=1e-5)
 
+    if not model.causal:
+        return
+
     @jax.jit
     def gradient(batch, norms):
         return jax.grad(lambda params: objective.loss(params, batch, key, norms, False)[0])(params)
@@ -178,11 +181,10 @@ def config_for(there, run_dir, base: str = "encoder", **changes) -> RewardConfig
     return RewardConfig(**defaults | changes)
 
 
-@pytest.mark.parametrize("base", ["encoder", "decoder"])
-def test_a_reward_model_learns_scores_and_is_loaded_by_others(there, tmp_path, base):
+def test_a_reward_model_learns_scores_and_is_loaded_by_others(there, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    summary = main(config_for(there, tmp_path / "run", base, export=str(tmp_path / "exported")))
+    summary = main(config_for(there, tmp_path / "run", export=str(tmp_path / "exported")))
     metrics = summary["metrics"]
     assert metrics["accuracy"] == 1.0 and metrics["margin"] > 1 and metrics["pairs"] == 12
     assert metrics["baseline_accuracy"] < 0.7 and metrics["loss"] < math.log(2) / 2
@@ -210,7 +212,7 @@ def test_a_reward_model_learns_scores_and_is_loaded_by_others(there, tmp_path, b
 
 
 def test_a_run_that_pauses_and_changes_its_mesh_learns_as_one_that_does_not(there, tmp_path):
-    few = dict(steps=6, log_every=1, eval_every=6, dropout=0.0)
+    few = dict(steps=6, log_every=1, eval_every=6, dropout=0.0, base="decoder")
     whole = main(config_for(there, tmp_path / "whole", **few))
     main(config_for(there, tmp_path / "parts", **few, stop_at=3))
     parts = main(config_for(there, tmp_path / "parts", **few, mesh=MeshConfig(2, 2, 2), accumulation=2))

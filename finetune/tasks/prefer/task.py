@@ -50,6 +50,8 @@ PARTS = ("train", "validation")
 class Preferring(Labelled):
     """The preferences of two files."""
 
+    answers_per_row = 2
+
     def __init__(self, config: PreferConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         if not model.causal:
             raise UserError(

@@ -44,6 +44,8 @@ LABEL = "reward"
 class Reward(Labelled):
     """The pairs of two files."""
 
+    answers_per_row = 2
+
     def __init__(self, config: RewardConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
         data, longest = config.data, max_length(config.data, model)
         train, self._validation = (read_pairs(data, side) for side in ("train", "validation"))
