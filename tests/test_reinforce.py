@@ -373,3 +373,24 @@ def test_settings_that_will_not_do_are_refused():
             PolicyGradient(**settings)
     with pytest.raises(UserError, match="must be one policy; give 0"):
         ReinforceConfig(dropout=0.1)
+
+
+def test_a_classifier_as_a_reward_gives_the_logarithm_of_its_last_label(started, monkeypatch):
+    import espalier
+    import espalier.loading
+    from espalier.predict.loaded import LoadedModel
+
+    decoder = espalier.load(started / "clm")
+    labelled = dataclasses.replace(decoder.config, labels=("bad", "good"))
+    model = LoadedModel(
+        labelled, random_params(labelled, ("sequence_classification",)), decoder.tokenizer, "sequence_classification"
+    )
+    monkeypatch.setattr(espalier.loading, "load", lambda run: {"judge": model, "clm": decoder}[run])
+    found = Rewards(ReinforceData(reward=("model:judge",)))(
+        [Group(Asked("f:1", "1+2=", [1], {}, ""), ["3", "4"]), Group(Asked("f:2", "0=", [1], {}, ""), ["0", "1"])]
+    )
+    logits = np.asarray(model.logits(["1+2=3", "1+2=4", "0=0", "0=1"]), np.float64)
+    by_hand = logits[:, 1] - np.log(np.exp(logits).sum(1))
+    np.testing.assert_allclose(found.reshape(-1), by_hand, atol=1e-5)
+    with pytest.raises(UserError, match="has the head causal_lm; give a reward model or a classifier"):
+        Rewards(ReinforceData(reward=("model:clm",)))
