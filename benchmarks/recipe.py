@@ -161,7 +161,8 @@ def results(folder: Path) -> list[dict]:
     found = []
     for path in sorted(folder.glob("*/recipe.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        found.append(record | {"curve": curve_of(path.parent)})
+        summary = json.loads((path.parent / "summary.json").read_text(encoding="utf-8"))
+        found.append(record | {"curve": curve_of(path.parent), "tokens": summary["tokens"]})
     return found
 
 
@@ -266,8 +267,7 @@ def pairs(runs: list[dict]) -> str:
     """Markdown: what each recipe changes, by itself, at equal tokens: `other` - `one`, paired by seed.
 
     A seed is the order of the rows and which tokens are hidden, and where the layers are alike the first parameters
-    too. Each variant is at its best rate, by the lowest seed; that seed is left out where at least five others are
-    there, for the rate was chosen by it. Student's t of the differences, two-sided.
+    too. Each variant is at the rate of `rate_by_mean`. Student's t of the differences, two-sided.
     """
     from scipy import stats
 
@@ -279,7 +279,6 @@ def pairs(runs: list[dict]) -> str:
     for task, steps, (one, other) in [(*at, pair) for at in lengths for pair in PAIRS[at[0]]]:
         losses = [at_best(runs, task, variant, steps) for variant in (one, other)]
         seeds = sorted(losses[0].keys() & losses[1].keys())
-        seeds = seeds[1:] if len(seeds) > 5 else seeds
         if len(seeds) < 2:
             continue
         a, b = ([loss[seed] for seed in seeds] for loss in losses)
@@ -295,32 +294,39 @@ def pairs(runs: list[dict]) -> str:
 
 
 def at_best(runs: list[dict], task: str, variant: str, steps: int) -> dict[int, float]:
-    """Seed → held-out loss of a variant at one length, at the rate that was best for its lowest seed."""
+    """Seed → held-out loss of a variant at one length, at its best rate."""
     own = [run for run in runs if (run["task"], run["variant"], run["steps"]) == (task, variant, steps)]
-    if not own:
-        return {}
-    lowest = min(run["seed"] for run in own)
-    rate = min((run for run in own if run["seed"] == lowest), key=lambda run: run["loss"])["rate"]
+    rate = rate_by_mean(own)
     return {run["seed"]: run["loss"] for run in own if run["rate"] == rate}
 
 
-def draw(runs: list[dict], path: Path, tokens_per_step: int = 2048) -> None:
-    """Held-out loss over tokens of baselines and recipes, each at its best rate; every length and seed is a line."""
+def rate_by_mean(runs: list[dict]) -> float | None:
+    """Of the rates that were given the most seeds, the one of the lowest mean loss; runs of one variant and length."""
+    losses: dict[float, list[float]] = {}
+    for run in runs:
+        losses.setdefault(run["rate"], []).append(run["loss"])
+    return min(losses, key=lambda rate: (-len(losses[rate]), statistics.mean(losses[rate])), default=None)
+
+
+def draw(runs: list[dict], path: Path, wanted: list[str]) -> None:
+    """Held-out loss over tokens, each variant at its best rate; every length and seed is a line.
+
+    wanted: the variants, or none for baselines and recipes.
+    """
     from matplotlib.figure import Figure
 
     tasks = [task for task in VARIANTS if any(run["task"] == task for run in runs)]
     figure = Figure(figsize=(6 * len(tasks), 4.2), layout="constrained")
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
-        for number, variant in enumerate((BASELINES[task], RECIPES[task])):
+        for number, variant in enumerate(wanted or (BASELINES[task], RECIPES[task])):
             own = [run for run in runs if (run["task"], run["variant"]) == (task, variant)]
             for steps in sorted({run["steps"] for run in own}):
                 alike = [run for run in own if run["steps"] == steps]
-                first = min(run["seed"] for run in alike)
-                rate = min((run for run in alike if run["seed"] == first), key=lambda run: run["loss"])["rate"]
+                rate = rate_by_mean(alike)
                 for at, run in enumerate(run for run in alike if run["rate"] == rate):
                     x, y = zip(*run["curve"], strict=True)
                     label = f"{variant}, rate {rate:g}, {steps:,} steps" if at == 0 else None
-                    millions = [step * tokens_per_step / 1e6 for step in x]
+                    millions = [step * run["tokens"] / run["steps"] / 1e6 for step in x]
                     axes.plot(millions, y, color=f"C{number}", marker=".", label=label)
         axes.set(title=task, xlabel="million tokens", ylabel="held-out loss")
         axes.grid(alpha=0.3)
@@ -345,6 +351,7 @@ def main() -> None:
         "--flags", default="", help="of every run, like the width of one folder: --flags='--batch-size 8'"
     )
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--draw", nargs="+", default=[], help="variants in curves.png; else baseline and recipe")
     given = parser.parse_args()
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -363,7 +370,7 @@ def main() -> None:
         (folder / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
         text = "\n".join([table(runs), ratios(runs), pairs(runs)])
         (folder / "table.md").write_text(text, encoding="utf-8")
-        draw(runs, folder / "curves.png")
+        draw(runs, folder / "curves.png", given.draw)
         print(text, end="")
 
 
