@@ -79,7 +79,7 @@ class PolicyGradient:
     et al. 2017)."""
     clip_high: float | None = None
     """The bound above, where it is another (DAPO takes 0.28)."""
-    beta: float = often(0.0)
+    beta: float = 0.0
     """Weight of the KL divergence from the model that the run began with; 0 = none, and no reference is kept."""
     kl: Literal["k1", "k3"] = "k1"
     """k1: log π/π_ref of a completion is taken off its reward, whose gradient is that of the KL; k3: Schulman's
@@ -145,10 +145,9 @@ class ReinforceConfig(FinetuneConfig):
 
 
 def reinforce() -> ReinforceConfig:
-    """Learn from rewards: `./launch.sh finetune reinforce --init-from RUN --data.train F --data.validation F`.
+    """Learn from rewards: `./launch.sh finetune reinforce --init-from RUN --data.train F … --data.reward exact`.
 
-    From a decoder; --data.reward says what is rewarded: exact, arithmetic, regex:…, format:…, length:N, model:RUN, or
-    FILE.py:NAME. REINFORCE with the mean of a group as its baseline; GRPO and others by --policy.
+    A decoder, by REINFORCE with the mean of a group as its baseline; GRPO and others by --policy.
     """
     return ReinforceConfig(log_every=10, batch_size=16, checkpoint=CheckpointConfig(every=100))
 
