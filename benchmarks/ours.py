@@ -1,6 +1,8 @@
 """Espalier in a race: the step that every run takes, in the order in which its loop takes it.
 
-python -m benchmarks.ours FOLDER STEPS [float32|bfloat16] [scan|unrolled|auto]
+python -m benchmarks.ours FOLDER STEPS [float32|bfloat16|products] [scan|unrolled|auto]
+
+products: activations in float32, factors of products in bfloat16.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from sharding.mesh import MeshConfig, build_mesh, place_batch  # noqa: E402
 
 def main(folder: str, steps: str, dtype: str = "auto", layers: str = "auto") -> None:
     work, arrays = read(Path(folder))
-    kind: Any = dtype
-    execution = Execution(dtype=kind, scan_layers={"scan": True, "unrolled": False}.get(layers))
+    kind: Any = {"dtype": "float32", "products": "bfloat16"} if dtype == "products" else {"dtype": dtype}
+    execution = Execution(**kind, scan_layers={"scan": True, "unrolled": False}.get(layers))
     model = model_of(work)
     # One device, as the others use.
     mesh = build_mesh(MeshConfig(), jax.devices()[:1])

@@ -42,6 +42,7 @@ class Contender(NamedTuple):
 CONTENDERS = (
     Contender("Espalier", ("benchmarks.ours", "float32"), "float32", True),
     Contender("Espalier, scanned", ("benchmarks.ours", "float32", "scan"), "float32", True),
+    Contender("Espalier, bf16 products", ("benchmarks.ours", "products"), "bfloat16", True),
     Contender("Trainer", ("benchmarks.pytorch", "trainer", "eager", "float32"), "float32"),
     Contender("Trainer, compiled", ("benchmarks.pytorch", "trainer", "compile", "float32"), "float32"),
     Contender("Trainer, compiled, bf16", ("benchmarks.pytorch", "trainer", "compile", "bfloat16"), "bfloat16"),

@@ -38,6 +38,7 @@ CORNER = {
         test_scan_and_rematerialisation_change_nothing test_rematerialisation_recomputes_and_scan_scans
         test_meshes_change_nothing test_dropout_is_the_same_on_every_mesh_and_in_a_loop
         test_bfloat16_computes_in_bfloat16_and_differentiates_in_float32
+        test_products_in_bfloat16_leave_the_rest_in_float32
         test_decoding_with_the_cache_equals_the_whole_sequence test_initial_parameters""",
     # Of Colab above all, whose kernel runs it.
     "test_notebooks.py": "test_a_notebook_runs[7] test_words_of_libraries_that_work_for_us_go_to_a_log",

@@ -23,6 +23,7 @@ from espalier.models.layers import (
     zero_unless,
 )
 from espalier.models.memory import step_memory
+from sharding.mesh import MeshConfig, build_mesh
 
 PLAIN = {"gelu": gelu, "gelu_new": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "tanh": jnp.tanh}
 PLAIN |= {"relu2": lambda x: jnp.where(x > 0, x * x, 0)}
@@ -151,7 +152,7 @@ def test_gradients_of_products_on_cpus_are_those_of_einsum(equation):
     spread = [axis for axis in range(plain.ndim) if axis not in axes]
 
     def ours(x, kernel, bias):
-        return plus_bias(product(equation, x, kernel), bias, result, letters)
+        return plus_bias(product(equation, x, kernel, x.dtype), bias, result, letters)
 
     def theirs(x, kernel, bias):
         return jnp.einsum(equation, x, kernel) + jnp.expand_dims(bias, spread)
@@ -163,3 +164,28 @@ def test_gradients_of_products_on_cpus_are_those_of_einsum(equation):
     ]
     for mine, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_bfloat16_factors_are_rounded_and_nothing_else(equation, devices):
+    """Against products of the rounded factors in float64; the kernel's gradient is that of factors as they are."""
+    x_shape, kernel_shape, _ = EQUATIONS[equation]
+    x, kernel = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate((x_shape, kernel_shape)))
+    source, weights, result = equation.replace("->", ",").split(",")
+    weight = jax.random.normal(jax.random.key(2), jnp.einsum(equation, x, kernel).shape)
+
+    def sum_of(x, kernel):
+        y = product(equation, x, kernel, jnp.dtype(jnp.bfloat16))
+        return (y * weight).sum(), y
+
+    def exact(equation, *factors, rounded=True):
+        return np.einsum(equation, *(np.float64(f.astype(jnp.bfloat16) if rounded else f) for f in factors))
+
+    with jax.set_mesh(build_mesh(MeshConfig(), jax.devices()[:devices])):
+        gradients, y = jax.jit(jax.grad(sum_of, argnums=(0, 1), has_aux=True))(x, kernel)
+    assert y.dtype == gradients[0].dtype == gradients[1].dtype == jnp.float32
+    np.testing.assert_allclose(y, exact(equation, x, kernel), atol=1e-5)
+    np.testing.assert_allclose(gradients[0], exact(f"{result},{weights}->{source}", weight, kernel), atol=1e-5)
+    kernel_gradient = exact(f"{source},{result}->{weights}", x, weight, rounded=False)
+    np.testing.assert_allclose(gradients[1], kernel_gradient, atol=1e-5)

@@ -200,6 +200,41 @@ def test_bfloat16_computes_in_bfloat16_and_differentiates_in_float32(monkeypatch
     close(x_BTD.astype(jnp.float32), jax.jit(functools.partial(apply, LLAMA))(params, batch), 3e-2)
 
 
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["masked", "causal"])
+def test_products_in_bfloat16_leave_the_rest_in_float32(config):
+    """Nearer to float32 than all in bfloat16. One device multiplies bfloat16 matrices, several of them float32 ones
+    that were rounded: to the same numbers.
+    """
+    params = random_params(config, ("causal_lm" if config.causal else "masked_lm",))
+    batch = batch_of(config, [[12], [7, 4]], 12)
+    run = jax.jit(jax.value_and_grad(functools.partial(loss, config), has_aux=True), static_argnames="execution")
+    in_bfloat16 = Execution(products="bfloat16")
+    (value, x_BTD), gradients = run(params, batch, execution=in_bfloat16)
+    operands = {
+        jnp.dtype(operand.aval.dtype).name
+        for product in operations(
+            functools.partial(run, batch=batch, execution=in_bfloat16), params, name="dot_general"
+        )
+        for operand in product.invars
+    }
+    assert operands == {"bfloat16", "float32"} and x_BTD.dtype == value.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    (_, plain_x_BTD), _ = run(params, batch, execution=Execution())
+    (_, all_x_BTD), _ = run(params, batch, execution=Execution(dtype="bfloat16"))
+
+    def far(one, other):
+        return np.square(np.float32(one) - np.float32(other))[batch["segment_ids"] != 0].mean() ** 0.5
+
+    assert 0 < far(x_BTD, plain_x_BTD) < far(all_x_BTD, plain_x_BTD)
+    mesh = build_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        (split, split_x_BTD), _ = run(
+            jax.device_put(params, shard_params(params, mesh)), place_batch(batch, mesh), execution=in_bfloat16
+        )
+    # A sum in another order moves a factor over the border between two bfloat16 numbers now and then.
+    assert far(split_x_BTD, x_BTD) < 0.1 * far(x_BTD, plain_x_BTD) and abs(split - value) < 1e-5 * abs(value)
+
+
 # ------------------------------------------------------------------------------------------------- cache, dropout
 
 

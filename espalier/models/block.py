@@ -65,14 +65,17 @@ class Attention(nn.Module):
     backend: Backend
     cross: bool = False
     """Keys and values are of context.memory; positions play no part."""
+    factors: jnp.dtype | None = None
+    """What products with parameters round their factors to; unset = dtype."""
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache: LayerCache | None, key: jax.Array | None):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.kv_heads, c.head_size
+        kind = self.dtype, c.adapter_dropout, self.factors
 
         def linear(shape: tuple[int, ...], name: str) -> Einsum:
-            return Einsum(shape, c.attention_bias, c.initializer_range, self.dtype, c.adapter_dropout, name=name)
+            return Einsum(shape, c.attention_bias, c.initializer_range, *kind, name=name)
 
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         q_BTNH = constrain(linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD, key), "batch", "sequence", "tensor", None)
@@ -120,7 +123,7 @@ class Attention(nn.Module):
         )
         out_BTNH = tapped(tap, "attention.heads", out_BTNH)
         bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
-        out = Einsum((N, H, D), bias, output_stddev(c), self.dtype, c.adapter_dropout, name="out")
+        out = Einsum((N, H, D), bias, output_stddev(c), *kind, name="out")
         return constrain(out("BTNH,NHD->BTD", out_BTNH, key), "batch", "sequence", None), cache
 
 
@@ -129,14 +132,16 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    factors: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x_BTD, key: jax.Array | None = None, tap: Tap | None = None):
         c = self.config
         D, F = c.hidden_size, c.intermediate_size
+        kind = self.dtype, c.adapter_dropout, self.factors
 
         def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
-            return Einsum(shape, c.mlp_bias, stddev, self.dtype, c.adapter_dropout, name=name)
+            return Einsum(shape, c.mlp_bias, stddev, *kind, name=name)
 
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
         if c.gated_mlp:
@@ -161,12 +166,13 @@ class Block(nn.Module):
     """Whether this is the first layer of the stack, which may go without an attention norm."""
     dtype: jnp.dtype
     backend: Backend
+    factors: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache: LayerCache | None = None, keys: jax.Array | None = None):
         c = self.config
-        attention = Attention(c, self.kind, self.dtype, self.backend, name="attention")
-        mlp = MLP(c, self.dtype, name="mlp")
+        attention = Attention(c, self.kind, self.dtype, self.backend, factors=self.factors, name="attention")
+        mlp = MLP(c, self.dtype, self.factors, name="mlp")
         key = [None] * dropouts(c) if keys is None else keys
         first_norm = not self.first or c.first_attention_norm
         tap = context.tap
@@ -175,7 +181,7 @@ class Block(nn.Module):
         y_BTD, cache = attention(self._before("attention", x_BTD, first_norm), context, cache, key[0])
         x_BTD = self._after("attention", x_BTD, y_BTD, key[1], first_norm, tap)
         if c.cross_attention:
-            cross = Attention(c, self.kind, self.dtype, self.backend, cross=True, name="cross_attention")
+            cross = Attention(c, self.kind, self.dtype, self.backend, True, self.factors, name="cross_attention")
             y_BTD, _ = cross(self._before("cross_attention", x_BTD), context, None, key[3])
             x_BTD = self._after("cross_attention", x_BTD, y_BTD, key[4])
         x_BTD = self._after("mlp", x_BTD, mlp(self._before("mlp", x_BTD), key[2], tap), key[2], tap=tap)

@@ -312,3 +312,6 @@ class Execution:
     """What is recomputed in the backward pass: nothing, all but matrix products, everything."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto = bfloat16 on TPU and GPU, float32 on CPU."""
+    products: Literal["float32", "bfloat16"] = "float32"
+    """What products of float32 activations and parameters round their factors to, sums staying float32. On CPUs
+    bfloat16 makes a step faster by a fifth to a third."""

@@ -8,7 +8,7 @@ from espalier.models.attention import choose_backend, kernels
 from espalier.models.attention_backend import Use
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.counts import count_params
-from espalier.models.layers import compute_dtype
+from espalier.models.layers import compute_dtype, product_dtype
 from espalier.progress import amount
 
 PURPOSES = {
@@ -32,14 +32,21 @@ def describe(
 ) -> dict[str, str]:
     """Rows on the model, its precision, and the attention where there was a choice, for rows of `length` tokens."""
     with jax.set_mesh(mesh):
-        compute = compute_dtype(execution).name
+        compute, factors = compute_dtype(execution).name, product_dtype(execution).name
         use = Use.of(config, length, dtype=compute, dropping=config.attention_dropout > 0, packed=packed)
         backend, reason = choose_backend(execution.attention, use)
     rows = {
         "model": architecture(config, head),
-        "precision": f"{compute}, parameters in float32" if compute != "float32" else "float32",
+        "precision": precision(compute, factors),
     }
     # Elsewhere there is one backend.
     if kernels(use.platform) or execution.attention != "auto":
         rows["attention"] = f"{backend.name}: {reason}"
     return rows
+
+
+def precision(compute: str, factors: str) -> str:
+    """In words, of the names of two dtypes."""
+    if compute != "float32":
+        return f"{compute}, parameters in float32"
+    return compute if factors == compute else f"{compute}, factors of products in {factors}"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.layers import Einsum, activation, compute_dtype, dropout, make_norm, named_key
+from espalier.models.layers import Einsum, activation, compute_dtype, dropout, make_norm, named_key, product_dtype
 
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 HEADS = (
@@ -84,17 +84,17 @@ def masked_lm_head(config: ModelConfig, params: dict, hidden_BMD: jax.Array, exe
     head = params.get("head", {}).get("masked_lm", {})
     if config.head_transform:
         weights = {name: head[name] for name in ("transform", "norm")}
-        transform: Any = MaskedLMTransform(config, compute_dtype(execution))
+        transform: Any = MaskedLMTransform(config, compute_dtype(execution), product_dtype(execution))
         hidden_BMD = transform.apply({"params": weights}, hidden_BMD)
     table_VE = params["embeddings"]["token"]["embedding"] if config.tie_word_embeddings else head["kernel"]
-    return hidden_BMD, table_VE, head.get("bias")
+    return hidden_BMD.astype(product_dtype(execution)), table_VE, head.get("bias")
 
 
 def causal_lm_head(config: ModelConfig, params: dict, hidden_BTD: jax.Array, execution: Execution):
     """(features_BTD, table_VD, bias_V or None) of the next-token scores."""
     head = params.get("head", {}).get("causal_lm", {})
     table_VD = params["embeddings"]["token"]["embedding"] if config.tie_word_embeddings else head["kernel"]
-    return hidden_BTD.astype(compute_dtype(execution)), table_VD, head.get("bias")
+    return hidden_BTD.astype(product_dtype(execution)), table_VD, head.get("bias")
 
 
 def sequence_logits(
@@ -189,12 +189,14 @@ class MaskedLMTransform(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    factors: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x_BMD: jax.Array) -> jax.Array:
         c = self.config
         shape = (c.hidden_size, c.embedding_width)
-        dense = Einsum(shape, c.head_transform_bias, c.initializer_range, self.dtype, name="transform")
+        kind = c.head_transform_bias, c.initializer_range, self.dtype
+        dense = Einsum(shape, *kind, factors=self.factors, name="transform")
         return make_norm(c, self.dtype, "norm")(activation(c.hidden_act)(dense("BMD,DE->BME", x_BMD)))
 
 

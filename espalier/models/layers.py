@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from espalier.models.config import Execution, ModelConfig
 from sharding.mesh import constrain, mesh_platform
 
+BFLOAT16 = (8, 7)
+"""Bits of its exponent and of its mantissa."""
+
 
 class Einsum(nn.Module):
     """A linear map with the equation at the call: `Einsum((D, N, H), ...)("BTD,DNH->BTNH", x)`.
@@ -31,11 +34,13 @@ class Einsum(nn.Module):
     stddev: float
     dtype: jnp.dtype
     adapter_dropout: float = 0.0
+    factors: jnp.dtype | None = None
+    """What both factors of the product are rounded to; unset = dtype."""
 
     @nn.compact
     def __call__(self, equation: str, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.truncated_normal(self.stddev), self.shape, jnp.float32)
-        y = product(equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(equation, x.astype(self.dtype), kernel.astype(self.dtype), self.factors or self.dtype)
         if self.has_variable("params", "lora_a"):
             if key is not None and self.adapter_dropout:
                 x = dropout(x, self.adapter_dropout, named_key(key, self.name or ""))
@@ -61,21 +66,30 @@ class Einsum(nn.Module):
         return high * scale.astype(self.dtype)
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """einsum of tokens and a kernel of the same dtype, with a gradient that XLA:CPU computes fast."""
-    return (_product_on_cpu if mesh_platform() == "cpu" else jnp.einsum)(equation, x, kernel)
+def product(equation: str, x: jax.Array, kernel: jax.Array, factors: jnp.dtype) -> jax.Array:
+    """einsum of tokens and a kernel of the same dtype, which the result has too; the factors are rounded to `factors`.
+
+    On CPUs with a gradient that XLA computes fast, of which the kernel's part is not rounded.
+    """
+    if mesh_platform() == "cpu":
+        return _product_on_cpu(equation, factors, x, kernel)
+    return jnp.einsum(equation, x, kernel) if factors == x.dtype else float32_einsum(equation, x, kernel, factors)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product_on_cpu(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, kernel)
+def _einsum_on_cpu(equation: str, factors: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
+    if factors == x.dtype:
+        return jnp.einsum(equation, x, y)
+    return _einsum(equation, x.astype(factors), y.astype(factors), x.dtype)
 
 
-def _product_on_cpu_forward(equation, x, kernel):
-    return jnp.einsum(equation, x, kernel), (x, kernel)
+_product_on_cpu = jax.custom_vjp(_einsum_on_cpu, nondiff_argnums=(0, 1))
 
 
-def _product_on_cpu_backward(equation, inputs, gradient):
+def _product_on_cpu_forward(equation, factors, x, kernel):
+    return _einsum_on_cpu(equation, factors, x, kernel), (x, kernel)
+
+
+def _product_on_cpu_backward(equation, factors, inputs, gradient):
     x, kernel = inputs
     source, weights, result = equation.replace("->", ",").split(",")
     # In a product over all tokens the first factor is transposed in memory: that is the smaller one, and the kernel's
@@ -83,7 +97,7 @@ def _product_on_cpu_backward(equation, inputs, gradient):
     first, second = ((source, x), (result, gradient)) if x.size <= gradient.size else ((result, gradient), (source, x))
     order = "".join(letter for term, _ in (first, second) for letter in term if letter in weights)
     kernel_gradient = jnp.einsum(f"{first[0]},{second[0]}->{order}", first[1], second[1])
-    x_gradient = jnp.einsum(f"{result},{weights}->{source}", gradient, kernel)
+    x_gradient = _einsum_on_cpu(f"{result},{weights}->{source}", factors, gradient, kernel)
     return x_gradient, jnp.einsum(f"{order}->{weights}", kernel_gradient)
 
 
@@ -127,10 +141,42 @@ def _product(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax
 
 
 def _einsum(equation: str, x: jax.Array, y: jax.Array, out: jnp.dtype) -> jax.Array:
-    if x.dtype != out and mesh_platform() == "cpu":
-        # XLA:CPU of JAX 0.7 has no kernel for some bfloat16 products with a float32 result, and is no faster with them.
-        x, y = x.astype(out), y.astype(out)
+    if x.dtype == jnp.bfloat16 and mesh_platform() == "cpu":
+        if (parts := _matrices(equation)) is not None:
+            return _matrix_product(*parts, x, y).astype(out)
+        if out == jnp.float32:
+            # XLA:CPU has no kernel for some of these, or is no faster with it. Rounded by an operation of its own,
+            # which XLA does not take away as it does two casts.
+            x, y = (jax.lax.reduce_precision(z.astype(out), *BFLOAT16) for z in (x, y))
     return jnp.einsum(equation, x, y, preferred_element_type=out)
+
+
+def _matrices(equation: str) -> tuple[str, str, str, str] | None:
+    """(rows, summed, second factor, result) of a product of two matrices, rows × summed the first one's axes in memory.
+
+    None where it is another kind of product, or more than one device takes part: axes that are split are not merged.
+    """
+    one, two, result = equation.replace("->", ",").split(",")
+    summed = one.lstrip(result)
+    rows = one.removesuffix(summed)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    plain = set(summed) == set(two) - set(result) and not set(summed) & set(result) and not set(rows) & set(two)
+    return (rows, summed, two, result) if alone and plain and summed else None
+
+
+def _matrix_product(rows: str, summed: str, two: str, result: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """float32: of bfloat16 factors XLA:CPU has a fast kernel for this kind of product alone."""
+    columns = "".join(letter for letter in two if letter in result)
+    sizes = dict(zip(rows + summed + two, x.shape + y.shape, strict=True))
+    within = math.prod(sizes[letter] for letter in summed)
+    # The second factor as it lies in memory already, if it does.
+    first = two.startswith(summed)
+    y = jnp.einsum(f"{two}->{summed + columns if first else columns + summed}", y)
+    y = y.reshape((within, -1) if first else (-1, within))
+    over = (((1,), (0 if first else 1,)), ((), ()))
+    found = jax.lax.dot_general(x.reshape(-1, within), y, over, preferred_element_type=jnp.float32)
+    return jnp.einsum(f"{rows}{columns}->{result}", found.reshape([sizes[letter] for letter in rows + columns]))
 
 
 def _float32_einsum_forward(equation, x, y, dtype):
@@ -245,6 +291,12 @@ def compute_dtype(execution: Execution) -> jnp.dtype:
     if name == "auto":
         name = "float32" if mesh_platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def product_dtype(execution: Execution) -> jnp.dtype:
+    """What products round their factors to: the narrower of the activations' dtype and what was asked for."""
+    compute = compute_dtype(execution)
+    return jnp.dtype(execution.products) if compute == jnp.float32 else compute
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:

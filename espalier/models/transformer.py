@@ -21,7 +21,7 @@ from espalier.models.block import Block, Context, Memory, dropouts
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import init_heads
 from espalier.models.inputs import completed
-from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key
+from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key, product_dtype
 from espalier.models.rotary import rotary_by_kind
 from espalier.models.taps import EMBEDDINGS, Tap, Taps, in_order, of_section, tapped
 from sharding.mesh import constrain, mesh_platform
@@ -121,7 +121,7 @@ def stack(
     """
     assert taps is None or cache is None, "taps are for whole rows"
     assert (memory is not None) == config.cross_attention, "a memory belongs to config.cross_attention, and only to it"
-    dtype = compute_dtype(execution)
+    dtype, factors = compute_dtype(execution), product_dtype(execution)
     dropping = key is not None and config.attention_dropout > 0
     length = x_BTD.shape[1]
     keys = "memory" if memory is not None else "row" if cache is None else "cache"
@@ -137,7 +137,8 @@ def stack(
     new_layers, seen = {}, {}
     for section, kinds in _sections(config):
         blocks = {
-            str(j): Block(config, kind, section == "prefix" and j == 0, dtype, backend) for j, kind in enumerate(kinds)
+            str(j): Block(config, kind, section == "prefix" and j == 0, dtype, backend, factors)
+            for j, kind in enumerate(kinds)
         }
         looped = scan and section == "period"
         layers = {j: rematerialised(_pure(block, taps), execution.remat, looped) for j, block in blocks.items()}
