@@ -89,10 +89,7 @@ def begin() -> None:
     global _log
     if _log is not None or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
         return
-    # A file opened while 0, 1 or 2 is closed would get that number.
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(spare)
+    occupy()
     path, descriptor = _open_first()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -118,6 +115,13 @@ def begin() -> None:
         os.environ.setdefault(f"{name}_DISABLE_PROGRESS_BARS", "1")
     # Registered first, so that it runs last.
     atexit.register(ended)
+
+
+def occupy() -> None:
+    """Open /dev/null where standard streams are closed: a file or socket opened then would get their number."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
 
 
 def begin_in_notebook() -> None:

@@ -53,6 +53,7 @@ def begin(early: bool = False) -> None:
     global _pipe, _early
     _early = early
     if _pipe is None:
+        library_log.occupy()
         here, there = _pipe = socket.socketpair()
         there.setblocking(False)
         threading.Thread(target=_listen, args=(here,), name="listening for signals", daemon=True).start()

@@ -350,6 +350,17 @@ def test_closed_streams_are_no_harm(program, tmp_path, closed):
     assert "cpu_aot_loader" in "".join(logs(tmp_path))
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_what_listens_for_signals_is_on_no_standard_stream(program, tmp_path, closed):
+    """Else the log, which takes that number, is what a slow thread listens to, and closes."""
+    main = (
+        "from espalier import signals\nopen('numbers', 'w').write(' '.join(str(end.fileno()) for end in signals._pipe))"
+    )
+    process = program(main, closed=closed)
+    assert ended(process) == ("", "")
+    assert min(map(int, (tmp_path / "numbers").read_text().split())) > 2
+
+
 def test_where_python_calls_nothing_is_taken(tmp_path, capfd):
     """Here pytest has the streams, as a notebook has; and a command that a module calls is not the program."""
     library_log.begin()
