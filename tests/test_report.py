@@ -16,7 +16,7 @@ from espalier.commands.report import ReportConfig, main
 from espalier.errors import UserError
 from espalier.report import render, tables
 from espalier.report.figures import PALETTES, Bar, Curve, draw, legend
-from espalier.report.page import entries, settings
+from espalier.report.page import entries, settings, shortened
 from espalier.report.render import write_report
 from espalier.report.style import STYLE
 from finetune.tasks.classify import report as classify_report
@@ -342,3 +342,17 @@ def test_the_command_takes_the_run_with_or_without_its_flag(run, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.run_config(main, ReportConfig, prog="report", argv=[])
     assert exit.value.code == 2 and "run-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, limit, expected",
+    [
+        ("a  few\nwords", 240, "a few words"),
+        ("one two three four", 13, "one two three …"),
+        ("one two three four", 14, "one two three …"),
+        ("语 料 " + "长" * 20, 10, "语 料 长长长长长长 …"),
+        ("x" * 20, 10, "x" * 10 + " …"),
+    ],
+)
+def test_a_text_is_cut_at_a_blank_near_the_limit_if_there_is_one(text, limit, expected):
+    assert shortened(text, limit) == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -40,14 +40,28 @@ def rank(model: LoadedModel, inputs: Sequence[Asked]) -> list[dict[str, Any]]:
     """`ranking` of each query: `index` (from 0), `text` and `score` of its texts, the best first (of equal ones the one
     that was given first). Where there was one text to be scored, its `score`.
     """
-    found = iter(scores(model, [(asked.query, text) for asked in inputs for text in asked.texts]))
+    return ranked(scores(model, [(asked.query, text) for asked in inputs for text in asked.texts]), inputs)
+
+
+class Scored(Protocol):
+    """What texts are asked of."""
+
+    @property
+    def texts(self) -> Sequence[Any]: ...
+    @property
+    def single(self) -> bool: ...
+
+
+def ranked(scores: np.ndarray, inputs: Sequence[Scored]) -> list[dict[str, Any]]:
+    """The answers to `inputs`, as `rank` gives them, of the scores [N] of all their texts, one behind the other."""
+    found = iter(scores.tolist())
     results: list[dict[str, Any]] = []
     for asked in inputs:
-        score_N = [float(next(found)) for _ in asked.texts]
+        score_N = [next(found) for _ in asked.texts]
         if asked.single:
             results.append({"score": score_N[0]})
             continue
-        order = sorted(range(len(score_N)), key=lambda at: -score_N[at])  # noqa: B023 (sorted here and now)
+        order = np.argsort(-np.array(score_N), kind="stable").tolist()
         ranking = [{"index": at, "text": asked.texts[at], "score": score_N[at]} for at in order]
         results.append({"ranking": ranking})
     return results

@@ -10,6 +10,7 @@ import numpy as np
 from espalier.data.chat import Message, messages_of, plain_chat
 from espalier.data.examples import Example, encode_pairs
 from espalier.errors import UserError
+from espalier.predict.rank import ranked, scores_of
 from espalier.predict.use import Use
 
 if TYPE_CHECKING:
@@ -47,17 +48,7 @@ def read(row: Mapping[str, Any]) -> Asked:
 def score(model: LoadedModel, inputs: Sequence[Asked]) -> list[dict[str, Any]]:
     """`score` of each text that was given alone; of several `ranking`, the best first (of equal ones the one that was
     given first): `index` (from 0), `text` and `score`."""
-    found = iter(rewards(model, [(asked.prompt, text) for asked in inputs for text in asked.texts]))
-    results: list[dict[str, Any]] = []
-    for asked in inputs:
-        score_N = [float(next(found)) for _ in asked.texts]
-        if asked.single:
-            results.append({"score": score_N[0]})
-            continue
-        order = np.argsort(-np.array(score_N), kind="stable").tolist()
-        ranking = [{"index": at, "text": asked.texts[at], "score": score_N[at]} for at in order]
-        results.append({"ranking": ranking})
-    return results
+    return ranked(rewards(model, [(asked.prompt, text) for asked in inputs for text in asked.texts]), inputs)
 
 
 def rewards(model: LoadedModel, pairs: Sequence[tuple[Said, Said]]) -> np.ndarray:
@@ -71,7 +62,7 @@ def rewards(model: LoadedModel, pairs: Sequence[tuple[Said, Said]]) -> np.ndarra
             "`./launch.sh finetune reward --init-from RUN …`"
         )
     examples = encode_answers(model.tokenizer, pairs, model.longest, model.config.causal)
-    return np.array([logits_C[0] for logits_C in model.outputs_of_head(examples)], np.float32)
+    return scores_of(model, examples)
 
 
 def encode_answers(tokenizer: Any, pairs: Sequence[tuple[Said, Said]], longest: int, causal: bool) -> list[Example]:

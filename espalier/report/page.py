@@ -149,6 +149,15 @@ def percent(part: float, digits: int = 1) -> str:
     return f"{'<1' if shown == '0' and part > 0 else shown}\u202f%"
 
 
+def shortened(text: str, limit: int = 240) -> str:
+    """The beginning of a text, on one line: up to a blank near the limit, where there is one (Chinese has none)."""
+    text = " ".join(text.split())
+    if len(text) <= limit:
+        return text
+    blank = text.rfind(" ", limit * 3 // 4, limit + 1)
+    return f"{text[: blank if blank > 0 else limit]} …"
+
+
 def _definitions(items: Iterable[tuple[str, Any]]) -> str:
     rows = []
     for name, value in items:

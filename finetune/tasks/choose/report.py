@@ -48,15 +48,10 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
 
 def _mistake(row: dict) -> tuple[str, str, str]:
     # Isolated, so that a right-to-left choice does not reorder the words around it.
-    title = f"\u2068{_short(row['choices'][row['prediction']])}\u2069"
-    right = _short(row["choices"][row["label"]])
-    text = f"{_short(row['question'], 240)} · right: {right}" if row["question"] else f"right: {right}"
+    title = f"\u2068{page.shortened(row['choices'][row['prediction']], 120)}\u2069"
+    right = page.shortened(row["choices"][row["label"]], 120)
+    text = f"{page.shortened(row['question'])} · right: {right}" if row["question"] else f"right: {right}"
     return title, page.percent(row["probability"], 0), text
-
-
-def _short(text: str, limit: int = 120) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
 
 
 REPORT = TaskReport(

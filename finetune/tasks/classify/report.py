@@ -179,12 +179,7 @@ def _mistake(prediction: dict) -> tuple[str, str, str]:
 
 
 def _text(prediction: dict) -> str:
-    return " / ".join(_short(prediction[name]) for name in ("text", "text_b") if prediction.get(name))
-
-
-def _short(text: str, limit: int = 240) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
+    return " / ".join(page.shortened(prediction[name]) for name in ("text", "text_b") if prediction.get(name))
 
 
 STYLE = """

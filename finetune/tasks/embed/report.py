@@ -54,16 +54,19 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _late(row: dict) -> tuple[str, str, str]:
-    return _short(row["query"]), f"rank {row['rank']:,}", f"{_short(row['positive'])} ✗ {_short(row['nearest'])}"
+    return (
+        page.shortened(row["query"], 160),
+        f"rank {row['rank']:,}",
+        f"{page.shortened(row['positive'], 160)} ✗ {page.shortened(row['nearest'], 160)}",
+    )
 
 
 def _pair(row: dict) -> tuple[str, str, str]:
-    return f"score {row['score']:g}", f"cosine {row['cosine']:.2f}", f"{_short(row['text'])} / {_short(row['text_b'])}"
-
-
-def _short(text: str, limit: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
+    return (
+        f"score {row['score']:g}",
+        f"cosine {row['cosine']:.2f}",
+        f"{page.shortened(row['text'], 160)} / {page.shortened(row['text_b'], 160)}",
+    )
 
 
 REPORT = TaskReport(

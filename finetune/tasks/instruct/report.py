@@ -21,7 +21,11 @@ def sections(run: RunFiles) -> list[Section]:
         return []
     spaced = rows[:: max(1, len(rows) // SHOWN)][:SHOWN]
     bodies = page.entries(
-        (_short(row["prediction"]) or "(nothing)", f"wanted: {_short(row['reference'])}", _short(asked(row["prompt"])))
+        (
+            page.shortened(row["prediction"], 300) or "(nothing)",
+            f"wanted: {page.shortened(row['reference'], 300)}",
+            page.shortened(asked(row["prompt"]), 300),
+        )
         for row in spaced
     )
     note = f"{len(spaced)} of {len(rows):,} answers to the validation file; predictions.jsonl holds all."
@@ -47,11 +51,6 @@ def asked(prompt: object) -> str:
     if isinstance(prompt, list):
         return " / ".join(str(message["content"]) for message in prompt)
     return str(prompt)
-
-
-def _short(text: str, limit: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]} …"
 
 
 REPORT = TaskReport(

@@ -34,9 +34,9 @@ def sections(run: RunFiles) -> list[Section]:
         shown = pairs if len(pairs) <= SHOWN else pairs[: SHOWN // 2] + pairs[-(SHOWN // 2) :]
         bodies = page.entries(
             (
-                f"chosen {row['logprob_chosen']:.1f}: {_short(row['chosen'])}",
-                f"rejected {row['logprob_rejected']:.1f}: {_short(row['rejected'])}",
-                _short(row["prompt"]),
+                f"chosen {row['logprob_chosen']:.1f}: {page.shortened(row['chosen'])}",
+                f"rejected {row['logprob_rejected']:.1f}: {page.shortened(row['rejected'])}",
+                page.shortened(row["prompt"]),
             )
             for row in shown
         )
@@ -55,11 +55,6 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
 def _gain(row: dict) -> float:
     now = row["logprob_chosen"] - row["logprob_rejected"]
     return now - (row.get("reference_chosen", 0.0) - row.get("reference_rejected", 0.0))
-
-
-def _short(text: str, limit: int = 240) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
 
 
 REPORT = TaskReport(

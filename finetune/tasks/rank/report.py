@@ -53,17 +53,12 @@ def _query(row: dict) -> str:
     items = []
     for text in row["ranking"][:TEXTS]:
         mark = "✓ " if text["relevance"] > 0 else ""
-        body = page.marked("span", _short(text["text"]))
+        body = page.marked("span", page.shortened(text["text"]))
         items.append(f"<li{' class=relevant' if mark else ''}>{mark}{body} <small>{text['score']:.2f}</small></li>")
     remark = escape(f"nDCG@10 {page.percent(row['ndcg@10'], 0)}")
     return (
         f"<div class=query>{page.marked('strong', row['query'])} <small>{remark}</small><ol>{''.join(items)}</ol></div>"
     )
-
-
-def _short(text: str, limit: int = 240) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
 
 
 STYLE = """

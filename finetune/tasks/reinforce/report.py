@@ -24,10 +24,10 @@ def sections(run: RunFiles) -> list[Section]:
     shown = {steps[number * (len(steps) - 1) // max(SHOWN - 1, 1)] for number in range(SHOWN)} if steps else set()
     bodies = page.entries(
         (
-            _short(row["completion"]) or "(nothing)",
+            page.shortened(row["completion"], 300) or "(nothing)",
             f"step {row['step']:,}, {row['which']}: reward {row['reward']:.3g}, {row['tokens']} tokens"
             + ("" if row["ended"] else ", cut off"),
-            _short(row["prompt"]),
+            page.shortened(row["prompt"], 300),
         )
         for row in rows
         if row["step"] in shown
@@ -40,10 +40,10 @@ def sections(run: RunFiles) -> list[Section]:
         spaced = answers[:: max(1, len(answers) // (3 * SHOWN))][: 3 * SHOWN]
         bodies = page.entries(
             (
-                _short(row["prediction"]) or "(nothing)",
+                page.shortened(row["prediction"], 300) or "(nothing)",
                 f"{row['solved']} of {len(row['rewards'])} completions solved it"
-                + (f"; wanted: {_short(row['answer'])}" if row["answer"] else ""),
-                _short(row["prompt"]),
+                + (f"; wanted: {page.shortened(str(row['answer']), 300)}" if row["answer"] else ""),
+                page.shortened(row["prompt"], 300),
             )
             for row in spaced
         )
@@ -57,11 +57,6 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     shown = [("reward", final.get("reward")), ("pass@1", final.get("pass@1"))]
     shown += [(name, value) for name, value in final.items() if name.startswith("pass@") and name != "pass@1"]
     return [(name, f"{value:.3f}") for name, value in shown if value is not None]
-
-
-def _short(text: object, limit: int = 300) -> str:
-    words = " ".join(str(text).split())
-    return words if len(words) <= limit else f"{words[:limit]} …"
 
 
 REPORT = TaskReport(

@@ -30,9 +30,9 @@ def sections(run: RunFiles) -> list[Section]:
         shown = rows if len(rows) <= SHOWN else rows[: SHOWN // 2] + rows[-(SHOWN // 2) :]
         bodies = page.entries(
             (
-                f"chosen {row['score_chosen']:.2f}: {_short(row['chosen'])}",
-                f"rejected {row['score_rejected']:.2f}: {_short(row['rejected'])}",
-                _short(row["prompt"]),
+                f"chosen {row['score_chosen']:.2f}: {page.shortened(row['chosen'])}",
+                f"rejected {row['score_rejected']:.2f}: {page.shortened(row['rejected'])}",
+                page.shortened(row["prompt"]),
             )
             for row in shown
         )
@@ -49,11 +49,6 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     shown = [("accuracy", "accuracy"), ("of the longer answer", "baseline_accuracy")]
     found = [(words, page.percent(metrics[name])) for words, name in shown if name in metrics]
     return found + ([("margin", page.number(metrics["margin"]))] if "margin" in metrics else [])
-
-
-def _short(text: str, limit: int = 240) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
 
 
 REPORT = TaskReport(
