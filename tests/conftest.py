@@ -75,6 +75,12 @@ def signals_stay() -> Iterator[None]:
     assert after == before, "the handlers of signals that this test met are not those that it leaves"
 
 
+@pytest.fixture(autouse=True)
+def import_path_stays(monkeypatch):
+    """A user's file that a test loads puts its folder on the path: what lies there is not found by later tests."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 def handlers() -> dict[int, Any]:
     return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 

@@ -203,7 +203,6 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "presets.py").write_text("from mlm.presets import demo as small\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     for name in [name for name in sys.modules if name in ("data", "mine", "mine.presets") or "espalier_user" in name]:
         del sys.modules[name]

@@ -59,6 +59,8 @@ class Watch:
         self._place, self._peers = place, peers
         self._gone: set[int] = set()
         self._leaving = threading.Event()
+        self._last_word = threading.Lock()
+        """Held by whoever decides that it is the one to print why this process ends."""
         self._failed = threading.Event()
         self._failure: Failure | None = None
         self._sending = threading.Lock()
@@ -76,18 +78,18 @@ class Watch:
 
     def fail(self, message: str, code: int) -> None:
         """Tell all processes that this one ends, and why."""
-        self._leaving.set()
+        self._take_last_word()
         self._send({"failed": [self._place.process_id, message, code]})
         self._linger()
 
     def failure(self, seconds: float) -> str | None:
         """Why another process ended, as a message; None if no failure arrives within so many seconds."""
-        self._leaving.set()
+        self._take_last_word()
         return self._message(self._failure) if self._failed.wait(seconds) and self._failure else None
 
     def leave(self) -> None:
         """Graceful shutdown: from now on the end of another process is no failure."""
-        self._leaving.set()
+        self._take_last_word()
         self._send({"left": True})
 
     def stop(self) -> None:
@@ -187,10 +189,18 @@ class Watch:
             self._send({"failed": failure}, but=source)
         threading.Thread(target=self._leave_with, args=(failure,), daemon=True).start()
 
+    def _take_last_word(self) -> None:
+        """From now on the main thread says why this process ends. Waits for that end where the watchdog has said it."""
+        with self._last_word:
+            self._leaving.set()
+
     def _leave_with(self, failure: Failure) -> None:
         # JAX aborts this process as soon as it notices that process 0 is gone.
         orphaned = failure.message is None and failure.process_id == 0
-        if not self._leaving.wait(0 if orphaned else GRACE):
+        self._leaving.wait(0 if orphaned else GRACE)
+        with self._last_word:
+            if self._leaving.is_set():
+                return
             os.write(library_log.terminal(2), f"error: {self._message(failure)}\n".encode())
             # JAX may abort before `os._exit`: the reason is on the terminal already.
             library_log.ended()

@@ -48,6 +48,12 @@ class Group:
         """What a person reads on standard error."""
         return [line for line in self.err(number).splitlines() if line.strip()]
 
+    def line(self, number: int) -> str:
+        """The only line that a person reads on standard error."""
+        lines = self.lines(number)
+        assert len(lines) == 1, self.told()
+        return lines[0]
+
     def told(self) -> str:
         parts = (f"--- {i}\n{self.out(i)[-2000:]}\n{self.err(i)[-5000:]}" for i in range(len(self.processes)))
         return "\n".join(parts)

@@ -48,7 +48,7 @@ def test_the_death_of_one_ends_the_other_soon_and_in_one_line(start, tmp_path, k
     while not group.lines(1 - killed):
         assert time.monotonic() - began < 30, group.told()
         time.sleep(0.05)
-    (line,) = group.lines(1 - killed)
+    line = group.line(1 - killed)
     assert line.startswith(f"error: process {killed} of 2 died without an error message"), group.told()
     assert killed == 0 or other.returncode == 1
     assert time.monotonic() - began < 30
@@ -59,7 +59,7 @@ def test_an_error_of_one_is_told_by_all(start, tmp_path):
     group = start(2, "worker.py", each=lambda number: {"arguments": [job(tmp_path / ("run", "file/run")[number])]})
     group.wait([2, 2], timeout=60)
     for number in range(2):
-        (line,) = group.lines(number)
+        line = group.line(number)
         assert line.startswith("error: process "), line
 
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_that_one_cannot_write_ends_all(start, tmp_path):
     group = start(2, "worker.py", job(tmp_path / "run", mesh={"data": 1, "fsdp": 4}, every=3, full=[1]))
     group.wait(1, timeout=90)
     # The standard error of process 1 is a file, of which it cannot write more either.
-    (line,) = group.lines(0)
+    line = group.line(0)
     assert line.startswith("error: process 1 of 2: ") and "checkpoint 3 could not be written" in line
     assert complete_steps(tmp_path / "run" / "checkpoints") == []
 
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_left_by_all_and_told_of_where_none_is_sound(sta
     group = start(2, "worker.py", short)
     group.wait(2, timeout=60)
     for number in range(2):
-        (line,) = group.lines(number)
+        line = group.line(number)
         assert line.startswith("error: process ") and "none of them is sound: 2 (" in line
         assert all(path.name in line for path in whole)
     assert complete_steps(folder) == [1, 2]
@@ -97,7 +97,7 @@ def test_processes_with_different_settings_are_refused(start, tmp_path):
     group = start(2, "worker.py", each=lambda number: {"arguments": [job(tmp_path / "run", steps=5 + number, pause=0)]})
     group.wait([2, 2], timeout=60)
     for number in range(2):
-        (line,) = group.lines(number)
+        line = group.line(number)
         assert "process 1 has other settings than process 0: steps was 5, now 6" in line
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -106,7 +106,7 @@ def test_a_run_directory_that_is_not_shared_is_refused(start, tmp_path):
     group = start(2, "worker.py", job(tmp_path / "run", blind=[1]))
     group.wait([2, 2], timeout=60)
     for number in range(2):
-        (line,) = group.lines(number)
+        line = group.line(number)
         assert f"process 1 does not see what process 0 writes to {tmp_path}: " in line and "--run-dir" in line
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".seen*"))
 
@@ -138,7 +138,7 @@ def test_a_coordinator_that_is_not_there_is_told_of_at_once(run):
     began = time.monotonic()
     flags = ("--distributed.coordinator", "localhost:1", "--distributed.processes", 2, "--distributed.process-id", 1)
     group = run(1, *DEBUG, *flags, codes=2, timeout=60)
-    (line,) = group.lines(0)
+    line = group.line(0)
     assert line.startswith("error: ") and "did not answer within 3 s (Connection refused)" in line
     assert time.monotonic() - began < 30
 
@@ -156,5 +156,5 @@ def test_who_does_not_come_or_comes_twice_or_counts_otherwise_is_named(start):
     ):
         group.wait([-signal.SIGKILL if number not in processes else 2 for number in range(len(group.processes))])
         for number in processes:
-            (line,) = group.lines(number)
+            line = group.line(number)
             assert line.startswith("error: ") and message in line, group.told()
