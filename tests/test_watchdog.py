@@ -40,6 +40,9 @@ def test_the_end_of_another_is_told_once_however_slow_the_machine(monkeypatch, t
         go_on.set()
         main.join(10)
         assert ended.wait(10)
+        watch._thread.join(10)
+        for end in (mine, watch._asks, watch._asked):
+            end.close()
     assert happened[0] == "exit 1" and "process 1 of 2 died" in happened[1]
     (line,) = (tmp_path / "terminal").read_text().splitlines()
     assert line.startswith("error: process 1 of 2 died without an error message")
