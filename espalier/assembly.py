@@ -85,7 +85,7 @@ def opened(
     run = RunDirectory(config.run_dir, call.began)
     origin = origin_of(config, run, Pretrained)
     model, longest = record.architecture(config, origin, call.settings_of("model"))
-    mesh = open_mesh(config, model, record.head, longest, split=record.splits_rows)
+    mesh = open_mesh(config, model, record.head, longest, split=record.splits_rows, mixed=record.mixed)
     tokenizer = tokenizer_of(origin.tokenizer_folder, origin.config) if origin else None
     task = record.open(config, Start(run, origin, model, tokenizer, mesh))
     return Opened(record, task, run, mesh, origin)
@@ -194,7 +194,7 @@ def learnable(record: TaskRecord, task: Task, mesh: Mesh, origin: Origin | None)
     config, model, head = task.config, task.model, record.head
     fresh = origin is None or task.scratch and not origin.resumed
     about = About(
-        model=describe(model, head, config.execution, task.longest, mesh, packed=task.packed),
+        model=describe(model, head, config.execution, task.longest, mesh, packed=task.packed, mixed=record.mixed),
         data=task.data,
         row=task.row,
         epochs=task.epochs,

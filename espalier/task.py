@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 TASKS = {
     "masked_lm": "mlm.record:MASKED_LM",
     "causal_lm": "clm.record:CAUSAL_LM",
+    "hybrid_lm": "mlm.next_token:HYBRID",
+    "masked_next_token": "mlm.next_token:MASKED_NEXT_TOKEN",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "rationale": "finetune.tasks.rationale.record:RATIONALE",
     "concepts": "finetune.tasks.concepts.record:CONCEPTS",
@@ -64,6 +66,8 @@ class TaskRecord:
     """The head that it trains (models.heads.HEADS)."""
     splits_rows: bool = True
     """Whether rows may be split over the mesh axis `sequence`."""
+    mixed: bool = False
+    """Whether causal rows and rows that see both sides stand in one batch."""
     report: TaskReport | None = None
     """What it adds to report and card of its runs; None = nothing."""
     measures_heads: tuple[str, ...] = ()

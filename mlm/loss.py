@@ -1,6 +1,7 @@
 """The masked-LM objective: maximise Σ log p(w_t | text with M hidden) over the hidden positions t in M.
 
-Only the hidden positions reach the vocabulary head (Devlin et al. 2019, sec. 3.1).
+Only the hidden positions reach the vocabulary head (Devlin et al. 2019, sec. 3.1); of masked next-token prediction, the
+positions before them (BehnamGhader et al. 2024, section 2.1).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from espalier.models.attention_settings import AttentionTerms
 from espalier.models.attention_terms import entropy, states
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.heads import masked_lm_head
+from espalier.models.heads import hidden_token_head
 from espalier.models.vocabulary import token_logprobs
 from espalier.training.step import Objective
 from mlm.masking import Vocabulary, mask_batch
@@ -32,12 +33,13 @@ def masked_lm_objective(
     execution: Execution,
     mask: Callable = mask_batch,
     attention: AttentionTerms | None = None,
+    head: str = "masked_lm",
 ) -> Objective:
     """The objective.
 
     rate: (traced) step, whether it trains → mask rate, see `mlm.masking.rate_at`. mask: called as `mask_batch` is.
     attention: a loss on where the heads look; with it there is a metric attention_entropy (nats, mean over
-    tokens, heads and layers).
+    tokens, heads and layers). head: masked_lm, or causal_lm for masked next-token prediction.
     """
 
     def prepare(batch, key, step, train):
@@ -49,8 +51,8 @@ def masked_lm_objective(
 
     def loss(params, batch, key, norms, train):
         x_BTD, p_LBNTS = states(attention, model, params, batch, execution, key if train else None)
-        hidden_BMD = jnp.take_along_axis(x_BTD, batch["masked_positions"][:, :, None], axis=1)
-        features_BMD, table_VD, bias_V = masked_lm_head(model, params, hidden_BMD, execution)
+        at_BM = batch["masked_positions"]
+        features_BMD, table_VD, bias_V = hidden_token_head(model, head, params, x_BTD, at_BM, execution)
         logprob_BM, correct_BM = token_logprobs(
             features_BMD,
             table_VD,

@@ -83,6 +83,20 @@ def mask_batch(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabu
     }
 
 
+def from_before(mask: Callable) -> Callable:
+    """A masking for masked next-token prediction: of tokens with another one before them in their piece of the row,
+    whose state is to predict them."""
+
+    def masked(batch: dict, *arguments: Any) -> dict:
+        segments_BT = batch["segment_ids"]
+        begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        return mask(batch | {"segment_ids": jnp.where(begins_BT, 0, segments_BT)}, *arguments) | {
+            "segment_ids": segments_BT
+        }
+
+    return masked
+
+
 MASKED = {"masked_positions": jnp.int32, "masked_labels": jnp.int32, "masked_weights": jnp.float32}
 
 

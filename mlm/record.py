@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from espalier import progress
+from espalier.errors import UserError
 from espalier.files import write_json
 from espalier.pretraining.objective import HeldOut, Setup, TextObjective
 from espalier.task import Trained
 from mlm.report import REPORT
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from espalier.training.identity import Schedule
     from espalier.training.step import Objective
     from mlm.masking import Vocabulary
@@ -52,6 +55,22 @@ def vocabulary(setup: Setup) -> Vocabulary:
     assert specials.mask is not None
     ordinary_V = ~np.isin(ids_V, specials.all) & (ids_V < vocabulary_size(setup.tokenizer))
     return Vocabulary(specials.mask, ordinary_V, word_table(setup.tokenizer))
+
+
+def with_mask(config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer of the initial weights, with --masking.token for hidden tokens; UserError if that will not do."""
+    import copy
+
+    token = config.masking.token
+    if token is None or tokenizer.mask_token == token:
+        return tokenizer
+    if tokenizer.mask_token is not None:
+        raise UserError(f"masking.token={token!r}: the tokenizer has {tokenizer.mask_token} for that; leave it out")
+    if token not in tokenizer.get_vocab():
+        raise UserError(f"masking.token={token!r} is not a token of the vocabulary; try _, or a special token of it")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": token})
+    return tokenizer
 
 
 def mean_rate(config: PretrainConfig) -> float:
@@ -101,6 +120,7 @@ MASKED_LM = TextObjective(
     layout="framed",
     specials=("mask",),
     build=build,
+    tokenizer_for=with_mask,
     predicted=mean_rate,
     schedules=(mask_rates,),
     own_code=lambda config: {"masking": config.masking.function},

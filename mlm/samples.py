@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.heads import masked_lm_head
+from espalier.models.heads import hidden_token_head
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import logits
 from mlm.masking import Vocabulary, mask_batch
@@ -37,6 +36,8 @@ def masked_samples(
     masking: MaskingConfig,
     execution: Execution,
     *,
+    head: str = "masked_lm",
+    mask: Callable = mask_batch,
     count: int = 8,
     guesses: int = 3,
     window: int = 32,
@@ -44,9 +45,9 @@ def masked_samples(
 ) -> list[dict]:
     """`count` random excerpts of held-out rows with masked tokens and the model's best guesses for them.
 
-    batch: held-out rows [B,T]. texts: the text of each token id (data.token_tables.token_texts). Returns for each
-    excerpt `tokens` (texts) and `masked`: index in the excerpt, truth, and guesses as (text, probability) pairs. Every
-    masked token is shown as [MASK].
+    batch: held-out rows [B,T]. head, mask: as of the objective. texts: the text of each token id
+    (data.token_tables.token_texts). Returns for each excerpt `tokens` (texts) and `masked`: index in the excerpt,
+    truth, and guesses as (text, probability) pairs. Every masked token is shown as [MASK].
     """
     key = jax.random.key(seed)
     shown = MaskingConfig(
@@ -55,11 +56,11 @@ def masked_samples(
 
     @jax.jit
     def guess(params, batch):
-        hidden = mask_batch(batch, key, shown.rate, shown, vocabulary)
+        hidden = mask(batch, key, shown.rate, shown, vocabulary)
         x_BTD = apply(model, params, hidden, execution=execution)
-        x_BMD = jnp.take_along_axis(x_BTD, hidden["masked_positions"][:, :, None], axis=1)
+        scored = hidden_token_head(model, head, params, x_BTD, hidden["masked_positions"], execution)
         score = functools.partial(logits, vocab_size=model.vocab_size, softcap=model.final_logit_softcapping)
-        probability_BMV = jax.nn.softmax(score(*masked_lm_head(model, params, x_BMD, execution)), axis=-1)
+        probability_BMV = jax.nn.softmax(score(*scored), axis=-1)
         return hidden, *jax.lax.top_k(probability_BMV, guesses)
 
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(batch["segment_ids"][:, 0] > 0))[:count]

@@ -24,6 +24,8 @@ class AskedModel:
     """Branch, tag or commit on the Hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; bfloat16 is faster on GPUs and TPUs."""
+    bidirectional: bool = False
+    """Let a decoder see both sides, as those of `mlm hybrid` are trained to: hidden tokens are predicted."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
     debug: bool = False
@@ -33,6 +35,7 @@ class AskedModel:
         from espalier.loading import load
 
         model = load(self.model, step=self.step, revision=self.revision)
+        model = model.bidirectional() if self.bidirectional else model
         return replace(model, execution=replace(model.execution, dtype=self.dtype))
 
     def opened(self, use: str | None, max_length: int | None) -> tuple[LoadedModel, Use]:

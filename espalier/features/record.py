@@ -35,6 +35,8 @@ class AutoencoderTask(TaskRecord):
                 "--init-optimizer and --objective"
             )
         model, length = self.text.architecture(config, origin, given)
+        if origin.config.get("head", origin.config["task"]) == "causal_lm" and not model.causal:
+            raise UserError("--init-from names a decoder that sees both sides, whose loss is not measured here")
         layer = config.autoencoder.layer
         if layer is not None and layer >= model.num_hidden_layers:
             raise UserError(f"autoencoder.layer={layer}: the model has layers 0 to {model.num_hidden_layers - 1}")

@@ -90,6 +90,7 @@ def ask(model: LoadedModel, text: str, wanted: Wanted | None = None) -> Asked:
     UserError where the model is for something else, the text is empty or too long, or there is no such target.
     """
     wanted = wanted or Wanted()
+    refuse_hidden_from_before(model)
     use = use_of(model).name
     if use not in KINDS:
         raise UserError(f"a model that can {use} is not explained; those are that can {', '.join(KINDS)}")
@@ -105,6 +106,12 @@ def ask(model: LoadedModel, text: str, wanted: Wanted | None = None) -> Asked:
     row = kind.row(model, text, wanted)
     asked = Asked(**vars(row), **kind.score(model, row, text, wanted)._asdict())
     return replace(asked, probability=float(scored(model, asked)[1]))
+
+
+def refuse_hidden_from_before(model: LoadedModel) -> None:
+    """UserError for a decoder that sees both sides: its scores stand one place before the tokens they are of."""
+    if model.head == "causal_lm" and not model.config.causal:
+        raise UserError("a decoder that sees both sides is not looked into; leave out --bidirectional, or take another")
 
 
 def scored(

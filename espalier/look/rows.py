@@ -12,6 +12,7 @@ import numpy as np
 from espalier.data.examples import Example
 from espalier.data.tokenizer import special_ids
 from espalier.errors import UserError
+from espalier.look.asked import refuse_hidden_from_before
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import causal_lm_head, masked_lm_head, sequence_logits
 from espalier.models.taps import Taps
@@ -43,6 +44,7 @@ def text_rows(model: LoadedModel, ids: Any, length: int, count: int, seed: int =
     A masked LM has 15 % of a row's tokens to find, all replaced by the mask; a causal one every token but the first.
     UserError where the text is too short for one row.
     """
+    refuse_hidden_from_before(model)
     specials = special_ids(model.tokenizer, need=("bos",) if model.config.causal else ("cls", "sep", "mask"))
     room = length - (1 if model.config.causal else 2)
     rows = np.array(ids[: len(ids) // room * room][: count * room], np.int32).reshape(-1, room)

@@ -42,6 +42,8 @@ class Use:
     keys: Keys
     packed: bool = True
     """Whether a row may hold several documents; otherwise it is one, from the first place on, with padding behind."""
+    mixed: bool = False
+    """Whether some rows of a causal model see both sides: the indices of their queries are not those of their keys."""
     capability: float | None = None
     """Compute capability of an NVIDIA GPU: 9.0 is Hopper; None = another device."""
 
@@ -55,6 +57,7 @@ class Use:
         dropping: bool,
         keys: Keys = "row",
         packed: bool = True,
+        mixed: bool = False,
         platform: str | None = None,
         capability: float | None = None,
         parts: int | None = None,
@@ -75,6 +78,7 @@ class Use:
             dropout=config.attention_dropout if dropping else 0.0,
             keys=keys,
             packed=packed,
+            mixed=mixed,
             capability=capability if platform else mesh_capability(),
         )
 

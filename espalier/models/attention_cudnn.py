@@ -64,6 +64,8 @@ def _refuses(use: Use) -> str | None:
     largest = 256 if use.capability and use.capability >= 9 else 128
     if use.capability is None or use.capability < 8:
         return "cuDNN's attention is for NVIDIA GPUs from compute capability 8.0 on"
+    if use.mixed:
+        return "causal rows and others are in one batch, and cuDNN's attention has one mask for all rows"
     if use.packed:
         return "a row may hold several documents, and in cuDNN's attention they would see each other"
     if use.keys != "row" or use.parts > 1:

@@ -32,7 +32,7 @@ class AttentionSpec:
 class Places(NamedTuple):
     """Where queries and keys stand: segment ids (0 = padding) and row indices, int32.
 
-    The indices may have one row for the whole batch, [1, T].
+    The indices may have one row for the whole batch, [1, T]. A query need not stand where its token does: `of_rows`.
     """
 
     q_segments_BT: jax.Array
@@ -41,10 +41,17 @@ class Places(NamedTuple):
     k_index_BS: jax.Array
 
     @classmethod
-    def of_rows(cls, segments_BT: jax.Array) -> Places:
-        """Queries and keys of the same rows, each token at its own index."""
+    def of_rows(cls, segments_BT: jax.Array, bidirectional_B: jax.Array | None = None) -> Places:
+        """Queries and keys of the same rows, each token at its own index.
+
+        bidirectional_B: bool, rows of a causal model that see both sides. Their queries stand at the end of the row,
+        from where all of it lies behind; this is for specs without a window.
+        """
         index_1T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None, :]
-        return cls(segments_BT, segments_BT, index_1T, index_1T)
+        q_index = index_1T
+        if bidirectional_B is not None:
+            q_index = jnp.where(bidirectional_B[:, None], jnp.int32(segments_BT.shape[1] - 1), index_1T)
+        return cls(segments_BT, segments_BT, q_index, index_1T)
 
 
 def spec_for(config: ModelConfig, kind: LayerKind) -> AttentionSpec:

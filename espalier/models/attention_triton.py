@@ -90,6 +90,8 @@ def _refuses(use: Use) -> str | None:
         return "triton attention is for NVIDIA GPUs from compute capability 8.0 on"
     if use.keys == "cache":
         return "triton attention reads no cache"
+    if use.mixed and use.dropout:
+        return "triton attention drops by the index of a query, which is one and the same in rows that see both sides"
     if use.itemsize != 2:
         return f"triton attention multiplies in bfloat16, and not in {use.dtype}"
     if use.head_size > HEAD_SIZES:

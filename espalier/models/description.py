@@ -28,12 +28,20 @@ def architecture(config: ModelConfig, head: str) -> str:
 
 
 def describe(
-    config: ModelConfig, head: str, execution: Execution, length: int, mesh: jax.sharding.Mesh, *, packed: bool = True
+    config: ModelConfig,
+    head: str,
+    execution: Execution,
+    length: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    packed: bool = True,
+    mixed: bool = False,
 ) -> dict[str, str]:
     """Rows on the model, its precision, and the attention where there was a choice, for rows of `length` tokens."""
     with jax.set_mesh(mesh):
         compute, factors = compute_dtype(execution).name, product_dtype(execution).name
-        use = Use.of(config, length, dtype=compute, dropping=config.attention_dropout > 0, packed=packed)
+        dropping = config.attention_dropout > 0
+        use = Use.of(config, length, dtype=compute, dropping=dropping, packed=packed, mixed=mixed)
         backend, reason = choose_backend(execution.attention, use)
     rows = {
         "model": architecture(config, head),

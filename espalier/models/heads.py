@@ -97,6 +97,20 @@ def causal_lm_head(config: ModelConfig, params: dict, hidden_BTD: jax.Array, exe
     return hidden_BTD.astype(product_dtype(execution)), table_VD, head.get("bias")
 
 
+def hidden_token_head(
+    config: ModelConfig, head: str, params: dict, x_BTD: jax.Array, positions_BM: jax.Array, execution: Execution
+):
+    """(features_BME, table_VE, bias_V or None) of the scores of the tokens hidden at these positions.
+
+    A masked_lm head reads the state at the position itself, a causal_lm one the state before it: masked next-token
+    prediction (BehnamGhader et al. 2024, section 2.1). What position 0 has there means nothing.
+    """
+    masked = head == "masked_lm"
+    at_BM = positions_BM if masked else jnp.maximum(positions_BM - 1, 0)
+    hidden_BMD = jnp.take_along_axis(x_BTD, at_BM[:, :, None], axis=1)
+    return (masked_lm_head if masked else causal_lm_head)(config, params, hidden_BMD, execution)
+
+
 def sequence_logits(
     config: ModelConfig,
     params: dict,

@@ -55,6 +55,8 @@ def to_ours(hf: Any) -> ModelConfig:
     if not hasattr(hf, "tie_word_embeddings"):
         hf.tie_word_embeddings = True  # CamembertConfig of transformers 5.0 sets none.
     settings = {ours: getattr(hf, theirs) for ours, theirs in family.keys.items()}
+    if family.base.causal:
+        settings["causal"] = getattr(hf, "is_causal", True) is not False
     return dataclasses.replace(family.base, **settings | family.read(hf), labels=(), problem_type=None)
 
 
@@ -158,7 +160,9 @@ def _config_class(model_type: str) -> Any:
 def _theirs(config: ModelConfig) -> dict[str, Any]:
     """Everything in transformers' config that ours decides."""
     family = family_of(config.model_type)
-    return {theirs: getattr(config, ours) for ours, theirs in family.keys.items()} | family.write(config)
+    # A decoder that sees both sides, from version 5.2 of transformers on.
+    turned = {"is_causal": False} if family.base.causal and not config.causal else {}
+    return {theirs: getattr(config, ours) for ours, theirs in family.keys.items()} | family.write(config) | turned
 
 
 def _special_tokens(config: ModelConfig, tokenizer: Any) -> dict[str, int | None]:

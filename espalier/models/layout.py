@@ -19,17 +19,19 @@ from sharding.processes.coordination import from_first
 from sharding.topology import chip_of
 
 
-def open_mesh(config: Any, model: ModelConfig, head: str, length: int, *, split: bool = True) -> jax.sharding.Mesh:
+def open_mesh(
+    config: Any, model: ModelConfig, head: str, length: int, *, split: bool = True, mixed: bool = False
+) -> jax.sharding.Mesh:
     """The mesh over all devices for a training configuration; a chosen one is printed with the reason.
 
-    length: tokens of the longest row. split: whether rows may be split over the axis sequence. UserError where batch or
-    row does not divide.
+    length: tokens of the longest row. split: whether rows may be split over the axis sequence. mixed: as
+    attention_backend.Use. UserError where batch or row does not divide.
     """
     mesh = off_torus(config.mesh, torus_sides(jax.devices()))
     if mesh.auto:
         devices = jax.devices()
         dtype = compute_dtype(config.execution).name
-        use = Use.of(model, length, dtype=dtype, dropping=model.attention_dropout > 0)
+        use = Use.of(model, length, dtype=dtype, dropping=model.attention_dropout > 0, mixed=mixed)
         attention, _ = choose_backend(config.execution.attention, use)
 
         def need(mesh: MeshConfig) -> float:

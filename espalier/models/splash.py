@@ -76,6 +76,8 @@ def block_size(length: int, most: int = BLOCK) -> int:
 
 
 def _refuses(use: Use) -> str | None:
+    if use.mixed:
+        return "causal rows and others are in one batch, and splash attention has one mask for all rows"
     if use.keys != "row":
         return "splash attention reads no cache" if use.keys == "cache" else "splash attention sees its own row alone"
     if use.dropout:

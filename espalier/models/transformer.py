@@ -82,8 +82,8 @@ def apply(
     """Final hidden states x_BTD of a batch.
 
     batch: `input_ids`; `segment_ids` and `positions`, or `attention_mask`, or neither (`models.inputs.completed` fills
-    in); optional `token_type_ids`; `row_lengths` promises that every row is one document, from the first place on. The
-    rest as in `stack`.
+    in); optional `token_type_ids`; `row_lengths` promises that every row is one document, from the first place on;
+    `bidirectional` [B], bool, the rows of a causal model that see both sides. The rest as in `stack`.
     """
     packed = "row_lengths" not in batch
     batch = completed(batch, cached=cache is not None)
@@ -93,6 +93,7 @@ def apply(
     x_BTD = embeddings.apply({"params": params["embeddings"]}, *inputs)
     places = (batch["segment_ids"], batch["positions"])
     how: Any = dict(execution=execution, key=key, cache=cache, memory=memory, taps=taps, packed=packed)
+    how["bidirectional_B"] = batch.get("bidirectional")
     return stack(config, params, x_BTD, *places, **how)
 
 
@@ -109,6 +110,7 @@ def stack(
     memory: Memory | None = None,
     taps: Taps | None = None,
     packed: bool = True,
+    bidirectional_B: jax.Array | None = None,
 ) -> Any:
     """The layers and the final norm over any vectors x_BTD, as `apply` runs them over the embeddings.
 
@@ -117,18 +119,21 @@ def stack(
     and (x_BTD, cache) is returned. The cache must have room for T more tokens: past its end, writes would land on
     its last entries, and no error could be raised. memory: what the layers read where config.cross_attention is set.
     taps: places inside that are read or changed (models.taps); then (x_BTD, {place: array [L, …]}) is returned.
-    packed: whether a row may hold several documents.
+    packed: whether a row may hold several documents. bidirectional_B: rows of a causal model that see both sides; for
+    layers without windows.
     """
     assert taps is None or cache is None, "taps are for whole rows"
     assert (memory is not None) == config.cross_attention, "a memory belongs to config.cross_attention, and only to it"
+    mixed = bidirectional_B is not None
+    assert not mixed or (config.causal and "local" not in config.layers and cache is None), "rows of both kinds"
     dtype, factors = compute_dtype(execution), product_dtype(execution)
     dropping = key is not None and config.attention_dropout > 0
     length = x_BTD.shape[1]
     keys = "memory" if memory is not None else "row" if cache is None else "cache"
-    use = Use.of(config, length, dtype=dtype.name, dropping=dropping, keys=keys, packed=packed)
+    use = Use.of(config, length, dtype=dtype.name, dropping=dropping, keys=keys, packed=packed, mixed=mixed)
     backend, _ = choose_backend(execution.attention, use)
     scan = scans(config, execution)
-    context = _context(config, segment_ids_BT, positions_BT, cache, memory)
+    context = _context(config, segment_ids_BT, positions_BT, cache, memory, bidirectional_B)
     layer_keys = {} if key is None else _dropout_keys(config, key)[1]
     x_BTD = constrain(x_BTD.astype(dtype), "batch", "tokens", None)
     before = Tap(taps, taps.given) if taps else None
@@ -270,9 +275,10 @@ def _context(
     positions_BT: jax.Array,
     cache: dict | None,
     memory: Memory | None,
+    bidirectional_B: jax.Array | None = None,
 ) -> Context:
     rotary = rotary_by_kind(config, positions_BT)
-    places = Places.of_rows(segments_BT)
+    places = Places.of_rows(segments_BT, bidirectional_B)
     if cache is None:
         return Context(places, rotary, None, memory)
     end = cache["end"]

@@ -16,7 +16,7 @@ from espalier.data.examples import Example
 from espalier.data.token_tables import unspaced
 from espalier.data.tokenizer import plain_backend, special_ids
 from espalier.errors import UserError
-from espalier.predict.likelihood import following, hidden
+from espalier.predict.likelihood import Said, following, framing, hidden_scores
 from espalier.predict.outputs import outputs, softmax
 from espalier.predict.use import Use
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Normalize = Literal["none", "tokens", "bytes"]
 NORMALIZE: tuple[Normalize, ...] = ("none", "tokens", "bytes")
 HEADS = ("causal_lm", "masked_lm")
+CHUNK = 1024
+"""Questions whose rows are made and scored at a time."""
 
 
 class Asked(NamedTuple):
@@ -100,7 +102,7 @@ def scores(model: LoadedModel, inputs: Sequence[Asked]) -> list[np.ndarray]:
 def room(model: LoadedModel) -> int:
     """Tokens of a question and a choice at most, without special tokens."""
     check(model)
-    return model.longest - (0 if model.config.causal else 2)
+    return model.longest - (0 if model.config.causal else sum(map(len, framing(model))))
 
 
 def check(model: LoadedModel) -> None:
@@ -109,11 +111,26 @@ def check(model: LoadedModel) -> None:
         raise UserError(f"choices are compared by a language model, and this model has the head {model.head}")
 
 
-def scores_of(model: LoadedModel, encoded: Sequence[Sequence[Choice]]) -> list[np.ndarray]:
-    """As `scores`, of choices that are encoded."""
+def scores_of(
+    model: LoadedModel,
+    encoded: Sequence[Sequence[Choice]],
+    said: Said = lambda done: None,
+    *,
+    within_word: bool = False,
+) -> list[np.ndarray]:
+    """As `scores`, of choices that are encoded. said: is told how many questions are done. within_word: of models that
+    see both sides, as in predict.likelihood.hiding."""
     check(model)
+    found: list[np.ndarray] = []
+    for begin in range(0, len(encoded), CHUNK):
+        found += _scores_of(model, encoded[begin : begin + CHUNK], within_word)
+        said(len(found))
+    return found
+
+
+def _scores_of(model: LoadedModel, encoded: Sequence[Sequence[Choice]], within_word: bool) -> list[np.ndarray]:
     flat = [choice for choices in encoded for choice in choices]
-    logprobs = (_causal if model.config.causal else _pseudo)(model, flat)
+    logprobs = _causal(model, flat) if model.config.causal else _pseudo(model, flat, within_word)
     divisors_3N = np.array([[1.0, choice.own, choice.bytes] for choice in flat]).reshape(-1, 3).T
     found_3N = logprobs / divisors_3N
     ends = np.cumsum([len(choices) for choices in encoded])
@@ -181,21 +198,9 @@ def _causal(model: LoadedModel, choices: Sequence[Choice]) -> np.ndarray:
     return np.array(sums)
 
 
-def _pseudo(model: LoadedModel, choices: Sequence[Choice]) -> np.ndarray:
+def _pseudo(model: LoadedModel, choices: Sequence[Choice], within_word: bool) -> np.ndarray:
     """Pseudo-log-likelihoods, float64 [N]: of each token of a choice given all others, its own row each."""
-    specials = special_ids(model.tokenizer, need=("cls", "sep", "mask"))
-    rows = []
-    for choice in choices:
-        framed = [specials.cls, *choice.ids, specials.sep]
-        for at in range(len(framed) - 1 - choice.own, len(framed) - 1):
-            masked = [*framed[:at], specials.mask, *framed[at + 1 :]]
-            rows.append(Example(masked, [0] * len(framed), of_row={"at": at, "label": framed[at]}))
-    found = outputs(
-        *(hidden, (model.config, model.execution), model.params, rows),
-        pad_id=specials.pad,
-        longest=model.config.max_length,
-        of_row=("at", "label"),
-    )
+    found = hidden_scores(model, [(choice.ids, choice.own) for choice in choices], within_word=within_word)
     logprobs = np.array([logprob for logprob, _ in found], np.float64)
     begins = np.cumsum([0, *(choice.own for choice in choices)])[:-1]
     return np.add.reduceat(logprobs, begins) if choices else logprobs

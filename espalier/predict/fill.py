@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from espalier.data.examples import Example
 from espalier.data.tokenizer import special_ids
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.heads import masked_lm_head
+from espalier.models.heads import hidden_token_head
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import logits
+from espalier.predict.likelihood import framing
 from espalier.predict.outputs import outputs
 from espalier.predict.use import Use
 
@@ -63,7 +63,7 @@ def fill(model: LoadedModel, inputs: Sequence[Masked]) -> list[dict[str, Any]]:
             rows.append(example._replace(of_row={"masks": np.pad(some, (0, MASKS - len(some)))}))
     found = outputs(
         most_probable,
-        (model.config, model.execution, min(CANDIDATES, model.config.vocab_size)),
+        (model.config, model.head, model.execution, min(CANDIDATES, model.config.vocab_size)),
         model.params,
         rows,
         pad_id=special_ids(model.tokenizer).pad,
@@ -85,19 +85,24 @@ def fill(model: LoadedModel, inputs: Sequence[Masked]) -> list[dict[str, Any]]:
     return results
 
 
-def most_probable(config: ModelConfig, execution: Execution, count: int, params: Any, batch: Mapping[str, Any]) -> Any:
+def most_probable(
+    config: ModelConfig, head: str, execution: Execution, count: int, params: Any, batch: Mapping[str, Any]
+) -> Any:
     """`ids` and `logprobs`, [B, M, count], of the most probable tokens at the positions `masks` [B, M]."""
     x_BTD = apply(config, params, dict(batch), execution=execution)
-    x_BMD = jnp.take_along_axis(x_BTD, batch["masks"][:, :, None], axis=1)
-    features_BME, table_VE, bias_V = masked_lm_head(config, params, x_BMD, execution)
+    features_BME, table_VE, bias_V = hidden_token_head(config, head, params, x_BTD, batch["masks"], execution)
     scores_BMV = logits(features_BME, table_VE, bias_V, config.vocab_size, config.final_logit_softcapping)
     best_BMK, ids_BMK = jax.lax.top_k(scores_BMV, count)
     return {"ids": ids_BMK, "logprobs": best_BMK - jax.nn.logsumexp(scores_BMV, axis=-1, keepdims=True)}
 
 
 def _masked(model: LoadedModel, text: str, mask: int) -> tuple[Example, np.ndarray]:
-    """The text as the tokenizer frames it, and where its masks are. UserError where there are none, or no room."""
-    tokens = model.tokenizer(text)
+    """The text as the model frames it, and where its masks are. UserError where there are none, or no room."""
+    if model.head == "causal_lm":
+        before, behind = framing(model)
+        tokens = {"input_ids": [*before, *model.tokenizer(text, add_special_tokens=False)["input_ids"], *behind]}
+    else:
+        tokens = model.tokenizer(text)
     ids = tokens["input_ids"]
     at = np.flatnonzero(np.array(ids) == mask)
     shown = repr(text if len(text) <= 60 else f"{text[:59]}…")

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from espalier.data.examples import Example
+from espalier.data.token_tables import CONTINUABLE, CONTINUES, word_table
 from espalier.data.tokenizer import special_ids
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.heads import causal_lm_head, masked_lm_head
+from espalier.models.heads import causal_lm_head, hidden_token_head
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import token_logprobs
 from espalier.predict.outputs import outputs
@@ -79,33 +80,80 @@ def causal_scores(
 
 
 def pseudo_scores(
-    model: LoadedModel, texts: Sequence[Sequence[int]], length: int, said: Said = lambda done: None
+    model: LoadedModel,
+    texts: Sequence[Sequence[int]],
+    length: int,
+    said: Said = lambda done: None,
+    *,
+    within_word: bool = False,
 ) -> list[Scored]:
     """log p of each token of a text given all others: each is masked once (Salazar et al. 2020, eq. 1).
 
-    texts: token ids, without special tokens. A text stands between [CLS] and [SEP], which are not scored; a longer one
-    than `length` tokens, these included, is cut into pieces as equal as can be. A text of n tokens is n rows.
+    texts: token ids, without special tokens. A text stands between special tokens (`framing`), which are not scored; a
+    longer one than `length` tokens, these included, is cut into pieces as equal as can be. A text of n tokens is n
+    rows. within_word: as in `hiding`.
     """
-    specials = special_ids(model.tokenizer, need=("cls", "sep", "mask"))
-    rows: list[Example] = []
-    for ids in texts:
-        for piece in np.array_split(np.array(ids, np.int64), max(1, -(-len(ids) // (length - 2)))):
-            framed = [specials.cls, *piece.tolist(), specials.sep]
-            for at in range(1, len(framed) - 1):
-                masked = [*framed[:at], specials.mask, *framed[at + 1 :]]
-                rows.append(Example(masked, [0] * len(framed), of_row={"at": at, "label": framed[at]}))
-    found = outputs(
+    room = length - sum(map(len, framing(model)))
+    pieces = [np.array_split(np.array(ids, np.int64), max(1, -(-len(ids) // room))) for ids in texts]
+    split = [[(piece.tolist(), len(piece)) for piece in own] for own in pieces]
+    found = hidden_scores(model, [piece for own in split for piece in own], said, within_word=within_word)
+    ends = np.cumsum([len(ids) for ids in texts])
+    return [_joined(found[end - len(ids) : end]) for ids, end in zip(texts, ends, strict=True)]
+
+
+def framing(model: LoadedModel) -> tuple[list[int], list[int]]:
+    """The special tokens before and behind a text in which tokens are hidden: [CLS] and [SEP]; where states predict
+    the tokens behind them, as in decoders, that of the beginning of text alone."""
+    if model.head == "causal_lm":
+        return [_known(special_ids(model.tokenizer, need=("bos",)).bos)], []
+    specials = special_ids(model.tokenizer, need=("cls", "sep"))
+    return [_known(specials.cls)], [_known(specials.sep)]
+
+
+def hiding(model: LoadedModel, texts: Sequence[tuple[Sequence[int], int]], *, within_word: bool) -> list[Example]:
+    """A row for each token that is scored, in their order, in which it is masked.
+
+    texts: (token ids without special tokens, how many at the end of them are scored). within_word: the later tokens of
+    its word are masked with it (Kauf & Ivanova 2023, "PLL-word-l2r"): else they give away the beginning of a rare word.
+    """
+    mask = _known(special_ids(model.tokenizer, need=("mask",)).mask)
+    before, behind = framing(model)
+    words_V = word_table(model.tokenizer) if within_word else None
+    rows = []
+    for ids, own in texts:
+        framed = [*before, *ids, *behind]
+        last = len(before) + len(ids) - 1
+        goes_on = np.zeros(len(framed) + 1, bool)
+        if words_V is not None:
+            bits = words_V[np.array(ids, np.int64)]
+            goes_on[len(before) + 1 : last + 1] = (bits[1:] & CONTINUES > 0) & (bits[:-1] & CONTINUABLE > 0)
+        for at in range(last + 1 - own, last + 1):
+            end = at + 1
+            while goes_on[end]:
+                end += 1
+            masked = [*framed[:at], *[mask] * (end - at), *framed[end:]]
+            rows.append(Example(masked, [0] * len(framed), of_row={"at": at, "label": framed[at]}))
+    return rows
+
+
+def hidden_scores(
+    model: LoadedModel,
+    texts: Sequence[tuple[Sequence[int], int]],
+    said: Said = lambda done: None,
+    *,
+    within_word: bool = False,
+) -> list[tuple[Any, Any]]:
+    """(log p, whether it is the most probable one) of each token of `hiding`."""
+    return outputs(
         hidden,
-        (model.config, model.execution),
+        (model.config, model.head, model.execution),
         model.params,
-        rows,
-        pad_id=specials.pad,
+        hiding(model, texts, within_word=within_word),
+        pad_id=special_ids(model.tokenizer).pad,
         longest=model.config.max_length,
         of_row=("at", "label"),
         said=said,
     )
-    ends = np.cumsum([len(ids) for ids in texts])
-    return [_joined(found[end - len(ids) : end]) for ids, end in zip(texts, ends, strict=True)]
 
 
 def following(config: ModelConfig, execution: Execution, params: Any, batch: Mapping[str, Any]) -> Any:
@@ -123,12 +171,11 @@ def following(config: ModelConfig, execution: Execution, params: Any, batch: Map
     return _logprobs(config, features_BTD, table_VD, bias_V, labels_BT)
 
 
-def hidden(config: ModelConfig, execution: Execution, params: Any, batch: Mapping[str, Any]) -> Any:
+def hidden(config: ModelConfig, head: str, execution: Execution, params: Any, batch: Mapping[str, Any]) -> Any:
     """(log p, whether it is the best), [B], of `label` [B] at the position `at` [B] of each row."""
     inputs = {name: array for name, array in batch.items() if name not in ("at", "label")}
     x_BTD = apply(config, params, inputs, execution=execution)
-    x_BMD = jnp.take_along_axis(x_BTD, batch["at"][:, None, None], axis=1)
-    features_BME, table_VE, bias_V = masked_lm_head(config, params, x_BMD, execution)
+    features_BME, table_VE, bias_V = hidden_token_head(config, head, params, x_BTD, batch["at"][:, None], execution)
     found = _logprobs(config, features_BME, table_VE, bias_V, batch["label"][:, None])
     return jax.tree.map(lambda array: array[:, 0], found)
 
@@ -136,6 +183,11 @@ def hidden(config: ModelConfig, execution: Execution, params: Any, batch: Mappin
 def _logprobs(config: ModelConfig, features: Any, table: Any, bias: Any, labels: Any) -> Any:
     softcap = config.final_logit_softcapping
     return token_logprobs(features, table, bias, labels, vocab_size=config.vocab_size, softcap=softcap)
+
+
+def _known(token: int | None) -> int:
+    assert token is not None
+    return token
 
 
 def _joined(parts: Sequence[tuple[Any, Any]]) -> Scored:

@@ -56,6 +56,14 @@ class LoadedModel:
         asked = self.saved.get("longest") or (self.saved.get("data") or {}).get("max_length")
         return asked or self.config.usual_length
 
+    def bidirectional(self) -> LoadedModel:
+        """The same weights, each token seeing all others, as `mlm hybrid` trains them too: hidden tokens are predicted
+        by the states before them. UserError where the model is no decoder."""
+        if self.head != "causal_lm" or not self.config.causal:
+            kind = "sees both sides already" if not self.config.causal else f"has the head {self.head}"
+            raise UserError(f"bidirectional is for decoders, and this model {kind}; leave it out")
+        return replace(self, config=replace(self.config, causal=False))
+
     def classify(
         self, texts: str | Sequence[str] | Sequence[tuple[str, str]], *, threshold: float | None = None
     ) -> list[dict[str, Any]]:
@@ -181,6 +189,8 @@ class LoadedModel:
 
         if self.head != "causal_lm":
             raise UserError(f"this model has the head {self.head} and does not generate; a decoder does (causal_lm)")
+        if not self.config.causal:
+            raise UserError("this model sees both sides and does not generate; it finds hidden tokens (fill)")
         chat = isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], Mapping)
         one = isinstance(prompts, str | Mapping) or chat and "role" in prompts[0]  # type: ignore[operator]
         given = [prompts] if one else list(prompts)

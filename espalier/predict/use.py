@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 USES = {
     "masked_lm": "espalier.predict.fill:FILL",
+    "masked_next_token": "espalier.predict.fill:FILL",
     "causal_lm": "espalier.predict.generate:GENERATE",
+    "hybrid_lm": "espalier.predict.generate:GENERATE",
     "instruction_tuning": "espalier.predict.generate:GENERATE",
     "preference": "espalier.predict.generate:GENERATE",
     "reinforcement": "espalier.predict.generate:GENERATE",
@@ -59,11 +61,14 @@ class Use:
 def use_of(model: LoadedModel) -> Use:
     """What a model is for: by the task of its run, else by its head. UserError where nothing is.
 
-    A classifier of the Hub with one output scores pairs, as cross-encoders do, if it is not said to be a regression.
+    A decoder that sees both sides finds hidden tokens. A classifier of the Hub with one output scores pairs, as
+    cross-encoders do, if it is not said to be a regression.
     """
     task, config = model.saved.get("task", model.head), model.config
     if task == "sequence_classification" and len(config.labels) == 1 and config.problem_type is None:
         task = "ranking"
+    if model.head == "causal_lm" and not config.causal:
+        task = "masked_next_token"
     for name in (task, model.head):
         if name in USES:
             return find(name)

@@ -81,6 +81,8 @@ class TextObjective(TaskRecord):
     """Of launch.sh, and the package with its presets: mlm."""
     causal: bool
     """Whether its models see only what came before."""
+    turns: bool = False
+    """Whether --init-from may name a model of the other kind, whose attention then becomes that of `causal`."""
     layout: Layout
     build: Callable[[Setup], Objective]
     """Makes the objective."""
@@ -98,6 +100,8 @@ class TextObjective(TaskRecord):
     """Where it is the user's own: the function or record, or what names it."""
     specials: tuple[str, ...] = ()
     """Special tokens that it needs, beside those of the layout."""
+    tokenizer_for: Callable[[Any, Any], PreTrainedTokenizerFast] = lambda config, tokenizer: tokenizer
+    """(config, tokenizer of the initial weights) → the one of the run, of the same tokens."""
     predicted: Callable[[Any], float] = lambda config: 1.0
     """config → the mean part of the tokens that reach the head, for counts of operations."""
     schedules: tuple[Callable[[], Schedule], ...] = ()
@@ -132,12 +136,15 @@ class TextObjective(TaskRecord):
         model, length = config.model, config.data.sequence_length
         if origin and config.init_from:
             model = architecture_of(origin.config, model, given)
+            if self.turns:
+                model = replace(model, causal=self.causal)
             if model.causal != self.causal:
                 kind = "a decoder" if model.causal else "an encoder"
-                others = [one for one in map(find, TASKS) if isinstance(one, TextObjective)]
+                others = [one for one in map(find, TASKS) if isinstance(one, TextObjective) and not one.turns]
                 commands = [one.command for one in others if one.causal == model.causal]
+                also = "; to have it see both sides from now on, add --model.no-causal" if model.causal else ""
                 raise UserError(
-                    f"--init-from names {kind} ({model.model_type}); pretrain it by `{' or '.join(commands)}`"
+                    f"--init-from names {kind} ({model.model_type}); pretrain it by `{' or '.join(commands)}`{also}"
                 )
         return model.fitted(model.vocab_size, length), length
 

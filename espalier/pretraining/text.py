@@ -36,11 +36,12 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
     """Prepare the text that `config` names, and pack it into rows."""
     length, framed, origin = config.data.sequence_length, record.layout == "framed", start.origin
     asked = _asked_vocabulary(config, origin)
+    of_weights = record.tokenizer_for(config, start.tokenizer) if start.tokenizer else None
     prepared = prepare(
         config.data,
         config.model.vocab_size,
-        for_masked_lm=framed,
-        of_weights=start.tokenizer,
+        for_masked_lm=framed or "mask" in record.specials,
+        of_weights=of_weights,
         whole_words=record.word_starts(config),
         words=origin.config.get("words", {}) if origin and origin.resumed else None,
     )

@@ -10,9 +10,9 @@ from espalier.pretraining.objective import TextObjective
 from espalier.task import TASKS, find
 
 OBJECTIVES: Mapping[str, TextObjective] = {
-    record.command: record for record in map(find, TASKS) if isinstance(record, TextObjective)
+    record.command: record for record in reversed([*map(find, TASKS)]) if isinstance(record, TextObjective)
 }
-"""By the command that trains it."""
+"""By the command that trains it; of several, the first in TASKS."""
 
 PRESETS: Mapping[str, Mapping[str, Callable[[], Any]]] = {
     command: importlib.import_module(f"{command}.presets").PRESETS for command in OBJECTIVES

@@ -180,6 +180,7 @@ class Planner:
             platform=self.platform,
             capability=self.hardware.chip.capability,
             parts=mesh.sequence,
+            mixed=self.objective.mixed,
         )
         return choose_backend(self.config.execution.attention, use)
 

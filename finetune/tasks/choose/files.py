@@ -4,6 +4,7 @@
 question, choice1, choice2, label                             .csv, .tsv: a column for each choice
 {"question": …, "choices": {"text": […], "label": ["A", …]}, "answerKey": "B"}
 an acceptable and an unacceptable sentence                    .tsv without names, or a folder of such (BLiMP)
+{"sentence_good": …, "sentence_bad": …, "UID": …}             .jsonl, or a folder of such (BLiMP as it is published)
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ LISTS = ("choices", "endings", "options", "answers")
 ONE_EACH = re.compile(r"(?:choice|ending|option|answer|sol)[_ -]?(\d+)|([A-H])")
 LABELS = ("label", "answer", "answerKey", "gold", "target", "answer_index", "correct")
 PAIRS = re.compile(r"\.tsv(\.gz|\.zst)?$")
+PUBLISHED = re.compile(r"\.jsonl(\.gz|\.zst)?$")
+GOOD_AND_BAD = ("sentence_good", "sentence_bad")
 
 
 class Questions(NamedTuple):
@@ -69,20 +72,24 @@ def read_both(data: ChooseData) -> tuple[Questions, Questions]:
 
 
 def _folder(path: str, data: ChooseData) -> Questions:
-    files = sorted(file for file in Path(path).iterdir() if PAIRS.search(file.name))
+    there = sorted(Path(path).iterdir())
+    files = [file for kind in (PAIRS, PUBLISHED) for file in there if kind.search(file.name)]
     if not files:
-        there = ", ".join(sorted(os.listdir(path))[:8]) or "no files"
-        raise UserError(f"{path} has no .tsv of minimal pairs; it has {there}")
+        names = ", ".join(file.name for file in there[:8]) or "no files"
+        raise UserError(f"{path} has no .tsv or .jsonl of minimal pairs; it has {names}")
     asked, paradigms, fingerprints = [], [], []
     for file in files:
-        found = _pairs(str(file), data)
+        published = PUBLISHED.search(file.name)
+        found = _good_and_bad(read_table(str(file), codec(data.encoding))) if published else _pairs(str(file), data)
         if found is None:
             raise UserError(
                 f"{file}: its first line is no pair of sentences; a folder holds minimal pairs, an acceptable and an "
-                "unacceptable sentence a line, separated by a tab, without names of columns"
+                "unacceptable sentence a line, separated by a tab, without names of columns, or .jsonl with "
+                f"{' and '.join(GOOD_AND_BAD)}"
             )
-        asked += found.asked
-        paradigms += [PAIRS.sub("", file.name)] * len(found.asked)
+        count = min(data.per_file or len(found.asked), len(found.asked))
+        asked += [found.asked[number * len(found.asked) // count] for number in range(count)]
+        paradigms += [(PUBLISHED if published else PAIRS).sub("", file.name)] * count
         fingerprints.append(file.name + found.fingerprint)
     said = f"{path}: {len(asked):,} minimal pairs of {len(files):,} files, the acceptable sentence first{_alike(asked)}"
     fingerprint = hashlib.sha256("".join(fingerprints).encode()).hexdigest()
@@ -119,7 +126,26 @@ def _alike(asked: Sequence[Asked]) -> str:
     return f"; {count:,} of them twice the same sentence, which counts as wrong" if count else ""
 
 
+def _good_and_bad(table: Table) -> Questions | None:
+    """Rows with an acceptable and an unacceptable sentence; None for another table."""
+    rows = [dict(zip(record.columns, record.values, strict=True)) for record in table.records]
+    if not rows or not all(name in rows[0] for name in GOOD_AND_BAD):
+        return None
+    asked, paradigms = [], []
+    for record, row in zip(table.records, rows, strict=True):
+        pair = [row.get(name) for name in GOOD_AND_BAD]
+        if not all(isinstance(text, str) and text.strip() for text in pair):
+            raise UserError(f"{record.name}: {' and '.join(GOOD_AND_BAD)} must be texts; correct or remove the row")
+        asked.append(Asked("", (str(pair[0]), str(pair[1]))))
+        paradigms.append(str(row.get("UID") or ""))
+    said = f"{table.path}: {len(asked):,} minimal pairs, {GOOD_AND_BAD[0]!r} is right{_alike(asked)}"
+    kinds = paradigms if all(paradigms) else []
+    return Questions(table.path, asked, [0] * len(asked), kinds, (*table.notes, said), table.fingerprint)
+
+
 def _of_table(table: Table, data: ChooseData, else_from_one: bool) -> Questions:
+    if not (data.question or data.choices or data.label) and (pairs := _good_and_bad(table)):
+        return pairs
     names = list(dict.fromkeys(name for record in table.records for name in record.columns))
     for name in (*data.question, *data.choices, *filter(None, (data.label,))):
         if name not in names:

@@ -11,6 +11,7 @@ from espalier.intervals import mean_interval
 from espalier.predict.choose import NORMALIZE
 from espalier.predict.outputs import softmax
 from espalier.task import Evaluation
+from finetune.tasks.choose import blimp
 from finetune.tasks.choose.files import Questions
 
 
@@ -18,8 +19,8 @@ def measured(questions: Questions, scores: Sequence[np.ndarray], normalize: str)
     """scores: of each question, float64 [3, C] (predict.choose.scores). normalize: by which it is predicted.
 
     `accuracy` of these predictions with its 95 % interval, `accuracy_by_sum`, `accuracy_by_tokens`, `accuracy_by_bytes`
-    by each kind of score, `baseline_accuracy` (chance) and `paradigms` (accuracy of each file) where a folder was read.
-    A choice as likely as the right one makes it wrong.
+    by each kind of score and `baseline_accuracy` (chance). Where a folder was read, the accuracies of blimp.summary and
+    `accuracy_over_paradigms`, their mean, if some have more pairs. A choice as likely as the right one makes it wrong.
     """
     answered = zip(scores, questions.labels, strict=True)
     right_N3 = np.array([[_is_right(score_C, label) for score_C in found] for found, label in answered])
@@ -32,11 +33,17 @@ def measured(questions: Questions, scores: Sequence[np.ndarray], normalize: str)
     metrics["baseline_accuracy"] = float(np.mean([1 / len(asked.choices) for asked in questions.asked]))
     files: dict[str, Any] = {}
     if questions.paradigms:
-        paradigms = np.array(questions.paradigms)
-        metrics["paradigms"] = {
-            name: float(right_N3[paradigms == name, at].mean()) for name in dict.fromkeys(questions.paradigms)
-        }
-        files["paradigms.json"] = metrics["paradigms"]
+        names = np.array(questions.paradigms)
+        paradigms = []
+        for name in dict.fromkeys(questions.paradigms):
+            own = right_N3[names == name, at]
+            paradigms.append(blimp.Paradigm(name, int(own.sum()), len(own)))
+        if len({one.pairs for one in paradigms}) > 1:
+            metrics["accuracy_over_paradigms"] = blimp.accuracy(paradigms)
+            metrics["accuracy_over_paradigms_interval"] = blimp.accuracy_interval(paradigms)
+        # From the whole to its parts.
+        metrics |= dict(reversed(blimp.summary(paradigms).items()))
+        files["paradigms.json"] = {one.name: blimp.accuracy([one]) for one in paradigms}
     rows = []
     for number, (asked, label, found) in enumerate(zip(questions.asked, questions.labels, scores, strict=True)):
         best = int(found[at].argmax())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from espalier.errors import UserError
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
@@ -15,7 +16,8 @@ from finetune.tasks.choose.report import REPORT
 @dataclass(frozen=True)
 class ChooseData(FinetuneData):
     """Questions with choices, of which one is right: .jsonl, .csv, .tsv, .parquet, hf:…; or minimal pairs, a .tsv of an
-    acceptable and an unacceptable sentence without names of columns, or a folder of such files (BLiMP)."""
+    acceptable and an unacceptable sentence without names of columns, or a folder of such files or of .jsonl with
+    sentence_good and sentence_bad (BLiMP)."""
 
     question: tuple[str, ...] = often(())
     """Columns of what stands before a choice, each on a line; unset = guessed (context, question, …), may be none."""
@@ -26,6 +28,16 @@ class ChooseData(FinetuneData):
     normalize: Literal["none", "tokens", "bytes"] = often("none")
     """By what the log-likelihood of a choice is divided: nothing, its tokens or its bytes. All three are measured; this
     one is learnt, and predicts."""
+    per_file: int | None = None
+    """Of a folder of minimal pairs take so many of each file, evenly spaced; unset = all."""
+    within_word: bool = False
+    """Models that see both sides: with a token that is scored hide the later ones of its word, too (Kauf & Ivanova
+    2023). Without, they give the beginning of a rare word away."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per_file is not None and self.per_file < 1:
+            raise UserError(f"data.per_file={self.per_file} must be at least 1; leave it out for all pairs")
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ def choose() -> ChooseConfig:
     """Choose answers: `./launch.sh finetune choose --init-from RUN --data.train F --data.validation F`.
 
     From a clm run or a decoder of the Hub. Batches of 16 questions, each with all of its choices. Without training:
-    `./launch.sh evaluate RUN --task multiple_choice --data.validation F`.
+    `./launch.sh evaluate RUN --task multiple_choice --data.validation F` (BLiMP: its folder).
     """
     return ChooseConfig(batch_size=16, log_every=10, checkpoint=CheckpointConfig(every=1000))
 

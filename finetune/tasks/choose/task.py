@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from espalier import progress
 from espalier.data.examples import Example, LabelledBatches
 from espalier.data.loader import ALL, Batch, Part, shuffled
 from espalier.data.tokenizer import special_ids
@@ -194,7 +195,16 @@ def measure(model: LoadedModel, data: ChooseData) -> Evaluation:
     """A language model on a file, trained for it or not."""
     questions = read_questions(data, "validation", bool(model.saved.get("labels_from_one")))
     normalize = data.normalize if data.normalize != "none" else trained_normalize(model)
-    return measured(questions, scores_of(model, encode(model.tokenizer, questions.asked, room(model))), normalize)
+    encoded = encode(model.tokenizer, questions.asked, room(model))
+    if data.within_word and model.config.causal:
+        raise UserError("data.within_word is of models that see both sides, and this one is a decoder; leave it out")
+    with progress.waiting("scoring questions") as said:
+
+        def told(done: int) -> None:
+            said(f"{done:,} of {len(encoded):,} questions")
+
+        scores = scores_of(model, encoded, told, within_word=data.within_word)
+    return measured(questions, scores, normalize)
 
 
 def _example(choice: Choice, bos: int, normalize: str) -> Example:

@@ -17,7 +17,7 @@ from espalier.commands.plan.budget import scaling_laws as laws
 from espalier.commands.plan.budget.scaling_laws import Allocation, Law
 from espalier.commands.plan.budget.settings import BudgetConfig, as_number
 from espalier.commands.plan.numbers import short
-from espalier.commands.plan.objectives import OBJECTIVES, PRESETS
+from espalier.commands.plan.objectives import OBJECTIVES, PRESETS, objective_of
 from espalier.errors import UserError
 from espalier.pretraining.objective import TextObjective
 
@@ -106,7 +106,8 @@ def plan(config: BudgetConfig) -> Budget:
     ]
     if best.loss:
         batches.insert(1, Batch("critical at this loss (Kaplan et al. 2020)", laws.critical_batch_at_loss(best.loss)))
-    known = sizes(objective.command)
+    presets = PRESETS[objective.command]
+    known = {name: size for name, size in sizes(objective.command).items() if presets[name]().task == objective.name}
     name = config.preset or min(known, key=lambda other: abs(math.log(known[other] / best.parameters)))
     text_gb = best.tokens * config.bytes_per_token / 1e9
     return Budget(
@@ -184,7 +185,8 @@ def find_preset(name: str, command: str | None) -> tuple[Any, TextObjective]:
     asked = {other: presets for other, presets in PRESETS.items() if command in (None, other)}
     having = [other for other, presets in asked.items() if name in presets]
     if len(having) == 1:
-        return asked[having[0]][name](), OBJECTIVES[having[0]]
+        preset = asked[having[0]][name]()
+        return preset, objective_of(preset)
     if having:
         raise UserError(
             f"preset {name} is in {' and '.join(having)}; add --objective {' or --objective '.join(having)}"
@@ -196,13 +198,13 @@ def find_preset(name: str, command: str | None) -> tuple[Any, TextObjective]:
 
 @functools.cache
 def sizes(objective: str) -> Mapping[str, int]:
-    """Parameters of every preset of an objective, embeddings and head included."""
+    """Parameters of every preset of a command, embeddings and head included."""
     # Only shapes are computed: an accelerator that another program holds must not be waited for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from espalier.models.counts import count_params
 
-    head = OBJECTIVES[objective].head
-    return {name: count_params(preset().model, head) for name, preset in PRESETS[objective].items()}
+    made = {name: preset() for name, preset in PRESETS[objective].items()}
+    return {name: count_params(one.model, objective_of(one).head) for name, one in made.items()}
 
 
 def command(objective: TextObjective, preset: str, steps: int, batch_size: int, length: int) -> str:
