@@ -106,7 +106,9 @@ def test_it_is_a_decoder_and_a_masked_model_here_and_in_transformers(hybrid, tex
     sentence = "the old cat saw a tree."
     theirs, tokenizer = hf.AutoModelForCausalLM.from_pretrained(exported).eval(), load_tokenizer(exported)
     ids = [tokenizer.bos_token_id, *tokenizer(sentence, add_special_tokens=False)["input_ids"]]
-    both = hf.AutoModelForCausalLM.from_pretrained(exported, is_causal=False).eval()
+    turned = hf.AutoConfig.from_pretrained(exported)
+    turned.is_causal = False
+    both = hf.AutoModelForCausalLM.from_pretrained(exported, config=turned).eval()
 
     def logprobs(module, row):
         with torch.no_grad():
