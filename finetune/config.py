@@ -115,6 +115,8 @@ class FinetuneConfig(TrainConfig):
     latter is a folder or a repository on the Hub, in Hugging Face format."""
     scratch: bool = often(False)
     """Start from random weights, to see what the pretraining is worth. Architecture and tokenizer are taken."""
+    bidirectional: bool = False
+    """Let a decoder see both sides, as `mlm hybrid` trains it to: it then classifies as an encoder."""
     dropout: float = 0.1
     """Dropout of hidden states and attention; replaces the checkpoint's."""
     optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)

@@ -173,8 +173,11 @@ class FinetuneTask(TaskRecord):
                 "no --init-from given: name the run directory of the model that is to be fine-tuned, or hf:PATH_OR_ID"
             )
         model = ModelConfig.from_dict(origin.config["model"])
+        if config.bidirectional and not model.causal and not origin.resumed:
+            raise UserError("bidirectional: this model sees both sides already; leave it out")
         model = replace(
             model,
+            causal=model.causal and not config.bidirectional,
             hidden_dropout=config.dropout,
             attention_dropout=config.dropout,
             adapter_dropout=config.lora.dropout if config.lora.rank else 0.0,

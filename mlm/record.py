@@ -57,12 +57,16 @@ def vocabulary(setup: Setup) -> Vocabulary:
     return Vocabulary(specials.mask, ordinary_V, word_table(setup.tokenizer))
 
 
-def with_mask(config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def with_mask(config, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast | None:
     """The tokenizer of the initial weights, with --masking.token for hidden tokens; UserError if that will not do."""
     import copy
 
     token = config.masking.token
-    if token is None or tokenizer.mask_token == token:
+    if token is None:
+        return tokenizer
+    if tokenizer is None:
+        raise UserError(f"masking.token={token!r} is of the vocabulary of --init-from, and there is none; leave it out")
+    if tokenizer.mask_token == token:
         return tokenizer
     if tokenizer.mask_token is not None:
         raise UserError(f"masking.token={token!r}: the tokenizer has {tokenizer.mask_token} for that; leave it out")

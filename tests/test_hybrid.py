@@ -10,6 +10,9 @@ from test_objective_contract import EIGHT, after, assert_same
 from tiny_models import LLAMA, batch_of, close, random_params
 from toy import quick_compilation  # noqa: F401
 
+from espalier.commands.plan.objectives import objective_of
+from espalier.commands.plan.planner import make_plan
+from espalier.commands.plan.settings import PRESETS, PlanSettings
 from espalier.models.attention import XLA, attend
 from espalier.models.attention_backend import Use
 from espalier.models.attention_cudnn import CUDNN
@@ -214,3 +217,14 @@ def test_backends_honour_both_kinds_or_refuse():
     assert "one mask for all rows" in str(CUDNN.refuses(use)) and "one mask" in str(SPLASH.refuses(use))
     assert TRITON.refuses(use) is None
     assert "drops by the index" in str(TRITON.refuses(dataclasses.replace(use, dropout=0.1)))
+
+
+def test_a_plan_knows_which_of_them_holds_its_scores():
+    """On TPUs, where the kernel has one mask for all rows; and counts the head for what is predicted."""
+    plans = {name: make_plan(PRESETS[name](), PlanSettings(chip="v5e", chips=16, search=False)) for name in TURNED}
+    assert {name: plan.asked.attention for name, plan in plans.items()} == TURNED
+    assert "one mask for all rows" in plans["hybrid"].attention_reason
+    assert objective_of(PRESETS["mntp"]()).predicted(PRESETS["mntp"]()) == 0.2
+
+
+TURNED = {"hybrid": "xla", "mntp": "splash"}

@@ -14,6 +14,7 @@ from toy import quick_compilation  # noqa: F401
 import clm.presets
 import clm.pretrain
 import espalier
+import finetune.train
 import mlm.presets
 import mlm.pretrain
 from espalier import cli
@@ -24,6 +25,7 @@ from espalier.errors import UserError
 from espalier.predict.use import use_of
 from espalier.pretraining.objective import Setup
 from espalier.training.config import CheckpointConfig, OptimizerConfig
+from finetune.presets import PRESETS
 from mlm.next_token import build_hybrid
 from sharding.mesh import MeshConfig
 
@@ -219,4 +221,34 @@ def test_tokens_that_cannot_stand_for_hidden_ones(hybrid, decoder, text, tmp_pat
         config = small(preset, text, tmp_path / "run", init_from=str(origin), masking=masking)
         with pytest.raises(UserError, match=words.replace("|", r"\|")):
             mlm.pretrain.main(config)
+    with pytest.raises(UserError, match="of the vocabulary of --init-from, and there is none"):
+        mlm.pretrain.main(small(preset, text, tmp_path / "run", masking=masking))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hybrid_is_fine_tuned_as_an_encoder_too(hybrid, tmp_path):
+    run, _, _ = hybrid
+    rows = [f"the {word} cat\t{word in ('old', 'tall')}\n" for word in WORDS[0]] * 4
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "".join(rows))
+    file, preset = str(tmp_path / "rows.tsv"), PRESETS["classify"]()
+    config = dataclasses.replace(
+        preset,
+        init_from=str(run),
+        run_dir=str(tmp_path / "run"),
+        bidirectional=True,
+        steps=2,
+        batch_size=8,
+        data=dataclasses.replace(preset.data, train=file, validation=file),
+        mesh=MeshConfig(8, 1, 1),
+    )
+    with pytest.raises(UserError, match="has no qwen3 that sees both sides and classifies by its first token"):
+        finetune.train.main(dataclasses.replace(config, export=str(tmp_path / "exported")))
+    assert finetune.train.main(config)["finished"]
+    model = espalier.load(tmp_path / "run")
+    assert not model.config.causal and espalier.load(run).config.causal
+    # What it classifies by is the first token, which sees what comes behind it.
+    first, second = (one["probability"] for one in model.classify(["the old cat", "the old bird"]))
+    assert first != second
+    with pytest.raises(UserError, match="sees both sides already; leave it out"):
+        again = dataclasses.replace(config, init_from=str(tmp_path / "run"), run_dir=str(tmp_path / "other"))
+        finetune.train.main(again)

@@ -78,6 +78,11 @@ def to_hf(
         raise UserError(
             f"transformers has no {config.model_type} with the head {head}; there are {', '.join(family.classes)}"
         )
+    if head == "sequence_classification" and family.base.causal and not config.causal:
+        raise UserError(
+            f"transformers has no {config.model_type} that sees both sides and classifies by its first token; leave "
+            "out the export"
+        )
     values = _theirs(config)
     source = published_config(published, config)
     if source is None:

@@ -100,8 +100,8 @@ class TextObjective(TaskRecord):
     """Where it is the user's own: the function or record, or what names it."""
     specials: tuple[str, ...] = ()
     """Special tokens that it needs, beside those of the layout."""
-    tokenizer_for: Callable[[Any, Any], PreTrainedTokenizerFast] = lambda config, tokenizer: tokenizer
-    """(config, tokenizer of the initial weights) → the one of the run, of the same tokens."""
+    tokenizer_for: Callable[[Any, Any], PreTrainedTokenizerFast | None] = lambda config, tokenizer: tokenizer
+    """(config, tokenizer of the initial weights or None) → the one of the run, of the same tokens."""
     predicted: Callable[[Any], float] = lambda config: 1.0
     """config → the mean part of the tokens that reach the head, for counts of operations."""
     schedules: tuple[Callable[[], Schedule], ...] = ()

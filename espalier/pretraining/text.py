@@ -36,7 +36,7 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
     """Prepare the text that `config` names, and pack it into rows."""
     length, framed, origin = config.data.sequence_length, record.layout == "framed", start.origin
     asked = _asked_vocabulary(config, origin)
-    of_weights = record.tokenizer_for(config, start.tokenizer) if start.tokenizer else None
+    of_weights = record.tokenizer_for(config, start.tokenizer)
     prepared = prepare(
         config.data,
         config.model.vocab_size,

@@ -35,6 +35,8 @@ SLICES: Mapping[str, Sequence[str]] = {
     "bert-large": ("v5e:8x8", "v6e:8x8", "v5p:2x2x4"),
     "modern-base": ("v5e:8x8", "v6e:4x4", "v5p:2x2x2"),
     "encoder-small": ("v5e:4x4", "v6e:4x4", "v5p:2x2x2"),
+    "hybrid": ("v5e:4x4", "v6e:4x4", "v5p:2x2x2"),
+    "mntp": ("v5e:4x4", "v6e:4x4", "v5p:2x2x2"),
     "gpt2": ("v5e:4x4", "v6e:4x4", "v5p:2x2x2", "v4:2x2x2"),
     "gpt2-medium": ("v5e:8x8", "v6e:8x8", "v5p:2x2x4"),
     "decoder-small": ("v5e:4x4", "v6e:4x4", "v5p:2x2x2"),
