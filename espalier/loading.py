@@ -17,9 +17,9 @@ from espalier.models.pretrained import part_of
 from espalier.models.repository import PREFIX
 from espalier.models.sentence_transformers import read_modules
 from espalier.predict.loaded import LoadedModel
-from espalier.training.checkpoint import read_config
 from espalier.training.fallback import given_step
 from espalier.training.frozen import restore_model
+from espalier.training.restore import read_config
 from espalier.training.run import TUNED, RunDirectory
 
 FRAMED = ("sequence_classification", "token_classification", "question_answering", "embedding")

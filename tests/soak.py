@@ -79,11 +79,11 @@ def equal(one: pathlib.Path, other: pathlib.Path, step: int) -> int:
     import jax
     import numpy as np
 
-    from espalier.training.checkpoint import _restore
+    from espalier.training.restore import restore_item
 
     count = 0
     for item in ("params", "opt_state"):
-        a, b = (_restore(run / "checkpoints" / str(step), item, None) for run in (one, other))
+        a, b = (restore_item(run / "checkpoints" / str(step), item, None) for run in (one, other))
         assert jax.tree.structure(a) == jax.tree.structure(b)
         for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             assert np.asarray(left).tobytes() == np.asarray(right).tobytes()

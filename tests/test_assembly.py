@@ -26,8 +26,8 @@ from espalier.pretraining.objective import Setup, TextObjective
 from espalier.report.card import model_card
 from espalier.report.page import Section
 from espalier.report.task import TaskReport
-from espalier.training.checkpoint import restore_params
 from espalier.training.frozen import Frozen
+from espalier.training.restore import restore_params
 from espalier.training.step import Objective
 from tests.toy import quick_compilation  # noqa: F401
 

@@ -15,9 +15,11 @@ from toy import quick_compilation  # noqa: F401
 from espalier.data.tokenizer import load_tokenizer
 from espalier.training import bad_steps, checkpoint
 from espalier.training.bad_steps import NonFiniteLoss, Window, batch_number
-from espalier.training.checkpoint import complete_steps, read_config, read_data, restore_params, save_params
+from espalier.training.checkpoint import save_params
 from espalier.training.config import BadSteps, CheckpointConfig
+from espalier.training.manifest import complete_steps
 from espalier.training.replay import replay
+from espalier.training.restore import read_config, read_data, restore_params
 from espalier.training.run import RunDirectory
 from espalier.training.start import RunOrigin
 from espalier.training.step import Objective
@@ -251,9 +253,9 @@ def test_a_run_that_ends_in_bad_steps_goes_back(tmp_path):
 
 def test_checkpoints_of_earlier_versions_know_no_health(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
-    rest = checkpoint._rest
+    rest = checkpoint.rest_of
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_rest", lambda state: {k: v for k, v in rest(state).items() if k != "health"})
+        patch.setattr(checkpoint, "rest_of", lambda state: {k: v for k, v in rest(state).items() if k != "health"})
         run(tmp_path / "old", stop_at=3)
     shutil.copytree(tmp_path / "old", tmp_path / "copy")
     again = run(tmp_path / "old")

@@ -12,10 +12,11 @@ from toy import quick_compilation  # noqa: F401
 
 from espalier.errors import UserError
 from espalier.training.best import Best, is_low
-from espalier.training.checkpoint import complete_steps, restore_params
 from espalier.training.config import CheckpointConfig, EarlyStopping
 from espalier.training.fallback import given_step
 from espalier.training.frozen import restore_complete
+from espalier.training.manifest import complete_steps
+from espalier.training.restore import restore_params
 from espalier.training.run import RunDirectory, summarise
 from espalier.training.start import find_origin
 

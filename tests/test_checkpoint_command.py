@@ -16,8 +16,10 @@ from toy import quick_compilation  # noqa: F401
 from espalier.commands import checkpoint
 from espalier.commands.convert import ExportConfig, export_model
 from espalier.loading import load
-from espalier.training.checkpoint import Checkpoints, complete_steps, read_config, restore_params
+from espalier.training.checkpoint import Checkpoints
 from espalier.training.config import CheckpointConfig, OptimizerConfig
+from espalier.training.manifest import complete_steps
+from espalier.training.restore import read_config, restore_params
 from espalier.training.run import RunDirectory
 from espalier.training.state import new_state
 

@@ -21,9 +21,9 @@ from toy import quick_compilation  # noqa: F401
 from espalier.errors import MachineError
 from espalier.trackers.contract import Session
 from espalier.trackers.tensorboard import TensorBoard
-from espalier.training.checkpoint import CheckpointError, Checkpoints, complete_steps
+from espalier.training.checkpoint import CheckpointError, Checkpoints
 from espalier.training.config import CheckpointConfig
-from espalier.training.manifest import fault
+from espalier.training.manifest import complete_steps, fault
 from espalier.training.state import new_state
 
 # Orbax leaves coroutines of a write that failed to the garbage collector, which finds their loop closed.

@@ -31,7 +31,7 @@ from espalier.models.families import family_of
 from espalier.models.heads import sequence_logits, span_logits, token_logits
 from espalier.models.hub import load_pretrained, save_pretrained
 from espalier.models.transformer import apply
-from espalier.training.checkpoint import read_config, restore_params
+from espalier.training.restore import read_config, restore_params
 from finetune.tasks.classify import record as classification
 
 TEXT = "the quick brown fox jumps over the lazy dog while the cat sleeps in the warm sun by the old stone wall "

@@ -14,9 +14,10 @@ from toy import quick_compilation  # noqa: F401
 
 from espalier.errors import UserError
 from espalier.training import fallback, manifest
-from espalier.training.checkpoint import complete_steps, read_config, restore_params
 from espalier.training.config import CheckpointConfig
 from espalier.training.fallback import given_step, resumed_step
+from espalier.training.manifest import complete_steps
+from espalier.training.restore import read_config, restore_params
 from espalier.training.run import RunDirectory
 
 SETTINGS = dict(steps=6, checkpoint=CheckpointConfig(every=2, keep=9), eval_every=2, keep_best="loss")

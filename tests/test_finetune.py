@@ -19,7 +19,7 @@ from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.pretrained import load_weights
 from espalier.models.transformer import init_params
-from espalier.training.checkpoint import read_config, restore_params
+from espalier.training.restore import read_config, restore_params
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from finetune.config import FinetuneOptimizer

@@ -13,9 +13,9 @@ from espalier.errors import UserError
 from espalier.loading import load
 from espalier.models.hub import save_pretrained
 from espalier.models.transformer import init_params, layer_depths
-from espalier.training.checkpoint import restore_params, saved_shapes
 from espalier.training.config import CheckpointConfig
 from espalier.training.frozen import restore_complete
+from espalier.training.restore import restore_params, saved_shapes
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from espalier.training.state import combined

@@ -63,7 +63,7 @@ LAYING_OUT = ("espalier/models/hub.py", "espalier/models/memory.py", "espalier/m
 
 KNOWN_ONLY_IN = {
     "flax": "espalier/models/",
-    "orbax": "espalier/training/checkpoint.py",
+    "orbax": ("espalier/training/checkpoint.py", "espalier/training/restore.py"),
     "tyro": "espalier/flags.py",
     "tensorboardX": "espalier/trackers/tensorboard.py",
     "wandb": "espalier/trackers/wandb.py",

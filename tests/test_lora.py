@@ -24,9 +24,9 @@ from espalier.models.logits import batch_of_tokens, head_logits
 from espalier.models.peft import read_adapter, save_adapter
 from espalier.models.transformer import matrix_axes
 from espalier.training.adapters import adapted, merged, without
-from espalier.training.checkpoint import restore_params, saved_paths, saved_shapes
 from espalier.training.config import CheckpointConfig
 from espalier.training.frozen import restore_complete
+from espalier.training.restore import restore_params, saved_paths, saved_shapes
 from finetune.config import FinetuneOptimizer, LoraConfig
 from finetune.lora import places_of
 from finetune.tasks.classify.record import ClassifyConfig, ClassifyData

@@ -19,11 +19,11 @@ from toy import quick_compilation  # noqa: F401
 
 import sharding.rules
 from espalier.errors import UserError
-from espalier.training.checkpoint import read_data
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.evaluation import make_evaluate
 from espalier.training.frozen import Frozen
 from espalier.training.optimizer import build_optimizer, schedule
+from espalier.training.restore import read_data
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin
 from espalier.training.state import combined, new_state, shard_state

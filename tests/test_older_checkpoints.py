@@ -16,10 +16,11 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
-from espalier.training.checkpoint import Checkpoints, read_config, read_data, restore_state
+from espalier.training.checkpoint import Checkpoints
 from espalier.training.checksums import tensors
 from espalier.training.config import OptimizerConfig
 from espalier.training.optimizer import build_optimizer
+from espalier.training.restore import read_config, read_data, restore_state
 from espalier.training.state import new_state, shard_state
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import path_of

@@ -23,10 +23,10 @@ import finetune.train
 import mlm.presets
 import mlm.pretrain
 from espalier.commands import replay
-from espalier.training.checkpoint import restore_params
 from espalier.training.config import CheckpointConfig
 from espalier.training.manifest import MANIFEST, write_manifest
 from espalier.training.replay import Logged
+from espalier.training.restore import restore_params
 from espalier.training.run import RunDirectory
 from finetune.presets import PRESETS
 from sharding.mesh import MeshConfig

@@ -11,8 +11,8 @@ from toy import quick_compilation  # noqa: F401
 
 from espalier.errors import UserError
 from espalier.training import checkpoint
-from espalier.training.checkpoint import complete_steps
 from espalier.training.config import CheckpointConfig
+from espalier.training.manifest import complete_steps
 from espalier.training.retention import bytes_of, removal
 
 

@@ -38,8 +38,8 @@ from espalier.models.peft import read_adapter
 from espalier.models.sentence_transformers import read_modules
 from espalier.models.tensor_files import TensorFiles
 from espalier.report.render import write_report
-from espalier.training.checkpoint import read_config, restore_params
 from espalier.training.manifest import MANIFEST, _seal
+from espalier.training.restore import read_config, restore_params
 from espalier.training.run import RunDirectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(datasets|tensorflow_datasets|etils|fsspec|multiprocess).*")

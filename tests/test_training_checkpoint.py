@@ -19,16 +19,11 @@ from toy import quick_compilation  # noqa: F401
 from espalier import progress
 from espalier.errors import UserError
 from espalier.training import checkpoint
-from espalier.training.checkpoint import (
-    Checkpoints,
-    complete_steps,
-    read_config,
-    restore_optimizer,
-    restore_params,
-    restore_state,
-)
+from espalier.training.checkpoint import Checkpoints
 from espalier.training.config import CheckpointConfig, OptimizerConfig
+from espalier.training.manifest import complete_steps
 from espalier.training.optimizer import build_optimizer
+from espalier.training.restore import read_config, restore_optimizer, restore_params, restore_state
 from espalier.training.state import new_state, shard_state
 from sharding.mesh import MeshConfig, build_mesh
 

@@ -16,9 +16,10 @@ from toy import quick_compilation  # noqa: F401
 import espalier.training.loop
 from espalier.errors import UserError
 from espalier.goodput import read_sessions
-from espalier.training.checkpoint import complete_steps, read_config, restore_params
 from espalier.training.config import CheckpointConfig, OptimizerConfig
 from espalier.training.introduction import About
+from espalier.training.manifest import complete_steps
+from espalier.training.restore import read_config, restore_params
 from espalier.training.run import RunDirectory
 from espalier.training.start import check_fork, find_origin
 from espalier.training.step import count_tokens

@@ -125,7 +125,7 @@ def _verified(run: RunDirectory, rows: Sequence[Mapping[str, Any]], whole: bool)
 
 
 def _shown(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from espalier.training.checkpoint import read_config, read_data, saved_shapes
+    from espalier.training.restore import read_config, read_data, saved_shapes
 
     there = [row["step"] for row in rows if row["state"] == "complete"]
     if not there:

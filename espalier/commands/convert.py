@@ -137,9 +137,9 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.models.published import Published
     from espalier.models.sentence_transformers import module_files
     from espalier.report.card import model_card
-    from espalier.training.checkpoint import read_config
     from espalier.training.fallback import given_step
     from espalier.training.frozen import restore_model
+    from espalier.training.restore import read_config
     from espalier.training.run import RunDirectory, tuned_file
 
     run = RunDirectory(config.run_dir)

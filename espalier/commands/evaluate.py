@@ -86,7 +86,7 @@ def described(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
         from espalier.models.hub import Pretrained
 
         return {}, Pretrained(config.model, config.revision).head
-    from espalier.training.checkpoint import read_config
+    from espalier.training.restore import read_config
 
     saved = read_config(config.model, config.step)
     if "task" not in saved:

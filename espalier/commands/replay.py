@@ -107,7 +107,7 @@ def _replayed(run: RunDirectory, first: int, last: int, trusted: bool) -> Replay
 
 def _steps(run: RunDirectory, config: ReplayConfig) -> tuple[int, int]:
     """The checkpoint to begin with and the last step to execute; UserError where they will not do."""
-    from espalier.training.checkpoint import complete_steps
+    from espalier.training.manifest import complete_steps
     from espalier.training.replay import logged_steps
 
     if not run.config.is_file():
@@ -130,7 +130,8 @@ def _steps(run: RunDirectory, config: ReplayConfig) -> tuple[int, int]:
 
 def _origin_of(step: int) -> Callable[[Any, RunDirectory, Callable], Origin | None]:
     """For `assembly.opened`: the run's checkpoint of this step; of step 0, what the run began with."""
-    from espalier.training.checkpoint import complete_steps, read_config
+    from espalier.training.manifest import complete_steps
+    from espalier.training.restore import read_config
     from espalier.training.run import RunDirectory
     from espalier.training.start import RunOrigin, find_origin
 

@@ -14,9 +14,11 @@ import jax
 
 from espalier.errors import UserError
 from espalier.files import write_json
-from espalier.training.checkpoint import Checkpoints, complete_steps, restore_params
+from espalier.training.checkpoint import Checkpoints
 from espalier.training.config import TrainConfig
 from espalier.training.fallback import best_step
+from espalier.training.manifest import complete_steps
+from espalier.training.restore import restore_params
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState
 from espalier.training.tracker import Tracker

@@ -23,15 +23,10 @@ import jax
 from espalier.errors import UserError
 from espalier.files import sha256_of_file
 from espalier.training.adapters import beside, merged
-from espalier.training.checkpoint import (
-    read_data,
-    restore_params,
-    restore_saved,
-    save_params,
-    saved_shapes,
-)
+from espalier.training.checkpoint import save_params
 from espalier.training.fallback import given_step
 from espalier.training.manifest import MANIFEST
+from espalier.training.restore import read_data, restore_params, restore_saved, saved_shapes
 from espalier.training.run import RunDirectory
 from espalier.training.state import combined
 from sharding.processes.coordination import from_first, gather

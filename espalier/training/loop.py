@@ -16,7 +16,7 @@ from espalier.contracts import Origin
 from espalier.trackers.notify import Notifier
 from espalier.training.bad_steps import SkippedSteps
 from espalier.training.best import KeptBest
-from espalier.training.checkpoint import Checkpoints, complete_steps
+from espalier.training.checkpoint import Checkpoints
 from espalier.training.checksums import ChecksumLog
 from espalier.training.collected import Added, Collector
 from espalier.training.config import TrainConfig
@@ -24,6 +24,7 @@ from espalier.training.evaluation import make_evaluate
 from espalier.training.fallback import resumed_step
 from espalier.training.guard import StopSignal
 from espalier.training.introduction import introduce
+from espalier.training.manifest import complete_steps
 from espalier.training.optimizer import Optimizer, build_optimizer, schedule
 from espalier.training.profile import Profile
 from espalier.training.run import Result, RunDirectory

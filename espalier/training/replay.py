@@ -22,11 +22,12 @@ from espalier import progress
 from espalier.contracts import Origin
 from espalier.errors import UserError
 from espalier.training.bad_steps import Window, batch_number
-from espalier.training.checkpoint import complete_steps, read_data
 from espalier.training.checksums import Line, Summed, differing, logged, some, surroundings
 from espalier.training.collected import Collector
 from espalier.training.config import TrainConfig
 from espalier.training.loop import optimization
+from espalier.training.manifest import complete_steps
+from espalier.training.restore import read_data
 from espalier.training.run import RunDirectory
 from espalier.training.start import beginning, first_state
 from espalier.training.step import jit_train_step

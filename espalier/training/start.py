@@ -13,17 +13,12 @@ from jax.sharding import Mesh
 from espalier.contracts import Origin
 from espalier.errors import UserError
 from espalier.files import sha256_of_file
-from espalier.training.checkpoint import (
-    read_config,
-    read_data,
-    restore_optimizer,
-    restore_state,
-)
 from espalier.training.config import TrainConfig
 from espalier.training.fallback import MODEL, given_step, resumed_step
 from espalier.training.frozen import Frozen, restore_frozen, restore_model, save_frozen
 from espalier.training.manifest import MANIFEST
 from espalier.training.optimizer import Optimizer
+from espalier.training.restore import read_config, read_data, restore_optimizer, restore_state
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState, new_state, shard_state
 from espalier.training.tracker import Interval

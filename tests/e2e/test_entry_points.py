@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from espalier.training.checkpoint import restore_params
+from espalier.training.restore import restore_params
 
 ENTRIES = ("mlm", "clm")
 QUICK = ("--eval-rows", 8, "--log-every", 1, "--eval-every", 4, "--checkpoint.every", 2, "--json")

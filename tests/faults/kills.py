@@ -217,13 +217,13 @@ class Outcome(NamedTuple):
 
 
 def outcome(command: Command) -> Outcome:
-    from espalier.training import checkpoint
+    from espalier.training.restore import by_path, restore_item
 
     folder = command.run_dir / "checkpoints" / str(STEPS)
     arrays = {
         f"{item}/{path}": leaf
         for item in ("params", "opt_state")
-        for path, leaf in checkpoint._named(checkpoint._restore(folder, item, None)).items()
+        for path, leaf in by_path(restore_item(folder, item, None)).items()
     }
     records = [json.loads(line) for line in (command.run_dir / "metrics.jsonl").read_text().splitlines()]
     metrics = [{name: value for name, value in record.items() if name not in MEASURED} for record in records]

@@ -9,26 +9,35 @@ import pytest
 from command import ROOT, Command, write_text
 from kills import chain, undisturbed
 
-HERE = (
-    # Of a compile and of a step: by the hundred, and tests/e2e/test_kill.py.
+ALONE = (
     ("start", signal.SIGINT),
+    ("start", signal.SIGKILL),
     ("tokenizing", signal.SIGKILL),
     ("tokenizing", signal.SIGTERM),
+    ("compile", signal.SIGKILL),
+    ("step", signal.SIGKILL),
     ("evaluation", signal.SIGHUP),
     ("save", signal.SIGKILL),
     ("clearing", signal.SIGKILL),
     ("commit", signal.SIGKILL),
+    ("step", signal.SIGTERM),
+    ("evaluation", signal.SIGKILL),
+    ("save", signal.SIGKILL),
+    ("commit", signal.SIGKILL),
+    ("end", signal.SIGKILL),
 )
+THE_SECOND_OF_TWO = tuple((place, signal.SIGKILL) for place in ("compile", "step", "save", "clearing", "commit"))
 
 
 @pytest.mark.timeout(1200)
-def test_killed_and_interrupted_at_each_place(tmp_path):
+@pytest.mark.parametrize("count, places", [(1, ALONE), (2, THE_SECOND_OF_TWO)], ids=["alone", "the second of two"])
+def test_killed_and_interrupted_at_each_place(tmp_path, count, places):
     text = write_text(tmp_path / "text.txt")
-    expected = undisturbed(Command(tmp_path / "alone", text))
-    done = chain(Command(tmp_path / "killed", text), HERE, random.Random(0), expected)
-    assert [(kill.place, kill.number) for kill in done] == [*HERE]
+    expected = undisturbed(Command(tmp_path / "alone", text, count))
+    done = chain(Command(tmp_path / "killed", text, count), places, random.Random(0), expected)
+    assert [(kill.place, kill.number) for kill in done] == [*places]
     # A moment may pass by unseen, most do not.
-    assert sum(kill.hit for kill in done) >= len(HERE) // 2, done
+    assert sum(kill.hit for kill in done) >= len(places) // 2, done
 
 
 @pytest.mark.soak

@@ -7,7 +7,7 @@ import time
 import pytest
 import toy
 
-from espalier.training.checkpoint import complete_steps
+from espalier.training.manifest import complete_steps
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -10,9 +10,10 @@ import pytest
 import toy
 from toy import quick_compilation  # noqa: F401
 
-from espalier.training.checkpoint import complete_steps, read_data
 from espalier.training.config import CheckpointConfig
+from espalier.training.manifest import complete_steps
 from espalier.training.optimizer import build_optimizer
+from espalier.training.restore import read_data
 from espalier.training.run import RunDirectory
 from espalier.training.start import find_origin, first_state
 from sharding.mesh import MeshConfig, build_mesh

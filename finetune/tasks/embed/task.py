@@ -20,7 +20,7 @@ from espalier.models.sentence_transformers import read_modules
 from espalier.models.transformer import init_params
 from espalier.predict.embed import default_pooling, embed
 from espalier.task import Evaluation
-from espalier.training.checkpoint import read_config
+from espalier.training.restore import read_config
 from finetune.config import max_length
 from finetune.task import Labelled
 from finetune.tasks.embed import metrics
