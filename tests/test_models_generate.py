@@ -107,7 +107,7 @@ def test_a_row_is_drawn_alike_wherever_it_stands():
     prompt = {"input_ids": np.array([[0] * 16, [0] * 13 + PROMPTS[2]]), "attention_mask": np.zeros((2, 16), np.int32)}
     prompt["attention_mask"][1, 13:] = 1
     some = jax.jit(lambda params, keys: sample(config, params, prompt, keys, how))
-    tokens, logprobs, _ = some(params, row_keys(jax.random.key(0), 3)[1:])
+    tokens, logprobs, *_ = some(params, row_keys(jax.random.key(0), 3)[1:])
     np.testing.assert_array_equal(tokens[1], expected.tokens_BG[2])
     assert (np.asarray(tokens[0]) == -1).all() and not np.asarray(logprobs[0]).any()
 

@@ -213,3 +213,14 @@ def test_a_second_prompt_of_a_like_length_compiles_nothing(model):
         model.generate(prompts, max_new_tokens=4, temperature=0.5)
         counts.append(models.continued._cache_size())
     assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [0, 1, 0, 1]
+
+
+def test_more_prompts_than_rows_take_turns_in_them(model, monkeypatch):
+    """Eleven in four slots, of lengths that are alike and one that is not: each the same as alone, by its number."""
+    prompts = ["a" * (9 + n % 4) for n in range(10)] + ["分支。" * 30]
+    way = SamplingConfig(max_new_tokens=12, temperature=1.2, stop=("。",))
+    expected = generate.generate(model, prompts, way)
+    monkeypatch.setattr(generate, "ROWS", 4)
+    told = []
+    assert generate.generate(model, prompts, way, lambda done, tokens: told.append(done)) == expected
+    assert told[-1] == 11 and len(told) > 3 and len(set(expected)) > 8

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from espalier.errors import UserError
+from espalier.predict.sampling import check_stops
 
 if TYPE_CHECKING:
     from espalier.predict.loaded import LoadedModel
@@ -44,6 +45,16 @@ class AskedModel:
 
         model = limited(self.loaded(), max_length)
         return model, named(use) if use else use_of(model)
+
+
+def stopping(use: Use, stops: tuple[str, ...]) -> Use:
+    """The use with text that ends at these stops, where a row names none of its own."""
+    if not stops:
+        return use
+    if use.name != "generate":
+        raise UserError(f"--stop is for models that write, and this one does {use.name}; leave it out")
+    check_stops(stops)
+    return replace(use, reads=lambda row: use.reads({"stop": list(stops)} | dict(row)))
 
 
 def limited(model: LoadedModel, max_length: int | None) -> LoadedModel:

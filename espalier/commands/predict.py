@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from espalier import cli, progress
-from espalier.commands.asked_model import AskedModel
+from espalier.commands.asked_model import AskedModel, stopping
 from espalier.data.encodings import codec
 from espalier.errors import UserError
 from espalier.files import replacing
@@ -91,6 +91,9 @@ class PredictConfig(AskedModel):
     """File to write, .jsonl or .csv, or .npy for embeddings; unset = standard output, as jsonl."""
     use: str | None = None
     """What to ask, where it is not what the model was trained for: embed."""
+    stop: tuple[str, ...] = ()
+    """Of a model that writes: texts at which its text ends, which are no part of it. A field `stop` of a row goes
+    before."""
     strict: bool = False
     """End at the first bad row, and write nothing."""
 
@@ -143,6 +146,7 @@ def main(config: PredictConfig) -> dict[str, Any]:
     with progress.on_stderr():
         with progress.waiting(f"loading {config.model}"):
             model, use = config.opened(config.use, config.data.max_length)
+            use = stopping(use, config.stop)
         if config.output and config.output.endswith(".npy") and use.name != "embed":
             raise UserError(
                 f"--output {config.output}: .npy holds embeddings, and this model does {use.name}; try .jsonl"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from espalier import cli, progress
-from espalier.commands.asked_model import AskedModel
+from espalier.commands.asked_model import AskedModel, stopping
 from espalier.errors import UserError
 from espalier.serve.server import address_of, check_installed, listening, until_ended
 
@@ -40,6 +40,9 @@ class ServeConfig(AskedModel):
     """What to ask, where it is not what the model was trained for: embed."""
     max_length: int | None = None
     """Tokens of an input at most; unset = as in the fine-tuning, else the model's positions, but at most 512."""
+    stop: tuple[str, ...] = ()
+    """Of a model that writes: texts at which its text ends, which are no part of it. A field `stop` of a row goes
+    before."""
     delay: float = 0.005
     """Seconds that a request waits for others, to be answered with them; while the model is busy all wait anyway."""
     limit_bytes: int = 2**20
@@ -64,6 +67,7 @@ def main(config: ServeConfig) -> dict[str, Any]:
     with listening(config.host, config.port) as listener:
         with progress.waiting(f"loading {config.model}"):
             model, use = config.opened(config.use, config.max_length)
+            use = stopping(use, config.stop)
         batcher, shapes = batcher_of(model, use, config.delay)
         with progress.waiting(f"compiling {len(shapes.all())} programs, for rows of up to {shapes.lengths[-1]} tokens"):
             example = example_of(model, use)

@@ -56,20 +56,24 @@ class Drawn(NamedTuple):
     drawn_logprobs_BG: Any = None
     """float32: log p of each token under the distribution that it was drawn from, by all of these; 0 after the row's
     end. None of beams, which draw nothing."""
+    ended_B: Any = None
+    """bool: whether the row ended by an end token or a stop, and not because it had G tokens. None of beams."""
 
 
 class State(NamedTuple):
     """A batch of rows in the middle of being continued."""
 
-    count: jax.Array
-    """Tokens drawn."""
+    count_B: jax.Array
+    """Tokens drawn, int32."""
     logits_BV: jax.Array
     """Of the next token, float32."""
     cache: dict
     done_B: jax.Array
-    """Rows that have ended."""
+    """Rows that have ended, or have G tokens."""
     seen_BV: jax.Array | None
     """Tokens that a row has, bool; None where nothing asks for them."""
+    matched_B: jax.Array
+    """How far the ends of rows agree with a stop: a row of `stops`, int32."""
     last: dict[str, jax.Array]
     """Segment and position of the last token of each prompt, int32 [B, 1]."""
     drawn: Drawn
@@ -82,20 +86,22 @@ def sample(
     keys_B: jax.Array,
     sampling: Sampling,
     execution: Execution = DEFAULT_EXECUTION,
+    stops: jax.Array | None = None,
 ) -> Drawn:
     """Continue every row of a batch, sampling.samples times: the rows of a prompt stand one behind the other.
 
     prompt: a batch as `apply` takes it, of one document a row, padded on the left; a row of padding alone stays empty.
     keys_B: a random key for each prompt. What is drawn for a row depends on its prompt, its key and its number among
-    the rows of its prompt alone, wherever it stands in the batch and however the batch is split.
+    the rows of its prompt alone, wherever it stands in the batch and however the batch is split. stops: as `advanced`
+    takes them.
     """
     params = cast_once(params, compute_dtype(execution))
 
     def turn(state):
-        return advanced(config, params, state, keys_B, sampling, execution)
+        return advanced(config, params, state, keys_B, sampling, execution, stops)
 
     def unfinished(state):
-        return (state.count < sampling.max_new_tokens) & ~jnp.all(state.done_B)
+        return ~jnp.all(state.done_B)
 
     start = begun(config, params, prompt, sampling, execution)
     if sampling.samples > 1:
@@ -120,8 +126,9 @@ def begun(
         seen_BV = jnp.zeros(logits_BV.shape, bool).at[rows_B1, prompt["input_ids"]].max(real_BT)
     last = {name: prompt[name][:, -1:] for name in ("segment_ids", "positions")}
     zeros_BG = jnp.zeros((batch, new), jnp.float32)
-    drawn = Drawn(jnp.full((batch, new), -1, jnp.int32), zeros_BG, zeros_BG)
-    return State(jnp.int32(0), logits_BV, cache, ~jnp.any(real_BT, axis=1), seen_BV, last, drawn)
+    none_B = jnp.zeros(batch, jnp.int32)
+    drawn = Drawn(jnp.full((batch, new), -1, jnp.int32), zeros_BG, zeros_BG, none_B > 0)
+    return State(none_B, logits_BV, cache, ~jnp.any(real_BT, axis=1), seen_BV, none_B, last, drawn)
 
 
 def repeated(state: State, samples: int) -> State:
@@ -131,14 +138,8 @@ def repeated(state: State, samples: int) -> State:
         array = jnp.repeat(array, samples, axis=axis)
         return constrain(array, *(None,) * axis, "batch", *(None,) * (array.ndim - axis - 1))
 
-    return state._replace(
-        logits_BV=rows(state.logits_BV),
-        cache=repeated_cache(state.cache, samples),
-        done_B=rows(state.done_B),
-        seen_BV=None if state.seen_BV is None else rows(state.seen_BV),
-        last=jax.tree.map(rows, state.last),
-        drawn=jax.tree.map(rows, state.drawn),
-    )
+    others = jax.tree.map(rows, state._replace(cache={}))
+    return others._replace(cache=repeated_cache(state.cache, samples))
 
 
 def repeated_cache(cache: dict, samples: int) -> dict:
@@ -159,17 +160,36 @@ def sample_keys(keys_B: jax.Array, samples: int) -> jax.Array:
 
 
 def advanced(
-    config: ModelConfig, params: dict, state: State, keys_B: jax.Array, sampling: Sampling, execution: Execution
+    config: ModelConfig,
+    params: dict,
+    state: State,
+    keys_B: jax.Array,
+    sampling: Sampling,
+    execution: Execution,
+    stops: jax.Array | None = None,
 ) -> State:
-    """Another token in every row that has not ended."""
-    count, logits_BV, done_B = state.count, state.logits_BV, state.done_B
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, count)
+    """Another token in every row that has not ended.
+
+    stops: int [P, V], how far the end of a row agrees with a stop after a token, by how far it did before: 0 = not at
+    all, -1 = a stop is complete and the row ends (predict.stops makes it).
+    """
+    count_B, logits_BV, done_B = state.count_B, state.logits_BV, state.done_B
+    keys = jax.vmap(jax.random.fold_in)(keys_B, count_B)
     drawn_BV = drawn_from(penalised(logits_BV, state.seen_BV, sampling.repetition_penalty), sampling)
     token_B = drawn_token(drawn_BV, keys, sampling)
+    matched_B = state.matched_B if stops is None else stops[state.matched_B, token_B].astype(jnp.int32)
+    ends_B = jnp.isin(token_B, jnp.asarray(sampling.end_ids, jnp.int32)) | (matched_B < 0)
+    place_1G = jnp.arange(sampling.max_new_tokens, dtype=jnp.int32)[None]
+    here_BG = (place_1G == count_B[:, None]) & ~done_B[:, None]
+
+    def written(before_BG: jax.Array, new_B: jax.Array) -> jax.Array:
+        return jnp.where(here_BG, new_B[:, None], before_BG)
+
     drawn = Drawn(
-        state.drawn.tokens_BG.at[:, count].set(jnp.where(done_B, -1, token_B)),
-        state.drawn.logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_of(logits_BV, token_B))),
-        state.drawn.drawn_logprobs_BG.at[:, count].set(jnp.where(done_B, 0.0, logprob_of(drawn_BV, token_B))),
+        written(state.drawn.tokens_BG, token_B),
+        written(state.drawn.logprobs_BG, logprob_of(logits_BV, token_B)),
+        written(state.drawn.drawn_logprobs_BG, logprob_of(drawn_BV, token_B)),
+        state.drawn.ended_B | (ends_B & ~done_B),
     )
     seen_BV = state.seen_BV
     if seen_BV is not None:
@@ -177,11 +197,12 @@ def advanced(
     inputs = {
         "input_ids": token_B[:, None],
         "segment_ids": state.last["segment_ids"],
-        "positions": state.last["positions"] + 1 + count,
+        "positions": state.last["positions"] + 1 + count_B[:, None],
     }
     logits_BV, cache = next_logits(config, params, inputs, state.cache, execution)
-    done_B |= jnp.isin(token_B, jnp.asarray(sampling.end_ids, jnp.int32))
-    return State(count + 1, logits_BV, cache, done_B, seen_BV, state.last, drawn)
+    count_B = jnp.where(done_B, count_B, count_B + 1)
+    done_B |= ends_B | (count_B == sampling.max_new_tokens)
+    return State(count_B, logits_BV, cache, done_B, seen_BV, jnp.maximum(matched_B, 0), state.last, drawn)
 
 
 def next_logits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +36,18 @@ def generate(
     execution: Execution = DEFAULT_EXECUTION,
     numbers: Sequence[int] | None = None,
     shape: tuple[int, int] | None = None,
+    stops: np.ndarray | None = None,
 ) -> Drawn:
     """Continue lists of token ids, each of at least one; NumPy arrays of as many rows, times sampling.samples.
 
     numbers: those of the rows, by which their random keys are made of `key`; unset = 0, 1, … shape: (rows, tokens) that
-    the prompts are padded to; unset = those of their bucket. Under jax.set_mesh rows
-    are split over the mesh, with parameters laid out on it. Every process gives all prompts and gets all rows. The
-    model must have a position for every token of the longest prompt and for the new ones.
+    the prompts are padded to; unset = those of their bucket. stops: as models.decoding.advanced takes them. Under
+    jax.set_mesh rows are split over the mesh, with parameters laid out on it. Every process gives all prompts and gets
+    all rows. The model must have a position for every token of the longest prompt and for the new ones.
     """
     assert config.max_length is None or max(map(len, prompts)) + sampling.max_new_tokens <= config.max_length
     prompt, numbers_B = _batch(prompts, numbers, shape)
-    drawn = jax.device_get(continued(config, params, prompt, key, numbers_B, sampling, execution))
+    drawn = jax.device_get(continued(config, params, prompt, key, numbers_B, sampling, execution, stops))
     rows = len(prompts) * sampling.samples
     return jax.tree.map(lambda array: array[:rows], drawn)
 
@@ -62,7 +64,7 @@ def stream(
     """The tokens that `generate` adds to one list of token ids, each as soon as it is drawn."""
     assert sampling.beams == sampling.samples == 1, "beams are known at their end, and one row is streamed"
     batch, numbers_B = _batch([prompt])
-    params = _cast(params, compute_dtype(execution).name)
+    params = cast(params, compute_dtype(execution).name)
     state = _begun(config, params, batch, sampling, execution)
     for count in range(sampling.max_new_tokens):
         state = _advanced(config, params, state, key, numbers_B, sampling, execution)
@@ -88,24 +90,34 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _batch(
-    prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None, shape: tuple[int, int] | None = None
+def parts() -> int:
+    """How many parts the mesh in use splits rows into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], numbers: Sequence[int], rows: int, length: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Prompts padded on the left, and filled up with empty rows; with the numbers of the rows.
 
-    shape: (rows, tokens); unset = a power of two of rows, and the bucket of the longest prompt. There are always as
-    many rows as the mesh splits.
+    There are always as many rows as the mesh splits.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows, length = shape or (1 << (len(prompts) - 1).bit_length(), bucket(max(map(len, prompts))))
-    rows = -(-rows // parts) * parts
+    rows = -(-rows // parts()) * parts()
     input_ids = np.zeros((rows, length), np.int32)
     mask, numbers_B = np.zeros_like(input_ids), np.zeros(rows, np.uint32)
     for row, ids in enumerate(prompts):
         input_ids[row, -len(ids) :], mask[row, -len(ids) :] = ids, 1
-    numbers_B[: len(prompts)] = range(len(prompts)) if numbers is None else numbers
+    numbers_B[: len(prompts)] = numbers
     return {"input_ids": input_ids, "attention_mask": mask}, numbers_B
+
+
+def _batch(
+    prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None, shape: tuple[int, int] | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """`padded` to this shape (rows, tokens); unset = a power of two of rows, and the bucket of the longest prompt."""
+    rows, length = shape or (1 << (len(prompts) - 1).bit_length(), bucket(max(map(len, prompts))))
+    return padded(prompts, range(len(prompts)) if numbers is None else numbers, rows, length)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "execution"))
@@ -117,24 +129,30 @@ def continued(
     numbers_B: jax.Array,
     sampling: Sampling,
     execution: Execution,
+    stops: jax.Array | np.ndarray | None = None,
 ) -> Drawn:
     """The one program of generation: prompts [B, T] read, [B·S, G] tokens added, whole on every process.
 
     prompt: as models.decoding.sample takes it. numbers_B: of the prompts, by which their random keys are made of `key`,
-    uint32. The parameters are taken as they lie on the mesh. Compiled once for each shape and each `sampling`; the
-    cache lives within the program, where every turn writes into the memory of the one before.
+    uint32. stops: as models.decoding.advanced takes them; beams do not ask. The parameters are taken as they lie on the
+    mesh. Compiled once for each shape and each `sampling`; the cache lives within the program, where every turn writes
+    into the memory of the one before.
     """
     if sampling.beams > 1:
         assert sampling.samples == 1, "of the beams of a prompt the best is kept"
         drawn = search(config, params, prompt, sampling, execution)
     else:
-        drawn = sample(config, params, prompt, keys_of(key, numbers_B), sampling, execution)
-    # Whole on every process, for each reads all rows.
-    return jax.tree.map(lambda array: constrain(array, None, None), drawn)
+        drawn = sample(config, params, prompt, keys_of(key, numbers_B), sampling, execution, stops)
+    return whole(drawn)
+
+
+def whole(drawn: Any) -> Any:
+    """Whole on every process, for each reads all rows."""
+    return jax.tree.map(lambda array: constrain(array, *(None,) * array.ndim), drawn)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cast(params, dtype: str) -> dict:
+def cast(params, dtype: str) -> dict:
     return cast_once(params, jnp.dtype(dtype))
 
 

@@ -116,8 +116,8 @@ def stack(
 
     segment_ids_BT: 0 = padding; a document never attends to another. positions_BT: for rotary positions; they restart
     in each document. key: turns dropout on. cache: from `init_cache`; then the vectors continue what the cache holds,
-    and (x_BTD, cache) is returned. The cache must have room for T more tokens: past its end, writes would land on
-    its last entries, and no error could be raised. memory: what the layers read where config.cross_attention is set.
+    and (x_BTD, cache) is returned. Past the end of the cache a vector takes the place of the oldest; several at once
+    must fit before it. memory: what the layers read where config.cross_attention is set.
     taps: places inside that are read or changed (models.taps); then (x_BTD, {place: array [L, …]}) is returned.
     packed: whether a row may hold several documents. bidirectional_B: rows of a causal model that see both sides; for
     layers without windows.
@@ -191,8 +191,8 @@ def scans(config: ModelConfig, execution: Execution, platform: str | None = None
 def init_cache(config: ModelConfig, batch_size: int, length: int, dtype=jnp.float32) -> dict:
     """An empty cache for `length` tokens a row: keys and values of every layer, segment ids, and the end so far.
 
-    An entry's row index is its place in the cache. Prompts of different lengths are padded on the left, in
-    segment 0, so that every row ends at the same place.
+    The cache is a ring: entry n stands at n mod length, until the one that follows it by `length` takes its place.
+    Prompts of different lengths are padded on the left, in segment 0, so that every row ends at the same place.
     """
     shape = (batch_size, length, config.kv_heads, config.head_size)
     layers = {}
@@ -284,9 +284,12 @@ def _context(
     end = cache["end"]
     capacity = cache["segment_ids"].shape[1]
     assert segments_BT.shape[1] <= capacity, f"{segments_BT.shape[1]} tokens do not fit a cache of {capacity}"
-    segments_BS = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BT, (0, end))
-    index_1S = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    return Context(Places(segments_BT, segments_BS, places.q_index_BT + end, index_1S), rotary, end, memory)
+    place = end % capacity
+    segments_BS = jax.lax.dynamic_update_slice(cache["segment_ids"], segments_BT, (0, place))
+    # The newest entry at each place; below 0 where there was none yet, which is of segment 0.
+    newest = end + segments_BT.shape[1] - 1
+    index_1S = newest - (newest - jnp.arange(capacity, dtype=jnp.int32)[None, :]) % capacity
+    return Context(Places(segments_BT, segments_BS, places.q_index_BT + end, index_1S), rotary, place, memory)
 
 
 def _dropout_keys(config: ModelConfig, key: jax.Array):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 
 from espalier.data.chat import ASSISTANT, Message, backend, chat_template, end_of_turn, messages_of, render
 from espalier.data.text_template import prompt_text, template_fields
@@ -19,8 +20,10 @@ from espalier.errors import UserError
 from espalier.models import generate as models
 from espalier.models.decoding import Drawn, Sampling
 from espalier.models.published import Published
+from espalier.models.slots import rows_as_they_end
 from espalier.predict.outputs import shapes_kept
 from espalier.predict.sampling import SamplingConfig, sampling_of
+from espalier.predict.stops import before_stop, stop_table
 from espalier.predict.use import Use
 
 if TYPE_CHECKING:
@@ -50,7 +53,10 @@ SETTINGS = {
     "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float,
     "beams": int, "length_penalty": float, "seed": int,
 }  # fmt: skip
-"""Fields of a row that say how its text is generated."""
+"""Fields of a row that say how its text is generated; and STOP, a text or a list of them."""
+STOP = "stop"
+SERVED_STATES = 64
+"""Of the stops of a server (predict.stops), which may be others in each request."""
 
 
 class Asked(NamedTuple):
@@ -69,6 +75,10 @@ def read(row: Mapping[str, Any]) -> Asked:
                 settings[name] = kind(row[name])
             except (TypeError, ValueError, OverflowError):
                 raise UserError(f"{name}={row[name]!r} is no number; try {name}={kind(1)}") from None
+    stops = [row[STOP]] if isinstance(row.get(STOP), str) else row.get(STOP) or ()
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise UserError(f"stop={row[STOP]!r} is no text and no list of texts; try stop=END")
+    settings[STOP] = tuple(stops)
     return Asked(prompt_of(row), SamplingConfig(**settings))
 
 
@@ -79,7 +89,7 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
             messages = messages_of(row[name], name)
             # A chat that was learnt from or is measured on: its last answer is asked for anew.
             return messages[:-1] if messages[-1]["role"] == ASSISTANT and len(messages) > 1 else messages
-    fields = {name: value for name, value in row.items() if isinstance(value, str) and name not in SETTINGS}
+    fields = {name: value for name, value in row.items() if isinstance(value, str) and name not in (*SETTINGS, STOP)}
     if not fields:
         raise UserError(f"no prompt: a row has prompt or messages, and this one {', '.join(row) or 'nothing'}")
     return next(iter(fields.values())) if fields.keys() in ({"prompt"}, {"text"}) else fields
@@ -110,8 +120,10 @@ def generate(
     positions for a prompt.
     """
     if shapes_kept():
-        if config != DEFAULTS:
-            raise UserError("how text is generated is settled here, and nothing is compiled anew; ask without settings")
+        if replace(config, stop=()) != DEFAULTS:
+            raise UserError(
+                "how text is generated is settled here, and nothing is compiled anew; ask without settings but stop"
+            )
         # Half of the positions are for the prompt.
         room = (model.config.max_length or 2 * config.max_new_tokens) // 2
         config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
@@ -131,11 +143,15 @@ def generate(
 def _batches(
     model: LoadedModel, ids: list[list[int]], way: Way, numbers: Sequence[int]
 ) -> Iterator[tuple[list[int], Drawn]]:
-    """Places of prompts, the longest first, and what follows them. Within predict.outputs.fixed_shapes, in those."""
+    """Places of prompts, the longest first, and what follows them. Within predict.outputs.fixed_shapes, in those.
+
+    More prompts of like lengths than a batch holds share its rows as slots, and come as they end.
+    """
     key, new, shapes = jax.random.key(way.config.seed), way.config.max_new_tokens, shapes_kept()
+    stops = stops_of(model, way, SERVED_STATES if shapes else 0)
 
     def run(prompts: list[list[int]], numbers: list[int], shape: tuple[int, int] | None) -> Drawn:
-        how = dict(execution=model.execution, numbers=numbers, shape=shape)
+        how = dict(execution=model.execution, numbers=numbers, shape=shape, stops=stops)
         return models.generate(model.config, model.params, prompts, key, way.sampling, **how)  # type: ignore[arg-type]
 
     def compiled(rows: int, length: int) -> None:
@@ -151,7 +167,17 @@ def _batches(
             most = shapes.lengths[-1] if shapes else 0
             raise UserError(f"a prompt of {longest} tokens is longer than the {most} taken here")
         places = (length + new) * way.config.beams
+        alike = sum(len(ids[row]) > longest // 2 for row in order[done:])
         most = shapes.most(length) if shapes else max(1, min(ROWS, 1 << (PLACES // places).bit_length() >> 1))
+        if alike > most and not shapes and way.config.beams == 1:
+            # Not every row has to wait for the longest answer.
+            group = order[done : done + alike]
+            how = dict(execution=model.execution, numbers=[numbers[row] for row in group], length=length, stops=stops)
+            prompts = [ids[row] for row in group]
+            for part in rows_as_they_end(model.config, model.params, prompts, key, way.sampling, most, **how):
+                yield [group[row] for row in part.rows], part.drawn
+            done += alike
+            continue
         rows = order[done : done + most]
         shape = (shapes.rows(len(rows), length), length) if shapes else None
         yield rows, run([ids[row] for row in rows], [numbers[row] for row in rows], shape)
@@ -206,8 +232,7 @@ def decoded(model: LoadedModel, prompt: Sequence[int], new: Sequence[int]) -> st
 
 def written(model: LoadedModel, text: str, stops: Sequence[str]) -> str:
     """A decoded text up to the first stop, without incomplete characters; an answer without blanks before it."""
-    text = whole_characters(text)
-    text = text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    text = before_stop(whole_characters(text), stops)
     return text.lstrip(" ") if template_of(model) else text
 
 
@@ -269,10 +294,12 @@ def way_of(model: LoadedModel, config: SamplingConfig) -> Way:
     ends = {specials.eos, *(published.end_ids if published else ())}
     if chat_template(model.tokenizer) is not None and template_of(model) is None:
         ends |= {end for end in [end_of_turn(model.tokenizer)] if end is not None}
-    encode = plain_backend(model.tokenizer).encode
-    for stop in config.stop:
-        ids = encode(stop, add_special_tokens=False).ids
-        ends |= {ids[0]} if len(ids) == 1 else set()
+    if config.beams > 1:
+        # Beams know ends by their tokens alone.
+        encode = plain_backend(model.tokenizer).encode
+        for stop in config.stop:
+            ids = encode(stop, add_special_tokens=False).ids
+            ends |= {ids[0]} if len(ids) == 1 else set()
     sampling = Sampling(
         config.max_new_tokens,
         *config.drawn,
@@ -282,6 +309,14 @@ def way_of(model: LoadedModel, config: SamplingConfig) -> Way:
         config.length_penalty,
     )
     return Way(config, sampling, ignored)
+
+
+def stops_of(model: LoadedModel, way: Way, states: int = 0) -> np.ndarray | None:
+    """The stops of a way to write as models.generate takes them. states: as predict.stops.stop_table takes it, which
+    then is made in any case."""
+    if way.config.beams > 1 or not (way.config.stop or states):
+        return None
+    return stop_table(model.tokenizer, way.config.stop, model.config.vocab_size, states)
 
 
 def check_room(model: LoadedModel, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ class SamplingConfig:
     length_penalty: float = 1.0
     """With beams: log p is divided by the length to this power; above 1 = longer, below = shorter."""
     stop: tuple[str, ...] = ()
-    """Texts at which a completion ends, besides the end-of-text token; they are not part of it."""
+    """Texts at which a completion ends, besides the end-of-text token; what it says ends before them."""
     seed: int = 0
 
     def __post_init__(self):
@@ -52,8 +52,7 @@ class SamplingConfig:
                 f"beams={self.beams} are followed and not drawn, and temperature={self.temperature} is for drawing; "
                 "give one of the two"
             )
-        if "" in self.stop:
-            raise UserError("sampling.stop holds an empty text, at which nothing can end; leave it out")
+        check_stops(self.stop)
 
     @property
     def drawn(self) -> tuple[float, int, float]:
@@ -63,6 +62,20 @@ class SamplingConfig:
             self.top_k or 0,
             1.0 if self.top_p is None else self.top_p,
         )
+
+
+LONGEST_STOPS = 256
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """UserError for stops at which nothing can end, or that are too long to be looked for."""
+    if "" in stops:
+        raise UserError("stop holds an empty text, at which nothing can end; leave it out")
+    for stop in stops:
+        if any("\ud800" <= character <= "\udfff" for character in stop):
+            raise UserError(f"stop {ascii(stop)} holds bytes that are not valid text; write it in UTF-8")
+    if (size := sum(len(stop.encode()) for stop in stops)) > LONGEST_STOPS:
+        raise UserError(f"stop: the texts have {size:,} bytes together, at most {LONGEST_STOPS}; give shorter ones")
 
 
 SAMPLED = ("temperature", "top_k", "top_p", "repetition_penalty")
