@@ -1,4 +1,4 @@
-"""What a training run needs before a chip is rented: `./launch.sh plan PRESET [flags]` or `plan budget`."""
+"""What a training run needs before a chip is rented: `./launch.sh plan PRESET`, `plan budget` or `plan rollouts`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from espalier.commands.plan.settings import PRESETS
 DESCRIPTION = """Memory, time and cost of a pretraining run before any chip is rented. With --topology v5e:4x4 the train
 step is compiled by the TPU's own compiler on this machine; with --chip h100 --chips 8 it is worked out by analysis.
 All flags of the preset may follow. `plan budget --help`: from a model size, a compute budget or a time limit to
-tokens."""
+tokens. `plan rollouts --help`: how fast completions are drawn, and what a step of reinforcement takes."""
 
 
 def main(config: Any, call: cli.Call) -> dict:
@@ -36,7 +36,11 @@ def main(config: Any, call: cli.Call) -> dict:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["budget"]:
+    if sys.argv[1:2] == ["rollouts"]:
+        from espalier.commands.plan.rollouts import __main__ as rollouts
+
+        cli.run_config(rollouts.main, rollouts.RolloutsConfig, prog="plan rollouts", argv=sys.argv[2:])
+    elif sys.argv[1:2] == ["budget"]:
         from espalier.commands.plan.budget import __main__ as budget
 
         cli.run_config(budget.main, budget.BudgetConfig, prog="plan budget", argv=sys.argv[2:])

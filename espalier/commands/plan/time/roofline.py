@@ -103,7 +103,7 @@ def step_time(job: Job, efficiency: Efficiency = FITTED) -> StepTime:
     assert set(job.mesh) <= set(AXES), f"mesh axes {sorted(job.mesh)}"
     again = amounts.recomputed(job)
     tokens = job.tokens * tensor / job.devices
-    rate = chip.flops * chip.sustained_clock * _matmul_efficiency(chip, efficiency)
+    rate = chip.flops * chip.sustained_clock * matmul_efficiency(chip, efficiency)
     stream = chip.memory_bandwidth * STREAM
 
     # Loading operands overlaps with the arithmetic; small matrices are bound by it.
@@ -154,7 +154,7 @@ def bill(time: StepTime, job: Job, total_tokens: float, price_per_chip_hour: flo
     return Bill(hours / 24, chip_hours, cost)
 
 
-def _matmul_efficiency(chip: Chip, efficiency: Efficiency) -> float:
+def matmul_efficiency(chip: Chip, efficiency: Efficiency) -> float:
     if chip.architecture == "tpu":
         return efficiency.tpu
     return efficiency.hopper if chip.architecture in ("hopper", "blackwell") else efficiency.ampere

@@ -1,0 +1,1 @@
+"""`plan rollouts`: what drawing and learning from completions takes."""
