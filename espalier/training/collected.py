@@ -3,6 +3,7 @@
     collected/<number>.npz   the arrays that were added to the batch of this number: that of its step, counted from 0,
                              where the run passed over none
               log.jsonl      one line a batch: its number as `step`, sha256 of its file, dtypes
+              <number>.ahead.npz   what the collection of this batch takes of an earlier step (`Objective.ahead`)
 
 `collect(state, batch, key)` should be a function of its arguments alone, and then a resumed run would compute the same
 again. Rollouts may fail to be (a sandbox, a judge, other hardware), so that whatever was added since the oldest
@@ -46,19 +47,29 @@ class Collector:
         mesh: Mesh,
         reading: bool = False,
         steps: int = 1,
+        ahead: Callable[[TrainState, int, jax.Array], dict[str, Any]] | None = None,
     ):
-        """reading: the folder is another's, and stays as it is. steps: so many in a row share what was collected."""
-        self._collect, self._folder, self._mesh = collect, folder, mesh
+        """reading: the folder is another's, and stays as it is. steps: so many in a row share what was collected.
+        ahead: that of the objective."""
+        self._collect, self._ahead, self._folder, self._mesh = collect, ahead, folder, mesh
+        self._reading = reading
         self._log = folder / "log.jsonl"
         self._steps = steps
         self._held: tuple[int, Added] | None = None
         """What the steps from this one on share."""
         self._known: dict[int, dict] = {}
+        self._carried: dict[int, dict[str, Any]] = {}
+        """What batches to come take of earlier steps."""
         if collect is not None:
             if not reading:
                 folder.mkdir(parents=True, exist_ok=True)
             logged = self._readable(mend=not reading) if jax.process_index() == 0 else []
             self._known = {record["step"]: record for record in from_first("batches collected", logged)}
+        if ahead is not None:
+            there = [_number(path) for path in folder.glob("*.ahead.npz")] if jax.process_index() == 0 else []
+            for number in from_first("batches drawn ahead", there):
+                with np.load(self._path_ahead(number)) as file:
+                    self._carried[number] = dict(file)
 
     def __call__(self, state: TrainState, batch: dict, step: int) -> tuple[dict, Added]:
         """(the batch with what is added, what of it has yet to be written). step: the number of the batch."""
@@ -71,12 +82,14 @@ class Collector:
             return self._replayed(batch, known), {}
         if self._held is not None and self._held[0] == first:
             return _nested(_flat(batch) | self._held[1]), {}
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), first), COLLECTING)
-        full, before = self._collect(state, batch, key), _flat(batch)
+        carried = {"ahead": self._carried.pop(first)} if first in self._carried else {}
+        full, before = self._collect(state, batch | carried, _key(state, first)), _flat(batch)
         found = _flat(full)
         assert before.keys() <= found.keys(), f"collect took away {sorted(before.keys() - found.keys())}"
         added = {path: array for path, array in found.items() if array is not before.get(path)}
         self._held = (first, added) if self._steps > 1 else None
+        if self._ahead is not None:
+            self._draw_ahead(state, first + self._steps)
         return full, added
 
     def write(self, step: int, added: Added) -> None:
@@ -99,8 +112,18 @@ class Collector:
         step -= step % self._steps
         if self._collect is not None and jax.process_index() == 0:
             for path in self._folder.glob("*.npz"):
-                if path.stem.isdecimal() and int(path.stem) < step:
+                if 0 <= _number(path) < step:
                     path.unlink()
+
+    def _draw_ahead(self, state: TrainState, number: int) -> None:
+        assert self._ahead is not None
+        arrays = self._ahead(state, number, _key(state, number))
+        if not arrays:
+            return
+        self._carried = {number: arrays}
+        if jax.process_index() == 0 and not self._reading:
+            with replacing(self._path_ahead(number), "wb") as file:
+                np.savez(file, **arrays)
 
     def _readable(self, mend: bool) -> list[dict]:
         """The records whose arrays are still there. mend: lines that a kill cut short are taken out of the log."""
@@ -128,6 +151,19 @@ class Collector:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step}.npz"
+
+    def _path_ahead(self, number: int) -> Path:
+        return self._folder / f"{number}.ahead.npz"
+
+
+def _key(state: TrainState, number: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), number), COLLECTING)
+
+
+def _number(path: Path) -> int:
+    """Of the batch that a file belongs to; -1 = it is none of ours."""
+    number = path.name.removesuffix(".npz").removesuffix(".ahead")
+    return int(number) if number.isdecimal() else -1
 
 
 def _record(line: str) -> dict | None:

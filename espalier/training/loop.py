@@ -75,7 +75,10 @@ def train(
         stack.enter_context(run.writing(config_dict, start))
         task.save_tokenizer(run.tokenizer)
         kept = {"frozen": keep_frozen(run, state.frozen, task.frozen, origin)} if task.frozen else {}
-        collector = Collector(task.objective.collect, run.collected, mesh, steps=task.objective.collected_for)
+        objective = task.objective
+        collector = Collector(
+            objective.collect, run.collected, mesh, steps=objective.collected_for, ahead=objective.ahead
+        )
 
         def tokens_of(begun: Beginning) -> int:
             return begun.step * task.tokens_per_step if begun.tokens is None else begun.tokens

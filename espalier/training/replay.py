@@ -112,8 +112,9 @@ def replay(
         train_step = jit_train_step(task.objective, optimizer, factor, config.accumulation, state, project, deviations)
         windows = _windows(run, last)
         collector = Collector(
-            task.objective.collect, run.collected, mesh, reading=True, steps=task.objective.collected_for
-        )
+            task.objective.collect, run.collected, mesh, reading=True, steps=task.objective.collected_for,
+            ahead=task.objective.ahead,
+        )  # fmt: skip
         following = batch_number(first, windows)
         batches = stack.enter_context(contextlib.closing(task.batches_from(following)))
         summed = Summed(mesh)

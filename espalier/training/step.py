@@ -46,6 +46,10 @@ class Objective:
     for what that asks of it and how it is logged and replayed."""
     collected_for: int = 1
     """Steps in a row that share what was collected before the first of them; their batches are the same."""
+    ahead: Callable[[TrainState, int, jax.Array], dict[str, Any]] | None = None
+    """(state, number of the batch for which `collect` is called next, its key) → NumPy arrays, none for nothing, that
+    `collect` then finds in the batch as `ahead` and takes out of it. Called after `collect` and before the step; what
+    it returns is on the disk before the step is made."""
     gradient: Callable[..., tuple[tuple[jax.Array, Sums], Any]] | None = None
     """(complete, params, batch, key, norms, accumulation) → ((loss, Sums), gradient of params): how a loss that is not
     divisible takes micro-batches, for instance by caching representations (Gao et al. 2021); `micro_batches` cuts.

@@ -4,6 +4,8 @@ REINFORCE (Williams 1992) with the ratio of PPO, which is exactly 1 in the first
 
     Σ_rows Σ_tokens min(ρ A, clip(ρ, 1 - ε, 1 + ε′) A) / normaliser,   ρ = π(token) / π of the first update(token)
 
+Of completions that are one step behind (policy.asynchronous), ρ = π(token) / π where it was drawn(token).
+
 The value of the loss is the mean reward, negated, which is what people want to see fall; its gradient is of the above.
 """
 
@@ -31,6 +33,7 @@ def policy_objective(
     *,
     execution: Execution,
     collect: Callable[[TrainState, dict, jax.Array], dict] | None = None,
+    ahead: Callable[[TrainState, int, jax.Array], dict] | None = None,
 ) -> Objective:
     """The objective over batches as `rollouts.Rollouts` makes them.
 
@@ -54,7 +57,7 @@ def policy_objective(
         dropped_B = jnp.sum(jnp.abs(gap_BC), axis=1) > policy.mismatch * length_B
         learnt_BC = jnp.where(dropped_B[:, None], 0.0, weights_BC)
 
-        ratio_BC = jnp.exp(logprob_BC - first_BC)
+        ratio_BC = jnp.exp(logprob_BC - (batch["drawn_logprobs"] if policy.asynchronous else first_BC))
         advantage_B1 = batch["advantages"][:, None]
         low, high = 1 - policy.clip, 1 + (policy.clip if policy.clip_high is None else policy.clip_high)
         gain_BC = jnp.minimum(ratio_BC * advantage_B1, jnp.clip(ratio_BC, low, high) * advantage_B1)
@@ -91,13 +94,13 @@ def policy_objective(
             "mismatch": (jnp.sum(jnp.abs(gap_BC)), tokens),
             "dropped": (jnp.sum(dropped_B), rows),
         }
-        if policy.updates > 1:
+        if policy.updates > 1 or policy.asynchronous:
             metrics["clipped"] = (jnp.sum(outside_BC * weights_BC), tokens)
         if kl_BC is not None:
             metrics["kl"] = (jnp.sum(kl_BC * weights_BC), tokens)
         return value, jax.lax.stop_gradient(jax.tree.map(lambda total: jnp.asarray(total, jnp.float32), metrics))
 
-    return Objective(prepare, loss, collect=collect, collected_for=policy.updates)
+    return Objective(prepare, loss, collect=collect, collected_for=policy.updates, ahead=ahead)
 
 
 def completion_logprobs(

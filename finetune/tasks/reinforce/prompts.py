@@ -9,6 +9,7 @@ from espalier.data.tables import read_table
 from espalier.data.text_template import prompt_text, template_fields
 from espalier.errors import UserError
 from espalier.predict.generate import Prompt, decoded, prompt_ids, prompt_of
+from espalier.predict.stops import before_stop
 
 if TYPE_CHECKING:
     from espalier.predict.loaded import LoadedModel
@@ -68,10 +69,12 @@ def read_prompts(data: ReinforceData, side: str, model: LoadedModel, new_tokens:
     return Prompts(name, found, table.fingerprint, tuple(facts))
 
 
-def completion_text(model: LoadedModel, asked: Asked, tokens: Sequence[int], end_ids: Sequence[int]) -> str:
-    """The text of what was drawn, without end tokens and what is -1."""
+def completion_text(
+    model: LoadedModel, asked: Asked, tokens: Sequence[int], end_ids: Sequence[int], stops: Sequence[str]
+) -> str:
+    """The text of what was drawn, up to the first stop, without end tokens and what is -1."""
     new = [token for token in tokens if token >= 0 and token not in end_ids]
-    return decoded(model, asked.ids, new) if new else ""
+    return before_stop(decoded(model, asked.ids, new), stops) if new else ""
 
 
 def _asked(place: str, row: dict[str, Any], data: ReinforceData, model: LoadedModel) -> Asked:

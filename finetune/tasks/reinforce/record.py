@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from espalier.data.text_template import template_parts
 from espalier.errors import UserError
+from espalier.predict.sampling import check_stops
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneConfig, FinetuneData
@@ -64,6 +65,14 @@ class PolicyGradient:
     """C: tokens of a completion at most."""
     temperature: float = 1.0
     """Scores are divided by it where tokens are drawn, and likewise where their probabilities are learnt."""
+    stop: tuple[str, ...] = often(())
+    """Texts at which a completion ends, besides end tokens; what is rewarded ends before them, what is learnt with the
+    token that completed one."""
+    slots: int = 0
+    """Draw in so many rows, which are filled again as completions end; 0 = all completions of a step at once."""
+    asynchronous: bool = False
+    """Draw the completions of the next batch before a step, so that their rewards are worked out while it trains. They
+    are one step behind: what is learnt is clipped by exp(log π - log π where they were drawn) (PPO)."""
     baseline: Literal["mean", "leave-one-out", "none"] = "mean"
     """What is taken off a reward: the mean of its group; the mean of the others in it, by which the gradient is
     unbiased (RLOO, Ahmadian et al. 2024); or nothing."""
@@ -108,6 +117,16 @@ class PolicyGradient:
         for name, low in (("samples", 1), ("max_new_tokens", 1), ("updates", 1), ("resample", 0)):
             if getattr(self, name) < low:
                 raise UserError(f"policy.{name}={getattr(self, name)} must be at least {low}")
+        check_stops(self.stop)
+        if self.slots and self.slots < self.samples:
+            raise UserError(
+                f"policy.slots={self.slots} hold no group of policy.samples={self.samples}; give at least as many, or "
+                "0 = all completions at once"
+            )
+        if self.asynchronous and (self.resample or self.correction is not None):
+            other = "resample" if self.resample else "correction"
+            why = "the policy that would draw once more is gone" if self.resample else "the ratio corrects already"
+            raise UserError(f"policy.asynchronous does not go with policy.{other}: {why}; leave out one of both")
         if not self.temperature > 0:
             raise UserError(f"policy.temperature={self.temperature} must be above 0; try 1")
         if not 0 < self.clip < 1 or self.clip_high is not None and not self.clip_high > 0:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from espalier import progress
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.decoding import Sampling
+from espalier.models.decoding import Drawn, Sampling
 from espalier.models.generate import continued
+from espalier.models.slots import continue_all
+from espalier.predict.stops import stop_table
 from finetune.tasks.reinforce.advantages import advantages, equal
 from finetune.tasks.reinforce.objective import completion_logprobs
 from finetune.tasks.reinforce.prompts import Asked, completion_text
@@ -40,7 +43,7 @@ LONGEST = 600.0
 """Seconds that other processes wait for the rewards, beside those of the time-outs."""
 
 
-class Drawing(NamedTuple):
+class Written(NamedTuple):
     """Completions of P prompts, G each, NumPy; rows of a prompt stand one behind the other."""
 
     numbers_P: np.ndarray
@@ -49,6 +52,17 @@ class Drawing(NamedTuple):
     """int32, -1 behind the end."""
     logprobs_RC: np.ndarray
     """float32, of what was drawn from."""
+    ended_R: np.ndarray
+    """bool: not cut off."""
+
+
+class Drawing(NamedTuple):
+    """Completions as in Written, and what they are worth."""
+
+    numbers_P: np.ndarray
+    tokens_RC: np.ndarray
+    logprobs_RC: np.ndarray
+    ended_R: np.ndarray
     rewards_PG: np.ndarray
     """float64; NaN = none."""
     scored_PG: np.ndarray
@@ -77,15 +91,23 @@ class Rollouts:
         rewards: Rewards,
         end_ids: tuple[int, ...],
         written: Path | None = None,
+        upcoming: Callable[[int], np.ndarray | None] = lambda number: None,
     ):
-        """model: whose weights are not asked. written: file that a few completions of each step are added to."""
+        """model: whose weights are not asked. written: file that a few completions of each step are added to.
+        upcoming: number of a batch → those of its prompts, int [P]; None where the run ends before it."""
         self._model, self._policy, self._mesh = model, policy, mesh
-        self._sides, self._rewards, self._written = (train, validation), rewards, written
+        self._sides, self._rewards, self._file = (train, validation), rewards, written
         self.end_ids = end_ids
         self.length = max(len(asked.ids) for side in self._sides for asked in side)
         self._sampling = Sampling(
             policy.max_new_tokens, temperature=policy.temperature, end_ids=end_ids, samples=policy.samples
         )
+        stops = policy.stop
+        self._stops = stop_table(model.tokenizer, stops, model.config.vocab_size) if stops else None
+        self._upcoming = upcoming
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._asked: tuple[np.ndarray, Future[np.ndarray]] | None = None
+        """Completions whose rewards are being worked out."""
         self._whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def collect(self, state: TrainState, batch: dict, key: jax.Array) -> dict:
@@ -93,8 +115,11 @@ class Rollouts:
         policy = self._policy
         numbers_P, held_out = (np.asarray(jax.device_get(self._whole(batch[name]))) for name in ("prompt", "held_out"))
         side = self._sides[int(held_out[0])]
-        params = {name: part for name, part in state.complete.items() if name != REFERENCE}
-        drawn = self._drawn(params, side, numbers_P, key)
+        params = policy_params(state)
+        batch = dict(batch)
+        ahead = batch.pop("ahead", None)
+        written = self._written_by(params, side, numbers_P, key) if ahead is None else Written(**ahead)
+        drawn = self._judged(side, written)
         rounds = 0 if held_out[0] else policy.resample
         for turn in range(rounds):
             stale = np.flatnonzero(equal(drawn.rewards_PG, drawn.scored_PG))
@@ -103,7 +128,7 @@ class Rollouts:
             turn_key = jax.random.fold_in(key, turn)
             seed = int(np.asarray(jax.random.bits(turn_key)))
             others_P = np.random.default_rng(seed).integers(0, len(side), len(numbers_P))
-            more = self._drawn(params, side, others_P, jax.random.fold_in(turn_key, 1))
+            more = self._judged(side, self._written_by(params, side, others_P, jax.random.fold_in(turn_key, 1)))
             informative = np.flatnonzero(~equal(more.rewards_PG, more.scored_PG))[: len(stale)]
             drawn = drawn.at(stale[: len(informative)], more, informative)
         rows = self._placed(self._rows(side, drawn))
@@ -135,46 +160,81 @@ class Rollouts:
             "equal": np.broadcast_to(equal(penalised_PG, valid_PG)[:, None], solved_PG.shape),
         }
         placed = self._placed({name: array.astype(np.float32).reshape(-1) for name, array in of_rows.items()})
-        if self._written is not None and not held_out[0] and jax.process_index() == 0:
+        if self._file is not None and not held_out[0] and jax.process_index() == 0:
             self._write(int(state.step), side, drawn)
         return batch | rows | placed | added
 
-    def _drawn(self, params: Any, side: Sequence[Asked], numbers_P: np.ndarray, key: jax.Array) -> Drawing:
-        """Completions of these prompts, and their rewards."""
-        prompt = prompt_rows(side, numbers_P, self.length)
-        seeds_P = np.arange(len(numbers_P), dtype=np.uint32)
-        how = (self._sampling, self._model.execution)
-        drawn = jax.device_get(continued(self._model.config, params, prompt, key, seeds_P, *how))
+    def ahead(self, state: TrainState, number: int, key: jax.Array) -> dict[str, np.ndarray]:
+        """The completions of a batch to come, drawn by these parameters; their rewards are worked out meanwhile."""
+        numbers_P = self._upcoming(number)
+        if numbers_P is None:
+            return {}
+        side = self._sides[0]
+        written = self._written_by(policy_params(state), side, numbers_P, key)
+        self._asked = written.tokens_RC, self._thread.submit(self._rewarded, side, written)
+        return written._asdict()
+
+    def _written_by(self, params: Any, side: Sequence[Asked], numbers_P: np.ndarray, key: jax.Array) -> Written:
+        """Completions of these prompts."""
+        policy, model = self._policy, self._model
+        if policy.slots:
+            there = np.flatnonzero(numbers_P >= 0)
+            ids = [side[number].ids for number in numbers_P[there]]
+            how = dict(execution=model.execution, numbers=there.tolist(), length=self.length, stops=self._stops)
+            found = continue_all(model.config, params, ids, key, self._sampling, policy.slots, **how)
+            rows_R = (there[:, None] * policy.samples + np.arange(policy.samples)).reshape(-1)
+            size = len(numbers_P) * policy.samples
+            drawn = Drawn(*(np.zeros((size, *array.shape[1:]), array.dtype) for array in found))
+            drawn.tokens_BG[:] = -1
+            for mine, theirs in zip(drawn, found, strict=True):
+                mine[rows_R] = theirs
+        else:
+            prompt = prompt_rows(side, numbers_P, self.length)
+            places_P = np.arange(len(numbers_P), dtype=np.uint32)
+            how = (self._sampling, model.execution, self._stops)
+            drawn = jax.device_get(continued(model.config, params, prompt, key, places_P, *how))
+        return Written(numbers_P, drawn.tokens_BG, drawn.drawn_logprobs_BG, drawn.ended_B)
+
+    def _judged(self, side: Sequence[Asked], written: Written) -> Drawing:
+        """Completions with their rewards, which may have been asked for before."""
+        numbers_P, tokens_RC, logprobs_RC, ended_R = written
         groups = (len(numbers_P), self._policy.samples)
-        tokens_RC = drawn.tokens_BG
-        ended_PG = np.isin(tokens_RC, self.end_ids).any(1).reshape(groups)
         there_PG = np.broadcast_to((numbers_P >= 0)[:, None], groups)
-        found = np.full(groups, np.nan)
-        if jax.process_index() == 0:
-            found[numbers_P >= 0] = self._rewarded(side, numbers_P, tokens_RC)
+        if self._asked is not None and np.array_equal(self._asked[0], tokens_RC):
+            found, self._asked = self._asked[1].result(), None
+        else:
+            found = self._rewarded(side, written)
         wait = LONGEST + len(numbers_P) * 60.0
         found = np.array(from_first("rewards", found.tolist(), wait), np.float64).reshape(groups)
         errors_PG = np.isnan(found) & there_PG
         if there_PG.any() and (errors_PG == there_PG).all():
             raise UserError(f"not one of {there_PG.sum()} completions got a reward: {self._rewards.error}")
-        scored_PG = there_PG & ~errors_PG
+        scored_PG, ended_PG = there_PG & ~errors_PG, ended_R.reshape(groups)
         if self._policy.cut == "zero":
             found = np.where(ended_PG, found, 0.0)
         elif self._policy.cut == "left-out":
             scored_PG = scored_PG & ended_PG
-        return Drawing(numbers_P, tokens_RC, drawn.drawn_logprobs_BG, found, scored_PG)
+        return Drawing(*written, found, scored_PG)
 
-    def _rewarded(self, side: Sequence[Asked], numbers_P: np.ndarray, tokens_RC: np.ndarray) -> np.ndarray:
+    def _rewarded(self, side: Sequence[Asked], written: Written) -> np.ndarray:
+        """float64 [P, G], NaN where there is no reward; on processes but the first nowhere is one."""
         size, groups = self._policy.samples, []
-        for place, number in enumerate(numbers_P):
-            if number >= 0:
-                rows = tokens_RC[place * size : (place + 1) * size].tolist()
-                texts = [completion_text(self._model, side[number], row, self.end_ids) for row in rows]
-                groups.append(Group(side[number], texts))
-        said, found = self._rewards.error, self._rewards(groups) if groups else np.zeros((0, size))
+        there = np.flatnonzero(written.numbers_P >= 0)
+        found = np.full((len(written.numbers_P), size), np.nan)
+        if jax.process_index() or not len(there):
+            return found
+        for place in there:
+            asked = side[written.numbers_P[place]]
+            rows = written.tokens_RC[place * size : (place + 1) * size].tolist()
+            groups.append(Group(asked, [self._text(asked, row) for row in rows]))
+        said = self._rewards.error
+        found[there] = self._rewards(groups)
         if self._rewards.error and not said:
             progress.say(f"a reward is missing, its completion is left out: {self._rewards.error}")
         return found
+
+    def _text(self, asked: Asked, tokens: Sequence[int]) -> str:
+        return completion_text(self._model, asked, tokens, self.end_ids, self._policy.stop)
 
     def _rows(self, side: Sequence[Asked], drawn: Drawing) -> dict[str, np.ndarray]:
         """What the pass of training reads, [R, T + C], and what is said of its completions."""
@@ -195,7 +255,7 @@ class Rollouts:
             "prompt": np.repeat(drawn.numbers_P, size).astype(np.int32),
             "counted": np.repeat(drawn.numbers_P >= 0, size).astype(np.float32),
             "lengths": real_RC.sum(1).astype(np.float32),
-            "cut": np.where(np.isin(drawn.tokens_RC, self.end_ids).any(axis=1), 0, 1).astype(np.float32),
+            "cut": (~drawn.ended_R).astype(np.float32),
         }
 
     def _placed(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -210,14 +270,14 @@ class Rollouts:
 
     def _write(self, step: int, side: Sequence[Asked], drawn: Drawing) -> None:
         """The best, the worst and a random completion of a step."""
-        assert self._written is not None
+        assert self._file is not None
         rewards_R = drawn.rewards_PG.reshape(-1)
         scored = np.flatnonzero(drawn.scored_PG)
         if not len(scored):
             return
         order = scored[np.argsort(rewards_R[scored], kind="stable")]
         chosen = {"best": order[-1], "worst": order[0], "random": scored[step * 7919 % len(scored)]}
-        with self._written.open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             for which, row in chosen.items():
                 tokens = drawn.tokens_RC[row]
                 asked = side[int(drawn.numbers_P[row // self._policy.samples])]
@@ -225,12 +285,17 @@ class Rollouts:
                     "step": step,
                     "which": which,
                     "prompt": asked.text,
-                    "completion": completion_text(self._model, asked, tokens.tolist(), self.end_ids),
+                    "completion": self._text(asked, tokens.tolist()),
                     "reward": float(rewards_R[row]),
                     "tokens": int((tokens >= 0).sum()),
-                    "ended": bool(np.isin(tokens, self.end_ids).any()),
+                    "ended": bool(drawn.ended_R[row]),
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def policy_params(state: TrainState) -> dict:
+    """The parameters of the model that draws."""
+    return {name: part for name, part in state.complete.items() if name != REFERENCE}
 
 
 def prompt_rows(side: Sequence[Asked], numbers_P: np.ndarray, length: int) -> dict[str, np.ndarray]:

@@ -26,8 +26,9 @@ from espalier.models.decoding import Sampling
 from espalier.models.transformer import init_params
 from espalier.predict.generate import TUNED
 from espalier.predict.loaded import LoadedModel
+from espalier.predict.stops import stop_table
 from espalier.task import Evaluation
-from finetune.task import Labelled
+from finetune.task import Labelled, resolved
 from finetune.tasks.reinforce.advantages import pass_at
 from finetune.tasks.reinforce.objective import policy_objective
 from finetune.tasks.reinforce.prompts import Asked, completion_text, read_prompts
@@ -65,15 +66,19 @@ class Reinforcement(Labelled):
         assert config.run_dir is not None
         self._rollouts = Rollouts(
             asked, policy, mesh, train.asked, validation.asked, self._rewards, end_ids(tokenizer, config.data),
-            Path(config.run_dir) / "rollouts.jsonl",
+            Path(config.run_dir) / "rollouts.jsonl", self._upcoming,
         )  # fmt: skip
-        self.objective = policy_objective(model, policy, execution=config.execution, collect=self._rollouts.collect)
+        ahead = self._rollouts.ahead if policy.asynchronous else None
+        self.objective = policy_objective(
+            model, policy, execution=config.execution, collect=self._rollouts.collect, ahead=ahead
+        )
         self.reference = policy.beta > 0
         self.settings, self.user_code = {}, self._rewards.user_code
         self.fingerprints = {"train": train.fingerprint, "validation": validation.fingerprint}
         self.facts: Sequence[str] = tuple(dict.fromkeys([*train.facts, *validation.facts]))
         self._config, self._rows = config, host_rows(config.batch_size, mesh)
         self.examples, self.predicted = len(train.asked), 1.0
+        self._last = resolved(config, self.examples, model.hidden_size).steps
         # A row of the batch is a prompt with all its completions.
         usual = statistics.fmean(len(one.ids) for one in train.asked)
         self.tokens_per_row = policy.samples * (usual + policy.max_new_tokens)
@@ -94,9 +99,16 @@ class Reinforcement(Labelled):
 
     def batch(self, step: int) -> dict:
         """The prompts of a step; where several updates share their completions, the same for all of them."""
-        config, updates = self._config, self._policy.updates
-        places = step // updates * config.batch_size + self._rows
-        return _batch(shuffled(places, self.examples, config.seed), fresh=step % updates == 0)
+        return _batch(self._prompts(step)[self._rows], fresh=step % self._policy.updates == 0)
+
+    def _prompts(self, step: int) -> np.ndarray:
+        """The numbers of all prompts of a step, int64 [P]."""
+        size = self._config.batch_size
+        places = step // self._policy.updates * size + np.arange(size)
+        return shuffled(places, self.examples, self._config.seed)
+
+    def _upcoming(self, step: int) -> np.ndarray | None:
+        return self._prompts(step) if step < self._last else None
 
     def evaluate(self, model: LoadedModel) -> Evaluation:
         """The metrics of `measured`; predictions.jsonl. No more rewards are asked for after it."""
@@ -153,6 +165,7 @@ def measured(
     Rows: prompt, answer, prediction (the most probable), rewards and how many solved it.
     """
     ends, k = end_ids(model.tokenizer, data), data.validation_samples
+    stops = stop_table(model.tokenizer, policy.stop, model.config.vocab_size) if policy.stop else None
 
     def scored(sampling: Sampling) -> tuple[np.ndarray, list[list[str]]]:
         rows, texts = [], []
@@ -162,16 +175,16 @@ def measured(
             drawn = generate.generate(
                 model.config, model.params, [one.ids for one in part], jax.random.key(0), sampling,
                 execution=model.execution, numbers=range(start, start + len(part)),
-                shape=(min(ROWS, len(asked)), length),
+                shape=(min(ROWS, len(asked)), length), stops=stops,
             )  # fmt: skip
             tokens = drawn.tokens_BG.reshape(len(part), sampling.samples, -1)
             written = [
-                [completion_text(model, one, row, ends) for row in group.tolist()]
+                [completion_text(model, one, row, ends, policy.stop) for row in group.tolist()]
                 for one, group in zip(part, tokens, strict=True)
             ]
             found = rewards([Group(*pair) for pair in zip(part, written, strict=True)])
             if policy.cut == "zero":
-                found = np.where(np.isin(tokens, ends).any(2), found, 0.0)
+                found = np.where(drawn.ended_B.reshape(found.shape), found, 0.0)
             rows.append(found)
             texts += written
         return np.concatenate(rows), texts
