@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import causal_lm_head
@@ -86,7 +87,7 @@ def sample(
     keys_B: jax.Array,
     sampling: Sampling,
     execution: Execution = DEFAULT_EXECUTION,
-    stops: jax.Array | None = None,
+    stops: jax.Array | np.ndarray | None = None,
 ) -> Drawn:
     """Continue every row of a batch, sampling.samples times: the rows of a prompt stand one behind the other.
 
@@ -166,7 +167,7 @@ def advanced(
     keys_B: jax.Array,
     sampling: Sampling,
     execution: Execution,
-    stops: jax.Array | None = None,
+    stops: jax.Array | np.ndarray | None = None,
 ) -> State:
     """Another token in every row that has not ended.
 
@@ -177,7 +178,7 @@ def advanced(
     keys = jax.vmap(jax.random.fold_in)(keys_B, count_B)
     drawn_BV = drawn_from(penalised(logits_BV, state.seen_BV, sampling.repetition_penalty), sampling)
     token_B = drawn_token(drawn_BV, keys, sampling)
-    matched_B = state.matched_B if stops is None else stops[state.matched_B, token_B].astype(jnp.int32)
+    matched_B = state.matched_B if stops is None else jnp.asarray(stops)[state.matched_B, token_B].astype(jnp.int32)
     ends_B = jnp.isin(token_B, jnp.asarray(sampling.end_ids, jnp.int32)) | (matched_B < 0)
     place_1G = jnp.arange(sampling.max_new_tokens, dtype=jnp.int32)[None]
     here_BG = (place_1G == count_B[:, None]) & ~done_B[:, None]

@@ -174,7 +174,8 @@ def _batches(
             group = order[done : done + alike]
             how = dict(execution=model.execution, numbers=[numbers[row] for row in group], length=length, stops=stops)
             prompts = [ids[row] for row in group]
-            for part in rows_as_they_end(model.config, model.params, prompts, key, way.sampling, most, **how):
+            parts = rows_as_they_end(model.config, model.params, prompts, key, way.sampling, most, **how)  # type: ignore[arg-type]
+            for part in parts:
                 yield [group[row] for row in part.rows], part.drawn
             done += alike
             continue

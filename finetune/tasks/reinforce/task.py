@@ -78,7 +78,7 @@ class Reinforcement(Labelled):
         self.facts: Sequence[str] = tuple(dict.fromkeys([*train.facts, *validation.facts]))
         self._config, self._rows = config, host_rows(config.batch_size, mesh)
         self.examples, self.predicted = len(train.asked), 1.0
-        self._last = resolved(config, self.examples, model.hidden_size).steps
+        self._last = resolved(config, self.examples, model.hidden_size).steps or 0
         # A row of the batch is a prompt with all its completions.
         usual = statistics.fmean(len(one.ids) for one in train.asked)
         self.tokens_per_row = policy.samples * (usual + policy.max_new_tokens)
