@@ -175,6 +175,10 @@ class FinetuneTask(TaskRecord):
         model = ModelConfig.from_dict(origin.config["model"])
         if config.bidirectional and not model.causal and not origin.resumed:
             raise UserError("bidirectional: this model sees both sides already; leave it out")
+        if self.head != "seq2seq_lm":
+            model.check_one_stack(f"finetune {config.task} trains")
+        elif config.lora.rank or config.freeze:
+            model.check_one_stack(f"{'--lora.rank' if config.lora.rank else '--freeze'} is for")
         model = replace(
             model,
             causal=model.causal and not config.bidirectional,

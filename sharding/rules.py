@@ -20,6 +20,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embeddings/token/embedding", ("tensor", "fsdp")),
     (r"embeddings/(position|token_type)/embedding", (None, "fsdp")),
     (r"embeddings/project/kernel", (None, "fsdp")),
+    (r"relative/embedding", (None, "tensor")),
     (r"embeddings/project/bias", (None,)),
     (r"(\w+_)?norm/(scale|bias)", (None,)),
     (r"(cross_)?attention/q/kernel", ("fsdp", "tensor", None)),
@@ -36,8 +37,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/down/bias", (None,)),
     (r"head/masked_lm/transform/kernel", ("fsdp", None)),
     (r"head/masked_lm/transform/bias", (None,)),
-    (r"head/(masked_lm|causal_lm)/kernel", ("tensor", "fsdp")),
-    (r"head/(masked_lm|causal_lm)/bias", ("tensor",)),
+    (r"head/(masked_lm|causal_lm|seq2seq_lm)/kernel", ("tensor", "fsdp")),
+    (r"head/(masked_lm|causal_lm|seq2seq_lm)/bias", ("tensor",)),
     (
         r"head/(pooler|\w+_classification|question_answering|replaced_token_detection|rationale)/(dense|out)/kernel",
         ("fsdp", None),

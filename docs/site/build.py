@@ -29,6 +29,7 @@ SECTIONS = {
     "Pretrain": (
         "data.md",
         "hybrid.md",
+        "encoder-decoders.md",
         "own-objective.md",
         "interpretable-objectives.md",
         "results.md",

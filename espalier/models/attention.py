@@ -32,15 +32,18 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     tap: Tap | None = None,
+    bias_BNTS: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention [B, T, N, H] with N / K query heads to each key/value head (Ainslie et al. 2023).
 
     Dropout acts on the probabilities, and only with a key. Query head n uses key/value head n // (N / K). A query that
-    sees nothing yields zero and passes zero gradient.
+    sees nothing yields zero and passes zero gradient. bias_BNTS: added to the scores, float32, with one row for the
+    whole batch too; for a backend that is `biased`.
     """
-    if tap is not None and tap.concern(PROBABILITIES):
-        # Kernels never hold them.
-        return run_xla(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key, tap)
+    assert bias_BNTS is None or backend.biased, f"{backend.name} attention would ignore the bias"
+    if bias_BNTS is not None or tap is not None and tap.concern(PROBABILITIES):
+        # Kernels never hold scores or probabilities.
+        return run_xla(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key, tap, bias_BNTS)
     return backend.run(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key)
 
 
@@ -53,7 +56,7 @@ def choose_backend(requested: str, use: Use) -> tuple[Backend, str]:
         return backend, "as asked"
     refusals = []
     for backend in kernels(use.platform):
-        refusal = backend.refuses(use)
+        refusal = backend.refusal(use)
         if refusal is None and use.platform == "gpu" == jax.default_backend():
             refusal = disagreement(backend, use)
         if refusal is None:

@@ -44,6 +44,8 @@ class Use:
     """Whether a row may hold several documents; otherwise it is one, from the first place on, with padding behind."""
     mixed: bool = False
     """Whether some rows of a causal model see both sides: the indices of their queries are not those of their keys."""
+    bias: bool = False
+    """Whether something is added to the scores (models.relative)."""
     capability: float | None = None
     """Compute capability of an NVIDIA GPU: 9.0 is Hopper; None = another device."""
 
@@ -79,6 +81,7 @@ class Use:
             keys=keys,
             packed=packed,
             mixed=mixed,
+            bias=config.position_embedding == "relative",
             capability=capability if platform else mesh_capability(),
         )
 
@@ -126,9 +129,14 @@ class Backend:
 
     heads and kv_heads of the use are then those of the device."""
 
+    biased: bool = False
+    """Whether it can add a bias to the scores."""
+
     def refusal(self, use: Use) -> str | None:
         """Why the backend cannot be used, its platform included; None if it can."""
         if self.platforms and use.platform not in self.platforms:
             where = " and ".join(f"{platform.upper()}s" for platform in self.platforms)
             return f"{self.name} attention is a kernel for {where} and this is a {use.platform.upper()}"
+        if use.bias and not self.biased:
+            return f"{self.name} attention adds no bias to scores, as relative positions ask for"
         return self.refuses(use)

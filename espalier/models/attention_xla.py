@@ -13,7 +13,17 @@ from espalier.models.taps import Tap
 PROBABILITIES = "attention.probabilities"
 
 
-def run_xla(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key, tap: Tap | None = None):
+def run_xla(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    spec,
+    places,
+    dropout_rate,
+    dropout_key,
+    tap: Tap | None = None,
+    bias_BNTS: jax.Array | None = None,
+):
     batch, length, heads, size = q_BTNH.shape
     groups = heads // k_BSKH.shape[2]
     # Heads before tokens: each head's product is then one contiguous matrix product, which XLA:CPU needs for speed.
@@ -23,6 +33,8 @@ def run_xla(q_BTNH, k_BSKH, v_BSKH, spec, places, dropout_rate, dropout_key, tap
     scores = float32_einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, k_BKSH.dtype)
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    if bias_BNTS is not None:
+        scores = scores + bias_BNTS.reshape(bias_BNTS.shape[0], -1, groups, *bias_BNTS.shape[2:])
     seen_BTS = visible(spec, places)
     probabilities = _softmax(scores, seen_BTS[:, None, None])
     if tap is not None:
@@ -68,4 +80,5 @@ XLA = Backend(
     run=run_xla,
     refuses=lambda use: None,
     keeps=_keeps,
+    biased=True,
 )

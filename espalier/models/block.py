@@ -27,13 +27,14 @@ from espalier.models.taps import Tap, tapped
 from sharding.mesh import constrain
 
 LayerCache = dict[str, jax.Array]
-"""k, v [B, S, K, H] of one layer."""
+"""k, v [B, S, K, H] of one layer; with cross-attention also memory_k and memory_v of the memory."""
 
 
 class Memory(NamedTuple):
     """Another text that cross-attention reads, such as the states of an encoder."""
 
-    x_BSD: jax.Array
+    x_BSD: jax.Array | None
+    """None: the cache holds its keys and values already."""
     segment_ids_BS: jax.Array
     """A token of segment i of a row reads segment i of the memory's row; 0 = padding."""
 
@@ -49,6 +50,8 @@ class Context(NamedTuple):
     memory: Memory | None = None
     tap: Tap | None = None
     """Of this layer (models.taps)."""
+    bias_BNTS: jax.Array | None = None
+    """Of the scores of a stack with relative positions (models.relative)."""
 
 
 def dropouts(config: ModelConfig) -> int:
@@ -72,27 +75,36 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, context: Context, cache: LayerCache | None, key: jax.Array | None):
         c = self.config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.kv_heads, c.head_size
+        # Scores begin as large as if √head_dim divided them, whatever does (Raffel et al. 2020: nothing).
+        q_stddev = c.initializer_range * (c.attention_divisor / H) ** 0.5
         kind = self.dtype, c.adapter_dropout, self.factors
 
-        def linear(shape: tuple[int, ...], name: str) -> Einsum:
-            return Einsum(shape, c.attention_bias, c.initializer_range, *kind, name=name)
+        def linear(shape: tuple[int, ...], name: str, stddev: float = c.initializer_range) -> Einsum:
+            return Einsum(shape, c.attention_bias, stddev, *kind, name=name)
 
         x_BTD = constrain(x_BTD, "batch", "sequence", None)
-        q_BTNH = constrain(linear((D, N, H), "q")("BTD,DNH->BTNH", x_BTD, key), "batch", "sequence", "tensor", None)
+        q_BTNH = linear((D, N, H), "q", q_stddev)("BTD,DNH->BTNH", x_BTD, key)
+        q_BTNH = constrain(q_BTNH, "batch", "sequence", "tensor", None)
         source_BTD, spec, places = x_BTD, spec_for(c, self.kind), context.places
         if self.cross:
             assert context.memory is not None
-            source_BTD = constrain(context.memory.x_BSD, "batch", "sequence", None)
+            source_BTD, segments_BS = context.memory
             spec = dataclasses.replace(spec, causal=False, left=None, right=None)
-            index_1S = jnp.arange(source_BTD.shape[1], dtype=jnp.int32)[None, :]
-            places = Places(places.q_segments_BT, context.memory.segment_ids_BS, places.q_index_BT, index_1S)
-        kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", source_BTD, key)
-        kv_BTCKH = constrain(kv_BTCKH, "batch", "sequence", None, "tensor", None)
-        k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+            index_1S = jnp.arange(segments_BS.shape[1], dtype=jnp.int32)[None, :]
+            places = Places(places.q_segments_BT, segments_BS, places.q_index_BT, index_1S)
+        settings = ("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, 2 if c.qk_norm_over == "all" else 1)
         if c.qk_norm:
-            settings = ("rmsnorm", c.norm_eps, False, self.dtype, c.norm_plus_one, 2 if c.qk_norm_over == "all" else 1)
             q_BTNH = Norm(*settings, name="q_norm")(q_BTNH)
-            k_BTKH = Norm(*settings, name="k_norm")(k_BTKH)
+        if source_BTD is None:
+            assert cache is not None
+            k_BTKH, v_BTKH = (cache[name].astype(self.dtype) for name in ("memory_k", "memory_v"))
+        else:
+            source_BTD = constrain(source_BTD, "batch", "sequence", None)
+            kv_BTCKH = linear((2, D, K, H), "kv")("BTD,CDKH->BTCKH", source_BTD, key)
+            kv_BTCKH = constrain(kv_BTCKH, "batch", "sequence", None, "tensor", None)
+            k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+            if c.qk_norm:
+                k_BTKH = Norm(*settings, name="k_norm")(k_BTKH)
         if self.kind in context.rotary and not self.cross:
             q_BTNH = rotate(q_BTNH, context.rotary[self.kind])
             k_BTKH = rotate(k_BTKH, context.rotary[self.kind])
@@ -100,10 +112,14 @@ class Attention(nn.Module):
         # Under sequence parallelism every device needs the keys and values of the whole row.
         k_BTKH, v_BTKH = (constrain(y, "batch", None, "tensor", None) for y in (k_BTKH, v_BTKH))
 
-        if cache is not None:
+        if cache is not None and self.cross:
+            cache = cache | {
+                name: new.astype(cache[name].dtype) for name, new in (("memory_k", k_BTKH), ("memory_v", v_BTKH))
+            }
+        elif cache is not None:
             assert context.end is not None
             start = (0, context.end, 0, 0)
-            cache = {
+            cache = cache | {
                 name: jax.lax.dynamic_update_slice(cache[name], new.astype(cache[name].dtype), start)
                 for name, new in (("k", k_BTKH), ("v", v_BTKH))
             }
@@ -120,6 +136,7 @@ class Attention(nn.Module):
             dropout_rate=c.attention_dropout,
             dropout_key=key,
             tap=tap,
+            bias_BNTS=None if self.cross else context.bias_BNTS,
         )
         out_BTNH = tapped(tap, "attention.heads", out_BTNH)
         bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
@@ -182,7 +199,7 @@ class Block(nn.Module):
         x_BTD = self._after("attention", x_BTD, y_BTD, key[1], first_norm, tap)
         if c.cross_attention:
             cross = Attention(c, self.kind, self.dtype, self.backend, True, self.factors, name="cross_attention")
-            y_BTD, _ = cross(self._before("cross_attention", x_BTD), context, None, key[3])
+            y_BTD, cache = cross(self._before("cross_attention", x_BTD), context, cache, key[3])
             x_BTD = self._after("cross_attention", x_BTD, y_BTD, key[4])
         x_BTD = self._after("mlp", x_BTD, mlp(self._before("mlp", x_BTD), key[2], tap), key[2], tap=tap)
         return x_BTD, cache

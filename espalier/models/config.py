@@ -31,6 +31,9 @@ class ModelConfig:
     """Tokens in the vocabulary; replaced by the tokenizer's size when a run starts."""
     hidden_size: int = 768
     num_hidden_layers: int = 12
+    num_decoder_layers: int = 0
+    """Layers of a second stack, a decoder that reads what the first makes of another text (T5, Raffel et al. 2020);
+    0 = a model is one stack. Everything else is said of both."""
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     """Key/value heads shared by groups of query heads; unset = as many as query heads."""
@@ -70,6 +73,10 @@ class ModelConfig:
     """Attention scores are squashed to ± this by tanh (Gemma 2); unset = not."""
     final_logit_softcapping: float | None = None
     """Scores over the vocabulary are squashed to ± this by tanh (Gemma 2); unset = not."""
+    scale_decoder_outputs: bool = False
+    """Multiply what the head of a decoder with an encoder takes by 1/√hidden_size (T5 with tied embeddings)."""
+    decoder_start_token_id: int = 0
+    """The token before the first that a decoder with an encoder writes."""
     cross_attention: bool = False
     """Between attention and MLP every layer reads a memory, as decoders of encoder-decoders do (Vaswani et al. 2017);
     the caller gives it (models.transformer.stack)."""
@@ -78,11 +85,16 @@ class ModelConfig:
     """RMS-normalise queries and keys."""
     qk_norm_over: Literal["head", "all"] = "head"
     """With qk_norm: each head by itself (Qwen 3), or all heads of a token together (OLMo 2)."""
-    position_embedding: Literal["learned", "rotary"] = "learned"
+    position_embedding: Literal["learned", "rotary", "relative"] = "learned"
+    """relative: a bias on the scores by the distance of query and key, the same in all layers (T5)."""
     max_position_embeddings: int = 512
     """Positions; with learned ones, rows of their table, of which the first position_offset stay unused."""
     position_offset: int = 0
     """Row of the table that the first position has (RoBERTa: 2)."""
+    relative_attention_num_buckets: int = 32
+    """Distances that relative positions tell apart; a bidirectional stack has half of them for each side."""
+    relative_attention_max_distance: int = 128
+    """From here on all distances are one."""
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = 1.0
     """Fraction of each head that rotary positions rotate: its first dimensions (Phi-4-mini: 0.75)."""
@@ -143,7 +155,7 @@ class ModelConfig:
         for name in (
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
             *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "embedding_size"),
-            "rope_original_max_position_embeddings",
+            *("rope_original_max_position_embeddings", "relative_attention_max_distance"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -204,6 +216,20 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.kv_heads}; each key/value head serves a whole group of query heads"
             )
+        buckets = self.relative_attention_num_buckets // (2 if self.causal else 4)
+        if self.position_embedding == "relative" and not 0 < buckets < self.relative_attention_max_distance:
+            raise UserError(
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets} and "
+                f"relative_attention_max_distance={self.relative_attention_max_distance} do not go together: there "
+                "must be 4 buckets or more, and fewer than four times the distance; T5's are 32 and 128"
+            )
+        if self.num_decoder_layers < 0:
+            raise UserError(f"num_decoder_layers={self.num_decoder_layers} must be 0 (one stack) or more")
+        if self.num_decoder_layers and (self.causal or self.cross_attention):
+            raise UserError(
+                f"num_decoder_layers={self.num_decoder_layers} adds a causal decoder with cross-attention to an "
+                "encoder; leave out model.causal and model.cross_attention"
+            )
         if "local" in self.layers and not self.sliding_window:
             raise UserError("local layers need sliding_window (how many tokens they see); try 128")
         if not self.first_attention_norm and not self.prefix_layers:
@@ -216,6 +242,30 @@ class ModelConfig:
                 "first_attention_norm=False leaves out a norm before attention, and norm_position=output has none "
                 "there; try first_attention_norm=True"
             )
+
+    def check_one_stack(self, what: str) -> None:
+        """UserError for an encoder-decoder. what: what takes no such model, as the beginning of a sentence."""
+        if self.num_decoder_layers:
+            raise UserError(
+                f"{what} models of one stack, and this one ({self.model_type}) has an encoder and a decoder; what "
+                "there is for it: docs/encoder-decoders.md"
+            )
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """The stack that reads, of an encoder-decoder."""
+        return dataclasses.replace(self, num_decoder_layers=0)
+
+    @property
+    def decoder(self) -> ModelConfig:
+        """The stack that writes, of an encoder-decoder."""
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=self.num_decoder_layers,
+            num_decoder_layers=0,
+            causal=True,
+            cross_attention=True,
+        )
 
     @property
     def kv_heads(self) -> int:

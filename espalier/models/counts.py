@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -43,9 +44,30 @@ def flops_per_token(config: ModelConfig, sequence_length: int, predicted_fractio
     Chowdhery et al. 2022, appendix B (PaLM's MFU, which many tables follow) count a causal layer as if all T keys were
     seen, 12 × N × H × T, and 6 × all parameters, also of embeddings that are only looked up.
     """
+    config.check_one_stack("operations of a token are counted for")
+    return 3.0 * _forward_flops(config, sequence_length, predicted_fraction)
+
+
+def flops_per_pair(config: ModelConfig, source_length: int, target_length: int) -> float:
+    """Floating-point operations of an encoder-decoder in training for a text of so many tokens that is read and one
+    that is written, counted as by flops_per_token.
+
+    Keys and values of what is read are formed in every layer of the decoder, and each token that is written sees them
+    all.
+    """
+    decoder = dataclasses.replace(config.decoder, cross_attention=False)
+    D, heads, L = config.hidden_size, config.num_attention_heads * config.head_size, config.num_decoder_layers
+    reading = 2.0 * D * 2 * config.kv_heads * config.head_size * L
+    writing = 2.0 * 2 * D * heads * L + 4.0 * heads * source_length * L
+    reading += _forward_flops(config.encoder, source_length, 0.0)
+    writing += _forward_flops(decoder, target_length, 1.0)
+    return 3.0 * (source_length * reading + target_length * writing)
+
+
+def _forward_flops(config: ModelConfig, sequence_length: int, predicted_fraction: float) -> float:
+    """Of a token."""
     forward = sum(product.flops for product in products(config, predicted_fraction))
-    forward += sum(attention_flops(config, kind, sequence_length) for kind in config.layers)
-    return 3.0 * forward
+    return forward + sum(attention_flops(config, kind, sequence_length) for kind in config.layers)
 
 
 @dataclass(frozen=True)

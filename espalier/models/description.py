@@ -14,13 +14,15 @@ from espalier.progress import amount
 PURPOSES = {
     "masked_lm": "masked LM",
     "causal_lm": "causal LM",
+    "seq2seq_lm": "one text from another",
     "sequence_classification": "classification",
 }
 
 
 def architecture(config: ModelConfig, head: str) -> str:
     """What a model is and its size, on one line."""
-    layers = f"{config.num_hidden_layers} layers × {config.hidden_size} wide"
+    decoder = f" + {config.num_decoder_layers}" if config.num_decoder_layers else ""
+    layers = f"{config.num_hidden_layers}{decoder} layers × {config.hidden_size} wide"
     return (
         f"{config.model_type} for {PURPOSES.get(head, head.replace('_', ' '))}: {layers}, "
         f"{config.vocab_size:,} tokens in the vocabulary, {amount(count_params(config, head))} parameters"

@@ -17,8 +17,11 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.layers import Einsum, activation, compute_dtype, dropout, make_norm, named_key, product_dtype
 
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
+"""Of one stack."""
+WRITERS = (*LANGUAGE_MODELS, "seq2seq_lm")
+"""Heads that score the vocabulary; the last one stands on the decoder of an encoder-decoder."""
 HEADS = (
-    *LANGUAGE_MODELS,
+    *WRITERS,
     "sequence_classification",
     "token_classification",
     "question_answering",
@@ -37,7 +40,7 @@ def init_heads(config: ModelConfig, key: jax.Array, heads: tuple[str, ...]) -> d
     segments_BT = jnp.ones((1, 1), jnp.int32)
     params: dict = {name: {} for name in heads}
     init = nn.initializers.truncated_normal(c.initializer_range)
-    for name in set(heads) & set(LANGUAGE_MODELS):
+    for name in set(heads) & set(WRITERS):
         if c.head_bias:
             params[name]["bias"] = jnp.zeros((V,), jnp.float32)
     if "masked_lm" in heads:
@@ -47,8 +50,9 @@ def init_heads(config: ModelConfig, key: jax.Array, heads: tuple[str, ...]) -> d
         if not c.tie_word_embeddings:
             key_of_kernel = named_key(key, "masked_lm/kernel")
             params["masked_lm"]["kernel"] = init(key_of_kernel, (V, c.embedding_width), jnp.float32)
-    if "causal_lm" in heads and not c.tie_word_embeddings:
-        params["causal_lm"]["kernel"] = init(named_key(key, "causal_lm"), (V, c.hidden_size), jnp.float32)
+    for name in {"causal_lm", "seq2seq_lm"} & set(heads):
+        if not c.tie_word_embeddings:
+            params[name]["kernel"] = init(named_key(key, name), (V, c.hidden_size), jnp.float32)
     modules: dict[str, tuple[Any, tuple]] = {
         "sequence_classification": (SequenceClassifier(c), (x_BTD, segments_BT)),
         "token_classification": (TokenClassifier(c, len(c.labels)), (x_BTD,)),
@@ -69,14 +73,18 @@ def init_heads(config: ModelConfig, key: jax.Array, heads: tuple[str, ...]) -> d
 
 def bare_head(config: ModelConfig) -> str | None:
     """The language-model head that has no parameters of its own; None where it has some."""
-    if not config.tie_word_embeddings or config.head_bias or (config.head_transform and not config.causal):
+    if not config.tie_word_embeddings or config.head_bias:
+        return None
+    if config.num_decoder_layers:
+        return "seq2seq_lm"
+    if config.head_transform and not config.causal:
         return None
     return "causal_lm" if config.causal else "masked_lm"
 
 
 def has_pooler(config: ModelConfig) -> bool:
     """Whether models of this kind pool their first token by a layer of its own (BERT, RoBERTa)."""
-    return not config.causal and config.classifier_pooler == "tanh"
+    return not config.causal and not config.num_decoder_layers and config.classifier_pooler == "tanh"
 
 
 def masked_lm_head(config: ModelConfig, params: dict, hidden_BMD: jax.Array, execution: Execution):
@@ -92,7 +100,18 @@ def masked_lm_head(config: ModelConfig, params: dict, hidden_BMD: jax.Array, exe
 
 def causal_lm_head(config: ModelConfig, params: dict, hidden_BTD: jax.Array, execution: Execution):
     """(features_BTD, table_VD, bias_V or None) of the next-token scores."""
-    head = params.get("head", {}).get("causal_lm", {})
+    return _next_token_head(config, params, "causal_lm", hidden_BTD, execution)
+
+
+def seq2seq_lm_head(config: ModelConfig, params: dict, hidden_BTD: jax.Array, execution: Execution):
+    """(features_BTD, table_VD, bias_V or None) of the next-token scores of an encoder-decoder."""
+    if config.scale_decoder_outputs:
+        hidden_BTD = hidden_BTD * jnp.asarray(config.hidden_size**-0.5, hidden_BTD.dtype)
+    return _next_token_head(config, params, "seq2seq_lm", hidden_BTD, execution)
+
+
+def _next_token_head(config: ModelConfig, params: dict, name: str, hidden_BTD: jax.Array, execution: Execution):
+    head = params.get("head", {}).get(name, {})
     table_VD = params["embeddings"]["token"]["embedding"] if config.tie_word_embeddings else head["kernel"]
     return hidden_BTD.astype(product_dtype(execution)), table_VD, head.get("bias")
 

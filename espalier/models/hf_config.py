@@ -12,7 +12,7 @@ from espalier.errors import UserError
 from espalier.files import read_json
 from espalier.models.config import ModelConfig
 from espalier.models.families import family_of
-from espalier.models.heads import LANGUAGE_MODELS
+from espalier.models.heads import WRITERS
 from espalier.models.published import TOKENS, Published
 
 CLASSIFIERS = ("sequence_classification", "token_classification")
@@ -108,6 +108,8 @@ def to_hf(
         values["label2id"] = {label: number for number, label in enumerate(config.labels)}
         values["problem_type"] = config.problem_type
     hf = made.from_dict(values | {"architectures": [family.classes[head]], "dtype": dtype})
+    # T5's class takes it for another setting and forgets it; older versions of it, and ours, read it.
+    hf.tie_word_embeddings = values.get("tie_word_embeddings", hf.tie_word_embeddings)
     there, here = _essence(to_ours(hf), head), _essence(config, head)
     # What decides nothing in one of the two follows from another difference.
     both = [name for name in here if name in there]
@@ -203,15 +205,19 @@ def _essence(config: ModelConfig, head: str) -> dict[str, Any]:
         irrelevant += ["classifier_pooler", "classifier_pooling"]
     if head != "masked_lm" and not (config.classifier_pooler == "transform" and head in CLASSIFIERS):
         irrelevant += ["head_transform_bias"]
-    if head not in LANGUAGE_MODELS:
+    if head not in WRITERS:
         irrelevant += ["head_bias", "head_transform", "tie_word_embeddings", "final_logit_softcapping"]
+    if not config.num_decoder_layers:
+        irrelevant += ["scale_decoder_outputs", "decoder_start_token_id"]
+    if config.position_embedding != "relative":
+        irrelevant += ["relative_attention_num_buckets", "relative_attention_max_distance"]
     if not config.qk_norm:
         c["qk_norm_over"] = "head"
     if "local" not in config.layers:
         irrelevant += ["sliding_window", "local_rope_theta"]
     elif config.local_rope_theta is None and config.rope_scaling_factor is None:
         c["local_rope_theta"] = config.rope_theta
-    if config.position_embedding == "learned":
+    if config.position_embedding != "rotary":
         irrelevant += ["rope_theta", "local_rope_theta", "rope_scaling_factor", "partial_rotary_factor"]
         irrelevant += ["rope_attention_factor"]
     if config.rope_scaling_factor is None:

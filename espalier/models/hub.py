@@ -112,8 +112,10 @@ def save_pretrained(
     check_new(path)
     with appearing(path) as folder:
         _write_values(folder / "config.json", config_values(hf, config, published))
-        if head == "causal_lm" and (generation := generation_values(published, tokenizer)) is not None:
-            _write_values(folder / GENERATION, generation)
+        writes = head in ("causal_lm", "seq2seq_lm")
+        if writes and (generation := generation_values(published, tokenizer)) is not None:
+            start = {"decoder_start_token_id": config.decoder_start_token_id} if config.num_decoder_layers else {}
+            _write_values(folder / GENERATION, generation | start)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, folder, config, published)
         if card is not None:
@@ -223,7 +225,7 @@ class Pretrained:
                 faults.append(f"{tensor.name} is {view.dtype} {view.shape}, expected {tensor.shape}")
             else:
                 views[tensor.name] = view
-        known = known_names(self._family, self._config.num_hidden_layers)
+        known = known_names(self._family, self._config)
         for name in self._files:
             if plain_name(self._family, name) not in known and not re.search(self._family.ignored, name):
                 faults.append(f"{name} is not expected")

@@ -71,6 +71,7 @@ def step_memory(
     attention: the backend's name in models.attention.BACKENDS. moments: float32 values that the optimizer keeps of a
     parameter, and of one in a layer's matrices.
     """
+    config.check_one_stack("the memory of a training step is counted for")
     size = {axis: mesh.get(axis, 1) for axis in ("replica", "data", "fsdp", "sequence", "tensor")}
     itemsize = jnp.dtype(dtype).itemsize
     held = gathered = looped = kept_by_optimizer = 0.0

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier.errors import UserError
 from espalier.models.attention import XLA, choose_backend
 from espalier.models.attention_backend import Use
 from espalier.models.attention_spec import Places
@@ -22,6 +23,7 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import init_heads
 from espalier.models.inputs import completed
 from espalier.models.layers import Embeddings, compute_dtype, make_norm, named_key, product_dtype
+from espalier.models.relative import init_relative, relative_bias
 from espalier.models.rotary import rotary_by_kind
 from espalier.models.taps import EMBEDDINGS, Tap, Taps, in_order, of_section, tapped
 from sharding.mesh import constrain, mesh_platform
@@ -38,6 +40,22 @@ def init_params(config: ModelConfig, key: jax.Array, heads: tuple[str, ...] | No
     heads: names in models.heads.HEADS; default: the language-model head of the config. Each part draws from its own
     key, so that the trunk is the same whatever the heads.
     """
+    ids_BT = jnp.zeros((1, 1), jnp.int32)
+    embeddings = Embeddings(config, jnp.float32)
+    params = {"embeddings": embeddings.init(named_key(key, "embeddings"), ids_BT, ids_BT)["params"]}
+    params |= _init_stack(config, key)
+    if config.num_decoder_layers:
+        params["decoder"] = _init_stack(config.decoder, named_key(key, "decoder"))
+    if heads is None:
+        heads = ("seq2seq_lm",) if config.num_decoder_layers else ("causal_lm",) if config.causal else ("masked_lm",)
+    head = init_heads(config, named_key(key, "head"), heads)
+    if head:
+        params["head"] = head
+    return params
+
+
+def _init_stack(config: ModelConfig, key: jax.Array) -> dict:
+    """Fresh parameters of what `stack` runs."""
     ids_BT = jnp.zeros((1, 1), jnp.int32)
     x_BTD = jnp.zeros((1, 1, config.hidden_size), jnp.float32)
     memory = Memory(x_BTD, ids_BT) if config.cross_attention else None
@@ -56,15 +74,11 @@ def init_params(config: ModelConfig, key: jax.Array, heads: tuple[str, ...] | No
             else:
                 layers[section][str(j)] = block.init(layer_key, x_BTD, context)["params"]
 
-    embeddings = Embeddings(config, jnp.float32)
-    params = {"embeddings": embeddings.init(named_key(key, "embeddings"), ids_BT, ids_BT)["params"], "layers": layers}
+    params: dict = {"layers": layers}
     if config.final_norm:
         params["final_norm"] = make_norm(config, jnp.float32).init(key, x_BTD)["params"]
-    if heads is None:
-        heads = ("causal_lm",) if config.causal else ("masked_lm",)
-    head = init_heads(config, named_key(key, "head"), heads)
-    if head:
-        params["head"] = head
+    if config.position_embedding == "relative":
+        params["relative"] = init_relative(config, named_key(key, "relative"))
     return params
 
 
@@ -83,8 +97,10 @@ def apply(
 
     batch: `input_ids`; `segment_ids` and `positions`, or `attention_mask`, or neither (`models.inputs.completed` fills
     in); optional `token_type_ids`; `row_lengths` promises that every row is one document, from the first place on;
-    `bidirectional` [B], bool, the rows of a causal model that see both sides. The rest as in `stack`.
+    `bidirectional` [B], bool, the rows of a causal model that see both sides. The rest as in `stack`. UserError for a
+    model of two stacks (models.encoder_decoder).
     """
+    config.check_one_stack("what was asked works on")
     packed = "row_lengths" not in batch
     batch = completed(batch, cached=cache is not None)
     embedding_key = None if key is None else _dropout_keys(config, key)[0]
@@ -117,12 +133,15 @@ def stack(
     segment_ids_BT: 0 = padding; a document never attends to another. positions_BT: for rotary positions; they restart
     in each document. key: turns dropout on. cache: from `init_cache`; then the vectors continue what the cache holds,
     and (x_BTD, cache) is returned. Past the end of the cache a vector takes the place of the oldest; several at once
-    must fit before it. memory: what the layers read where config.cross_attention is set.
+    must fit before it. memory: what the layers read where config.cross_attention is set; with a cache it is given once,
+    and the cache keeps of it what they need.
     taps: places inside that are read or changed (models.taps); then (x_BTD, {place: array [L, …]}) is returned.
     packed: whether a row may hold several documents. bidirectional_B: rows of a causal model that see both sides; for
     layers without windows.
     """
     assert taps is None or cache is None, "taps are for whole rows"
+    if memory is None and cache is not None and "memory_segment_ids" in cache:
+        memory = Memory(None, cache["memory_segment_ids"])
     assert (memory is not None) == config.cross_attention, "a memory belongs to config.cross_attention, and only to it"
     mixed = bidirectional_B is not None
     assert not mixed or (config.causal and "local" not in config.layers and cache is None), "rows of both kinds"
@@ -134,6 +153,13 @@ def stack(
     backend, _ = choose_backend(execution.attention, use)
     scan = scans(config, execution)
     context = _context(config, segment_ids_BT, positions_BT, cache, memory, bidirectional_B)
+    if config.position_embedding == "relative":
+        if mixed:  # Row indices, by which distances are told, mean something else then.
+            raise UserError(
+                "model.position_embedding=relative does not go with rows that see one side and rows that see both; "
+                "try --model.position-embedding rotary"
+            )
+        context = context._replace(bias_BNTS=relative_bias(config, params["relative"], context.places))
     layer_keys = {} if key is None else _dropout_keys(config, key)[1]
     x_BTD = constrain(x_BTD.astype(dtype), "batch", "tokens", None)
     before = Tap(taps, taps.given) if taps else None
@@ -170,7 +196,8 @@ def stack(
         return x_BTD, before.seen | in_order(seen)
     if cache is None:
         return x_BTD
-    return x_BTD, {"layers": new_layers, "segment_ids": context.places.k_segments_BS, "end": cache["end"] + length}
+    new = {"layers": new_layers, "segment_ids": context.places.k_segments_BS, "end": cache["end"] + length}
+    return x_BTD, new if memory is None else new | {"memory_segment_ids": memory.segment_ids_BS}
 
 
 def normed(config: ModelConfig, params: dict, x_BTD: jax.Array) -> jax.Array:
@@ -188,24 +215,35 @@ def scans(config: ModelConfig, execution: Execution, platform: str | None = None
     return config.num_hidden_layers > UNROLLED_LAYERS or (platform or mesh_platform()) == "tpu"
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int, dtype=jnp.float32) -> dict:
+def init_cache(
+    config: ModelConfig, batch_size: int, length: int, dtype=jnp.float32, memory_length: int | None = None
+) -> dict:
     """An empty cache for `length` tokens a row: keys and values of every layer, segment ids, and the end so far.
 
     The cache is a ring: entry n stands at n mod length, until the one that follows it by `length` takes its place.
     Prompts of different lengths are padded on the left, in segment 0, so that every row ends at the same place.
+    memory_length: tokens of the memory that cross-attention reads.
     """
-    shape = (batch_size, length, config.kv_heads, config.head_size)
+    assert (memory_length is not None) == config.cross_attention, "a memory belongs to config.cross_attention"
+    lengths = {"k": length, "v": length}
+    if memory_length is not None:
+        lengths |= {"memory_k": memory_length, "memory_v": memory_length}
+    shapes = {name: (batch_size, entries, config.kv_heads, config.head_size) for name, entries in lengths.items()}
     layers = {}
     for section, kinds in _sections(config):
         leading = (config.repeats,) if section == "period" else ()
         layers[section] = {
-            str(j): {name: jnp.zeros(leading + shape, dtype) for name in ("k", "v")} for j in range(len(kinds))
+            str(j): {name: jnp.zeros(leading + shape, dtype) for name, shape in shapes.items()}
+            for j in range(len(kinds))
         }
-    return {
+    cache = {
         "layers": layers,
         "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
         "end": jnp.zeros((), jnp.int32),
     }
+    if memory_length is not None:
+        cache["memory_segment_ids"] = jnp.zeros((batch_size, memory_length), jnp.int32)
+    return cache
 
 
 def matrix_axes(params: dict) -> dict:
@@ -217,6 +255,8 @@ def matrix_axes(params: dict) -> dict:
 
     def axes(path, leaf):
         names = [entry.key for entry in path]
+        if names[0] == "decoder":
+            names = names[1:]
         if names[0] != "layers" or names[-1] not in ("kernel", "lora_a", "lora_b"):
             return None
         stack = 1 if names[1] == "period" else 0
@@ -246,6 +286,13 @@ def layer_depths(config: ModelConfig, params: dict) -> dict:
     more than there are layers the embeddings. In a stack an array [R, 1, …], by which its leaf is multiplied; where the
     first layers of the stack are left out, that of the others."""
     prefix, size, total = len(config.prefix_layers), len(config.layer_period), config.num_hidden_layers
+    if config.num_decoder_layers:
+        # The encoder lies below the whole decoder, which reads its end alone.
+        above, own = config.num_decoder_layers, {name: part for name, part in params.items() if name != "decoder"}
+        below = jax.tree_util.tree_map_with_path(
+            lambda path, depth: depth if path[0].key == "head" else depth + above, layer_depths(config.encoder, own)
+        )
+        return below | {"decoder": layer_depths(config.decoder, params["decoder"])}
 
     def depth(path, leaf):
         names = [entry.key for entry in path]

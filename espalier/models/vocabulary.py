@@ -113,9 +113,7 @@ def grown(
 
     def changed(path: tuple, leaf: Any) -> Any:
         names = tuple(entry.key for entry in path)
-        language = (
-            names[0] == "head" and names[1] in ("masked_lm", "causal_lm") and names[2:] in (("kernel",), ("bias",))
-        )
+        language = names[0] == "head" and names[1].endswith("_lm") and names[2:] in (("kernel",), ("bias",))
         return rows(leaf) if language or names == ("embeddings", "token", "embedding") else leaf
 
     return new, jax.tree_util.tree_map_with_path(changed, dict(params))

@@ -5,9 +5,10 @@
     "qkv.{}.weight": "attention/q/kernel: (N H) D -> D N H + attention/kv/kernel[0]: (K H) D -> D K H"
 
 Left the tensor's name, `{}` the layer. Right the parameter, with its place on a leading axis; then the tensor's axes
-and how they are split and turned (letters: DESIGN, "Letters"; E embedding, P positions, Y token types, C classes, O a
-second D). With several parameters the first axis after the arrow goes over them. Pieces with a plus between them follow
-one another on the tensor's first axis. All of it are views: nothing is copied before a slice of a parameter is read.
+and how they are split and turned (letters: DESIGN, "Letters"; E embedding, P positions, Y token types, C classes, U
+buckets of distances, O a second D). With several parameters the first axis after the arrow goes over them. Pieces with
+a plus between them follow one another on the tensor's first axis. All of it are views: nothing is copied before a slice
+of a parameter is read.
 """
 
 from __future__ import annotations
@@ -113,12 +114,14 @@ def tensors_of(family: Family, config: ModelConfig, head: str, shapes: dict) -> 
     prefix = "" if head == "embedding" else family.prefixes.get(head, family.prefix)
     sizes = _sizes(config)
     tensors = []
-    maps: list[tuple[str, ParamPath, Weights]] = [(prefix, (), family.trunk)]
-    maps.append(("", ("head", "pooler" if head == "embedding" else head), family.heads.get(head, {})))
-    for before, root, weights in maps:
+    maps: list[tuple[str, ParamPath, Weights, ModelConfig]] = [(prefix, (), family.trunk, config)]
+    if config.num_decoder_layers:
+        maps.append((prefix, ("decoder",), family.decoder, config.decoder))
+    maps.append(("", ("head", "pooler" if head == "embedding" else head), family.heads.get(head, {}), config))
+    for before, root, weights, stack in maps:
         for name, where in weights.items():
-            for layer in range(config.num_hidden_layers) if "{}" in name else (None,):
-                place, index = ((), ()) if layer is None else _place(config, layer)
+            for layer in range(stack.num_hidden_layers) if "{}" in name else (None,):
+                place, index = ((), ()) if layer is None else _place(stack, layer)
                 pieces = tuple(_piece(root + place, index, piece, sizes) for piece in where.split(" + "))
                 rows = sum(piece.shape[0] for piece in pieces)
                 shape = (rows, *pieces[0].shape[1:])
@@ -142,9 +145,10 @@ def plain_name(family: Family, name: str) -> str:
     return re.sub(r"\bbeta$", "bias", re.sub(r"\bgamma$", "weight", name))
 
 
-def known_names(family: Family, layers: int) -> set[str]:
+def known_names(family: Family, config: ModelConfig) -> set[str]:
     """All plain names that a file of this family may hold, whatever its heads."""
-    names = set(family.trunk) | {name for head in family.heads.values() for name in head}
+    names = set(family.trunk) | set(family.decoder) | {name for head in family.heads.values() for name in head}
+    layers = max(config.num_hidden_layers, config.num_decoder_layers)
     names |= {alias for aliases in family.aliases.values() for alias in aliases} | set(family.untied.values())
     return {
         plain_name(family, name.format(layer)) for name in names for layer in (range(layers) if "{}" in name else (0,))
@@ -190,7 +194,8 @@ def tree_of(leaves: Mapping[ParamPath, Any]) -> dict:
 def _sizes(c: ModelConfig) -> dict[str, int]:
     sizes = {"D": c.hidden_size, "O": c.hidden_size, "E": c.embedding_width, "N": c.num_attention_heads}
     sizes |= {"K": c.kv_heads, "H": c.head_size, "F": c.intermediate_size, "V": c.vocab_size}
-    return sizes | {"P": c.max_position_embeddings, "Y": c.type_vocab_size, "C": len(c.labels)}
+    sizes |= {"P": c.max_position_embeddings, "Y": c.type_vocab_size, "C": len(c.labels)}
+    return sizes | {"U": c.relative_attention_num_buckets}
 
 
 def _place(config: ModelConfig, layer: int) -> tuple[ParamPath, tuple[int, ...]]:

@@ -136,6 +136,8 @@ class TextObjective(TaskRecord):
         model, length = config.model, config.data.sequence_length
         if origin and config.init_from:
             model = architecture_of(origin.config, model, given)
+            if self.head != "seq2seq_lm":
+                model.check_one_stack(f"{self.command} pretrains")
             if self.turns:
                 model = replace(model, causal=self.causal)
             if model.causal != self.causal:

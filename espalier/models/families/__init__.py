@@ -36,6 +36,8 @@ MODULES = {
     "smollm3": "smollm3",
     "eurobert": "eurobert",
     "nomic_bert": "nomic_bert",
+    "t5": "t5",
+    "mt5": "t5",
 }
 """`model_type` in a config.json → module in this package, which has it in its FAMILIES."""
 
@@ -44,15 +46,13 @@ RELATIVE = "its attention adds terms for relative positions, which this stack do
 SHARED = "its layers share one set of weights, and here each layer has its own"
 EXPERTS = "its MLPs are mixtures of experts, which this stack does not have"
 PARALLEL = "attention and MLP read the same input and are added up, and here the MLP follows attention"
-TWO_STACKS = "it has an encoder and a decoder, and here a model is a single stack"
 UNSUPPORTED = {
     "mpnet": (RELATIVE, "roberta, modernbert"),
     "deberta": (RELATIVE, "modernbert, roberta"),
     "deberta-v2": (RELATIVE, "modernbert, roberta"),
     "xlnet": (RELATIVE, "modernbert, roberta"),
-    "t5": (TWO_STACKS, "modernbert, llama"),
-    "mt5": (TWO_STACKS, "xlm-roberta, llama"),
-    "bart": (TWO_STACKS, "roberta, gpt2"),
+    "umt5": ("each of its layers has a table of relative positions of its own", "mt5"),
+    "bart": ("its encoder and its decoder have position embeddings of their own", "t5"),
     "albert": (SHARED, "bert, electra"),
     "longformer": ("its global tokens attend with projections of their own", "modernbert"),
     "big_bird": ("its attention sees random blocks", "modernbert"),
@@ -105,6 +105,8 @@ class Family:
     """Tensors of the heads, by head; those of `embedding` belong to the stack and are optional."""
     prefix: str
     """What names of the stack begin with where there is a head."""
+    decoder: Weights = field(default_factory=dict)
+    """Tensors of the second stack of an encoder-decoder, as in `trunk`."""
     prefixes: Mapping[str, str] = field(default_factory=dict)
     """Heads with another prefix."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
