@@ -65,7 +65,7 @@ class PolicyGradient:
     """C: tokens of a completion at most."""
     temperature: float = 1.0
     """Scores are divided by it where tokens are drawn, and likewise where their probabilities are learnt."""
-    stop: tuple[str, ...] = often(())
+    stop: tuple[str, ...] = ()
     """Texts at which a completion ends, besides end tokens; what is rewarded ends before them, what is learnt with the
     token that completed one."""
     slots: int = 0
