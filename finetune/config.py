@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,23 @@ class FinetuneData:
         codec(self.encoding)
         if self.max_length is not None and self.max_length < 8:
             raise UserError(f"data.max_length={self.max_length} is too short; at least 8")
+
+
+@dataclass(frozen=True)
+class PairedData(FinetuneData):
+    """Files of pairs, both of whose texts stand in one row."""
+
+    pairs_per_row: int = 1
+    """Pairs that share a row, without seeing each other; little of the rows is padding then. 0 = as many as suit their
+    length, up to 8."""
+
+    def resumed(self, saved: Mapping[str, Any]) -> Self:
+        return self if self.pairs_per_row else dataclasses.replace(self, pairs_per_row=saved.get("pairs_per_row", 1))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.pairs_per_row <= 64:
+            raise UserError(f"data.pairs_per_row={self.pairs_per_row} must lie between 0 and 64; 0 = chosen")
 
 
 @dataclass(frozen=True)

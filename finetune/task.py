@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from espalier.contracts import Origin
-    from espalier.data.examples import Example
+    from espalier.data.examples import Example, LabelledBatches
     from espalier.models.config import ModelConfig
     from espalier.models.published import Published
     from espalier.predict.loaded import LoadedModel
@@ -137,6 +137,39 @@ class OfExamples(Labelled):
 
     def batch(self, step: int) -> dict:
         return self.batches.batch(step, self._rows)
+
+
+def shared_row(asked: int, lengths: Sequence[int], config: FinetuneConfig, mesh: Mesh, setting: str) -> int:
+    """How many examples share a row of a batch: as many as were asked for, of 0 as many as suit their lengths (tokens).
+
+    UserError where the rows of a batch then make no equal parts for devices and micro-batches; setting: its name.
+    """
+    from espalier.data.examples import fitting_row
+    from sharding.mesh import BATCH_AXES
+
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.accumulation
+    per_row = asked or fitting_row(lengths, config.batch_size, parts)
+    if config.batch_size % (per_row * parts):
+        what, flag = setting.partition(".")[2].partition("_")[0], setting.replace("_", "-")
+        raise UserError(
+            f"{setting}={per_row}: {config.batch_size} {what} do not make {parts} equal parts of such rows, one for "
+            f"each device and micro-batch; try --{flag} 1"
+        )
+    return per_row
+
+
+def row_words(batches: LabelledBatches, what: str) -> str:
+    """How full rows are that hold so many examples each, for the introduction."""
+    return f"{what} each, {batches.fill:.0%} of the places hold a token".replace("%", " %")
+
+
+def check_decoder(model: ModelConfig, writes: str, runs: str = "a clm run") -> None:
+    """UserError for an encoder. writes: what it does not write; runs: those to name."""
+    if not model.causal:
+        raise UserError(
+            f"--init-from names an encoder ({model.model_type}), which writes no {writes}; name a decoder ({runs}, or "
+            "hf: with GPT-2, Llama, Qwen …)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

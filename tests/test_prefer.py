@@ -88,7 +88,7 @@ def tiny_rows(verdicts: bool):
         of_row = {"index": number} | ({"good": int(number // 2 % 2)} if verdicts else {})
         ids = random.integers(5, 200, size).tolist()
         examples.append(Example(ids, [0] * int(size), of_row=of_row, of_tokens={"loss_weights": weights}))
-    rows = LabelledBatches(examples, 16, 0, pad_id=0, max_length=16, examples_per_row=2, together=True).fixed()[0]
+    rows = LabelledBatches(examples, 16, 0, pad_id=0, max_length=16, examples_per_row=2, together=2).fixed()[0]
     reference = random.uniform(-40, -10, 14).astype(np.float32)
     rows["reference"] = np.where(rows["example_weights"] > 0, reference[rows["index"]], 0).astype(np.float32)
     return examples, reference, rows
@@ -164,6 +164,28 @@ def test_objectives_are_sums_of_answers_accumulated_and_sharded_alike(loss):
     mesh = build_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         close(gradient, whole_gradient(place_batch(rows, mesh))[1])
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "simpo"])
+def test_pairs_that_share_a_row_are_learnt_as_each_by_itself(loss):
+    """Seven pairs in eight rows, and in two rows of four, of which they see nothing of each other."""
+    params = init_params(MODEL, jax.random.key(0), heads=("causal_lm",))
+    examples, reference, rows = tiny_rows(loss == "kto")
+    full = LabelledBatches(examples, 16, 0, pad_id=0, max_length=16, examples_per_row=8, together=2).fixed()[0]
+    full["reference"] = np.where(full["example_weights"] > 0, reference[full["index"]], 0).astype(np.float32)
+    assert rows["input_ids"].shape[0] == 8 and full["input_ids"].shape[0] == 2
+    objective = preference_objective(MODEL, PreferConfig(loss=loss, beta=0.2), execution=FLOAT32)
+    key, found = jax.random.key(0), []
+    for batch in (rows, full):
+        _, norms = objective.prepare(batch, key, 0, True)
+        learnt = jax.jit(
+            lambda batch, norms=norms: jax.value_and_grad(
+                lambda params: objective.loss(params, batch, key, norms, True), has_aux=True
+            )(params)
+        )
+        found.append(learnt(batch))
+    close(*found)
+    assert float(found[0][0][1]["loss"][1]) == 7
 
 
 @pytest.mark.parametrize("loss", ["ipo", "orpo", "simpo"])
@@ -259,6 +281,18 @@ def test_a_decoder_learns_what_is_preferred_and_resumes_bit_for_bit(there, tmp_p
     (tmp_path / "parts" / NAME).write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read .* without the log-probabilities of its reference"):
         main(config_for(there, tmp_path / "parts"))
+
+
+def test_a_run_whose_pairs_share_rows_learns_the_same(there, tmp_path):
+    """And as many share one as suit their length, where that is not said."""
+    plain = main(config_for(there, tmp_path / "plain"))
+    data = dataclasses.replace(config_for(there, "").data, pairs_per_row=0)
+    packed = main(config_for(there, tmp_path / "packed", data=data))
+    assert json.loads((tmp_path / "packed/config.json").read_text())["data"]["pairs_per_row"] == 8
+    assert losses_of(tmp_path / "packed") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+    assert packed["metrics"] == pytest.approx(plain["metrics"], rel=1e-4, abs=1e-5)
+    with pytest.raises(UserError, match="data.pairs_per_row=3: 8 pairs do not make 1 equal parts .* try --data.pairs-"):
+        main(config_for(there, tmp_path / "three", data=dataclasses.replace(data, pairs_per_row=3)))
 
 
 def test_adapters_switched_off_are_the_reference(there, tmp_path):

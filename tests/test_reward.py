@@ -101,7 +101,7 @@ def test_files_that_will_not_do_are_refused_in_a_line(tmp_path, row, message):
 
 def test_pairs_stay_in_one_row_in_every_epoch():
     examples = [Example([1] * (2 + number), [0] * (2 + number), of_row={"index": number}) for number in range(10)]
-    batches = LabelledBatches(examples, 4, 3, pad_id=0, max_length=16, examples_per_row=2, together=True)
+    batches = LabelledBatches(examples, 4, 3, pad_id=0, max_length=16, examples_per_row=2, together=2)
     seen = [batches.batch(step)["index"] for step in range(5)]
     assert all((index[:, 0] % 2 == 0).all() and (index[:, 1] == index[:, 0] + 1).all() for index in seen)
     # Two epochs of five pairs, each in an order of its own.
@@ -110,6 +110,16 @@ def test_pairs_stay_in_one_row_in_every_epoch():
     last = batches.fixed()[-1]
     assert last["index"].tolist() == [[8, 9], [0, 0]] and last["example_weights"].tolist() == [[1, 1], [0, 0]]
     assert last["segment_ids"][0].tolist()[:22] == [1] * 10 + [2] * 11 + [0]
+    # Rows of two pairs hold the same pairs, side by side, a long one with a short one.
+    batches, packed = (
+        LabelledBatches(examples, 8, 3, pad_id=0, max_length=16, examples_per_row=size, together=2) for size in (2, 4)
+    )
+    for step in range(5):
+        index, alone = packed.batch(step)["index"], batches.batch(step)["index"]
+        assert index.shape == (2, 4) and sorted(index.reshape(-1, 2).tolist()) == sorted(alone.tolist())
+        tokens = (index + 2).sum(1)
+        assert abs(tokens[0] - tokens[1]) <= np.ptp((alone + 2).sum(1))
+    assert packed.fixed()[-1]["example_weights"].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("model", [ENCODER, DECODER], ids=["encoder", "decoder"])
@@ -122,7 +132,7 @@ def test_the_loss_is_that_of_pytorch_accumulated_and_sharded_alike(model):
         Example(random.integers(5, 200, size).tolist(), [0] * int(size)) for size in random.integers(2, 15, size=14)
     ]
     execution, key = Execution(dtype="float32"), jax.random.key(0)
-    rows = LabelledBatches(examples, 16, 0, pad_id=0, max_length=16, examples_per_row=2, together=True).fixed()[0]
+    rows = LabelledBatches(examples, 16, 0, pad_id=0, max_length=16, examples_per_row=2, together=2).fixed()[0]
     alone = LabelledBatches(examples, 14, 0, pad_id=0, max_length=16).fixed()[0]
 
     @jax.jit
@@ -140,6 +150,9 @@ def test_the_loss_is_that_of_pytorch_accumulated_and_sharded_alike(model):
     assert float(evaluated["accuracy"][0]) == int((scores[:, 0] > scores[:, 1]).sum())
     assert float(evaluated["margin"][0]) == pytest.approx(float((scores[:, 0] - scores[:, 1]).sum()), abs=1e-5)
 
+    full = LabelledBatches(examples, 16, 0, pad_id=0, max_length=16, examples_per_row=8, together=2).fixed()[0]
+    assert full["input_ids"].shape[0] == 2
+    close(dict(jax.jit(make_eval_step(objective))(params, full, key)), dict(evaluated))
     if not model.causal:
         return
 

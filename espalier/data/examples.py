@@ -129,8 +129,9 @@ class LabelledBatches:
 
     With examples_per_row E > 1, a row holds E examples, one behind the other, as segments 1 … E that do not see each
     other, and there are no `row_lengths`. The examples of a batch are spread so that its B / E rows are about equally
-    long: little of them is padding. What is said of an example then has the shape [B / E, E, …]. together: the E that
-    follow one another belong together (a pair); they share a row, and the order of an epoch is one of such groups.
+    long: little of them is padding. What is said of an example then has the shape [B / E, E, …]. together: so many
+    that follow one another belong together (2: a pair); they share a row, side by side, and the order of an epoch is
+    one of such groups.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class LabelledBatches:
         pad_id: int,
         max_length: int,
         examples_per_row: int = 1,
-        together: bool = False,
+        together: int = 1,
     ):
         """batch_size: examples of a batch. max_length: tokens of an example at most."""
         if not examples:
@@ -151,7 +152,7 @@ class LabelledBatches:
         self._examples = examples
         self._lengths = np.array([len(example.ids) for example in examples])
         assert self._lengths.max() <= max_length, f"{self._lengths.max()} tokens in a row of {max_length}"
-        assert not together or len(examples) % examples_per_row == 0, "a group of examples is not whole"
+        assert examples_per_row % together == len(examples) % together == 0, "a group of examples is not whole"
         self._batch_size, self._seed, self._pad_id, self._per_row = batch_size, seed, pad_id, examples_per_row
         self._together = together
         first = examples[0]
@@ -209,22 +210,23 @@ class LabelledBatches:
 
     def _chosen(self, step: int) -> np.ndarray:
         """The examples of a batch [B]."""
-        if self._together:
-            rows, groups = self._batch_size // self._per_row, len(self) // self._per_row
-            chosen_B = shuffled(step * rows + np.arange(rows), groups, self._seed)
-            return (chosen_B[:, None] * self._per_row + np.arange(self._per_row)).reshape(-1)
-        return shuffled(step * self._batch_size + np.arange(self._batch_size), len(self), self._seed)
+        size = self._together
+        groups = self._batch_size // size
+        chosen_G = shuffled(step * groups + np.arange(groups), len(self) // size, self._seed)
+        return (chosen_G[:, None] * size + np.arange(size)).reshape(-1)
 
     def _spread(self, indices: np.ndarray) -> np.ndarray:
-        """Examples [B] by rows [B / E, E]: the longest first, each to the row that has the fewest tokens and room."""
-        if self._per_row == 1 or self._together:
+        """Examples [B] by rows [B / E, E]: the longest group first, each to the row that has the fewest tokens and
+        room."""
+        if self._per_row == self._together:
             return indices.reshape(-1, self._per_row)
-        lengths = np.where(indices >= 0, self._lengths[indices], 0)
+        groups = indices.reshape(-1, self._together)
+        lengths = np.where(groups >= 0, self._lengths[groups], 0).sum(1)
         rows: list[list[int]] = [[] for _ in range(len(indices) // self._per_row)]
         tokens = np.zeros(len(rows))
         for place in np.argsort(-lengths, kind="stable"):
             row = int(tokens.argmin())
-            rows[row].append(int(indices[place]))
+            rows[row] += groups[place].tolist()
             tokens[row] += lengths[place] if len(rows[row]) < self._per_row else np.inf
         return np.array(rows)
 

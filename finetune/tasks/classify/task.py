@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from espalier.data.description import listed
-from espalier.data.examples import fitting_row
 from espalier.errors import UserError
 from espalier.models.attention_settings import SupervisedAttention
 from espalier.models.attention_terms import MARKED, divergence, entropy, looks, marked_shares, states
@@ -28,11 +27,10 @@ from espalier.models.transformer import init_params
 from espalier.task import Evaluation
 from espalier.training.run import TUNED
 from espalier.training.step import Objective
-from finetune.task import OfExamples
+from finetune.task import OfExamples, row_words, shared_row
 from finetune.tasks.classify.examples import LABELS, Examples, describe_examples, read_examples, read_validation
 from finetune.tasks.classify.labels import PROBLEMS
 from finetune.tasks.classify.measured import measured, tuned
-from sharding.mesh import BATCH_AXES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,13 +46,7 @@ class Classification(OfExamples):
         self._execution = config.execution
         self._examples = read_examples(config.data, tokenizer, model, config.seed)
         lengths = [len(example.ids) for example in self._examples.train.encoded]
-        parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * config.accumulation
-        per_row = config.data.examples_per_row or fitting_row(lengths, config.batch_size, parts)
-        if config.batch_size % (per_row * parts):
-            raise UserError(
-                f"data.examples_per_row={per_row}: {config.batch_size} examples do not make {parts} equal parts of "
-                f"such rows, one for each device and micro-batch; try --data.examples-per-row 1"
-            )
+        per_row = shared_row(config.data.examples_per_row, lengths, config, mesh, "data.examples_per_row")
         self.data = dataclasses.replace(config.data, examples_per_row=per_row)
         self._names = self._examples.names
         problem = PROBLEMS[self._examples.kind]
@@ -67,8 +59,7 @@ class Classification(OfExamples):
         self.take(config, tokenizer, mesh, train.encoded, validation.encoded, per_row)
         self.about = describe_examples(config.data, self._examples)
         if per_row > 1:
-            filled = f"{self.batches.fill:.0%}".replace("%", " %")
-            self.about["rows"] = f"{per_row} examples each, {filled} of the places hold a token"
+            self.about["rows"] = row_words(self.batches, f"{per_row} examples")
         if config.data.class_weights == "balanced" and self._examples.kind == "numbers":
             raise UserError("data.class_weights=balanced: numbers have no classes; leave it out")
         weights = class_weights(self._examples) if config.data.class_weights == "balanced" else None

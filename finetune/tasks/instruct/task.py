@@ -20,7 +20,6 @@ from espalier.data.chat import chat_template, end_of_turn
 from espalier.data.loader import Batches
 from espalier.data.packed_examples import ExampleRows
 from espalier.data.tokenizer import special_ids
-from espalier.errors import UserError
 from espalier.files import sha256_of_text
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import causal_lm_head
@@ -32,7 +31,7 @@ from espalier.predict.sampling import SamplingConfig
 from espalier.task import Evaluation
 from espalier.training.step import Objective
 from finetune.config import max_length
-from finetune.task import Labelled
+from finetune.task import Labelled, check_decoder
 from finetune.tasks.instruct.examples import Item, Part, describe_part, endless, read_part, shown, with_template
 from finetune.tasks.instruct.metrics import answer_metrics
 from sharding.mesh import host_rows
@@ -52,11 +51,7 @@ class InstructionTuning(Labelled):
     """The examples of two files, packed into rows."""
 
     def __init__(self, config: InstructConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
-        if not model.causal:
-            raise UserError(
-                f"--init-from names an encoder ({model.model_type}), which writes no answers; name a decoder "
-                "(a clm run, or hf: with GPT-2, Llama, Qwen …)"
-            )
+        check_decoder(model, "answers")
         self._data = config.data
         tokenizer = with_template(tokenizer, config.data)
         rows = host_rows(config.batch_size, mesh)

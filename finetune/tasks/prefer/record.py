@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 from espalier.errors import UserError
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
-from finetune.config import FinetuneConfig, FinetuneData, FinetuneOptimizer
+from finetune.config import FinetuneConfig, FinetuneOptimizer, PairedData
 from finetune.task import FinetuneTask
 from finetune.tasks.prefer.report import REPORT
 
 
 @dataclass(frozen=True)
-class PreferData(FinetuneData):
+class PreferData(PairedData):
     """Which of two answers is better: `prompt`, `chosen`, `rejected` (texts or messages), lists `completions` with
     `scores`, or single answers `completion` with `label`: .jsonl, .json, .csv, .tsv, .parquet (also .gz, URLs), hf:…"""
 
@@ -63,7 +63,10 @@ def prefer() -> PreferConfig:
     app. B); small models want more, adapters ten times as much.
     """
     return PreferConfig(
-        log_every=10, checkpoint=CheckpointConfig(every=1000), optimizer=FinetuneOptimizer(learning_rate=1e-6)
+        log_every=10,
+        checkpoint=CheckpointConfig(every=1000),
+        optimizer=FinetuneOptimizer(learning_rate=1e-6),
+        data=PreferData(pairs_per_row=0),
     )
 
 

@@ -10,9 +10,7 @@ from espalier.report import page
 from espalier.report.page import Section
 from espalier.report.run_files import RunFiles
 from espalier.report.task import TaskReport
-
-SHOWN = 8
-"""How many pairs are shown."""
+from finetune.pairs_report import pairs_section
 
 
 def sections(run: RunFiles) -> list[Section]:
@@ -30,18 +28,8 @@ def sections(run: RunFiles) -> list[Section]:
         found.append(Section("Preferences", page.bars(bars), note))
     pairs = [row for row in rows if "chosen" in row]
     if pairs:
-        pairs = sorted(pairs, key=_gain)
-        shown = pairs if len(pairs) <= SHOWN else pairs[: SHOWN // 2] + pairs[-(SHOWN // 2) :]
-        bodies = page.entries(
-            (
-                f"chosen {row['logprob_chosen']:.1f}: {page.shortened(row['chosen'])}",
-                f"rejected {row['logprob_rejected']:.1f}: {page.shortened(row['rejected'])}",
-                page.shortened(row["prompt"]),
-            )
-            for row in shown
-        )
         note = "The pairs in which the rejected answer gained most, and those in which the chosen one did, with nats."
-        found.append(Section("Pairs", bodies, note))
+        found.append(pairs_section(pairs, _gain, "logprob", ".1f", note))
     return found
 
 

@@ -1,13 +1,15 @@
 """Learning from preferences: a decoder is moved towards chosen answers and away from rejected ones, by a loss of
 finetune/tasks/prefer/losses.py.
 
-Both answers of a pair stand in one row, as two segments that do not see each other. KTO's rows are an answer, and
-behind the same prompt an answer to another one, by which the divergence from the reference is estimated.
+Both answers of a pair stand in one row, as two segments that do not see each other, and a row holds N pairs. KTO's
+pairs are an answer, and behind the same prompt an answer to another one, by which the divergence from the reference is
+estimated.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ from espalier.training.adapters import without
 from espalier.training.step import Objective, micro_batches
 from finetune.config import max_length
 from finetune.preferences import Preferences, as_verdicts, read_preferences
-from finetune.task import Labelled
+from finetune.task import Labelled, check_decoder, row_words, shared_row
 from finetune.tasks.instruct.examples import endless
 from finetune.tasks.prefer import losses
 from finetune.tasks.prefer.examples import Encoded, encode_preferences, with_template
@@ -53,11 +55,7 @@ class Preferring(Labelled):
     answers_per_row = 2
 
     def __init__(self, config: PreferConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
-        if not model.causal:
-            raise UserError(
-                f"--init-from names an encoder ({model.model_type}), which writes no answers; name a decoder "
-                "(a clm or instruct run, or hf: with GPT-2, Llama, Qwen …)"
-            )
+        check_decoder(model, "answers", "a clm or instruct run")
         data, longest = config.data, max_length(config.data, model)
         read = [read_preferences(data, side) for side in PARTS]
         tokenizer, chat = with_template(tokenizer, data, read)
@@ -80,7 +78,11 @@ class Preferring(Labelled):
             if self._referenced and (side == "validation" or config.reference == "precomputed")
         }
         self._reference: Reference | None = None
-        self._rows = host_rows(config.batch_size, mesh)
+        sizes = [len(example.ids) for example in parts[0].examples]
+        both = [sum(two) for two in zip(sizes[::2], sizes[1::2], strict=True)]
+        per_row = shared_row(data.pairs_per_row, both, config, mesh, "data.pairs_per_row")
+        self.data, self._per_row = dataclasses.replace(data, pairs_per_row=per_row), per_row
+        self._rows = host_rows(config.batch_size // per_row, mesh)
         self._batches, held_out = (self._rows_of(part, longest) for part in parts)
         self.eval_batches: Sequence[dict] = held_out.fixed(self._rows)
         if self._referenced:
@@ -95,6 +97,8 @@ class Preferring(Labelled):
             "training": f"{read[0].path}: {self.examples:,} {what}",
             "validation": f"{read[1].path}: {len(held_out) // 2:,} {what}",
         }
+        if per_row > 1:
+            self.about["rows"] = row_words(self._batches, f"{per_row} pairs")
         self.objective = preference_objective(model, config, execution=config.execution)
 
     def _rows_of(self, part: Encoded, longest: int) -> LabelledBatches:
@@ -103,9 +107,11 @@ class Preferring(Labelled):
             example._replace(of_row={"index": at} | ({"good": int(good[at // 2])} if good else {}))
             for at, example in enumerate(part.examples)
         ]
-        settings: dict[str, Any] = {"pad_id": self._pad_id, "max_length": longest}
+        settings: dict[str, Any] = {"pad_id": self._pad_id, "max_length": longest, "together": 2}
         return LabelledBatches(
-            examples, 2 * self._config.batch_size, self._config.seed, examples_per_row=2, together=True, **settings
+            *(examples, 2 * self._config.batch_size, self._config.seed),
+            examples_per_row=2 * self._per_row,
+            **settings,
         )
 
     def init_params(self, key: jax.Array) -> dict:
@@ -177,43 +183,49 @@ def encode(
 def answer_sums(
     model: ModelConfig, execution: Execution, params: Any, batch: dict, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(log π(y|x) summed over the tokens of each answer, how many these are), float32 [B, 2]; a key turns dropout on.
+    """(log π(y|x) summed over the tokens of each answer, how many these are), float32 [B·N, 2]; a key turns dropout on.
 
-    batch: rows [B, T] of two segments, with `loss_weights` float32 [B, T].
+    batch: rows [B, T] of N pairs, as 2 N segments, with `loss_weights` float32 [B, T] and `example_weights` [B, 2 N].
     """
     rows = {name: batch[name] for name in ("input_ids", "segment_ids", "positions", "token_type_ids")}
     labels_BT = jnp.roll(batch["input_ids"], -1, axis=1)
     logprob_BT, _ = label_logprobs(model, params, rows, labels_BT, execution, key=key)
-    # The first token of a segment is never an answer's, so that none is predicted from the other segment.
+    # The first token of a segment is never an answer's, so that none is predicted from another segment.
     weights_BT = jnp.roll(batch["loss_weights"], -1, axis=1)
-    own_B2T = jnp.stack([jnp.where(batch["segment_ids"] == number, weights_BT, 0.0) for number in (1, 2)], axis=1)
-    return jnp.sum(own_B2T * logprob_BT[:, None], axis=2), jnp.sum(own_B2T, axis=2)
+    numbers_E1 = jnp.arange(1, batch["example_weights"].shape[1] + 1)[:, None]
+    own_BET = jnp.where(batch["segment_ids"][:, None] == numbers_E1, weights_BT[:, None], 0.0)
+    return _pairs(jnp.sum(own_BET * logprob_BT[:, None], axis=2)), _pairs(jnp.sum(own_BET, axis=2))
+
+
+def _pairs(of_examples_BE: jax.Array) -> jax.Array:
+    """What is said of 2 N answers in each row, [B·N, 2]."""
+    return of_examples_BE.reshape(-1, 2)
 
 
 def preference_objective(model: ModelConfig, config: PreferConfig, *, execution: Execution) -> Objective:
     """The pure functions of the objective; metrics: loss (mean over pairs), accuracy (equal rewards count half),
     margin; with a reference also kl (nats an answer), of KTO reward_good and reward_bad.
 
-    batch: rows of two segments (`answer_sums`), `example_weights` float32 [B, 2], and with a reference its
-    log-probabilities `reference` float32 [B, 2]; without these they are those of the model without its adapters. KTO:
-    also `good`, int32 [B, 2].
+    batch: rows of N pairs (`answer_sums`), `example_weights` float32 [B, 2 N], and with a reference its
+    log-probabilities `reference` float32 [B, 2 N]; without these they are those of the model without its adapters. KTO:
+    also `good`, int32 [B, 2 N].
     """
     beta = config.beta if config.beta is not None else losses.BETA[config.loss]
     referenced = config.loss not in losses.WITHOUT_REFERENCE
 
     def prepare(batch, key, step, train):
-        return batch, jnp.maximum(jnp.sum(batch["example_weights"][:, 0]), 1.0)
+        return batch, jnp.maximum(jnp.sum(_pairs(batch["example_weights"])[:, 0]), 1.0)
 
     def log_ratio(params, batch, key, policy_B2):
         if "reference" in batch:
-            return policy_B2 - batch["reference"]
+            return policy_B2 - _pairs(batch["reference"])
         reference_B2, _ = answer_sums(model, execution, without(params), batch)
         return policy_B2 - jax.lax.stop_gradient(reference_B2)
 
     def pairs(params, batch, key, norms, train):
         policy_B2, size_B2 = answer_sums(model, execution, params, batch, key if train else None)
-        weights_B = batch["example_weights"][:, 0]
-        # Rows without a pair have no tokens.
+        weights_B = _pairs(batch["example_weights"])[:, 0]
+        # Where there is no pair, there are no tokens.
         size_B2 = jnp.maximum(size_B2, 1.0)
         if config.loss == "orpo":
             loss_B, reward_B2 = losses.orpo(policy_B2, size_B2, beta), beta * policy_B2 / size_B2
@@ -244,12 +256,12 @@ def preference_objective(model: ModelConfig, config: PreferConfig, *, execution:
 
     def divergence(ratio_B2, batch):
         """Σ of log π(y'|x)/π_ref(y'|x) over answers y' to other prompts."""
-        return jnp.sum(batch["example_weights"][:, 0] * ratio_B2[:, 1])
+        return jnp.sum(_pairs(batch["example_weights"])[:, 0] * ratio_B2[:, 1])
 
     def against(params, batch, key, norms, train, kl=None):
         """kl: over the whole batch; None = this is the whole batch."""
         ratio_B2 = ratios(params, batch, key, train)
-        weights_B, good_B = batch["example_weights"][:, 0], batch["good"][:, 0]
+        weights_B, good_B = _pairs(batch["example_weights"])[:, 0], _pairs(batch["good"])[:, 0]
         if kl is None:
             kl = losses.kto_kl(divergence(ratio_B2, batch), norms)
         loss_B = losses.kto(ratio_B2[:, 0], good_B, kl, beta, config.desirable, config.undesirable)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from espalier.training.config import CheckpointConfig
-from finetune.config import FinetuneConfig, FinetuneData
+from finetune.config import FinetuneConfig, PairedData
 from finetune.task import FinetuneTask
 from finetune.tasks.reward.report import REPORT
 
 
 @dataclass(frozen=True)
-class RewardData(FinetuneData):
+class RewardData(PairedData):
     """Which of two answers is better: `prompt`, `chosen`, `rejected` (texts or messages, also without prompt), or lists
     `completions` with `scores`: .jsonl, .json, .csv, .tsv, .parquet (also .gz, .zst, URLs), hf:…"""
 
@@ -30,7 +30,7 @@ def reward() -> RewardConfig:
 
     From an mlm or a clm run, of pairs `prompt`, `chosen`, `rejected` (Bradley and Terry 1952; Ouyang et al. 2022).
     """
-    return RewardConfig(log_every=10, checkpoint=CheckpointConfig(every=1000))
+    return RewardConfig(log_every=10, checkpoint=CheckpointConfig(every=1000), data=RewardData(pairs_per_row=0))
 
 
 REWARD = FinetuneTask(

@@ -9,9 +9,7 @@ from espalier.report import page
 from espalier.report.page import Section
 from espalier.report.run_files import RunFiles
 from espalier.report.task import TaskReport
-
-SHOWN = 8
-"""How many pairs are shown."""
+from finetune.pairs_report import pairs_section
 
 
 def sections(run: RunFiles) -> list[Section]:
@@ -26,20 +24,10 @@ def sections(run: RunFiles) -> list[Section]:
         note = "Of the validation pairs, how often the chosen answer has the higher score; equal scores count half."
         found.append(Section("Preferences", page.bars(bars), note))
     if rows:
-        rows = sorted(rows, key=lambda row: row["score_chosen"] - row["score_rejected"])
-        shown = rows if len(rows) <= SHOWN else rows[: SHOWN // 2] + rows[-(SHOWN // 2) :]
-        bodies = page.entries(
-            (
-                f"chosen {row['score_chosen']:.2f}: {page.shortened(row['chosen'])}",
-                f"rejected {row['score_rejected']:.2f}: {page.shortened(row['rejected'])}",
-                page.shortened(row["prompt"]),
-            )
-            for row in shown
-        )
         note = (
             "The pairs judged most against the file, and those judged most clearly as in it; predictions.jsonl has all."
         )
-        found.append(Section("Pairs", bodies, note))
+        found.append(pairs_section(rows, lambda row: row["score_chosen"] - row["score_rejected"], "score", ".2f", note))
     return found
 
 

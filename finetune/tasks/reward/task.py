@@ -2,8 +2,8 @@
 
     p(chosen is preferred) = σ(r(x, chosen) - r(x, rejected)),   loss = -log of it, mean over the pairs
 
-Both answers of a pair stand in one row, as two segments that do not see each other: a pair is never cut by the mesh or
-by micro-batches.
+Both answers of a pair stand in one row, as two segments that do not see each other, and a row holds N pairs: a pair is
+never cut by the mesh or by micro-batches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from espalier.task import Evaluation
 from espalier.training.step import Objective
 from finetune.config import max_length
 from finetune.preferences import Pair, Preferences, read_preferences
-from finetune.task import Labelled
+from finetune.task import Labelled, row_words, shared_row
 from sharding.mesh import host_rows
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Reward(Labelled):
         self.model, self.settings = one, {"labels": list(one.labels)}
         self.fingerprints = {"train": train.fingerprint, "validation": self._validation.fingerprint}
         facts: list[str] = []
-        batches = []
+        batches: list[LabelledBatches] = []
+        per_row = data.pairs_per_row
         for part in (train, self._validation):
             encoded = encode_answers(tokenizer, both(part.pairs), longest, model.causal)
             kept = differing(encoded)
@@ -64,20 +65,26 @@ class Reward(Labelled):
                     f"{part.path}: what chosen and rejected differ by lies behind the first {longest} tokens of every "
                     "pair; give more with --data.max-length"
                 )
-            settings: dict[str, Any] = {"pad_id": special_ids(tokenizer).pad, "max_length": longest}
-            batches.append(
-                LabelledBatches(kept, 2 * config.batch_size, config.seed, examples_per_row=2, together=True, **settings)
-            )
             if part is train:
-                self.examples, self.tokens_per_row = len(kept) // 2, 2 * sum(map(_tokens, kept)) / len(kept)
+                sizes = list(map(_tokens, kept))
+                both_sizes = [sum(two) for two in zip(sizes[::2], sizes[1::2], strict=True)]
+                per_row = shared_row(data.pairs_per_row, both_sizes, config, mesh, "data.pairs_per_row")
+                self.examples, self.tokens_per_row = len(kept) // 2, sum(sizes) / len(kept) * 2
+            settings: dict[str, Any] = {"pad_id": special_ids(tokenizer).pad, "max_length": longest, "together": 2}
+            batches.append(
+                LabelledBatches(kept, 2 * config.batch_size, config.seed, examples_per_row=2 * per_row, **settings)
+            )
+        self.data = dataclasses.replace(data, pairs_per_row=per_row)
         self.facts: Sequence[str] = tuple(dict.fromkeys(facts))
-        self._rows = host_rows(config.batch_size, mesh)
+        self._rows = host_rows(config.batch_size // per_row, mesh)
         self._batches = batches[0]
         self.eval_batches: Sequence[dict] = batches[1].fixed(self._rows)
         self.about = {
             "training": f"{train.path}: {self.examples:,} pairs",
             "validation": f"{self._validation.path}: {len(batches[1]) // 2:,} pairs",
         }
+        if per_row > 1:
+            self.about["rows"] = row_words(self._batches, f"{per_row} pairs")
         self.objective = reward_objective(self.model, execution=config.execution)
 
     def init_params(self, key: jax.Array) -> dict:
@@ -123,18 +130,21 @@ def alike(part: Preferences, encoded: Sequence[Example], kept: Sequence[Example]
 def reward_objective(model: ModelConfig, *, execution: Execution) -> Objective:
     """The two pure functions of the objective; metrics: loss (nats a pair), accuracy (equal scores count half), margin.
 
-    batch: rows [B, T] of two segments, the chosen and the rejected answer; `example_weights` float32 [B, 2], 0 where
-    there is no pair.
+    batch: rows [B, T] of N pairs, as 2 N segments, the chosen answers and behind each the rejected one;
+    `example_weights` float32 [B, 2 N], 0 where there is no pair.
     """
 
     def prepare(batch, key, step, train):
-        return batch, jnp.maximum(jnp.sum(batch["example_weights"][:, 0]), 1.0)
+        return batch, jnp.maximum(jnp.sum(batch["example_weights"][:, ::2]), 1.0)
 
     def loss(params, batch, key, norms, train):
         body_key, head_key = jax.random.split(key) if train else (None, None)
         x_BTD = apply(model, params, batch, execution=execution, key=body_key)
-        score_B2 = sequence_logits(model, params, x_BTD, batch["segment_ids"], head_key, examples=2)[..., 0]
-        margin_B, weights_B = score_B2[:, 0] - score_B2[:, 1], batch["example_weights"][:, 0]
+        weights_BE = batch["example_weights"]
+        score_BE = sequence_logits(
+            model, params, x_BTD, batch["segment_ids"], head_key, examples=weights_BE.shape[1]
+        )[..., 0]  # fmt: skip
+        margin_B, weights_B = (score_BE[:, ::2] - score_BE[:, 1::2]).reshape(-1), weights_BE[:, ::2].reshape(-1)
         loss_sum, weight = jnp.sum(weights_B * jax.nn.softplus(-margin_B)), jnp.sum(weights_B)
         right_B = (1.0 + jnp.sign(margin_B)) / 2.0
         sums = {
