@@ -17,6 +17,7 @@ from espalier.training.config import CheckpointConfig
 from espalier.training.frozen import restore_complete
 from finetune.config import FinetuneConfig, FinetuneOptimizer, LoraConfig
 from finetune.presets import PRESETS
+from finetune.tasks.reinforce.record import PolicyGradient
 from finetune.train import main
 from sharding.mesh import MeshConfig
 
@@ -43,6 +44,11 @@ def chosen(number: int) -> dict[str, Any]:
     return {"question": f"the {word} is", "choices": ["bird", "fruit"], "label": ["bird", "fruit"].index(kind)}
 
 
+def preferred(number: int) -> dict[str, Any]:
+    word, kind = named(number)
+    return {"prompt": f"we saw {number}", "chosen": f"the {word} here", "rejected": f"a {kind}"}
+
+
 ROWS = {
     "classify": lambda number: {"text": f"we saw the {named(number)[0]}", "label": named(number)[1]},
     "tag": tagged,
@@ -55,8 +61,11 @@ ROWS = {
     "embed": lambda number: {"query": named(number)[0], "positive": f"we saw it here {number}"},
     "instruct": lambda number: {"prompt": f"we saw the {named(number)[0]}", "completion": named(number)[1]},
     "choose": chosen,
+    "reward": preferred,
+    "prefer": preferred,
+    "reinforce": lambda number: {"prompt": f"we saw the {named(number)[0]}"},
 }
-DECODERS = ("instruct", "choose")
+DECODERS = ("instruct", "choose", "prefer", "reinforce")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +87,10 @@ def config_for(bases, folder, name: str, **changes) -> FinetuneConfig:
     preset = PRESETS[name]()
     if name == "instruct":
         files = {part: (path,) for part, path in files.items()} | {"answers": 2, "max_new_tokens": 4}
+    if name == "reinforce":
+        # By how many signs it has, in which completions differ.
+        files |= {"reward": ("length:6",), "validation_samples": 2}
+        changes["policy"] = PolicyGradient(samples=4, max_new_tokens=4, cut="scored")
     defaults = dict(
         init_from=bases.decoder if name in DECODERS else bases.encoder,
         run_dir=str(folder / "run"),

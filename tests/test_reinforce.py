@@ -14,6 +14,7 @@ from tiny_models import LLAMA, close, random_params
 from tiny_runs import write_run
 from toy import metrics_of, quick_compilation  # noqa: F401
 
+from espalier.data.tokenizer import framed_tokenizer
 from espalier.errors import UserError
 from espalier.models.config import Execution
 from espalier.training.config import CheckpointConfig
@@ -383,8 +384,9 @@ def test_a_classifier_as_a_reward_gives_the_logarithm_of_its_last_label(started,
     decoder = espalier.load(started / "clm")
     labelled = dataclasses.replace(decoder.config, labels=("bad", "good"))
     model = LoadedModel(
-        labelled, random_params(labelled, ("sequence_classification",)), decoder.tokenizer, "sequence_classification"
-    )
+        labelled, random_params(labelled, ("sequence_classification",)), framed_tokenizer(decoder.tokenizer, True),
+        "sequence_classification",
+    )  # fmt: skip
     monkeypatch.setattr(espalier.loading, "load", lambda run: {"judge": model, "clm": decoder}[run])
     found = Rewards(ReinforceData(reward=("model:judge",)))(
         [Group(Asked("f:1", "1+2=", [1], {}, ""), ["3", "4"]), Group(Asked("f:2", "0=", [1], {}, ""), ["0", "1"])]

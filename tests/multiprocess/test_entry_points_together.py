@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from labelled_words import ENCODER, TEXTS, sentences, write_jsonl
+from labelled_words import DECODER, ENCODER, TEXTS, sentences, write_jsonl
 from safetensors.numpy import load_file
 from tiny_runs import write_run
 
@@ -13,6 +13,7 @@ import finetune.train
 import mlm.pretrain
 from finetune.presets import PRESETS as FINETUNE
 from finetune.tasks.classify.record import ClassifyData
+from finetune.tasks.reward.record import RewardConfig, RewardData
 from mlm.presets import PRESETS as MLM
 from sharding.mesh import MeshConfig
 
@@ -121,3 +122,43 @@ def test_finetuning(run, tmp_path):
         assert len(one) == len(two)
     assert (tmp_path / "both" / "confusion.json").read_text() == (tmp_path / "one" / "confusion.json").read_text()
     assert len((tmp_path / "both" / "predictions.jsonl").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize("task", ["prefer", "reward", "reinforce"])
+def test_preferences_and_rewards(run, tmp_path, task):
+    """The reference is computed by both and written by the first, which alone asks for rewards, of a reward model, too:
+    what is drawn, logged and measured is that of one process."""
+    model = dataclasses.replace(DECODER, num_hidden_layers=1, max_position_embeddings=64)
+    base = write_run(tmp_path / "base", model, TEXTS)
+    pairs = [{"prompt": f"we saw {n % 3}", "chosen": f"the {n}", "rejected": "a" * (1 + n % 4)} for n in range(16)]
+    files = [write_jsonl(tmp_path / f"{side}.jsonl", pairs[:size]) for side, size in (("train", 16), ("dev", 7))]
+    flags = ["--init-from", base, "--data.train", files[0], "--data.validation", files[1], "--batch-size", 8]
+    flags += ["--steps", 3, "--eval-every", 3, "--log-every", 1, "--optimizer.learning-rate", "1e-3"]
+    if task == "reinforce":
+        judge = RewardConfig(
+            init_from=str(base), data=RewardData(*files), steps=1, run_dir=str(tmp_path / "judge"), mesh=SPLIT
+        )
+        finetune.train.main(judge)
+        flags += ["--data.reward", "length:4", f"model:{tmp_path / 'judge'}", "--data.validation-samples", 2]
+        flags += ["--policy.samples", 4, "--policy.max-new-tokens", 4, "--policy.beta", 0.1, "--policy.cut", "scored"]
+        flags += ["--policy.resample", 1]
+    group = run(2, "finetune.train", task, "--run-dir", "both", *flags, *FLAGS)
+    together = spoken(group)
+    # One process with as many devices, by the same command.
+    alone = json.loads(
+        run(1, "finetune.train", task, "--run-dir", "one", *flags, *FLAGS, devices=4).out(0).splitlines()[-1]
+    )
+    same_results(together, alone)
+    assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-5)
+    assert names(tmp_path / "both") == names(tmp_path / "one")
+    both, one = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+                 for run in ("both", "one"))  # fmt: skip
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (both, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6) and len(losses[0]) >= 3
+    if task == "reinforce":
+        written = [(tmp_path / run / "rollouts.jsonl").read_text().splitlines() for run in ("both", "one")]
+        texts = [[json.loads(line)["completion"] for line in lines] for lines in written]
+        assert texts[0] == texts[1]
+    if task == "prefer":
+        arrays = [np.load(tmp_path / run / "reference.npz") for run in ("both", "one")]
+        np.testing.assert_allclose(*(file["train"] for file in arrays), rtol=1e-5)

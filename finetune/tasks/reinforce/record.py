@@ -89,7 +89,8 @@ class PolicyGradient:
     clip_high: float | None = None
     """The bound above, where it is another (DAPO takes 0.28)."""
     beta: float = 0.0
-    """Weight of the KL divergence from the model that the run began with; 0 = none, and no reference is kept."""
+    """Weight of the KL divergence from the model that the run began with; 0 = none. That model is kept beside the one
+    that learns; with --lora.rank it is the one with its adapters switched off."""
     kl: Literal["k1", "k3"] = "k1"
     """k1: log π/π_ref of a completion is taken off its reward, whose gradient is that of the KL; k3: Schulman's
     estimator (2020) is added to the loss of each token, as GRPO does."""
@@ -154,10 +155,10 @@ class ReinforceConfig(FinetuneConfig):
         super().__post_init__()
         if self.dropout:
             raise UserError(f"dropout={self.dropout}: what is drawn and what is trained must be one policy; give 0")
-        if self.policy.beta and (self.lora.rank or self.freeze):
+        if self.policy.beta and self.freeze:
             raise UserError(
-                "policy.beta keeps a whole reference model, for which --lora.rank and --freeze leave no place; leave "
-                "out one of both"
+                "policy.beta keeps a whole reference model, for which --freeze leaves no place; leave out one of both, "
+                "or train adapters (--lora.rank), whose base is the reference"
             )
         if self.steps is None and self.epochs is None:
             object.__setattr__(self, "steps", 200)

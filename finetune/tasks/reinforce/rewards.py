@@ -12,6 +12,7 @@ FILE.py:NAME     reward(prompts, completions, row) -> floats, for the completion
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 import operator
 import re
@@ -167,20 +168,30 @@ def _of_model(run: str) -> Score:
     import jax
 
     from espalier.loading import load
-    from espalier.predict.score import rewards
+    from espalier.predict.score import encode_answers, rewards
+    from sharding.mesh import MeshConfig, build_mesh
 
     model = load(run)
     scores = model.saved.get("task") == "reward"
     if not scores and model.head != "sequence_classification":
         raise UserError(f"data.reward=model:{run} has the head {model.head}; give a reward model or a classifier")
 
+    # One process asks for rewards, and the mesh of the run may have the devices of others.
+    mesh = build_mesh(MeshConfig(), jax.local_devices())
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    model = dataclasses.replace(model, params=jax.device_put(model.params, whole))
+
     def score(groups: Sequence[Group]) -> list[Sequence[float] | str]:
         pairs = [(group.asked.text, text) for group in groups for text in group.completions]
-        if scores:
-            found_N = np.asarray(rewards(model, pairs), np.float64)
-        else:
-            logits_NC = np.asarray(model.logits([prompt + text for prompt, text in pairs]))
-            found_N = np.asarray(jax.nn.log_softmax(logits_NC))[:, -1] if logits_NC.shape[1] > 1 else logits_NC[:, 0]
+        with jax.set_mesh(mesh):
+            if scores:
+                found_N = np.asarray(rewards(model, pairs), np.float64)
+            else:
+                texts = [("", prompt + text) for prompt, text in pairs]
+                examples = encode_answers(model.tokenizer, texts, model.longest, model.config.causal)
+                logits_NC = np.array(model.outputs_of_head(examples), np.float64)
+                normaliser_N = np.logaddexp.reduce(logits_NC, axis=1) if logits_NC.shape[1] > 1 else 0.0
+                found_N = logits_NC[:, -1] - normaliser_N
         ends = np.cumsum([len(group.completions) for group in groups])[:-1]
         return [part.tolist() for part in np.split(found_N, ends)]
 

@@ -25,6 +25,7 @@ from espalier.models.decoding import Drawn, Sampling
 from espalier.models.generate import continued
 from espalier.models.slots import continue_all
 from espalier.predict.stops import stop_table
+from espalier.training.adapters import without
 from finetune.tasks.reinforce.advantages import advantages, equal
 from finetune.tasks.reinforce.objective import completion_logprobs
 from finetune.tasks.reinforce.prompts import Asked, completion_text
@@ -142,7 +143,7 @@ class Rollouts:
         if policy.updates > 1 or in_reward:
             added["first_logprobs"] = scored(params=params)
         if policy.beta:
-            added["reference_logprobs"] = scored(params=state.frozen[REFERENCE])
+            added["reference_logprobs"] = scored(params=state.frozen.get(REFERENCE) or without(params))
         if in_reward:
             # Of two passes of training, so that what is the same model differs by nothing.
             gap_RC = self._whole(added["first_logprobs"] - added["reference_logprobs"])

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from espalier.data.chat import chat_template, end_of_turn
 from espalier.data.loader import shuffled
 from espalier.data.tokenizer import special_ids
-from espalier.errors import UserError
 from espalier.models import generate
 from espalier.models.config import ModelConfig
 from espalier.models.decoding import Sampling
@@ -28,7 +27,7 @@ from espalier.predict.generate import TUNED
 from espalier.predict.loaded import LoadedModel
 from espalier.predict.stops import stop_table
 from espalier.task import Evaluation
-from finetune.task import Labelled, resolved
+from finetune.task import Labelled, check_decoder, resolved
 from finetune.tasks.reinforce.advantages import pass_at
 from finetune.tasks.reinforce.objective import policy_objective
 from finetune.tasks.reinforce.prompts import Asked, completion_text, read_prompts
@@ -50,11 +49,7 @@ class Reinforcement(Labelled):
     """The prompts of two files, and the rewards of their completions."""
 
     def __init__(self, config: ReinforceConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, mesh: Mesh):
-        if not model.causal:
-            raise UserError(
-                f"--init-from names an encoder ({model.model_type}), which writes no completions; name a decoder "
-                "(a clm run, or hf: with GPT-2, Llama, Qwen …)"
-            )
+        check_decoder(model, "completions")
         policy, self.model = config.policy, model
         asked = _asked_as(model, tokenizer, config.data, config)
         train, validation = (
@@ -72,7 +67,8 @@ class Reinforcement(Labelled):
         self.objective = policy_objective(
             model, policy, execution=config.execution, collect=self._rollouts.collect, ahead=ahead
         )
-        self.reference = policy.beta > 0
+        # Adapters switched off are the reference.
+        self.reference = policy.beta > 0 and not config.lora.rank
         self.settings, self.user_code = {}, self._rewards.user_code
         self.fingerprints = {"train": train.fingerprint, "validation": validation.fingerprint}
         self.facts: Sequence[str] = tuple(dict.fromkeys([*train.facts, *validation.facts]))
