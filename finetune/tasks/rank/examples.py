@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
 
     encoded: list[Example]
     """With the targets `labels` (relevance from 0 to 1) and `index` (which of them it is)."""
-    relevance: list[int]
+    relevance: list[float]
     groups: list[tuple[int, list[int]]]
     """A relevant pair and the irrelevant ones of its query, by number."""
 
@@ -42,7 +42,8 @@ def training_pairs(
 ) -> Pairs:
     """judged: with candidates. A file that pairs queries and texts is taken as it is; of other layouts each relevant
     text comes with as many irrelevant candidates of its query as `negatives` says, drawn once (grouped: from POOL times
-    as many, drawn anew in each epoch). UserError where there is nothing to tell apart.
+    as many, drawn anew in each epoch). Of clicks, a group is a clicked text and all others of its query, clicked or
+    not: what it is compared with must not depend on clicks. UserError where there is nothing to tell apart.
     """
     random = np.random.default_rng([seed, 7])
     chosen: list[tuple[Query, str]] = []
@@ -50,7 +51,10 @@ def training_pairs(
     for query in judged.queries:
         good = [name for name, grade in query.relevance.items() if grade > 0]
         bad = [name for name in query.candidates or () if query.relevance.get(name, 0) <= 0]
-        if not judged.paired or grouped:
+        if judged.clicks and grouped:
+            if not good or len(good) + len(bad) < 2:
+                continue
+        elif not judged.paired or grouped:
             if not good or (grouped and not bad):
                 continue
             most = negatives * (POOL if grouped else 1) * len(good)
@@ -58,8 +62,9 @@ def training_pairs(
                 bad = [bad[at] for at in np.sort(random.choice(len(bad), most, replace=False))]
         first = len(chosen)
         chosen += [(query, name) for name in (*good, *bad)]
-        rest = list(range(first + len(good), len(chosen)))
-        groups += [(first + at, rest) for at in range(len(good))]
+        own = range(first, first + len(good))
+        rest = list(range(first if judged.clicks else own.stop, len(chosen)))
+        groups += [(at, [other for other in rest if other != at] if judged.clicks else rest) for at in own]
     relevance = [query.relevance.get(name, 0) for query, name in chosen]
     if len(set(relevance)) < 2:
         raise UserError(
@@ -85,13 +90,13 @@ def ranked_pairs(queries: Sequence[Query]) -> list[tuple[Query, str]]:
 def encoded(
     judged: Judged,
     chosen: Sequence[tuple[Query, str]],
-    relevance: Sequence[int],
+    relevance: Sequence[float],
     tokenizer: PreTrainedTokenizerFast,
     max_length: int,
     causal: bool,
 ) -> list[Example]:
     """Pairs as the model reads them; grades are divided by the highest of the file."""
-    highest = max((grade for query in judged.queries for grade in query.relevance.values()), default=1) or 1
+    highest = judged.highest
     with progress.waiting(f"tokenizing {len(chosen):,} pairs"):
         examples = encode_pairs(
             *(tokenizer, [query.text for query, _ in chosen], [judged.texts[name] for _, name in chosen]),

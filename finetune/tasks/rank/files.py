@@ -2,6 +2,7 @@
 
 a query, a text and its relevance (0, 1, grades)    .tsv, .csv, .jsonl, .parquet, hf:…, with named columns
 {"query": …, "positives": […], "negatives": […]}    .jsonl, .parquet; also columns query, positive, negative
+a query, a text, a click and a position             likewise (finetune/tasks/rank/clicks.py)
 a query, a relevant and an irrelevant text          .tsv without names: the triples of MS MARCO
 a folder with corpus.jsonl or collection.tsv        BEIR's and MS MARCO's (finetune/tasks/rank/folders.py)
 """
@@ -16,6 +17,7 @@ from espalier.data.encodings import codec
 from espalier.data.records import Record
 from espalier.data.tables import Table, read_table, read_text
 from espalier.errors import UserError
+from finetune.tasks.rank.clicks import CLICKS, of_clicks
 from finetune.tasks.rank.folders import collection_of, read_collection
 from finetune.tasks.rank.judged import Judged, Query, checked, grade
 
@@ -31,14 +33,26 @@ NEGATIVES = r"neg(ative)?s?([_ -]?\d+)?|hard_negatives?|negative_passages?"
 
 def read_judged(data: RankData, name: str) -> Judged:
     """What is named `train` or `validation`; UserError where it will not do."""
+    clicks = (data.position or data.propensity) if name == "train" else None
     what = "a file of queries and texts (.tsv, .csv, .jsonl, hf:…) or a folder in the layout of BEIR or MS MARCO"
     with data.opening(name, what) as path:
         if collection_of(path):
+            _check_pairs(path, clicks)
             return checked(read_collection(path, name, data.run if name == "validation" else None))
         if data.run is not None and name == "validation":
             raise UserError(f"--data.run is for folders with a collection of texts, and {path} is none; leave it out")
-        rows = _triples(path, data.encoding)
-        return checked(_of_triples(path, *rows) if rows else _of_table(read_table(path, codec(data.encoding)), data))
+        if rows := _triples(path, data.encoding):
+            _check_pairs(path, clicks)
+            return checked(_of_triples(path, *rows))
+        return checked(_of_table(read_table(path, codec(data.encoding)), data, clicks))
+
+
+def _check_pairs(path: str, clicks: str | None) -> None:
+    if clicks:
+        raise UserError(
+            f"{path} holds no clicks: --data.position and --data.propensity are for files with a column of queries, of "
+            "texts and of clicks, an impression a row; leave them out"
+        )
 
 
 class _Gathered:
@@ -99,24 +113,26 @@ def _of_triples(path: str, lines: list[list[str]], notes: Sequence[str], fingerp
     return found.judged(path, False, (*notes, said), fingerprint)
 
 
-def _of_table(table: Table, data: RankData) -> Judged:
+def _of_table(table: Table, data: RankData, clicks: str | None = None) -> Judged:
     names = list(dict.fromkeys(name for record in table.records for name in record.columns))
     query = _column(table, names, data.query, QUERIES, "query")
     positives = [name for name in names if re.fullmatch(POSITIVES, name)]
     if positives and data.text is None:
+        _check_pairs(table.path, clicks)
         return _of_lists(table, query, positives, [name for name in names if re.fullmatch(NEGATIVES, name)])
     text = _column(table, names, data.text, TEXTS, "text")
-    label = _column(table, names, data.label, LABELS, "label")
+    label = _column(table, names, data.label, (*CLICKS, *LABELS) if clicks else LABELS, "label")
+    if clicks:
+        _column(table, names, clicks, (), "position")
+        return of_clicks(table, data, query, text, label, _text)
     found = _Gathered()
     for record in table.records:
         values = dict(zip(record.columns, record.values, strict=True))
-        for name in (query, text):
-            if len(_texts(record, values, name)) != 1:
-                raise UserError(f"{record.name}: no text under {name!r}; correct or remove the row")
+        asked, shown = (_text(record, values, name) for name in (query, text))
         value = values.get(label)
         if value is None:
             raise UserError(f"{record.name}: no relevance under {label!r}; it is 0, 1 or a grade")
-        found.add(_texts(record, values, query)[0], _texts(record, values, text)[0], grade(value, record.name))
+        found.add(asked, shown, grade(value, record.name))
     said = f"{table.path}: pairs of {query!r} and {text!r}, with the relevance in {label!r}"
     return found.judged(table.path, True, (*table.notes, said), table.fingerprint)
 
@@ -152,6 +168,14 @@ def _column(table: Table, names: Sequence[str], asked: str | None, known: Sequen
             "columns is taken for triples)"
         )
     return found
+
+
+def _text(record: Record, values: Mapping[str, Any], name: str) -> str:
+    """The one text of a cell."""
+    texts = _texts(record, values, name)
+    if len(texts) != 1:
+        raise UserError(f"{record.name}: no text under {name!r}; correct or remove the row")
+    return texts[0]
 
 
 def _texts(record: Record, values: Mapping[str, Any], name: str) -> list[str]:

@@ -14,8 +14,9 @@ from finetune.tasks.rank.bm25 import BM25
 class Query(NamedTuple):
     id: str
     text: str
-    relevance: Mapping[str, int]
-    """Text (its id) → grade, of all that were judged, ranked or not; what was not judged counts as 0."""
+    relevance: Mapping[str, float]
+    """Text (its id) → grade, of all that were judged, ranked or not; what was not judged counts as 0. Of clicks, an
+    estimate of how likely it is to be clicked where it is looked at."""
     candidates: Sequence[str] | None
     """The texts that are ranked, by id; None = the file does not say, and BM25 finds them."""
 
@@ -32,6 +33,15 @@ class Judged(NamedTuple):
     facts: tuple[str, ...]
     """What was found and what it was taken for, a line each."""
     fingerprint: str
+    clicks: bool = False
+    """Whether the relevance is estimated from clicks (finetune/tasks/rank/clicks.py)."""
+
+    @property
+    def highest(self) -> float:
+        """The relevance that counts as 1."""
+        if self.clicks:
+            return 1.0
+        return max((grade for query in self.queries for grade in query.relevance.values()), default=1) or 1
 
     @property
     def candidates(self) -> int:

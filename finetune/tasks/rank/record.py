@@ -24,6 +24,15 @@ class RankData(FinetuneData):
     """Column of texts; unset = guessed (text, passage, document, …)."""
     label: str | None = None
     """Column of relevance: 0, 1 or grades; unset = guessed (relevance, label, score, …)."""
+    position: str | None = None
+    """Column with the position at which a text of the training file was shown, 1 = first: the label is then a click,
+    weighed by how likely it was to be looked at there."""
+    position_bias: float = 1.0
+    """η: at position k a text is looked at with the probability (1/k)^η; 0 takes clicks for relevance as they are."""
+    propensity: str | None = None
+    """Column with that probability itself, instead of a position."""
+    propensity_clip: float = 0.0
+    """Smaller probabilities are taken for this one: some bias, less noise."""
     negatives: int = often(7)
     """Irrelevant texts for each relevant one that are learnt from, where the file does not pair them itself."""
     depth: int = 100
@@ -38,6 +47,16 @@ class RankData(FinetuneData):
         for name in ("negatives", "depth", "eval_queries"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.position is not None and self.propensity is not None:
+            raise UserError(
+                f"data.position={self.position} and data.propensity={self.propensity} say the same thing in two ways; "
+                "give one"
+            )
+        if not self.position_bias >= 0 or not 0 <= self.propensity_clip < 1:
+            raise UserError(
+                f"data.position_bias={self.position_bias} (0 or more), data.propensity_clip={self.propensity_clip} (0 "
+                "or more, below 1): correct what is out of range"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class RankConfig(FinetuneConfig):
     task: ClassVar[str] = "ranking"
     loss: Literal["bce", "softmax"] = often("bce")
     """bce: each pair by itself, cross-entropy of its relevance. softmax: each relevant text against the irrelevant ones
-    of its query; a row of the batch is then such a group."""
+    of its query (each clicked one against the others); a row of the batch is then such a group."""
     data: RankData = field(default_factory=RankData)
 
 

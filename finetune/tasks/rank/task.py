@@ -2,7 +2,7 @@
 
 Two losses. Pairs: binary cross-entropy of each text's relevance (a grade counts as its part of the highest). Groups:
 -log softmax over one relevant text and irrelevant ones of its query (Gao et al. 2021, "Rethink training of BERT
-rerankers").
+rerankers"). Both take clicks, too (finetune/tasks/rank/clicks.py).
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class Ranking(Labelled):
         )
         self.facts: Sequence[str] = tuple(dict.fromkeys((*train.facts, *self._validation.facts, *cut)))
         self.about = _about(train, self._validation, pairs.relevance, len(pairs.groups))
-        self.objective = ranking_objective(self.model, len(self._held_out), execution=config.execution)
+        self.objective = ranking_objective(
+            self.model, len(self._held_out), execution=config.execution, weighted=train.clicks
+        )
 
     def init_params(self, key: jax.Array) -> dict:
         return init_params(self.model, key, heads=("sequence_classification",))
@@ -125,13 +127,13 @@ def scores(model: ModelConfig, params, batch: dict, execution: Execution, key: j
     return sequence_logits(model, params, x_BTD, rows["segment_ids"], head_key)[:, 0].reshape(shape[:-1])
 
 
-def ranking_objective(model: ModelConfig, held_out: int, *, execution: Execution) -> Objective:
+def ranking_objective(model: ModelConfig, held_out: int, *, execution: Execution, weighted: bool = False) -> Objective:
     """The two pure functions. They train on pairs [B, T] by cross-entropy, on groups [B, G, T] by softmax;
     metrics: loss (nats a pair or group), accuracy.
 
     batch: also `labels` float32 and `example_weights` float32, [B] or [B, G], 0 for rows that count nothing, and
     `index` int32. An evaluation is of pairs, and gives the count `scores`, float32 [held_out]: that of pair `index` in
-    its place.
+    its place. weighted: a group counts as much as the label of its first text says.
     """
 
     def prepare(batch, key, step, train):
@@ -144,7 +146,7 @@ def ranking_objective(model: ModelConfig, held_out: int, *, execution: Execution
         weights, labels = batch["example_weights"], batch["labels"]
         if found.ndim == 2:
             found_BG = jnp.where(weights > 0, found, jnp.float32(-1e30))
-            weights_B = weights[:, 0]
+            weights_B = weights[:, 0] * labels[:, 0] if weighted else weights[:, 0]
             losses_B = jax.nn.logsumexp(found_BG, axis=1) - found_BG[:, 0]
             right_B = found_BG[:, 0] >= found_BG.max(1)
         else:
@@ -203,11 +205,12 @@ def _bm25_scores(judged: Judged) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def _about(train: Judged, validation: Judged, relevance: Sequence[int], groups: int) -> dict[str, str]:
+def _about(train: Judged, validation: Judged, relevance: Sequence[float], groups: int) -> dict[str, str]:
     relevant = sum(grade > 0 for grade in relevance)
-    learnt = f"{len(relevance):,} pairs, {relevant:,} relevant"
+    learnt = f"{len(relevance):,} pairs, {relevant:,} {'clicked' if train.clicks else 'relevant'}"
     if groups:
-        learnt = f"{groups:,} groups of a relevant text and irrelevant ones"
+        what = "a clicked text and others of its query" if train.clicks else "a relevant text and irrelevant ones"
+        learnt = f"{groups:,} groups of {what}"
     return {
         "training": f"{train.path}: {len(train.queries):,} queries, {learnt}",
         "validation": f"{validation.path}: {len(validation.queries):,} queries rank {validation.candidates:,} texts",
