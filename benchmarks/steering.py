@@ -3,9 +3,11 @@
     python -m benchmarks.steering --base RUN --sst train.tsv --text BOOK.txt --folder runs/steering --losses dpo ipo
 
 Two reward models are learnt from halves of SST-2: by one the pairs are made, the other one judges. A control has the
-same pairs with chosen and rejected drawn by lot. Printed a line each: how often the judge prefers the continuation of
-the tuned decoder to one of the base's behind the same unseen prompt, the mean of its score, and KL(π ‖ π_ref) in nats
-a text, the mean of log π - log π_ref over samples of π.
+same pairs with chosen and rejected drawn by lot. Among the losses, `reinforce` is no loss of pairs: it draws anew at
+each step behind the same prompts, rewards log p(positive) by a classifier of the sentences of the first half, and takes
+--beta of the KL off. Printed a line each: how often the judge prefers the continuation of the tuned decoder to one of
+the base's behind the same unseen prompt, the mean of its score, and KL(π ‖ π_ref) in nats a text, the mean of log π -
+log π_ref over samples of π.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from espalier.data.text_template import encode_filled
 from espalier.data.tokenizer import special_ids
 from espalier.training.config import CheckpointConfig
 from finetune.config import FinetuneOptimizer
+from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
 from finetune.tasks.prefer.record import PreferConfig, PreferData
 from finetune.tasks.prefer.reference import answer_logprobs
+from finetune.tasks.reinforce.record import PolicyGradient, ReinforceConfig, ReinforceData
 from finetune.tasks.reward.record import RewardConfig, RewardData
 from finetune.train import main
 from sharding.mesh import MeshConfig
@@ -64,6 +68,42 @@ def reward_model(args: argparse.Namespace, name: str, pairs: list[dict]):
         )
     )  # fmt: skip
     return espalier.load(folder), summary["metrics"]["accuracy"]
+
+
+def classifier(args: argparse.Namespace, pairs: list[dict]) -> Path:
+    """A run of `classify` on the sentences of these pairs; its last label is positive."""
+    folder = args.folder / "classifier"
+    rows = [{"text": pair[name], "label": label} for pair in pairs
+            for name, label in (("rejected", "0"), ("chosen", "1"))]  # fmt: skip
+    data = ClassifyData(
+        write_rows(args.folder / "classifier.train.jsonl", rows[:-200]),
+        write_rows(args.folder / "classifier.dev.jsonl", rows[-200:]),
+        max_length=LONGEST,
+    )
+    main(
+        ClassifyConfig(
+            init_from=args.base, run_dir=str(folder), steps=args.reward_steps, batch_size=64, data=data,
+            eval_every=10_000, optimizer=FinetuneOptimizer(learning_rate=5e-4), **SHARED,
+        )
+    )  # fmt: skip
+    return folder
+
+
+def reinforced(args: argparse.Namespace, pairs: list[dict], train: list[str], held_out: list[str]) -> ReinforceConfig:
+    """From the rewards of a classifier, drawn behind the same prompts."""
+    rows = [[{"prompt": prompt} for prompt in part] for part in (train, held_out)]
+    data = ReinforceData(
+        write_rows(args.folder / "prompts.train.jsonl", rows[0]),
+        write_rows(args.folder / "prompts.dev.jsonl", rows[1]),
+        max_length=LONGEST - TOKENS,
+        reward=(f"model:{classifier(args, pairs)}",),
+        validation_samples=2,
+    )
+    policy = PolicyGradient(samples=args.samples, max_new_tokens=TOKENS, beta=args.beta, cut="scored", solved=-0.1)
+    return ReinforceConfig(
+        init_from=args.base, run_dir=str(args.folder / "reinforce"), steps=args.steps, batch_size=16, policy=policy,
+        eval_every=10_000, data=data, optimizer=FinetuneOptimizer(learning_rate=args.rate), **SHARED,
+    )  # fmt: skip
 
 
 def openings(path: Path, count: int, seed: int) -> list[str]:
@@ -118,21 +158,23 @@ def run(args: argparse.Namespace) -> None:
         for row in rows
     ]
     files = {name: [write_rows(args.folder / f"{name}.{side}.jsonl", part) for side, part in
-                    (("train", made[:-32]), ("dev", made[-32:]))]
+                    (("train", made[: -args.dev]), ("dev", made[-args.dev :]))]
              for name, made in (("scored", rows), ("lot", by_lot))}  # fmt: skip
     asked = [prompt for prompt in held_out for _ in range(2)]
     before = samples(base, asked, 1, 900)
     judged = np.array(judge.score([prompt + texts[0] for prompt, texts in zip(asked, before, strict=True)]))
     print(f"base: mean score {judged.mean():+.3f}", flush=True)
     for loss, name in [*((loss, "scored") for loss in args.losses), ("dpo", "lot")]:
-        config = PreferConfig(
-            init_from=args.base, run_dir=str(args.folder / f"{loss}-{name}"), loss=loss, steps=args.steps,
-            batch_size=16,
-            eval_every=10_000, data=PreferData(*files[name], max_length=LONGEST),
-            optimizer=FinetuneOptimizer(learning_rate=args.rate), **SHARED,
-        )  # fmt: skip
+        if loss == "reinforce":
+            config = reinforced(args, pairs[: args.pairs], train, held_out)
+        else:
+            config = PreferConfig(
+                init_from=args.base, run_dir=str(args.folder / f"{loss}-{name}"), loss=loss, steps=args.steps,
+                batch_size=16, eval_every=10_000, data=PreferData(*files[name], max_length=LONGEST, pairs_per_row=0),
+                optimizer=FinetuneOptimizer(learning_rate=args.rate), **SHARED,
+            )  # fmt: skip
         accuracy = main(config)["metrics"].get("accuracy", float("nan"))
-        tuned = espalier.load(args.folder / f"{loss}-{name}")
+        tuned = espalier.load(config.run_dir)
         after = [texts[0] for texts in samples(tuned, asked, 1, 500)]
         now = np.array(judge.score([prompt + text for prompt, text in zip(asked, after, strict=True)]))
         print(
@@ -149,8 +191,9 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=kind, default=default, required=default is None)
     parser.add_argument("--losses", nargs="+", default=["dpo"])
     for name, default in (("pairs", 1500), ("reward-steps", 150), ("prompts", 352), ("held-out", 100), ("samples", 4),
-                          ("steps", 120)):  # fmt: skip
+                          ("steps", 120), ("dev", 32)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--no-judge", action="store_true", help="the reward model that made the pairs judges, too")
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--beta", type=float, default=0.05, help="weight of the KL in reinforce")
     run(parser.parse_args())
