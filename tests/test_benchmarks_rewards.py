@@ -1,14 +1,16 @@
 """The benchmarks of preferences, rewards and clicks: their data and figures by hand, and each run whole, tiny."""
 
 import argparse
+import dataclasses
 import json
 import math
+import pathlib
 import random
 import sys
 
+import jax
 import numpy as np
 import pytest
-from labelled_words import write_jsonl
 from tiny_models import LLAMA
 from tiny_runs import write_run
 
@@ -44,19 +46,14 @@ def test_sentences_and_openings_are_each_used_once(there):
 def test_the_divergence_is_that_of_the_texts_token_by_token(there):
     """Another model with other weights; the end of a text is left out, the prompt too."""
     base = espalier.load(there / "base")
-    import dataclasses
-
-    import jax
-
     tuned = dataclasses.replace(base, params=jax.tree.map(lambda x: x * 1.1, base.params))
     prompts, texts = ["The old", "He said"], [" man walked", " so in the evening"]
 
     def logprob(model, prompt, text):
         ids = [model.tokenizer.bos_token_id, *model.tokenizer(prompt + text, add_special_tokens=False).input_ids]
         before = len(model.tokenizer(prompt, add_special_tokens=False).input_ids) + 1
-        scores = np.float64(
-            np.asarray(model.logits({"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), int)})[0])
-        )  # noqa: E501
+        tokens = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), int)}
+        scores = np.float64(np.asarray(model.logits(tokens)[0]))
         logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
         return sum(logs[at - 1, ids[at]] for at in range(before, len(ids)))
 
@@ -84,11 +81,16 @@ def test_steering_runs_whole_and_its_control_has_the_same_pairs(there, tmp_path,
     assert (tmp_path / "judge" / "summary.json").exists()
 
 
-def test_reinforcement_and_preferences_on_sums_stand_side_by_side(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def commands(monkeypatch):
+    """Processes find the house, as from launch.sh."""
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent.parent))
+
+
+@pytest.mark.slow
+def test_reinforcement_and_preferences_on_sums_stand_side_by_side(commands, tmp_path, monkeypatch, capsys):
     """One step of each; pairs are a right and a wrong answer to the same sum."""
     monkeypatch.setattr(reinforce, "DRAWN", 64)
-    shape = reinforce.SHAPE + ["--data.sequence-length", "32"]
-    monkeypatch.setattr(reinforce, "SHAPE", shape)
     monkeypatch.setattr(reinforce, "LARGEST", 4)
     monkeypatch.setattr(reinforce, "HELD_OUT", 5)
     words = [str(tmp_path), "--variants", "rloo", "dpo", "--pretrain", "60", "--steps", "1"]
@@ -123,8 +125,8 @@ def test_clicks_are_those_of_the_model_of_looking():
     assert clicks.short_first(with_short) == pytest.approx((1 + 1 / math.log2(3)) / 2)
 
 
-def test_rankers_of_clicks_run_whole(there, tmp_path, monkeypatch, capsys):
-    write_jsonl(tmp_path / "unused.jsonl", [{}])
+@pytest.mark.slow
+def test_rankers_of_clicks_run_whole(commands, there, tmp_path, monkeypatch, capsys):
     words = [str(there / "sst.tsv"), str(there / "sst.tsv"), str(tmp_path), "--lists", "8", "--pretrain", "1"]
     monkeypatch.setattr(sys, "argv", ["clicks", *words, "--steps", "1", "--variants", "ips", "supervised"])
     clicks.main()
