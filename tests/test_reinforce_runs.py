@@ -14,8 +14,8 @@ from toy import metrics_of, quick_compilation  # noqa: F401
 import espalier
 from espalier.errors import UserError
 from espalier.models.config import Execution
-from espalier.training.checkpoint import saved_paths
 from espalier.training.config import CheckpointConfig
+from espalier.training.restore import saved_paths
 from finetune.config import FinetuneOptimizer, LoraConfig
 from finetune.tasks.reinforce import rollouts
 from finetune.tasks.reinforce.objective import completion_logprobs
