@@ -112,7 +112,7 @@ def load_decoder(source: str) -> LoadedModel:
     from espalier.models.config import Execution
 
     model = load(source)
-    if model.head != "causal_lm":
+    if model.head not in ("causal_lm", "seq2seq_lm"):
         raise UserError(
             f"{source} holds a model of task {model.saved.get('task') or model.head!r}, which does not generate text; "
             "give the run directory of a `clm` run, or a decoder"

@@ -16,14 +16,20 @@ from test_models_parity import as_in_files
 from tiny_models import as_jax, batch_of, close, random_params, rewrite, strict_and_quick  # noqa: F401
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from clm.generate import GenerateConfig, main
+from espalier.data.tokenizer import vocabulary_size
+from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
+from espalier.loading import load
 from espalier.models.attention import choose_backend
 from espalier.models.attention_backend import Use
 from espalier.models.config import Execution
 from espalier.models.counts import count_params, flops_per_pair, flops_per_token
+from espalier.models.decoding import Sampling
 from espalier.models.encoder_decoder import encode, encode_decode
 from espalier.models.families import family_of
 from espalier.models.families.t5 import MT5_SMALL, T5_BASE, T5_SMALL, T5_V1_1_BASE, T5_V1_1_SMALL
+from espalier.models.generate import generate
 from espalier.models.heads import seq2seq_lm_head
 from espalier.models.hf_config import to_hf
 from espalier.models.hub import Pretrained, load_pretrained, save_pretrained
@@ -32,6 +38,8 @@ from espalier.models.relative import distance_buckets
 from espalier.models.transformer import apply, init_params, layer_depths, matrix_axes
 from espalier.models.vocabulary import logits
 from espalier.models.weight_map import export, tensors_of
+from espalier.predict.sampling import SamplingConfig
+from espalier.predict.use import use_of
 from sharding.mesh import MeshConfig, build_mesh
 from sharding.rules import shard_params
 
@@ -42,8 +50,9 @@ SIZES = dict(
     d_model=32,
     d_kv=6,
     d_ff=48,
-    num_layers=2,
-    num_decoder_layers=3,
+    # Of a decoder that is deeper than the encoder, generate of transformers makes too small a cache.
+    num_layers=3,
+    num_decoder_layers=2,
     num_heads=4,
     relative_attention_num_buckets=8,
     relative_attention_max_distance=20,
@@ -322,3 +331,41 @@ def test_what_takes_one_stack_refuses_two_in_one_line():
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(TINY, **settings)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_texts_are_those_of_generate(written, beams):
+    """Prompts of different lengths, with a cache that keeps the keys and values of what was read."""
+    theirs, folder = written
+    config, params, _ = load_pretrained(folder)
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(3, 200, size).tolist() for size in (21, 9, 1)]
+    ids = torch.tensor([prompt + [0] * (21 - len(prompt)) for prompt in prompts])
+    how = hf.GenerationConfig(
+        max_new_tokens=24, do_sample=False, num_beams=beams, pad_token_id=0, eos_token_id=7, decoder_start_token_id=0
+    )
+    expected = theirs.generate(ids, attention_mask=(ids > 0).long(), generation_config=how)[:, 1:].tolist()
+    drawn = generate(config, params, prompts, jax.random.key(0), Sampling(24, 0.0, end_ids=(7,), beams=beams))
+    found = np.maximum(drawn.tokens_BG, 0)[:, : len(expected[0])].tolist()
+    assert found == expected and len({tuple(row) for row in found}) > 1
+
+
+def test_commands_write_with_it(tmp_path, capsys):
+    """generate and load(…).generate: what stands in a folder is read with the end token behind, by hand the same."""
+    tokenizer = train_tokenizer(["the house is small and the book is old"] * 20, "bpe", 300)
+    config = dataclasses.replace(SHORT, vocab_size=vocabulary_size(tokenizer), decoder_start_token_id=1)
+    params = random_params(config, ("seq2seq_lm",))
+    save_pretrained(tmp_path / "there", config, params, tokenizer)
+    loaded = load(f"hf:{tmp_path / 'there'}")
+    texts, eos = ["the house", "old", "is small and"], tokenizer.eos_token_id
+    ids = [[*tokenizer(text, add_special_tokens=False).input_ids, eos] for text in texts]
+    drawn = generate(config, as_jax(params), ids, jax.random.key(0), Sampling(6, 0.0, end_ids=(eos,)))
+    kept = [[token for token in row if token >= 0 and token != eos] for row in drawn.tokens_BG.tolist()]
+    wanted = [tokenizer.decode(row).replace("\ufffd", "") for row in kept]
+    assert loaded.generate(texts, max_new_tokens=6, temperature=0.0) == wanted and any(wanted), kept
+    assert use_of(loaded).name == "generate"
+    asked = GenerateConfig(f"hf:{tmp_path / 'there'}", tuple(texts), sampling=SamplingConfig(6, 0.0))
+    assert main(asked)["completions"] == wanted
+    for refused in (lambda: loaded.embed("the house"), lambda: loaded.logits("the house")):
+        with pytest.raises(UserError):
+            refused()

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espalier.models.block import Memory
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.heads import causal_lm_head
+from espalier.models.encoder_decoder import decode, encode
+from espalier.models.heads import causal_lm_head, seq2seq_lm_head
 from espalier.models.inputs import completed
 from espalier.models.layers import compute_dtype
 from espalier.models.transformer import DEFAULT_EXECUTION, apply, init_cache
@@ -116,10 +118,16 @@ def begun(
     """The prompts read, with room in the cache for the new tokens; nothing drawn yet."""
     prompt = {name: constrain(array, "batch", None) for name, array in completed(prompt).items()}
     batch, length = prompt["input_ids"].shape
-    new = sampling.max_new_tokens
-    cache = init_cache(config, batch, length + new, compute_dtype(execution))
+    new, memory, dtype = sampling.max_new_tokens, None, compute_dtype(execution)
+    if config.num_decoder_layers:
+        # The prompt is read by the encoder, once; what is continued is the beginning of another text.
+        memory = encode(config, params, prompt, execution=execution)
+        cache = init_cache(config.decoder, batch, 1 + new, dtype, memory_length=length)
+        prompt = beginnings(config, memory)
+    else:
+        cache = init_cache(config, batch, length + new, dtype)
     cache["layers"] = jax.tree.map(split_rows_and_heads, cache["layers"])
-    logits_BV, cache = next_logits(config, params, prompt, cache, execution)
+    logits_BV, cache = next_logits(config, params, prompt, cache, execution, memory)
     real_BT = prompt["segment_ids"] != 0
     seen_BV = None
     if sampling.repetition_penalty != 1:
@@ -149,8 +157,8 @@ def repeated_cache(cache: dict, samples: int) -> dict:
     def rows(cached: jax.Array) -> jax.Array:
         return split_rows_and_heads(jnp.repeat(cached, samples, axis=cached.ndim - 4))
 
-    segments_BS = jnp.repeat(cache["segment_ids"], samples, axis=0)
-    return cache | {"layers": jax.tree.map(rows, cache["layers"]), "segment_ids": segments_BS}
+    segments = {name: jnp.repeat(cache[name], samples, axis=0) for name in cache if name.endswith("segment_ids")}
+    return cache | {"layers": jax.tree.map(rows, cache["layers"])} | segments
 
 
 def sample_keys(keys_B: jax.Array, samples: int) -> jax.Array:
@@ -206,12 +214,33 @@ def advanced(
     return State(count_B, logits_BV, cache, done_B, seen_BV, jnp.maximum(matched_B, 0), state.last, drawn)
 
 
+def beginnings(config: ModelConfig, memory: Memory) -> dict[str, jax.Array]:
+    """What an encoder-decoder writes first, a token a row; padding where there is nothing to read."""
+    segments_B1 = jnp.max(memory.segment_ids_BS, axis=1, keepdims=True)
+    return {
+        "input_ids": jnp.full_like(segments_B1, config.decoder_start_token_id),
+        "segment_ids": segments_B1,
+        "positions": jnp.zeros_like(segments_B1),
+    }
+
+
 def next_logits(
-    config: ModelConfig, params: dict, inputs: dict, cache: dict, execution: Execution
+    config: ModelConfig,
+    params: dict,
+    inputs: dict,
+    cache: dict,
+    execution: Execution,
+    memory: Memory | None = None,
 ) -> tuple[jax.Array, dict]:
-    """Scores of the token behind `inputs`, float32 [B, V], and the cache with these."""
-    x_BTD, cache = apply(config, params, inputs, execution=execution, cache=cache)
-    features, table, bias = causal_lm_head(config, params, x_BTD[:, -1:], execution)
+    """Scores of the token behind `inputs`, float32 [B, V], and the cache with these. memory: of an encoder-decoder,
+    with its first inputs."""
+    if config.num_decoder_layers:
+        x_BTD, cache = decode(config, params, inputs, memory, execution=execution, cache=cache)
+        head = seq2seq_lm_head
+    else:
+        x_BTD, cache = apply(config, params, inputs, execution=execution, cache=cache)
+        head = causal_lm_head
+    features, table, bias = head(config, params, x_BTD[:, -1:], execution)
     scores_BTV = logits(features, table, bias, config.vocab_size, config.final_logit_softcapping)
     return scores_BTV[:, 0].astype(jnp.float32), cache
 

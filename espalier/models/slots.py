@@ -81,6 +81,7 @@ def rows_as_they_end(
     sampling.samples slots; unset = as fill a quarter of them. The rest as there. Every process does the same.
     """
     assert sampling.beams == 1, "beams of a row begin and end together"
+    config.check_one_stack("slots that are filled again are for")
     samples, longest = sampling.samples, max(map(len, prompts))
     assert config.max_length is None or longest + sampling.max_new_tokens <= config.max_length
     slots, length = -(-slots // parts()) * parts(), length or longest

@@ -169,7 +169,8 @@ def _batches(
         places = (length + new) * way.config.beams
         alike = sum(len(ids[row]) > longest // 2 for row in order[done:])
         most = shapes.most(length) if shapes else max(1, min(ROWS, 1 << (PLACES // places).bit_length() >> 1))
-        if alike > most and not shapes and way.config.beams == 1:
+        slots = way.config.beams == 1 and not model.config.num_decoder_layers
+        if alike > most and not shapes and slots:
             # Not every row has to wait for the longest answer.
             group = order[done : done + alike]
             how = dict(execution=model.execution, numbers=[numbers[row] for row in group], length=length, stops=stops)
@@ -260,9 +261,12 @@ def answers_chats(model: LoadedModel) -> bool:
 def prompt_ids(model: LoadedModel, prompt: Prompt) -> list[int]:
     """The tokens of a prompt, as the model was trained to read them; an empty text is the beginning-of-text token.
 
-    Text is text: special tokens that it spells out are not such, but in a chat, whose template writes some.
+    Text is text: special tokens that it spells out are not such, but in a chat, whose template writes some. What an
+    encoder-decoder reads ends with the end-of-text token.
     """
     tokenizer, template = model.tokenizer, template_of(model)
+    if model.config.num_decoder_layers:
+        return _read_whole(tokenizer, prompt)
     if template is not None and not isinstance(prompt, Mapping):
         if not isinstance(prompt, str):
             raise UserError(f"this run was tuned by the template {template!r}, not on chats; give its fields")
@@ -337,6 +341,17 @@ def _framed(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     bos = special_ids(tokenizer, need=("bos", "eos")).bos
     assert bos is not None
     return [bos, *plain_backend(tokenizer).encode(text, add_special_tokens=False).ids]
+
+
+def _read_whole(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    """What an encoder reads of a text: its tokens and the end of text (Raffel et al. 2020, section 2.2)."""
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("source", prompt.get("prompt", prompt.get("text", prompt)))
+    if not isinstance(prompt, str):
+        raise UserError("an encoder-decoder writes one text from another; give a text, or a row with 'source'")
+    eos = special_ids(tokenizer, need=("eos",)).eos
+    assert eos is not None
+    return [*plain_backend(tokenizer).encode(prompt, add_special_tokens=False).ids, eos]
 
 
 def _of_fields(fields: Mapping[str, str], template: str | None) -> str:

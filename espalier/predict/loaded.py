@@ -187,9 +187,9 @@ class LoadedModel:
         from espalier.predict.generate import generate
         from espalier.predict.sampling import SamplingConfig
 
-        if self.head != "causal_lm":
+        if self.head not in ("causal_lm", "seq2seq_lm"):
             raise UserError(f"this model has the head {self.head} and does not generate; a decoder does (causal_lm)")
-        if not self.config.causal:
+        if self.head == "causal_lm" and not self.config.causal:
             raise UserError("this model sees both sides and does not generate; it finds hidden tokens (fill)")
         chat = isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], Mapping)
         one = isinstance(prompts, str | Mapping) or chat and "role" in prompts[0]  # type: ignore[operator]

@@ -21,6 +21,7 @@ USES = {
     "masked_next_token": "espalier.predict.fill:FILL",
     "causal_lm": "espalier.predict.generate:GENERATE",
     "hybrid_lm": "espalier.predict.generate:GENERATE",
+    "seq2seq_lm": "espalier.predict.generate:GENERATE",
     "instruction_tuning": "espalier.predict.generate:GENERATE",
     "preference": "espalier.predict.generate:GENERATE",
     "reinforcement": "espalier.predict.generate:GENERATE",
