@@ -34,6 +34,7 @@ TASKS = {
     "masked_lm": "mlm.record:MASKED_LM",
     "causal_lm": "clm.record:CAUSAL_LM",
     "hybrid_lm": "mlm.next_token:HYBRID",
+    "span_corruption": "mlm.span_corruption:SPAN_CORRUPTION",
     "masked_next_token": "mlm.next_token:MASKED_NEXT_TOKEN",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "rationale": "finetune.tasks.rationale.record:RATIONALE",

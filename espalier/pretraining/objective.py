@@ -104,6 +104,10 @@ class TextObjective(TaskRecord):
     """(config, tokenizer of the initial weights or None) → the one of the run, of the same tokens."""
     predicted: Callable[[Any], float] = lambda config: 1.0
     """config → the mean part of the tokens that reach the head, for counts of operations."""
+    flops: Callable[[Any, ModelConfig], float] | None = None
+    """(config, model) → floating-point operations of a row in training, where it is not that of a single stack."""
+    fitted: Callable[[ModelConfig, Any], ModelConfig] = lambda model, tokenizer: model
+    """(model of the tokenizer's vocabulary, tokenizer) → the model of a run that begins with random weights."""
     schedules: tuple[Callable[[], Schedule], ...] = ()
     """What depends on the length of the run, beside the learning rate."""
     word_starts: Callable[[Any], bool] = lambda config: False
@@ -138,6 +142,11 @@ class TextObjective(TaskRecord):
             model = architecture_of(origin.config, model, given)
             if self.head != "seq2seq_lm":
                 model.check_one_stack(f"{self.command} pretrains")
+            elif not model.num_decoder_layers:
+                raise UserError(
+                    f"--init-from names a model of one stack ({model.model_type}), and {self.name} trains an encoder "
+                    "and a decoder; name a T5, or leave it out"
+                )
             if self.turns:
                 model = replace(model, causal=self.causal)
             if model.causal != self.causal:

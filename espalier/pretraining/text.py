@@ -50,6 +50,8 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
     # Published models have spare rows in their vocabulary.
     size = start.model.vocab_size if config.init_from else vocabulary_size(tokenizer)
     model = start.model.fitted(size, length)
+    if not config.init_from:
+        model = record.fitted(model, tokenizer)
 
     def rows_of(store):
         if framed:
@@ -96,7 +98,9 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
         settings={"asked_vocabulary": asked} | ({"words": prepared.words} if prepared.words else {}),
         schedules=[schedule() for schedule in record.schedules],
         tokens_per_step=tokens,
-        flops_per_step=tokens * flops_per_token(model, length, record.predicted(config)),
+        flops_per_step=config.batch_size * record.flops(config, model)
+        if record.flops
+        else tokens * flops_per_token(model, length, record.predicted(config)),
         longest=length,
         data=describe_text(config.data, prepared, rows, held_out, config.eval_rows),
         row=f"{length} tokens",
