@@ -90,7 +90,7 @@ class Race:
         self._params = init_params(model, jax.random.key(0))
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(Path(folder), model, self._params)
-            self._other = AutoModelForCausalLM.from_pretrained(folder).eval()
+            self._other: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
         draw = np.random.default_rng(0)
         self._prompts = draw.integers(0, model.vocab_size, (max(*given.rows, given.uneven), PROMPT)).tolist()
 
@@ -137,7 +137,7 @@ class Race:
             return sum(int((part.tokens_BG >= 0).sum()) for part in drawn)
 
         def in_slots() -> int:
-            how = dict(execution=FLOAT32, length=PROMPT)
+            how: dict[str, Any] = dict(execution=FLOAT32, length=PROMPT)
             parts = list(rows_as_they_end(model, self._params, prompts, key, sampling, slots, **how))
             turns["espalier, slots"] = parts[-1].turns
             return sum(int((part.drawn.tokens_BG >= 0).sum()) for part in parts)
