@@ -319,7 +319,7 @@ BAD = {
     "label too high": ([ROW, ROW | {"label": 2}], "rows.jsonl:2: '2' under 'label' names none of the 2 choices"),
     "another text": ([ROW | {"label": "x"}], "'x' under 'label' names none of the 2 choices"),
     "wrong column": (dict(question=("ask",)), "no column 'ask'; its columns are 'question', 'choices', 'label'"),
-    "empty folder": ({}, "has no .tsv of minimal pairs"),
+    "empty folder": ({}, "has no .tsv or .jsonl of minimal pairs"),
     "a pair of one": ("a\tb\nc\n", "pairs.tsv:2: expected an acceptable and an unacceptable"),
     "long choice": ([ROW | {"choices": ["b " * 120, "c"]}], "question 1: the choice 'b b b.*room for 1 to 96"),
 }  # fmt: skip
