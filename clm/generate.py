@@ -6,6 +6,7 @@ The command line; prompts become tokens and tokens text in `espalier.predict.gen
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from espalier import cli, progress
 from espalier.errors import UserError
-from espalier.predict.sampling import SAMPLED, SamplingConfig
+from espalier.predict.sampling import SAMPLED, SamplingConfig, UnmaskingConfig
 
 if TYPE_CHECKING:
     from espalier.predict.generate import Prompt
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Generate text with a run of clm or of finetune instruct, or a decoder in Hugging Face format."""
+    """Generate text with a run of clm, finetune instruct or mlm diffusion-…, or a decoder in Hugging Face format."""
 
     run_dir: str
     """Run directory, or hf:PATH_OR_ID."""
@@ -38,6 +39,7 @@ class GenerateConfig:
     stream: bool | None = None
     """Show each word as it is drawn; unset = on a terminal, where there is one prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    unmasking: UnmaskingConfig = field(default_factory=UnmaskingConfig)
     json: bool = False
     """Print one JSON object with prompts and completions as the last line of standard output."""
     debug: bool = False
@@ -57,15 +59,23 @@ class GenerateConfig:
 
 def main(config: GenerateConfig) -> dict:
     """Load the newest checkpoint of the run and print a completion for every prompt."""
+    from espalier.predict import unmask
     from espalier.predict.generate import generate
 
     prompts = read_prompts(config)
     with progress.waiting("loading the model"):
-        model = load_decoder(config.run_dir)
+        model = load_decoder(config.run_dir, config.unmasking)
+    unmasks = model.head == "masked_lm"
+    if unmasks:
+        if config.chat or config.stream:
+            raise UserError("--chat and --stream are of decoders; this model writes by unmasking, all at once")
+        generate = functools.partial(unmask.unmask, config=config.unmasking)
     if config.chat:
         prompts = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    _say_ignored(model, config.sampling)
+    if not unmasks:
+        _say_ignored(model, config.sampling)
     streamed = config.stream if config.stream is not None else sys.stdout.isatty() and len(prompts) == 1
+    streamed = streamed and not unmasks
     if streamed:
         completions = [_streamed(model, prompt, config.sampling) for prompt in prompts]
     else:
@@ -77,7 +87,7 @@ def main(config: GenerateConfig) -> dict:
             far(f"{done:,} of {len(prompts):,} prompts")
 
         with progress.waiting("continuing the text") as far:
-            completions = generate(model, prompts, config.sampling, said)
+            completions = generate(model, prompts, config.sampling, said=said)
         for prompt, completion in zip(prompts, completions, strict=True):
             print(f"{'─' * 60}\n{_harmless(shown(prompt) + completion)}")
         _say_speed(drawn, time.perf_counter() - began, " with compiling")
@@ -106,16 +116,23 @@ def read_prompts(config: GenerateConfig) -> list[Prompt]:
     return prompts
 
 
-def load_decoder(source: str) -> LoadedModel:
-    """The model of a run or of hf:…, computing in the type that is fast here. UserError where it writes no text."""
+def load_decoder(source: str, unmasking: UnmaskingConfig | None = None) -> LoadedModel:
+    """The model of a run or of hf:…, computing in the type that is fast here. UserError where it writes no text.
+
+    unmasking: what was asked of a model of masked diffusion.
+    """
     from espalier.loading import load
     from espalier.models.config import Execution
+    from espalier.predict import unmask
 
     model = load(source)
-    if model.head not in ("causal_lm", "seq2seq_lm"):
+    by_unmasking = unmasking is not None and unmask.writes(model, unmasking)
+    if model.head != "masked_lm" and unmasking is not None and unmasking != UnmaskingConfig():
+        raise UserError("--unmasking.steps and order are of masked diffusion, and this is none; leave them out")
+    if model.head not in ("causal_lm", "seq2seq_lm") and not by_unmasking:
         raise UserError(
             f"{source} holds a model of task {model.saved.get('task') or model.head!r}, which does not generate text; "
-            "give the run directory of a `clm` run, or a decoder"
+            "give the run directory of a `clm` run or of `mlm diffusion-…`, or a decoder"
         )
     return dataclasses.replace(model, execution=Execution())
 

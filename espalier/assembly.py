@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from espalier.models.counts import count_params
 from espalier.models.description import describe
 from espalier.models.hub import Pretrained, check_export, save_pretrained
 from espalier.models.layout import open_mesh
-from espalier.models.pretrained import export_to, load_weights, part_of
+from espalier.models.pretrained import beside_of, export_to, load_weights, part_of
 from espalier.models.published import Published, published_beside
 from espalier.models.sentence_transformers import module_files
 from espalier.models.transformer import layer_depths, matrix_axes
@@ -109,7 +110,7 @@ def fit(
         key = jax.random.key(0)
         base = jax.eval_shape(task.frozen.init, key) if task.frozen else {}
         shapes = part_of(merged(combined(jax.eval_shape(task.init_params, key), base)), config_dict)
-        check_export(exporting, model, head, tokenizer, published, shapes)
+        check_export(exporting, model, head, tokenizer, published, shapes, beside_of(None, config_dict))
     run.check(config_dict, defaults, origin.done if origin else 0, task.schedules)
     first = jax.process_index() == 0
     if first:
@@ -138,16 +139,16 @@ def fit(
         if task.exported:
             tokenizer, published = task.exported(published)
         with progress.waiting(f"exporting to {config.export}"):
-            params = part_of(params, config_dict)
             save_pretrained(
                 exporting,
                 model,
-                params,
+                part_of(params, config_dict),
                 tokenizer,
                 head=head,
                 card=model_card(run.path),
                 published=published,
                 also=module_files(config_dict, model.hidden_size) | tuned_file(run),
+                beside=beside_of(params, config_dict),
             )
         progress.say(f"exported to {config.export}")
     conclude(summary, run, config, call.command, list(task.following) if task.following else None)
@@ -182,6 +183,8 @@ def recorded_settings(record: TaskRecord, task: Task, origin: Origin | None, com
         recorded["report"] = kept(record.report)
     if task.part:
         recorded["part"] = task.part
+    if task.beside:
+        recorded["beside"] = {name: {"head": one.head, "model": asdict(one.model)} for name, one in task.beside.items()}
     if task.user_code:
         recorded["user_code"] = task.user_code
     # A task may say what an unset setting came to be, and nothing else in the place of a setting.

@@ -23,7 +23,7 @@ SECRET = frozenset(("notify",))
 """Those that no file holds, for they are passwords: the URL of a webhook."""
 FACTS = frozenset(
     (
-        "apart asked_vocabulary command concept_mean concept_spread fingerprints head imported_from labels "
+        "apart asked_vocabulary beside command concept_mean concept_spread fingerprints head imported_from labels "
         "labels_from_one model part published report task user_code words"
     ).split()
 )

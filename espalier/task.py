@@ -36,6 +36,8 @@ TASKS = {
     "hybrid_lm": "mlm.next_token:HYBRID",
     "span_corruption": "mlm.span_corruption:SPAN_CORRUPTION",
     "masked_next_token": "mlm.next_token:MASKED_NEXT_TOKEN",
+    "replaced_token_detection": "mlm.electra.record:REPLACED_TOKENS",
+    "masked_diffusion": "mlm.diffusion.record:DIFFUSION",
     "sequence_classification": "finetune.tasks.classify.record:CLASSIFICATION",
     "rationale": "finetune.tasks.rationale.record:RATIONALE",
     "concepts": "finetune.tasks.concepts.record:CONCEPTS",
@@ -129,6 +131,15 @@ class Start(NamedTuple):
         return replace(frozen, load=self.origin.restore_params, origin=self.origin.name)
 
 
+class Beside(NamedTuple):
+    """A model that is trained beside the one that a run is about."""
+
+    model: ModelConfig
+    head: str
+    predicted: float = 1.0
+    """The mean part of the tokens that reach its head."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What is trained, with its data at hand."""
@@ -154,6 +165,9 @@ class Task:
     (adapters)."""
     part: str = ""
     """Name of the subtree that is `model`, to be exported and loaded, where several are trained: discriminator."""
+    beside: Mapping[str, Beside] = field(default_factory=dict)
+    """The others, by the names of their subtrees, which are exported beside it. What such a subtree lacks, the model
+    has in common with that of `part` (embeddings)."""
     matrix_axes: Callable[[Any], Any] | None = None
     """Parameter shapes → their matrices, for Muon; unset = models.transformer.matrix_axes. A tree of several models, by
     name, asks that for each."""

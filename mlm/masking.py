@@ -66,7 +66,7 @@ def mask_batch(batch: dict, key, rate, config: MaskingConfig, vocabulary: Vocabu
     choose_key, action_key, random_key = jax.random.split(key, 3)
     input_BT = batch["input_ids"]
     slot_count = slots(config, input_BT.shape[1])
-    positions_BM, weights_BM = _choose(choose_key, batch, rate, slot_count, config.whole_words, vocabulary)
+    positions_BM, weights_BM = choose(choose_key, batch, rate, slot_count, config.whole_words, vocabulary)
     labels_BM = jnp.take_along_axis(input_BT, positions_BM, axis=1)
 
     action_BM = jax.random.uniform(action_key, labels_BM.shape)
@@ -119,7 +119,7 @@ def own_masking(given: str) -> Callable:
     return checked
 
 
-def _choose(key, batch, rate, slot_count, whole_words, vocabulary):
+def choose(key, batch, rate, slot_count, whole_words, vocabulary):
     """Positions and weights [B,M] of the tokens to predict; positions within a row are distinct."""
     input_BT, segment_BT = batch["input_ids"], batch["segment_ids"]
     ordinary_BT = jnp.asarray(vocabulary.ordinary_V)[input_BT] & (segment_BT > 0)

@@ -10,6 +10,7 @@ from espalier.errors import UserError
 from espalier.models.attention_settings import AttentionTerms
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.families.bert import BERT_BASE, BERT_LARGE
+from espalier.models.families.electra import ELECTRA_BASE, ELECTRA_SMALL
 from espalier.models.families.modernbert import MODERNBERT_BASE
 from espalier.models.families.qwen import QWEN3_600M
 from espalier.models.families.t5 import T5_V1_1_SMALL
@@ -134,6 +135,55 @@ class SpanCorruptionConfig(TextConfig):
         super().__post_init__()
         if not self.model.num_decoder_layers:
             raise UserError("model.num_decoder_layers=0: what is hidden is written by a decoder; give it layers")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The generator beside a discriminator (Clark et al. 2020, section 3.2)."""
+
+    size: float = often(0.25)
+    """Its width, heads and MLP as a part of the discriminator's: 0.25 to 0.5 are best."""
+    layers: int | None = None
+    """Its layers; unset = as many as the discriminator's."""
+
+    def __post_init__(self):
+        if not 0 < self.size <= 1:
+            raise UserError(f"generator.size={self.size} must lie above 0 and up to 1, for instance 0.25")
+        if self.layers is not None and self.layers < 1:
+            raise UserError(f"generator.layers={self.layers} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ElectraConfig(PretrainConfig):
+    """A pretraining by replaced-token detection; `model` is the discriminator."""
+
+    task: ClassVar[str] = "replaced_token_detection"
+    model: ModelConfig = field(default_factory=lambda: ELECTRA_SMALL)
+    masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(mask_fraction=0.85, random_fraction=0.0))
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    detection_weight: float = often(50.0)
+    """What the loss of the discriminator, a mean over all tokens, is multiplied by before the generator's is added."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.detection_weight > 0:
+            raise UserError(f"detection_weight={self.detection_weight:g} must be above 0; the paper's is 50")
+        if self.attention != AttentionTerms():
+            raise UserError("attention.entropy is of plain masked LM, and ELECTRA trains two models; leave it out")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(TextConfig):
+    """A pretraining by masked diffusion: the part of the tokens that is hidden is drawn for each row."""
+
+    task: ClassVar[str] = "masked_diffusion"
+    model: ModelConfig = field(default_factory=lambda: MODERNBERT_BASE)
+    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer_kind="bpe"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model.causal:
+            raise UserError("model.causal: masked diffusion reads both sides of a token; leave it out, or use `clm`")
 
 
 def debug() -> PretrainConfig:
@@ -370,6 +420,106 @@ def t5_debug() -> SpanCorruptionConfig:
     )
 
 
+def electra_demo() -> ElectraConfig:
+    """A small ELECTRA for 2 CPU cores on built-in text: `./launch.sh mlm electra-demo`. Not yet run."""
+    base = demo()
+    return ElectraConfig(
+        steps=base.steps,
+        batch_size=base.batch_size,
+        log_every=base.log_every,
+        eval_every=base.eval_every,
+        eval_rows=base.eval_rows,
+        model=replace(
+            ELECTRA_SMALL,
+            vocab_size=4096,
+            embedding_size=64,
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=512,
+            max_position_embeddings=128,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+        ),
+        data=base.data,
+        execution=base.execution,
+        optimizer=replace(base.optimizer, learning_rate=2e-3),
+        checkpoint=base.checkpoint,
+    )
+
+
+def electra_small() -> ElectraConfig:
+    """ELECTRA-small (14M; Clark et al. 2020), by the paper: `./launch.sh mlm electra-small --data.files …`.
+
+    Not yet run to the end. The generator is a quarter as wide (docs/electra.md).
+    """
+    return ElectraConfig(
+        steps=1_000_000,
+        batch_size=128,
+        log_every=50,
+        eval_every=5000,
+        model=ELECTRA_SMALL,
+        data=DataConfig(sequence_length=128),
+        optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.999, eps=1e-6, warmup=10_000, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=5000),
+    )
+
+
+def electra_base() -> ElectraConfig:
+    """ELECTRA-base (109M; Clark et al. 2020), length 512, 256 rows: `./launch.sh mlm electra-base --data.files …`.
+
+    Not yet run to the end. The generator is a third as wide.
+    """
+    return replace(
+        electra_small(),
+        steps=766_000,
+        batch_size=256,
+        model=ELECTRA_BASE,
+        generator=GeneratorConfig(size=1 / 3),
+        data=DataConfig(sequence_length=512),
+        optimizer=OptimizerConfig(learning_rate=2e-4, b2=0.999, eps=1e-6, warmup=10_000, weight_decay=0.01),
+    )
+
+
+def diffusion_demo() -> DiffusionConfig:
+    """A small masked diffusion model for 2 CPU cores, on built-in text: `./launch.sh mlm diffusion-demo`.
+
+    Not yet run.
+    """
+    base = demo()
+    return DiffusionConfig(
+        steps=base.steps,
+        batch_size=base.batch_size,
+        log_every=base.log_every,
+        eval_every=base.eval_every,
+        eval_rows=256,
+        model=base.model,
+        data=replace(base.data, tokenizer_kind="bpe"),
+        execution=base.execution,
+        optimizer=replace(base.optimizer, weight_decay=0.03),
+        checkpoint=base.checkpoint,
+    )
+
+
+def diffusion_base() -> DiffusionConfig:
+    """Masked diffusion, ModernBERT's layers (149M), as long as MDLM: `./launch.sh mlm diffusion-base --data.files …`.
+
+    Sahoo et al. 2024: a million steps, 3e-4 after a warm-up. Not yet run (docs/diffusion.md).
+    """
+    return DiffusionConfig(
+        steps=1_000_000,
+        batch_size=512,
+        log_every=50,
+        eval_every=5000,
+        model=replace(MODERNBERT_BASE, prefix_layers=("global",), layer_period=("global",)),
+        data=DataConfig(sequence_length=1024, tokenizer_kind="bpe"),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, schedule="constant", warmup=2500, weight_decay=0.0, b2=0.999, eps=1e-8
+        ),
+        checkpoint=CheckpointConfig(every=5000),
+    )
+
+
 PRESETS = {
     "debug": debug,
     "demo": demo,
@@ -381,4 +531,9 @@ PRESETS = {
     "mntp": mntp,
     "t5-debug": t5_debug,
     "t5-small": t5_small,
+    "electra-demo": electra_demo,
+    "electra-small": electra_small,
+    "electra-base": electra_base,
+    "diffusion-demo": diffusion_demo,
+    "diffusion-base": diffusion_base,
 }

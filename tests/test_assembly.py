@@ -335,9 +335,13 @@ def test_a_record_of_two_models_exports_the_one_that_it_names(text, tmp_path):
     assert_equal(exported, loaded)
     counted = sum(leaf.size for leaf in jax.tree.leaves(loaded))
     assert summary["parameters"] == counted
-    again = small(debug(), text, tmp_path / "again", init_from=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="holds several models; export it"):
-        assembly.train(again)
+    # Another objective goes on from that one, this one from both.
+    for name, objective in (("one", None), ("both", TWO)):
+        again = small(debug(), text, tmp_path / name, init_from=str(tmp_path / "run"))
+        again = dataclasses.replace(again, optimizer=dataclasses.replace(again.optimizer, learning_rate=0.0))
+        assembly.train(again, objective=objective)
+    assert_equal(restore_params(tmp_path / "one"), trained["discriminator"])
+    assert_equal(restore_params(tmp_path / "both"), trained)
 
 
 def test_a_record_of_adapters_trains_over_the_frozen_weights_it_starts_from(plain, text, tmp_path):

@@ -1,4 +1,4 @@
-"""Both pretraining objectives: against plain log-softmax, over meshes, micro-batches, and learning by heart."""
+"""The pretraining objectives: against plain log-softmax, over meshes, micro-batches, and learning by heart."""
 
 import dataclasses
 import functools
@@ -16,10 +16,12 @@ from espalier.data.token_tables import CONTINUABLE, CONTINUES
 from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import causal_lm_head, masked_lm_head
 from espalier.models.transformer import apply, init_params, matrix_axes
+from espalier.pretraining.objective import Setup
 from espalier.training.config import OptimizerConfig
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.state import new_state, shard_state
 from espalier.training.step import Objective, make_train_step
+from mlm.electra import record as electra
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary
 from mlm.presets import MaskingConfig
@@ -50,6 +52,20 @@ class Case(NamedTuple):
     objective: Objective
     head: str
 
+    def init(self, key):
+        return init_params(self.model, key, heads=(self.head,))
+
+    matrices = staticmethod(matrix_axes)
+
+
+class TwoModels(Case):
+    """A generator and a discriminator."""
+
+    def init(self, key):
+        return electra.init_params(ELECTRA, key)
+
+    matrices = staticmethod(electra.matrix_axes)
+
 
 def masked_case() -> Case:
     model = dataclasses.replace(mlm.presets.demo().model, **TINY)
@@ -66,11 +82,31 @@ def causal_case() -> Case:
     return Case(model, causal_lm_objective(model, execution=EXECUTION), "causal_lm")
 
 
-CASES = {"mlm": masked_case(), "clm": causal_case()}
+ELECTRA = Setup(
+    dataclasses.replace(
+        mlm.presets.electra_demo(),
+        generator=mlm.presets.GeneratorConfig(size=0.5),
+        masking=MaskingConfig(rate=0.3, mask_fraction=0.85, random_fraction=0.0),
+        execution=EXECUTION,
+    ),
+    dataclasses.replace(mlm.presets.electra_demo().model, **TINY, embedding_size=32),
+    None,
+)
+
+CASES = {
+    "mlm": masked_case(),
+    "clm": causal_case(),
+    "electra": TwoModels(ELECTRA.model, electra.build(ELECTRA), electra.NAME),
+}
 
 
 @pytest.fixture(params=CASES)
 def case(request) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(params=["mlm", "clm"])
+def language_model(request) -> Case:
     return CASES[request.param]
 
 
@@ -101,14 +137,11 @@ def batch(seed=0):
 def state_and_step(case: Case, mesh, accumulation=1, config=None, steps=10):
     config = config or OptimizerConfig(learning_rate=1e-2, warmup=0)
 
-    def init(key):
-        return init_params(case.model, key, heads=(case.head,))
-
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    optimizer = build_optimizer(config, shapes, matrix_axes(shapes))
+    shapes = jax.eval_shape(case.init, jax.random.key(0))
+    optimizer = build_optimizer(config, shapes, case.matrices(shapes))
 
     def fresh():
-        return new_state(init(jax.random.key(1)), optimizer.init, config, jax.random.key(2))
+        return new_state(case.init(jax.random.key(1)), optimizer.init, config, jax.random.key(2))
 
     layout = jax.tree.map(lambda leaf: leaf.sharding, shard_state(jax.eval_shape(fresh), mesh))
     step = make_train_step(case.objective, optimizer, schedule(config, steps), accumulation)
@@ -173,7 +206,8 @@ def plain_loss(case: Case, params, prepared):
     return -(picked_BT * weights).sum() / weights.sum()
 
 
-def test_loss_and_gradient_equal_the_full_head(case):
+def test_loss_and_gradient_equal_the_full_head(language_model):
+    case = language_model
     params = init_params(case.model, jax.random.key(3), heads=(case.head,))
     prepared, norms = case.objective.prepare(batch(), jax.random.key(5), 0, True)
 
@@ -187,7 +221,7 @@ def test_loss_and_gradient_equal_the_full_head(case):
 
 
 def test_metrics_are_sums_over_the_same_tokens(case):
-    params = init_params(case.model, jax.random.key(3), heads=(case.head,))
+    params = case.init(jax.random.key(3))
     prepared, norms = case.objective.prepare(batch(), jax.random.key(5), 0, True)
     loss, sums = jax.jit(lambda p: case.objective.loss(p, prepared, jax.random.key(6), norms, True))(params)
     assert float(sums["loss"][0] / sums["loss"][1]) == pytest.approx(float(loss), rel=1e-6)
@@ -196,12 +230,12 @@ def test_metrics_are_sums_over_the_same_tokens(case):
         assert float(bits / size) == pytest.approx(float(loss) / np.log(2) / 3, rel=1e-6)
 
 
-def test_one_batch_is_learnt_by_heart(case):
+def test_one_batch_is_learnt_by_heart(language_model):
     """The step is held at 0, so that the same tokens are hidden each time.
 
     The causal loss has a floor above 0: the first tokens of documents look alike to it.
     """
-    mesh = build_mesh(ONE)
+    case, mesh = language_model, build_mesh(ONE)
     with jax.set_mesh(mesh):
         config = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0, weight_decay=0.0)
         state, step = state_and_step(case, mesh, config=config, steps=150)

@@ -30,6 +30,8 @@ SECTIONS = {
         "data.md",
         "hybrid.md",
         "encoder-decoders.md",
+        "electra.md",
+        "diffusion.md",
         "own-objective.md",
         "interpretable-objectives.md",
         "results.md",

@@ -133,7 +133,7 @@ def export_model(config: ExportConfig) -> dict:
     from espalier.loading import FRAMED
     from espalier.models.config import ModelConfig
     from espalier.models.hub import check_export, save_pretrained
-    from espalier.models.pretrained import part_of
+    from espalier.models.pretrained import beside_of, part_of
     from espalier.models.published import Published
     from espalier.models.sentence_transformers import module_files
     from espalier.report.card import model_card
@@ -156,20 +156,21 @@ def export_model(config: ExportConfig) -> dict:
         tokenizer = framed_tokenizer(tokenizer, model.causal)
         if published and model.causal:
             published = published.padded_by(tokenizer)
-    check_export(config.destination, model, head, tokenizer, published)
+    check_export(config.destination, model, head, tokenizer, published, beside=beside_of(None, saved))
     if published and saved["task"] == "instruction_tuning" and not saved["data"]["template"]:
         published = published.ended_by(end_of_turn(tokenizer))
-    params = part_of(restore_model(run.path, step=step), saved)
+    params = restore_model(run.path, step=step)
     dtype = config.dtype or (published.dtype if published else "float32")
     card = model_card(run.path)
     also = module_files(saved, model.hidden_size) | tuned_file(run)
     save_pretrained(
-        *(config.destination, model, params, tokenizer),
+        *(config.destination, model, part_of(params, saved), tokenizer),
         head=head,
         card=card,
         dtype=dtype,
         published=published,
         also=also,
+        beside=beside_of(params, saved),
     )
     progress.say(f"exported to {config.destination}: {head} of type {model.model_type}, {dtype}, step {step}")
     return {"path": config.destination, "head": head, "model_type": model.model_type, "dtype": dtype, "step": step}

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -92,6 +92,7 @@ def save_pretrained(
     dtype: str | None = None,
     published: Published | None = None,
     also: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Export] | None = None,
     shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModel*.from_pretrained` and `pipeline` load without remote code.
@@ -100,9 +101,9 @@ def save_pretrained(
     and for those of a decoder without any of its own, a language model. card: the text of README.md. dtype: float32,
     bfloat16 or float16, in which the weights are written, in files of about shard_bytes. published: the files that the
     model comes from (Pretrained.published); what nothing has changed is written as it stood there, and dtype is theirs
-    unless it is given; else float32. also: further files, path → JSON value. The folder must be new or empty; it
-    appears whole. UserError where the
-    architecture is not that of a class in transformers.
+    unless it is given; else float32. also: further files, path → JSON value. beside: further models, each in a
+    folder of this name within. The folder must be new or empty; it appears whole. UserError where the architecture is
+    not that of a class in transformers.
     """
     head = head or head_of(config, params)
     dtype = dtype or (published.dtype if published else "float32")
@@ -124,6 +125,18 @@ def save_pretrained(
             (folder / name).parent.mkdir(exist_ok=True)
             _write_values(folder / name, values)
         write_tensors(folder, export(tensors, params), dtype, shard_bytes)
+        for name, one in (beside or {}).items():
+            how: Any = dict(head=one.head, dtype=dtype, shard_bytes=shard_bytes)
+            save_pretrained(folder / name, one.config, one.params, tokenizer, **how)
+
+
+class Export(NamedTuple):
+    """A model that is written beside another."""
+
+    config: ModelConfig
+    params: Any
+    """None where only the settings are known yet."""
+    head: str
 
 
 class Pretrained:
@@ -296,15 +309,18 @@ def check_export(
     tokenizer: Any,
     published: Published | None = None,
     shapes: Any = None,
+    beside: Mapping[str, Export] | None = None,
 ) -> None:
     """UserError where `save_pretrained` would refuse: before the work, rather than after it.
 
-    shapes: the parameters to come, or nothing where they are known to be the model's.
+    shapes: the parameters to come, or nothing where they are known to be the model's; as are those of `beside`.
     """
     check_new(Path(path).expanduser())
     to_hf(config, head, tokenizer, published=published)
     if shapes is not None:
         _complete_tensors(config, head, shapes)
+    for one in (beside or {}).values():
+        to_hf(one.config, one.head, tokenizer)
 
 
 def _complete_tensors(config: ModelConfig, head: str, params: Any) -> list[Tensor]:

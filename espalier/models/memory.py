@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -50,6 +50,12 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(dataclasses.astuple(self))
+
+
+def together(models: Sequence[Memory]) -> Memory:
+    """Of several models in one step, one after the other."""
+    sums = {field.name: sum(getattr(one, field.name) for one in models) for field in dataclasses.fields(Memory)}
+    return Memory(**sums | {"working": max(one.working for one in models)})
 
 
 def step_memory(

@@ -14,6 +14,8 @@ from espalier.contracts import Origin
 from espalier.errors import UserError
 from espalier.models.config import ModelConfig
 from espalier.models.heads import LANGUAGE_MODELS
+from espalier.models.hub import Export
+from espalier.models.weight_map import param_shapes
 
 SINGLE_LABEL = "single_label_classification"
 
@@ -31,6 +33,27 @@ def architecture_of(saved: dict, preset: ModelConfig, given: frozenset[str] = fr
 def part_of(params: Any, saved: dict) -> Any:
     """The parameters of the run's model, where several were trained. saved: config.json."""
     return params[saved["part"]] if saved.get("part") else params
+
+
+def beside_of(params: Any, saved: dict) -> dict[str, Export]:
+    """What is exported beside the run's model: the others that were trained. params, saved: as in `part_of`."""
+    found = {}
+    for name, one in saved.get("beside", {}).items():
+        model, head = ModelConfig.from_dict(one["model"]), one["head"]
+        whole = None if params is None else completed(params[name], params[saved["part"]], param_shapes(model, head))
+        found[name] = Export(model, whole, head)
+    return found
+
+
+def completed(own: Any, main: Any, shapes: Any) -> Any:
+    """The parameters of a model that has what `own` lacks in common with another. shapes: its tree."""
+
+    def part(name: str, shape: Any) -> Any:
+        if isinstance(shape, dict):
+            return completed(own.get(name, {}), main.get(name, {}), shape)
+        return own[name] if name in own else main[name]
+
+    return {name: part(name, shape) for name, shape in shapes.items()}
 
 
 def export_to(path: str | None, run_dir: Path, origin: Origin | None, steps: int) -> Path | None:
@@ -67,10 +90,9 @@ def load_weights(
 ) -> Callable[[Any], Any]:
     """Parameter shapes with shardings → the saved parameters, with the head of init(key) where theirs is another.
 
-    A classifier keeps its head only if the labels of `model` are the same.
+    A classifier keeps its head only if the labels of `model` are the same. Of a run of several models it is the one
+    that the run is about.
     """
-    if origin.config.get("part"):
-        raise UserError(f"{origin.name} holds several models; export it and name the folder: --init-from hf:FOLDER")
     there, their_head = origin.config["model"], origin.config.get("head", origin.config.get("task"))
     labels, problem = tuple(there.get("labels", ())), there.get("problem_type") or SINGLE_LABEL
     same_classes = labels == model.labels and problem == (model.problem_type or SINGLE_LABEL)

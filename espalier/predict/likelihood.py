@@ -13,7 +13,7 @@ from espalier.data.examples import Example
 from espalier.data.token_tables import CONTINUABLE, CONTINUES, word_table
 from espalier.data.tokenizer import special_ids
 from espalier.models.config import Execution, ModelConfig
-from espalier.models.heads import causal_lm_head, hidden_token_head
+from espalier.models.heads import causal_lm_head, hidden_token_head, masked_lm_head
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import token_logprobs
 from espalier.predict.outputs import outputs
@@ -154,6 +154,70 @@ def hidden_scores(
         of_row=("at", "label"),
         said=said,
     )
+
+
+def bound_scores(
+    model: LoadedModel,
+    texts: Sequence[Sequence[int]],
+    length: int,
+    draws: int,
+    said: Said = lambda done: None,
+    seed: int = 0,
+) -> list[Scored]:
+    """A lower bound of log p of a text by masked diffusion (mlm/diffusion/loss.py), spread over its tokens.
+
+    texts, length: as in `pseudo_scores`; each piece by itself, given how long it is. draws: R, rows for each piece of n
+    tokens; row r hides k of them, k uniform in (nr/R, n(r + 1)/R], and counts n/k times. The seed fixes the draws.
+    """
+    specials = special_ids(model.tokenizer, need=("cls", "sep", "mask"))
+    rng = np.random.default_rng(seed)
+    rows: list[Example] = []
+    counts: list[list[int]] = []
+    for ids in texts:
+        counts.append([])
+        for piece in np.array_split(np.array(ids, np.int64), max(1, -(-len(ids) // (length - 2)))):
+            counts[-1].append(len(piece))
+            for draw in range(draws if len(piece) else 0):
+                hidden_count = max(1, int(np.ceil((draw + 1 - rng.random()) / draws * len(piece))))
+                at = rng.permutation(len(piece))[:hidden_count]
+                labels = np.full(length, -1, np.int32)
+                labels[at + 1] = piece[at]
+                framed = np.concatenate([[specials.cls], piece, [specials.sep]])
+                framed[at + 1] = specials.mask
+                rows.append(Example(framed.tolist(), [0] * len(framed), of_row={"labels": labels}))
+    found = outputs(
+        of_hidden,
+        (model.config, model.execution),
+        model.params,
+        rows,
+        pad_id=specials.pad,
+        longest=model.config.max_length,
+        of_row=("labels",),
+        said=said,
+    )
+    scored, begin = [], 0
+    for pieces in counts:
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        for size in filter(None, pieces):
+            # The mean of Σ/k is that of a token: Σ n/k over n.
+            means = np.mean(found[begin : begin + draws], axis=0)
+            parts.append(tuple(np.full(size, mean, np.float32) for mean in means))  # type: ignore[arg-type]
+            begin += draws
+        scored.append(_joined(parts))
+    return scored
+
+
+def of_hidden(config: ModelConfig, execution: Execution, params: Any, batch: Mapping[str, Any]) -> Any:
+    """(mean log p, share that is the best), [B], of the places whose `labels` [B, …] are not -1."""
+    inputs = {name: array for name, array in batch.items() if name != "labels"}
+    labels_BT = batch["labels"][:, : batch["input_ids"].shape[1]]
+    labels_BT = jnp.pad(labels_BT, ((0, 0), (0, batch["input_ids"].shape[1] - labels_BT.shape[1])), constant_values=-1)
+    x_BTD = apply(config, params, inputs, execution=execution)
+    head = masked_lm_head(config, params, x_BTD, execution)
+    found = _logprobs(config, *head, jnp.maximum(labels_BT, 0))
+    weights_BT = (labels_BT >= 0).astype(jnp.float32)
+    count_B = jnp.maximum(weights_BT.sum(1), 1.0)
+    return jax.tree.map(lambda array_BT: (array_BT * weights_BT).sum(1) / count_B, found)
 
 
 def following(config: ModelConfig, execution: Execution, params: Any, batch: Mapping[str, Any]) -> Any:

@@ -175,20 +175,28 @@ class LoadedModel:
         length_penalty: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        steps: int | None = None,
+        order: Literal["confidence", "random"] = "confidence",
     ) -> list[str]:
         """What the model writes after each prompt, of whole characters.
 
         A prompt is a text; a list of messages (`role`, `content`), for the chat template; or a dictionary with the
         fields of the template by which the run was tuned. Of a run tuned on chats, a text is what the user says.
         temperature and so on: as in predict.sampling.SamplingConfig; unset, as the model's generation_config.json says.
-        What is drawn for a prompt depends on its number and the seed alone. UserError where the model is no decoder, or
-        has no positions for a prompt and its continuation.
+        What is drawn for a prompt depends on its number and the seed alone. A model of masked diffusion, and with
+        `steps` any masked LM, writes max_new_tokens by unmasking them: steps and order as in
+        predict.sampling.UnmaskingConfig. UserError where the model is neither that nor a decoder, or has no positions
+        for a prompt and its continuation.
         """
         from espalier.predict.generate import generate
-        from espalier.predict.sampling import SamplingConfig
+        from espalier.predict.sampling import SamplingConfig, UnmaskingConfig
+        from espalier.predict.unmask import unmask, writes
 
-        if self.head not in ("causal_lm", "seq2seq_lm"):
+        unmasking = UnmaskingConfig(steps, order)
+        if self.head not in ("causal_lm", "seq2seq_lm") and not writes(self, unmasking):
             raise UserError(f"this model has the head {self.head} and does not generate; a decoder does (causal_lm)")
+        if self.head != "masked_lm" and unmasking != UnmaskingConfig():
+            raise UserError("steps and order are of masked diffusion, and this is none; leave them out")
         if self.head == "causal_lm" and not self.config.causal:
             raise UserError("this model sees both sides and does not generate; it finds hidden tokens (fill)")
         chat = isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], Mapping)
@@ -197,6 +205,8 @@ class LoadedModel:
         drawn = SamplingConfig(
             *(max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, length_penalty, tuple(stop), seed)
         )
+        if self.head == "masked_lm":
+            return unmask(self, given, drawn, unmasking)  # type: ignore[arg-type]
         return generate(self, given, drawn)  # type: ignore[arg-type]
 
     def similarity(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from espalier.errors import UserError
 
@@ -76,6 +76,22 @@ def check_stops(stops: Sequence[str]) -> None:
             raise UserError(f"stop {ascii(stop)} holds bytes that are not valid text; write it in UTF-8")
     if (size := sum(len(stop.encode()) for stop in stops)) > LONGEST_STOPS:
         raise UserError(f"stop: the texts have {size:,} bytes together, at most {LONGEST_STOPS}; give shorter ones")
+
+
+@dataclass(frozen=True)
+class UnmaskingConfig:
+    """How a model of masked diffusion writes."""
+
+    steps: int | None = None
+    """Passes of the model, among which the new tokens are divided; unset = one for each token, which is best."""
+    order: Literal["confidence", "random"] = "confidence"
+    """Which tokens of a pass are kept: those it is surest of, or any."""
+
+    def __post_init__(self):
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"unmasking.steps={self.steps} must be at least 1")
+        if self.order not in ("confidence", "random"):
+            raise UserError(f"unmasking.order={self.order!r} is not one of confidence, random")
 
 
 SAMPLED = ("temperature", "top_k", "top_p", "repetition_penalty")

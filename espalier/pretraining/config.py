@@ -60,3 +60,16 @@ class TextFiles:
             raise UserError(f"data.length={self.length} is too short; at least 8")
         if self.tokens is not None and self.tokens < 1:
             raise UserError(f"data.tokens={self.tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class BoundFiles(TextFiles):
+    """Text on which a masked diffusion model is measured: a bound, estimated by draws."""
+
+    draws: int = 16
+    """Sets of hidden tokens that are drawn for each piece of text; more = a surer estimate."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.draws < 1:
+            raise UserError(f"data.draws={self.draws} must be at least 1")

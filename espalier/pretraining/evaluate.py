@@ -16,7 +16,7 @@ from espalier.data.encode import encode
 from espalier.data.sources import Source, open_source
 from espalier.errors import UserError
 from espalier.intervals import ratio_interval
-from espalier.predict.likelihood import Scored, causal_scores, pseudo_scores
+from espalier.predict.likelihood import Scored, bound_scores, causal_scores, pseudo_scores
 from espalier.task import Evaluation
 
 if TYPE_CHECKING:
@@ -30,9 +30,13 @@ CHUNK_TOKENS = {True: 2**18, False: 2**11}
 LISTED = 5
 
 
-def measure_text(model: LoadedModel, data: TextFiles) -> Evaluation:
+def measure_text(model: LoadedModel, data: TextFiles, draws: int | None = None) -> Evaluation:
     """`loss` (nats a token), `perplexity` = exp(loss) or `pseudo_perplexity`, `accuracy`, of a causal model
-    `bits_per_byte`; with 95 % intervals over texts (or windows of one text)."""
+    `bits_per_byte`; with 95 % intervals over texts (or windows of one text).
+
+    draws: of a model of masked diffusion, for an upper bound of what a causal model has (predict.likelihood
+    .bound_scores): `perplexity_bound`, `bits_per_byte_bound`.
+    """
     if not data.validation:
         raise UserError("no --data.validation FILE given: name text (.txt, .md, .jsonl, .csv, .parquet)")
     causal = model.config.causal
@@ -54,6 +58,8 @@ def measure_text(model: LoadedModel, data: TextFiles) -> Evaluation:
             scores = (
                 causal_scores(model, ids, length, data.stride, told)
                 if causal
+                else bound_scores(model, ids, length, draws, told)
+                if draws
                 else pseudo_scores(model, ids, length, told)
             )
             for (_, bytes_of_it), scored in zip(chunk, scores, strict=True):
@@ -72,7 +78,8 @@ def measure_text(model: LoadedModel, data: TextFiles) -> Evaluation:
         raise UserError(f"{', '.join(data.validation)}: there is no text that becomes tokens{_why(rejects)}")
     loss = nats / tokens
     low, high = ratio_interval(np.array(loss_parts), np.array(weight_parts))
-    name = "perplexity" if causal else "pseudo_perplexity"
+    bound = "_bound" if draws else ""
+    name = f"perplexity{bound}" if causal or draws else "pseudo_perplexity"
     metrics = {
         "loss": loss,
         "loss_interval": [low, high],
@@ -80,9 +87,9 @@ def measure_text(model: LoadedModel, data: TextFiles) -> Evaluation:
         f"{name}_interval": [math.exp(min(low, 700.0)), math.exp(min(high, 700.0))],
         "accuracy": right / tokens,
     }
-    if causal:
-        scale = tokens / size / math.log(2)
-        metrics |= {"bits_per_byte": loss * scale, "bits_per_byte_interval": [low * scale, high * scale]}
+    if causal or draws:
+        scale, bits = tokens / size / math.log(2), f"bits_per_byte{bound}"
+        metrics |= {bits: loss * scale, f"{bits}_interval": [low * scale, high * scale]}
     metrics |= {"tokens": tokens, "texts": texts, "bytes": size, "window": length}
     warnings = [f"{reject.name}: {reject.message}" for reject in rejects[:LISTED]]
     if len(rejects) > LISTED:

@@ -11,7 +11,7 @@ from espalier import user_code
 from espalier.errors import UserError
 from espalier.models.config import Execution, ModelConfig
 from espalier.pretraining.config import TextFiles
-from espalier.task import TASKS, Evaluation, Start, Task, TaskRecord, Trained, find
+from espalier.task import TASKS, Beside, Evaluation, Start, Task, TaskRecord, Trained, find
 
 if TYPE_CHECKING:
     import jax
@@ -108,6 +108,8 @@ class TextObjective(TaskRecord):
     """(config, model) → floating-point operations of a row in training, where it is not that of a single stack."""
     fitted: Callable[[ModelConfig, Any], ModelConfig] = lambda model, tokenizer: model
     """(model of the tokenizer's vocabulary, tokenizer) → the model of a run that begins with random weights."""
+    beside: Callable[[Any, ModelConfig], Mapping[str, Beside]] = lambda config, model: {}
+    """(config, model) → the other models that are trained, by the names of their parts: a generator."""
     schedules: tuple[Callable[[], Schedule], ...] = ()
     """What depends on the length of the run, beside the learning rate."""
     word_starts: Callable[[Any], bool] = lambda config: False
@@ -129,6 +131,14 @@ class TextObjective(TaskRecord):
     def arrays(self, config: Any) -> dict[str, str]:
         """Name → type of every array of its batches, all [B, T] (data.loader.Rows)."""
         return {**ARRAYS[self.layout]} | ({"word_starts": "bool"} if self.word_starts(config) else {})
+
+    def fresh(self, setup: Setup, key: jax.Array) -> dict:
+        """Parameters to begin with."""
+        from espalier.models.transformer import init_params
+
+        if self.init_params is not None:
+            return self.init_params(setup, key)
+        return init_params(setup.model, key, heads=(self.head,))
 
     def chosen(self, config: Any, objective: Any = None) -> TextObjective:
         given = config.objective if objective is None else objective
@@ -152,7 +162,7 @@ class TextObjective(TaskRecord):
             if model.causal != self.causal:
                 kind = "a decoder" if model.causal else "an encoder"
                 others = [one for one in map(find, TASKS) if isinstance(one, TextObjective) and not one.turns]
-                commands = [one.command for one in others if one.causal == model.causal]
+                commands = dict.fromkeys(one.command for one in others if one.causal == model.causal)
                 also = "; to have it see both sides from now on, add --model.no-causal" if model.causal else ""
                 raise UserError(
                     f"--init-from names {kind} ({model.model_type}); pretrain it by `{' or '.join(commands)}`{also}"

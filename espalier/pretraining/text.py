@@ -15,7 +15,6 @@ from espalier.data.token_tables import token_bytes
 from espalier.data.tokenizer import special_ids, vocabulary_size
 from espalier.errors import UserError
 from espalier.models.counts import flops_per_token
-from espalier.models.transformer import init_params
 from espalier.pretraining.objective import HeldOut, Setup, TextObjective
 from espalier.task import Start, Task
 from sharding.mesh import host_rows
@@ -73,17 +72,15 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
 
     setup, text = Setup(config, model, tokenizer), HeldOut(prepared, eval_batches)
     tokens = config.batch_size * length
-
-    def fresh(key):
-        if record.init_params is not None:
-            return record.init_params(setup, key)
-        return init_params(model, key, heads=(record.head,))
+    # All the models of another run of this kind are there.
+    whole = bool(record.part and origin and origin.config.get("part") == record.part)
+    whole = whole and origin is not None and origin.config.get("task") == record.name
 
     return Task(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        init_params=fresh,
+        init_params=lambda key: record.fresh(setup, key),
         objective=record.build(setup),
         batch=lambda step: batches.batch(step, mine),
         documents=batches.documents,
@@ -92,7 +89,9 @@ def open_text(record: TextObjective, config: Any, start: Start) -> Task:
         frozen=start.base(record.frozen(setup)),
         matrix_axes=record.matrix_axes,
         part=record.part,
-        scratch=record.init_params is not None,
+        beside=record.beside(config, model),
+        load_params=origin.restore_params if origin and whole else None,
+        scratch=record.init_params is not None and not whole,
         fingerprints=prepared.fingerprints,
         user_code=own_code(record, config),
         settings={"asked_vocabulary": asked} | ({"words": prepared.words} if prepared.words else {}),

@@ -46,7 +46,6 @@ class TaskReport:
 
 
 IMPORTED = {
-    "replaced_token_detection": TaskReport(loader="AutoModelForPreTraining", words="for replaced token detection"),
     "embedding": TaskReport(words="for text embeddings"),
 }
 """Heads with which a model can be imported and exported, though no task here trains them."""

@@ -24,7 +24,7 @@ EXECUTION_FIELDS = frozenset(
         *("eval_rows", "prefetch", "workers", "max_rejected", "json", "debug", "cache", "export", "command"),
         *("distributed", "published", "user_code", "show", "answers", "beams", "max_new_tokens"),
         *("keep_best", "early_stopping", "checksum_every", "asked_vocabulary", "trackers", "notify", "bad_steps"),
-        *("profile", "slots"),
+        *("beside", "profile", "slots"),
     )
 )
 """Field names, at any depth, that a resumed run may change."""

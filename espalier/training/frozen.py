@@ -79,7 +79,7 @@ def restore_frozen(folder: Path, abstract: Any, record: dict[str, str] | None) -
 
 
 def restore_complete(
-    run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | None = None
+    run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | tuple[str, ...] | None = None
 ) -> Any:
     """The parameters of a run's checkpoint (default: its best where it keeps that, else the newest), trained and frozen
     together; arguments as in `restore_params`.
@@ -101,7 +101,7 @@ def restore_complete(
 
 
 def restore_model(
-    run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | None = None
+    run_dir: str | Path, abstract: Any = None, step: int | None = None, *, ignore: str | tuple[str, ...] | None = None
 ) -> Any:
     """As `restore_complete`, with adapters merged into what they change: the parameters of a plain model."""
     step = given_step(run_dir) if step is None else step

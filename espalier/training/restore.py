@@ -28,7 +28,7 @@ for _logger in ("absl", "asyncio"):
     logging.getLogger(_logger).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())
 
 
-def restore_saved(folder: str | Path, abstract: Any, ignore: str | None = None) -> Any:
+def restore_saved(folder: str | Path, abstract: Any, ignore: str | tuple[str, ...] | None = None) -> Any:
     """What `save_params` wrote into this folder; arguments as in `restore_params`."""
     return restore_item(_step_folder(Path(folder), 0), "params", abstract, ignore)
 
@@ -51,13 +51,18 @@ def restore_state(run_dir: str | Path, abstract: TrainState, step: int | None = 
 
 
 def restore_params(
-    run_dir: str | Path, abstract_params: Any = None, step: int | None = None, *, ignore: str | None = None
+    run_dir: str | Path,
+    abstract_params: Any = None,
+    step: int | None = None,
+    *,
+    ignore: str | tuple[str, ...] | None = None,
 ) -> Any:
     """The trained parameters of a run's checkpoint (default: the newest); those with the frozen ones:
     `training.frozen.restore_complete`. The optimizer state is not read.
 
     abstract_params: ShapeDtypeStructs with shardings; None = NumPy arrays, everything there is. UserError lists
-    what is missing, unexpected or of another shape or type; parameters whose path begins with `ignore` may be there.
+    what is missing, unexpected or of another shape or type; parameters whose path begins with `ignore` (or with one of
+    several) may be there.
     """
     return restore_item(_step_folder(RunDirectory(run_dir).checkpoints, step), "params", abstract_params, ignore)
 
@@ -118,7 +123,7 @@ def _restore_rest(folder: Path, abstract: TrainState) -> TrainState:
     return replace(abstract, **rest)
 
 
-def restore_item(folder: Path, item: str, abstract: Any, ignore: str | None = None) -> Any:
+def restore_item(folder: Path, item: str, abstract: Any, ignore: str | tuple[str, ...] | None = None) -> Any:
     """An item of a checkpoint, `params` or `opt_state` (flat); arguments as in `restore_params`."""
     verify(folder, item, together=True)
     saved, handler = _saved_tree(folder / item), _reader()

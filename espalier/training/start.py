@@ -18,7 +18,7 @@ from espalier.training.fallback import MODEL, given_step, resumed_step
 from espalier.training.frozen import Frozen, restore_frozen, restore_model, save_frozen
 from espalier.training.manifest import MANIFEST
 from espalier.training.optimizer import Optimizer
-from espalier.training.restore import read_config, read_data, restore_optimizer, restore_state
+from espalier.training.restore import read_config, read_data, restore_optimizer, restore_state, saved_shapes
 from espalier.training.run import RunDirectory
 from espalier.training.state import TrainState, new_state, shard_state
 from espalier.training.tracker import Interval
@@ -52,7 +52,14 @@ class RunOrigin(NamedTuple):
         return self.step if self.resumed else 0
 
     def restore_params(self, abstract: Any) -> Any:
-        return restore_model(self.run_dir, abstract, self.step, ignore=None if "head" in abstract else "head/")
+        """Of a run of several models: all of them, or the one that it is about (`part` of its configuration)."""
+        part = self.config.get("part")
+        if not part or part in abstract:
+            return restore_model(self.run_dir, abstract, self.step, ignore=None if "head" in abstract else "head/")
+        saved = saved_shapes(RunDirectory(self.run_dir).checkpoints, self.step)
+        ignored = {f"{name}/" for name in (path.partition("/")[0] for path in saved) if name != part}
+        ignored |= set() if "head" in abstract else {f"{part}/head/"}
+        return restore_model(self.run_dir, {part: abstract}, self.step, ignore=tuple(sorted(ignored)))[part]
 
 
 def find_origin(

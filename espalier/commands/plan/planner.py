@@ -12,7 +12,7 @@ from espalier.commands.plan.objectives import objective_of
 from espalier.commands.plan.plan import Hardware, Layout, Plan
 from espalier.commands.plan.settings import PlanSettings, as_tokens
 from espalier.commands.plan.time.amounts import Job
-from espalier.commands.plan.time.roofline import bill, step_time
+from espalier.commands.plan.time.roofline import StepTime, bill, step_time, together
 from espalier.errors import UserError
 from espalier.models.attention import choose_backend
 from espalier.models.attention_backend import Backend, Use
@@ -20,6 +20,7 @@ from espalier.models.config import ModelConfig
 from espalier.models.counts import count_params
 from espalier.models.layout import memory_of, task_of
 from espalier.models.memory import Memory
+from espalier.models.memory import together as in_one_step
 from espalier.models.transformer import scans
 from sharding.advice import KEPT_FREE, Task, advise, layouts
 from sharding.mesh import AXES, MeshConfig, build_mesh, check_batch, off_torus
@@ -85,6 +86,7 @@ class Planner:
     def __init__(self, config: Any, model: ModelConfig, hardware: Hardware):
         self.config, self.model, self.hardware = config, model, hardware
         self.objective = objective_of(config)
+        self.beside = self.objective.beside(config, model).values()
         self.platform = "tpu" if hardware.chip.architecture == "tpu" else "gpu"
         self.dtype = "float32" if config.execution.dtype == "float32" else "bfloat16"
         self.limit = hardware.chip.memory
@@ -123,7 +125,7 @@ class Planner:
             remat=remat,
             attention=self.attention(mesh)[0].name,
             memory=self._memory(config, mesh),
-            time=step_time(self.job(mesh, accumulation, remat)),
+            time=self.time(mesh, accumulation, remat),
             compiled=compiled,
             limit=compiled.limit if compiled else self.limit,
         )
@@ -153,8 +155,14 @@ class Planner:
                 return compiled, tried
         return None, tried
 
+    def time(self, mesh: MeshConfig, accumulation: int, remat: Any) -> StepTime:
+        """Of all models that are trained."""
+        job = self.job(mesh, accumulation, remat)
+        others = [dataclasses.replace(job, model=one.model, predicted_fraction=one.predicted) for one in self.beside]
+        return together([step_time(one) for one in (job, *others)], job)
+
     def job(self, mesh: MeshConfig, accumulation: int, remat: Any) -> Job:
-        """The step as input of the time model."""
+        """The step of the model as input of the time model."""
         config = self.config
         return Job(
             model=self.model,
@@ -197,16 +205,10 @@ class Planner:
         return dataclasses.replace(self.config, accumulation=accumulation, execution=execution)
 
     def _memory(self, config: Any, mesh: MeshConfig) -> Memory:
-        return memory_of(
-            config,
-            self.model,
-            self.objective.head,
-            mesh,
-            config.data.sequence_length,
-            attention=self.attention(mesh)[0].name,
-            dtype=self.dtype,
-            scan=self._scans(),
-        )
+        how: Any = dict(attention=self.attention(mesh)[0].name, dtype=self.dtype, scan=self._scans())
+        models = [(self.model, self.objective.head), *((one.model, one.head) for one in self.beside)]
+        length = config.data.sequence_length
+        return in_one_step([memory_of(config, model, head, mesh, length, **how) for model, head in models])
 
     def _task(self, config: Any) -> Task:
         return task_of(config, self.model, self.hardware.devices, self.hardware.slices, config.data.sequence_length)

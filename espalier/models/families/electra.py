@@ -14,6 +14,13 @@ ELECTRA_SMALL = replace(
     intermediate_size=1024,
     classifier_pooler="gelu",
 )
+ELECTRA_BASE = replace(
+    ELECTRA_SMALL,
+    embedding_size=768,
+    hidden_size=768,
+    num_attention_heads=12,
+    intermediate_size=3072,
+)
 
 FAMILIES = {
     "electra": Family(

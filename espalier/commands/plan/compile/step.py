@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from espalier.commands.plan.objectives import objective_of
-from espalier.models.transformer import init_params, matrix_axes
+from espalier.models.transformer import matrix_axes
 from espalier.pretraining.objective import Setup
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.sparsity import projection
@@ -32,14 +32,15 @@ def lower_step(config: Any, mesh: Mesh) -> Program:
     """
     model = config.model.fitted(config.model.vocab_size, config.data.sequence_length)
     record = objective_of(config)
-    objective = record.build(Setup(config, model, tokenizer=None))
+    setup = Setup(config, model, tokenizer=None)
+    objective = record.build(setup)
 
     def init(key):
-        return init_params(model, key, heads=(record.head,))
+        return record.fresh(setup, key)
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
-        matrices = matrix_axes(shapes)
+        matrices = (record.matrix_axes or matrix_axes)(shapes)
         optimizer = build_optimizer(config.optimizer, shapes, matrices)
         project = projection(config.optimizer.sparsity, shapes, matrices, config.steps)
         state = abstract_state(config, init, optimizer, mesh)

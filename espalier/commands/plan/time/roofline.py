@@ -9,7 +9,7 @@ runs.json and tested on the other half. Imports no JAX at the top.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from espalier.commands.plan.time import amounts
@@ -143,6 +143,23 @@ def step_time(job: Job, efficiency: Efficiency = FITTED) -> StepTime:
         tokens_per_second_per_chip=speed / job.devices * chip.devices_per_chip,
         model_flops_per_token=flops,
         mfu=flops * speed / (job.devices * chip.flops),
+    )
+
+
+def together(times: Sequence[StepTime], job: Job) -> StepTime:
+    """Of several models in one step, one after the other. job: of any of them."""
+    if len(times) == 1:
+        return times[0]
+    names = ("matmul", "attention", "memory", "optimizer", "launch", "network", "step", "low", "high")
+    sums = {name: sum(getattr(one, name) for one in times) for name in names}
+    flops, speed = sum(one.model_flops_per_token for one in times), job.tokens / sums["step"]
+    return StepTime(
+        **sums,
+        communication={axis: sum(one.communication[axis] for one in times) for axis in times[0].communication},
+        tokens_per_second=speed,
+        tokens_per_second_per_chip=speed / job.devices * job.chip.devices_per_chip,
+        model_flops_per_token=flops,
+        mfu=flops * speed / (job.devices * job.chip.flops),
     )
 
 

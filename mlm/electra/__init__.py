@@ -1,0 +1,1 @@
+"""Replaced-token detection (ELECTRA): a generator fills in masked tokens, a discriminator finds which it changed."""
