@@ -49,6 +49,7 @@ TASKS = {
     "sentence_embedding": "finetune.tasks.embed.record:SENTENCE_EMBEDDING",
     "question_answering": "finetune.tasks.answer.record:ANSWERING",
     "reinforcement": "finetune.tasks.reinforce.record:REINFORCE",
+    "sequence_to_sequence": "finetune.tasks.rewrite.record:SEQUENCE_TO_SEQUENCE",
     "instruction_tuning": "finetune.tasks.instruct.record:INSTRUCTION",
     "masked_lm_autoencoder": "espalier.features.record:ON_ENCODERS",
     "causal_lm_autoencoder": "espalier.features.record:ON_DECODERS",

@@ -14,6 +14,7 @@ from finetune.tasks.rank import record as rank
 from finetune.tasks.rationale import record as rationale
 from finetune.tasks.reinforce import record as reinforce
 from finetune.tasks.reward import record as reward
+from finetune.tasks.rewrite import record as rewrite
 from finetune.tasks.tag import record as tag
 
 PRESETS = {
@@ -31,6 +32,7 @@ PRESETS = {
     "prefer": prefer.prefer,
     "instruct": instruct.instruct,
     "translate": instruct.translate,
+    "rewrite": rewrite.rewrite,
     "reinforce": reinforce.reinforce,
     "choose": choose.choose,
 }

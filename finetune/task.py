@@ -52,6 +52,8 @@ class Labelled(Protocol):
     """Of an average training example."""
     answers_per_row: int = 1
     """How many texts of data.max_length tokens a row holds: 2 where it is a pair."""
+    flops_per_row: float | None = None
+    """Floating-point operations of an average training example, where it is not one row of a single stack."""
     predicted: float = 0.0
     """The part of the tokens that are scored over the vocabulary, for counts of operations."""
     eval_batches: Sequence[dict]
@@ -246,7 +248,9 @@ class FinetuneTask(TaskRecord):
             partly = freeze(config, data, self.head, start)
         load_params = _loading(config, data, self.head, start, partly)
         reference = _reference(config, data, self.head, start) if data.reference else None
-        flops = config.batch_size * tokens * flops_per_token(start.model, round(tokens), data.predicted)
+        flops = config.batch_size * (
+            data.flops_per_row or tokens * flops_per_token(start.model, round(tokens), data.predicted)
+        )
 
         def finish(trained: Trained) -> dict[str, Any]:
             saved = {"task": self.name, "data": dataclasses.asdict(config.data)} | data.settings

@@ -7,6 +7,7 @@ all are alike. One table of buckets × heads serves all layers of a stack.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def distance_buckets(config: ModelConfig) -> np.ndarray:
 
 def init_relative(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh parameters: `embedding`, float32 [buckets, N]."""
-    return _table(config).init(key, jnp.zeros((1,), jnp.int32))["params"]
+    table: Any = _table(config)
+    return table.init(key, jnp.zeros((1,), jnp.int32))["params"]
 
 
 def relative_bias(config: ModelConfig, params: dict, places: Places) -> jax.Array:

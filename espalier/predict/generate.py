@@ -266,7 +266,8 @@ def prompt_ids(model: LoadedModel, prompt: Prompt) -> list[int]:
     """
     tokenizer, template = model.tokenizer, template_of(model)
     if model.config.num_decoder_layers:
-        return _read_whole(tokenizer, prompt)
+        prefix = (model.saved.get("data") or {}).get("prefix") or ""
+        return _read_whole(tokenizer, prompt, prefix)
     if template is not None and not isinstance(prompt, Mapping):
         if not isinstance(prompt, str):
             raise UserError(f"this run was tuned by the template {template!r}, not on chats; give its fields")
@@ -343,15 +344,15 @@ def _framed(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return [bos, *plain_backend(tokenizer).encode(text, add_special_tokens=False).ids]
 
 
-def _read_whole(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
-    """What an encoder reads of a text: its tokens and the end of text (Raffel et al. 2020, section 2.2)."""
+def _read_whole(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, prefix: str) -> list[int]:
+    """What an encoder reads of a text: the prefix of its run, the tokens, and the end of text (Raffel et al. 2020)."""
     if isinstance(prompt, Mapping):
         prompt = prompt.get("source", prompt.get("prompt", prompt.get("text", prompt)))
     if not isinstance(prompt, str):
         raise UserError("an encoder-decoder writes one text from another; give a text, or a row with 'source'")
     eos = special_ids(tokenizer, need=("eos",)).eos
     assert eos is not None
-    return [*plain_backend(tokenizer).encode(prompt, add_special_tokens=False).ids, eos]
+    return [*plain_backend(tokenizer).encode(prefix + prompt, add_special_tokens=False).ids, eos]
 
 
 def _of_fields(fields: Mapping[str, str], template: str | None) -> str:

@@ -22,6 +22,7 @@ USES = {
     "causal_lm": "espalier.predict.generate:GENERATE",
     "hybrid_lm": "espalier.predict.generate:GENERATE",
     "seq2seq_lm": "espalier.predict.generate:GENERATE",
+    "sequence_to_sequence": "espalier.predict.generate:GENERATE",
     "instruction_tuning": "espalier.predict.generate:GENERATE",
     "preference": "espalier.predict.generate:GENERATE",
     "reinforcement": "espalier.predict.generate:GENERATE",

@@ -96,6 +96,8 @@ def _read(hf: Any) -> dict[str, Any]:
         "scale_decoder_outputs": tied,
         "decoder_start_token_id": (hf.pad_token_id or 0) if start is None else start,
         "max_position_embeddings": getattr(hf, "n_positions", 512),
+        # Of runs here: the class there begins otherwise.
+        "initializer_range": getattr(hf, "initializer_range", 0.02),
     }
 
 
@@ -106,6 +108,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "decoder_start_token_id": config.decoder_start_token_id,
         "n_positions": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
         "dropout_rate": config.hidden_dropout,
     }
 

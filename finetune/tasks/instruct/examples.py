@@ -91,7 +91,7 @@ def read_part(data: InstructData, side: str, tokenizer: PreTrainedTokenizerFast,
         )
     name = " and ".join(paths)
     with progress.waiting(f"reading {name}"):
-        records, notes, fingerprint = _records(paths, data.encoding)
+        records, notes, fingerprint = read_records(paths, data.encoding)
         form, items = _items(name, records, data, tokenizer)
     empty = sum(not item.reference.strip() for item in items)
     items = [item for item in items if item.reference.strip()]
@@ -176,7 +176,7 @@ def describe_part(part: Part) -> str:
     return f"{part.name}: {len(part.encoded):,} examples, {tokens:,} tokens, {learnt:,} of them learnt"
 
 
-def _records(paths: Sequence[str], encoding: str) -> tuple[list[Record], list[str], str]:
+def read_records(paths: Sequence[str], encoding: str) -> tuple[list[Record], list[str], str]:
     """Rows with JSON values, notes on the file, and its fingerprint."""
     if len(paths) == 1:
         table = read_table(paths[0], encoding)

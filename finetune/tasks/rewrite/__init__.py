@@ -1,0 +1,1 @@
+"""One text from another: translation, summaries, corrections, by an encoder-decoder."""
