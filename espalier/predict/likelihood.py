@@ -182,7 +182,7 @@ def bound_scores(
                 at = rng.permutation(len(piece))[:hidden_count]
                 labels = np.full(length, -1, np.int32)
                 labels[at + 1] = piece[at]
-                framed = np.concatenate([[specials.cls], piece, [specials.sep]])
+                framed = np.array([specials.cls, *piece, specials.sep])
                 framed[at + 1] = specials.mask
                 rows.append(Example(framed.tolist(), [0] * len(framed), of_row={"labels": labels}))
     found = outputs(

@@ -37,12 +37,12 @@ def writes(model: LoadedModel, config: UnmaskingConfig = DEFAULTS) -> bool:
 
 def unmask(
     model: LoadedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     sampling: SamplingConfig,
     config: UnmaskingConfig = DEFAULTS,
     said: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> list[str]:
-    """What the model writes behind each prompt: sampling.max_new_tokens tokens, drawn by temperature, top_k and top_p.
+    """What the model writes behind each text: sampling.max_new_tokens tokens, by temperature, top_k, top_p.
 
     What is drawn for a prompt depends on the seed and its place. said: as in predict.generate.generate. UserError where
     there is no room for a prompt, and for settings that only decoders have.

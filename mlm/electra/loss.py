@@ -9,7 +9,7 @@ gradient; embeddings are common to both (section 3.2), and learn from both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def generated(generator: ModelConfig, params, batch: dict, key, execution: Execu
     x_BTD = apply(generator, own, batch, execution=execution, key=key)
     x_BMD = jnp.take_along_axis(x_BTD, batch["masked_positions"][:, :, None], axis=1)
     head = masked_lm_head(generator, own, x_BMD, execution)
-    size = dict(vocab_size=generator.vocab_size, softcap=generator.final_logit_softcapping)
+    size: Any = dict(vocab_size=generator.vocab_size, softcap=generator.final_logit_softcapping)
     logprob_BM, correct_BM = token_logprobs(*head, batch["masked_labels"], **size)
     drawn_BM = drawn_tokens(*head, jax.random.wrap_key_data(batch["draw_keys"]), **size)
     weights_BM = batch["masked_weights"]
