@@ -238,9 +238,9 @@ def planned(case: Case, chip: Any) -> dict[str, Any]:
 
 def _objective(case: Case):
     from clm.loss import causal_lm_objective
+    from mlm.config import MaskingConfig
     from mlm.loss import masked_lm_objective
     from mlm.masking import Vocabulary
-    from mlm.presets import MaskingConfig
 
     if case.model.causal:
         return causal_lm_objective(case.model, execution=case.execution)

@@ -28,9 +28,9 @@ from espalier.training.config import OptimizerConfig, TrainConfig  # noqa: E402
 from espalier.training.optimizer import build_optimizer  # noqa: E402
 from espalier.training.start import first_state  # noqa: E402
 from espalier.training.step import jit_train_step  # noqa: E402
+from mlm.config import MaskingConfig  # noqa: E402
 from mlm.loss import masked_lm_objective  # noqa: E402
 from mlm.masking import Vocabulary  # noqa: E402
-from mlm.presets import MaskingConfig  # noqa: E402
 from sharding.mesh import MeshConfig, build_mesh, place_batch  # noqa: E402
 
 

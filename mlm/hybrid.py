@@ -24,7 +24,7 @@ from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary, from_before, mask_batch
 
 if TYPE_CHECKING:
-    from mlm.presets import MaskingConfig
+    from mlm.config import MaskingConfig
 
 PERIOD = 10_000
 """The causal part of the rows is rounded to this part of them: the count of rows so far stays a whole number."""

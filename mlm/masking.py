@@ -22,7 +22,7 @@ from espalier.errors import UserError
 from sharding.mesh import BATCH_AXES
 
 if TYPE_CHECKING:
-    from mlm.presets import MaskingConfig
+    from mlm.config import MaskingConfig
 
 
 class Vocabulary(NamedTuple):
@@ -50,7 +50,7 @@ def rate_at(config: MaskingConfig, step, steps: int):
 
 def mask_rates(settings: dict, steps):
     """The mask rate at each of these steps of a run with these settings (a training.identity.Schedule)."""
-    from mlm.presets import MaskingConfig
+    from mlm.config import MaskingConfig
 
     chosen = {name: settings["masking"][name] for name in ("rate", "final_rate")}
     return jnp.broadcast_to(rate_at(MaskingConfig(**chosen), steps, settings["steps"]), steps.shape)

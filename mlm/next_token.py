@@ -15,7 +15,7 @@ from mlm.report import REPORT
 
 if TYPE_CHECKING:
     from espalier.training.step import Objective
-    from mlm.presets import HybridConfig, MaskedNextTokenConfig
+    from mlm.config import HybridConfig, MaskedNextTokenConfig
 
 
 def build(setup: Setup) -> Objective:

@@ -6,7 +6,8 @@ What it learns is in mlm/record.py, how any run goes in espalier/assembly.py.
 from __future__ import annotations
 
 from espalier import cli
-from mlm.presets import PRESETS, PretrainConfig
+from mlm.config import PretrainConfig
+from mlm.presets import PRESETS
 from sharding.processes.coordination import joined
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from espalier.training.identity import Schedule
     from espalier.training.step import Objective
+    from mlm.config import PretrainConfig
     from mlm.masking import Vocabulary
-    from mlm.presets import PretrainConfig
 
 
 def build(setup: Setup) -> Objective:

@@ -12,8 +12,8 @@ from espalier.models.config import Execution, ModelConfig
 from espalier.models.heads import hidden_token_head
 from espalier.models.transformer import apply
 from espalier.models.vocabulary import logits
+from mlm.config import MaskingConfig
 from mlm.masking import Vocabulary, mask_batch
-from mlm.presets import MaskingConfig
 
 
 def unigram_entropy(train_V: np.ndarray, held_out_V: np.ndarray, vocabulary: Vocabulary) -> float:

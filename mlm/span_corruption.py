@@ -11,7 +11,7 @@ from mlm.report import REPORT
 if TYPE_CHECKING:
     from espalier.models.config import ModelConfig
     from espalier.training.step import Objective
-    from mlm.presets import SpanCorruptionConfig
+    from mlm.config import SpanCorruptionConfig
 
 SENTINELS = 100
 """As T5 has; where a tokenizer has none they are rows of the vocabulary behind its tokens."""

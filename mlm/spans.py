@@ -26,7 +26,7 @@ from espalier.models.vocabulary import token_logprobs
 from espalier.training.step import Objective
 
 if TYPE_CHECKING:
-    from mlm.presets import SpanConfig
+    from mlm.config import SpanConfig
 
 SPARE = 2
 """Spans of a row that may be cut at the edge of a document."""

@@ -25,9 +25,9 @@ from finetune.tasks.classify.marks import spans_of, token_weights
 from finetune.tasks.classify.record import ClassifyConfig, ClassifyData
 from finetune.tasks.classify.task import classification_objective
 from finetune.train import main
+from mlm.config import MaskingConfig, PretrainConfig
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary
-from mlm.presets import MaskingConfig, PretrainConfig
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 from sharding.rules import shard_params
 

@@ -28,8 +28,8 @@ from espalier.data.tokenizer import plain_backend, special_ids, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.data.words import EACH_TOKEN, check_segmenters, find_segmenters, script_shares, segmenter
 from espalier.errors import UserError
+from mlm.config import MaskingConfig
 from mlm.masking import Vocabulary, mask_batch
-from mlm.presets import MaskingConfig
 from tests.manpages import man_texts
 
 THAI = "ภาษาไทยเป็นภาษาที่เขียนติดกันโดยไม่มีช่องว่างระหว่างคำ คอมพิวเตอร์ต้องตัดคำก่อนจึงจะเข้าใจประโยคได้"

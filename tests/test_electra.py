@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from tiny_models import random_params
 
 import finetune.train
+import mlm.config
 import mlm.presets
 import mlm.pretrain
 from espalier.commands.convert import ExportConfig, export_model
@@ -38,8 +39,8 @@ SIZES = dict(
 CONFIG = dataclasses.replace(
     mlm.presets.electra_demo(),
     model=dataclasses.replace(ELECTRA_SMALL, **SIZES),
-    generator=mlm.presets.GeneratorConfig(size=0.5),
-    masking=mlm.presets.MaskingConfig(rate=0.4, mask_fraction=0.85, random_fraction=0.0),
+    generator=mlm.config.GeneratorConfig(size=0.5),
+    masking=mlm.config.MaskingConfig(rate=0.4, mask_fraction=0.85, random_fraction=0.0),
     execution=dataclasses.replace(mlm.presets.electra_demo().execution, dtype="float32", scan_layers=False),
 )
 GENERATOR = generator_of(CONFIG.model, CONFIG.generator)
@@ -257,9 +258,9 @@ def test_pretraining_goes_on_from_both_models_and_from_no_other(run, text, tmp_p
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: generator_of(CONFIG.model, mlm.presets.GeneratorConfig(size=0.3)), "no whole number.*try 0.25"),
-        (lambda: mlm.presets.GeneratorConfig(size=1.5), "generator.size=1.5 must lie above 0"),
-        (lambda: mlm.presets.GeneratorConfig(layers=0), "generator.layers=0"),
+        (lambda: generator_of(CONFIG.model, mlm.config.GeneratorConfig(size=0.3)), "no whole number.*try 0.25"),
+        (lambda: mlm.config.GeneratorConfig(size=1.5), "generator.size=1.5 must lie above 0"),
+        (lambda: mlm.config.GeneratorConfig(layers=0), "generator.layers=0"),
         (lambda: dataclasses.replace(CONFIG, detection_weight=0.0), "detection_weight=0 must be above 0"),
     ],
 )

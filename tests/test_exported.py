@@ -19,6 +19,7 @@ import clm.generate
 import clm.presets
 import clm.pretrain
 import finetune.train
+import mlm.config
 import mlm.presets
 import mlm.pretrain
 from espalier import cli, saved_config
@@ -280,7 +281,7 @@ def test_import_then_every_entry_point(published_bert, corpus, tmp_path):
         assert found["label"] == row["prediction"] and found["score"] == pytest.approx(row["probability"], abs=1e-4)
 
     # What config.json records beside the settings is known to --from-config.
-    again = saved_config.read(str(tmp_path / "more"), [mlm.presets.PretrainConfig], "mlm")
+    again = saved_config.read(str(tmp_path / "more"), [mlm.config.PretrainConfig], "mlm")
     assert (again.config.data, again.config.run_dir, again.name) == (config.data, None, "more-again")
     again = saved_config.read(str(tmp_path / "tuned"), [classification.ClassifyConfig], "finetune")
     assert again.config.data == data and again.config.init_from == tuning.init_from

@@ -23,10 +23,10 @@ from espalier.models.heads import causal_lm_head
 from espalier.models.splash import SPLASH
 from espalier.models.transformer import apply, stack
 from espalier.models.vocabulary import logits
+from mlm.config import MaskingConfig
 from mlm.hybrid import causal_rows, hybrid_objective
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary, from_before, mask_batch
-from mlm.presets import MaskingConfig
 
 V, T, B, MASK = LLAMA.vocab_size, 16, 8, 4
 BOTH = dataclasses.replace(LLAMA, causal=False)

@@ -9,8 +9,8 @@ from espalier.data.token_tables import CONTINUABLE, CONTINUES, word_table
 from espalier.data.tokenizer import plain_backend, special_ids, vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.errors import UserError
+from mlm.config import MaskingConfig
 from mlm.masking import Vocabulary, mask_batch, rate_at, slots
-from mlm.presets import MaskingConfig
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 
 MASK, VOCAB, SPECIALS = 4, 100, 5

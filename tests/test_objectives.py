@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import clm.presets
+import mlm.config
 import mlm.presets
 from clm.loss import causal_lm_objective
 from espalier.data.token_tables import CONTINUABLE, CONTINUES
@@ -21,10 +22,10 @@ from espalier.training.config import OptimizerConfig
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.state import new_state, shard_state
 from espalier.training.step import Objective, make_train_step
+from mlm.config import MaskingConfig
 from mlm.electra import record as electra
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary
-from mlm.presets import MaskingConfig
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 
 V, T, B = 90, 32, 16
@@ -85,7 +86,7 @@ def causal_case() -> Case:
 ELECTRA = Setup(
     dataclasses.replace(
         mlm.presets.electra_demo(),
-        generator=mlm.presets.GeneratorConfig(size=0.5),
+        generator=mlm.config.GeneratorConfig(size=0.5),
         masking=MaskingConfig(rate=0.3, mask_fraction=0.85, random_fraction=0.0),
         execution=EXECUTION,
     ),

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+import mlm.config
 import mlm.presets
 from espalier import cli, user_code
-from mlm.presets import PretrainConfig
+from mlm.config import PretrainConfig
 
 ENTRIES = {
     "mlm": "mlm.presets",
@@ -231,10 +232,10 @@ def test_a_preset_of_a_users_own(own, capsys):
         ("mine.nothing:tiny", "no module mine.nothing"),
         ("models.py:tny", "has no tny; did you mean tiny?; it defines tiny, other, broken, zero"),
         ("models.py:", "names nothing in a file; accepted is FILE.py:NAME"),
-        ("models.py:value", "is a mlm.presets.PretrainConfig; accepted is a function without arguments"),
+        ("models.py:value", "is a mlm.config.PretrainConfig; accepted is a function without arguments"),
         (
             "models.py:other",
-            "returns a finetune.tasks.classify.record.ClassifyConfig; accepted is mlm.presets.PretrainConfig",
+            "returns a finetune.tasks.classify.record.ClassifyConfig; accepted is mlm.config.PretrainConfig",
         ),
         ("models.py:broken", "ZeroDivisionError in line 15 of"),
         ("models.py:zero", "steps=0 must be at least 1"),

@@ -17,9 +17,9 @@ from espalier.training.config import OptimizerConfig
 from espalier.training.optimizer import build_optimizer, schedule
 from espalier.training.state import new_state, shard_state
 from espalier.training.step import make_train_step
+from mlm.config import MaskingConfig
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary
-from mlm.presets import MaskingConfig
 from sharding.mesh import MeshConfig, build_mesh, place_batch
 
 V, T, B = 250, 64, 16

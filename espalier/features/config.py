@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import clm.presets
-import mlm.presets
+import mlm.config
 from espalier.errors import UserError
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig, OptimizerConfig
@@ -45,7 +45,7 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
-class EncoderConfig(mlm.presets.PretrainConfig):
+class EncoderConfig(mlm.config.PretrainConfig):
     """A sparse autoencoder on an encoder, whose text is masked as in its pretraining."""
 
     task: ClassVar[str] = "masked_lm_autoencoder"

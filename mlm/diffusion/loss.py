@@ -18,9 +18,9 @@ import numpy as np
 
 from espalier.models.config import Execution, ModelConfig
 from espalier.training.step import Objective
+from mlm.config import MaskingConfig
 from mlm.loss import masked_lm_objective
 from mlm.masking import Vocabulary, choose
-from mlm.presets import MaskingConfig
 
 
 def diffusion_objective(

@@ -24,7 +24,7 @@ from espalier.training.step import Objective
 from mlm.masking import Vocabulary, mask_batch
 
 if TYPE_CHECKING:
-    from mlm.presets import MaskingConfig
+    from mlm.config import MaskingConfig
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 """Their parameters in the tree."""

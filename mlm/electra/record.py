@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from espalier.contracts import Origin
     from espalier.training.step import Objective
-    from mlm.presets import ElectraConfig, GeneratorConfig
+    from mlm.config import ElectraConfig, GeneratorConfig
 
 NAME = "replaced_token_detection"
 
