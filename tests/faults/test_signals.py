@@ -44,7 +44,9 @@ def test_a_closed_terminal_is_a_signal_and_no_error(tmp_path):
     os.close(ours)
     assert process.wait(120) == 128 + signal.SIGHUP, said
     (saved,) = complete(command)
-    assert saved >= 2 and "Traceback" not in (command.run_dir / "log.txt").read_text()
+    log = command.run_dir / "log.txt"
+    # Where libraries said nothing, it is not there.
+    assert saved >= 2 and not (log.exists() and "Traceback" in log.read_text())
 
 
 def test_a_command_that_ended_in_time_is_not_cut_off_later(tmp_path):
