@@ -30,7 +30,11 @@ THE_SECOND_OF_TWO = tuple((place, signal.SIGKILL) for place in ("compile", "step
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("count, places", [(1, ALONE), (2, THE_SECOND_OF_TWO)], ids=["alone", "the second of two"])
+@pytest.mark.parametrize(
+    "count, places",
+    [(1, ALONE[:8]), (1, ALONE[8:]), (2, THE_SECOND_OF_TWO)],
+    ids=["alone", "alone, later", "the second of two"],
+)
 def test_killed_and_interrupted_at_each_place(tmp_path, count, places):
     text = write_text(tmp_path / "text.txt")
     expected = undisturbed(Command(tmp_path / "alone", text, count))
