@@ -308,7 +308,9 @@ def test_a_peak_that_rises_by_three_percent_says_how_to_accept_it():
 def test_recorded_peaks_are_of_the_presets_as_they_are():
     known = peaks.recorded()
     assert known and known.keys() <= set(peaks.names()) and peaks.documented() == peaks.table(known)
-    assert peaks.SLICES.keys() == {name for name in PRESETS if "debug" not in name and "demo" not in name}
+    # What two stacks take is not known to plan, which says so.
+    large = {name for name in PRESETS if "debug" not in name and "demo" not in name}
+    assert peaks.SLICES.keys() == {name for name in large if not PRESETS[name]().model.num_decoder_layers}
     for name, found in known.items():
         preset, topology = name.split()
         config, wanted = PRESETS[preset](), parse_topology(topology)
