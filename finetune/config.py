@@ -116,6 +116,13 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+def one_or_parallel(data: FinetuneData) -> None:
+    """UserError where a side has more than one file, or two of parallel lines."""
+    for name in ("train", "validation"):
+        if len(files := getattr(data, name)) > 2:
+            raise UserError(f"--data.{name} takes one file, or two of parallel lines; given are {len(files)}")
+
+
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     """A fine-tuning run; model and tokenizer are those of the checkpoint."""

@@ -107,6 +107,23 @@ def shared_data() -> pathlib.Path:
 
 
 @pytest.fixture
+def ask(capsys):
+    """ask(*arguments) → (the exit code, standard output, standard error) of `evaluate`."""
+
+    from espalier.commands import evaluate
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = 0
+        try:
+            evaluate.command([str(one) for one in arguments])
+        except SystemExit as exit:
+            code = exit.code  # type: ignore[assignment]
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def start_cli(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """start_cli("mlm.pretrain", "debug", "--steps", 3, devices=8): a running process with text pipes.
 

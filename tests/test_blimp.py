@@ -10,7 +10,6 @@ import transformers as hf
 from tiny_models import BERT, GPT, random_params
 
 import espalier
-from espalier.commands import evaluate
 from espalier.data.tokenizer import vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.models.hub import save_pretrained
@@ -39,21 +38,6 @@ def there(tmp_path_factory, shared_data):
         config = dataclasses.replace(base, vocab_size=vocabulary_size(tokenizer), max_position_embeddings=96)
         save_pretrained(root / name, config, random_params(config, (head,)), tokenizer, head=head)
     return root, sentences
-
-
-@pytest.fixture
-def ask(capsys):
-    """ask(*arguments) → (the exit code, standard output, standard error) of `evaluate`."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = 0
-        try:
-            evaluate.command([str(one) for one in arguments])
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def causal_score(model, tokenizer, sentence: str) -> float:

@@ -14,7 +14,6 @@ from tiny_models import BERT, GPT, random_params
 from tiny_runs import write_run
 
 import espalier
-from espalier.commands import evaluate
 from espalier.data.tokenizer import vocabulary_size
 from espalier.data.train_tokenizer import train_tokenizer
 from espalier.intervals import ratio_interval
@@ -42,21 +41,6 @@ def models(tmp_path_factory):
     with (root / "x.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
     return root
-
-
-@pytest.fixture
-def ask(capsys):
-    """ask(*arguments) → (the exit code, standard output, standard error) of `evaluate`."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = 0
-        try:
-            evaluate.command([str(one) for one in arguments])
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def ids_of(model, texts=TEXTS) -> list[list[int]]:

@@ -9,7 +9,7 @@ from espalier.data.text_template import template_parts
 from espalier.errors import UserError
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
-from finetune.config import FinetuneConfig, FinetuneData
+from finetune.config import FinetuneConfig, FinetuneData, one_or_parallel
 from finetune.task import FinetuneTask
 from finetune.tasks.instruct.report import REPORT
 
@@ -36,11 +36,7 @@ class InstructData(FinetuneData):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("train", "validation"):
-            if len(getattr(self, name)) > 2:
-                raise UserError(
-                    f"--data.{name} takes one file, or two of parallel lines; given are {len(getattr(self, name))}"
-                )
+        one_or_parallel(self)
         if self.template is not None:
             template_parts(self.template)
         if self.answers < 0 or self.beams < 1 or self.max_new_tokens < 1:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from espalier.errors import UserError
 from espalier.short_help import often
 from espalier.training.config import CheckpointConfig
-from finetune.config import FinetuneConfig, FinetuneData
+from finetune.config import FinetuneConfig, FinetuneData, one_or_parallel
 from finetune.task import FinetuneTask
 from finetune.tasks.instruct.report import REPORT
 
@@ -33,11 +33,7 @@ class RewriteData(FinetuneData):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("train", "validation"):
-            if len(getattr(self, name)) > 2:
-                raise UserError(
-                    f"--data.{name} takes one file, or two of parallel lines; given are {len(getattr(self, name))}"
-                )
+        one_or_parallel(self)
         if self.max_target_length < 2 or self.answers < 0 or self.beams < 1:
             raise UserError(
                 f"data.max_target_length={self.max_target_length} (at least 2), data.answers={self.answers} (0 or "
