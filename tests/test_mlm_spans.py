@@ -10,7 +10,8 @@ import pytest
 
 from espalier.errors import UserError
 from espalier.loading import load
-from mlm.presets import SpanConfig, t5_debug
+from mlm.config import SpanConfig
+from mlm.presets import t5_debug
 from mlm.pretrain import main
 from mlm.spans import SPARE, SpanVocabulary, _parts, corrupt, counts, lengths, sentinels_needed
 from sharding.mesh import MeshConfig, build_mesh, place_batch
