@@ -66,6 +66,10 @@ ROWS = {
     "reinforce": lambda number: {"prompt": f"we saw the {named(number)[0]}"},
 }
 DECODERS = ("instruct", "choose", "prefer", "reinforce")
+OFTEN = ("classify", "answer", "instruct", "reinforce")
+"""An encoder's texts and places, a decoder's texts, and one that draws its own: what all runs of the suite try. The
+others, which differ in nothing that concerns adapters and layers, have the marker `soak`."""
+NAMES = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.soak) for name in ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def config_for(bases, folder, name: str, **changes) -> FinetuneConfig:
     return dataclasses.replace(preset, **defaults | changes)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", NAMES)
 def test_adapters_leave_the_base_as_it_was_and_go_on_after_a_break(bases, tmp_path, name):
     config = config_for(bases, tmp_path, name, lora=LoraConfig(rank=2), keep_best="loss")
     assert not main(dataclasses.replace(config, stop_at=2))["finished"]
@@ -121,7 +125,7 @@ def test_adapters_leave_the_base_as_it_was_and_go_on_after_a_break(bases, tmp_pa
     assert merged.keys() == mlp["up"].keys() and np.abs(merged["kernel"] - mlp["up"]["kernel"]).max() > 0
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", NAMES)
 def test_frozen_layers_stay_and_lower_ones_learn_less(bases, tmp_path, name):
     optimizer = FinetuneOptimizer(learning_rate=1e-2, layer_decay=0.1, name="adamw", weight_decay=0.0)
     config = config_for(bases, tmp_path, name, freeze=("embeddings",), optimizer=optimizer)
@@ -135,7 +139,7 @@ def test_frozen_layers_stay_and_lower_ones_learn_less(bases, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_that_are_executed_again_are_as_logged(bases, tmp_path, name):
     """`replay` opens a run of every task by the same path, adapters and frozen base included."""
     config = config_for(bases, tmp_path, name, lora=LoraConfig(rank=2), checksum_every=1)

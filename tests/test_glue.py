@@ -331,7 +331,7 @@ def test_a_grid_that_goes_on_starts_from_the_run_of_mnli_that_it_began_with(ther
 
 def test_all_at_once_is_what_single_runs_are(there, tmp_path, capsys):
     """Every loss within 1e-5 of that of the single run, with dropout and the order of its own seed; the same labels."""
-    settings = dict(seeds=(0, 1), learning_rates=(1e-3, 3e-4), epoch_counts=(2,), log_every=1)
+    settings = dict(seeds=(0, 1), learning_rates=(1e-3,), epoch_counts=(2,), log_every=1)
     # A small eps would let Adam blow rounding up where a gradient is nearly zero.
     settings |= dict(data=dict(tasks=("mrpc",)), optimizer=FinetuneOptimizer(eps=1e-3), submission=False)
     alone = main(config_for(there, tmp_path / "alone", protocol="electra", **settings))

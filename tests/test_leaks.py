@@ -34,7 +34,7 @@ def test_what_a_run_holds_does_not_grow_with_its_steps(tmp_path):
 
     def batches_from(step: int):
         while True:
-            if step in (100, 299):
+            if step in (50, 149):
                 for thread in threading.enumerate():
                     if thread.name.startswith("saving step"):
                         thread.join()
@@ -44,12 +44,12 @@ def test_what_a_run_holds_does_not_grow_with_its_steps(tmp_path):
             yield toy.batch(step % 7)
             step += 1
 
-    settings = dict(steps=300, checkpoint=CheckpointConfig(every=10), eval_every=25, log_every=5)
+    settings = dict(steps=150, checkpoint=CheckpointConfig(every=5), eval_every=25, log_every=5)
     toy.run(toy.config(tmp_path, **settings), batches_from=batches_from, eval_batches=[toy.batch(9)])
-    (kinds, threads, files), (kinds_then, threads_then, files_then) = held[100], held[299]
+    (kinds, threads, files), (kinds_then, threads_then, files_then) = held[50], held[149]
     assert threads_then <= threads + 2 and files_then <= files + 2
     grown = {kind: kinds_then[kind] - kinds[kind] for kind in kinds_then if kind != ONE_EACH_SAVE}
-    # Fewer of a kind than two a save; there are ten steps a save.
+    # Fewer of a kind than two a save; there are twenty saves between.
     assert {kind: count for kind, count in grown.items() if count >= 40} == {}
 
 

@@ -109,7 +109,9 @@ def to_hf(
         values["problem_type"] = config.problem_type
     hf = made.from_dict(values | {"architectures": [family.classes[head]], "dtype": dtype})
     # T5's class takes it for another setting and forgets it; older versions of it, and ours, read it.
-    hf.tie_word_embeddings = values.get("tie_word_embeddings", hf.tie_word_embeddings)
+    tied = values.get("tie_word_embeddings", True)
+    if getattr(hf, "tie_word_embeddings", True) != tied:
+        hf.tie_word_embeddings = tied
     there, here = _essence(to_ours(hf), head), _essence(config, head)
     # What decides nothing in one of the two follows from another difference.
     both = [name for name in here if name in there]

@@ -124,7 +124,9 @@ def test_finetuning(run, tmp_path):
     assert len((tmp_path / "both" / "predictions.jsonl").read_text().splitlines()) == 13
 
 
-@pytest.mark.parametrize("task", ["prefer", "reward", "reinforce"])
+@pytest.mark.parametrize(
+    "task", [pytest.param("prefer", marks=pytest.mark.soak), pytest.param("reward", marks=pytest.mark.soak), "reinforce"]
+)
 def test_preferences_and_rewards(run, tmp_path, task):
     """The reference is computed by both and written by the first, which alone asks for rewards, of a reward model, too:
     what is drawn, logged and measured is that of one process."""
