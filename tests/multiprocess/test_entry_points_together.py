@@ -125,7 +125,8 @@ def test_finetuning(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "task", [pytest.param("prefer", marks=pytest.mark.soak), pytest.param("reward", marks=pytest.mark.soak), "reinforce"]
+    "task",
+    [pytest.param("prefer", marks=pytest.mark.soak), pytest.param("reward", marks=pytest.mark.soak), "reinforce"],
 )
 def test_preferences_and_rewards(run, tmp_path, task):
     """The reference is computed by both and written by the first, which alone asks for rewards, of a reward model, too:
