@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -171,7 +172,20 @@ def assert_same(actual, expected, rtol=1e-5, atol=1e-7):
 ONE = MeshConfig(1, 1, 1)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)], ids=str)
+MESHES = MeshConfig(8, 1, 1), MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)
+
+
+def two_models_seldom(places) -> list:
+    """Of cases or of pairs with a mesh, those with a generator and a discriminator take too long for each run."""
+    return [pytest.param(*place, marks=[pytest.mark.soak] * (place[0] == "electra")) for place in places]
+
+
+@pytest.mark.parametrize(
+    "case, mesh",
+    [*two_models_seldom(itertools.product(CASES, MESHES[:2])), *itertools.product(CASES, MESHES[2:])],
+    indirect=["case"],
+    ids=str,
+)
 def test_three_meshes_equal_one_device(case, mesh):
     """First moments after one step are the clipped gradients (× 1-b1): compared tensor by tensor."""
     assert_same(after_one_step(case, mesh), after_one_step(case, ONE))
@@ -181,10 +195,12 @@ def test_accumulated_on_a_mesh_equals_whole_with_uneven_masks(case):
     assert_same(after_one_step(case, MeshConfig(2, 2, 2), accumulation=4), after_one_step(case, ONE))
 
 
+@pytest.mark.parametrize("case", two_models_seldom((name,) for name in CASES), indirect=True)
 def test_eight_micro_batches_equal_one(case):
     assert_same(after_one_step(case, ONE, accumulation=8), after_one_step(case, ONE))
 
 
+@pytest.mark.parametrize("case", two_models_seldom((name,) for name in CASES), indirect=True)
 def test_muon_on_a_mesh_equals_one_device(case):
     config = OptimizerConfig(name="muon", learning_rate=1e-2, warmup=0)
     assert_same(after_one_step(case, MeshConfig(2, 2, 2), config=config), after_one_step(case, ONE, config=config))
