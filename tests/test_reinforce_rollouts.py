@@ -121,6 +121,14 @@ def test_completions_of_a_step_were_drawn_before_the_last_one_and_a_resumed_run_
     main(config(started, paused, policy, stop_at=3))
     assert (paused / "collected" / "3.ahead.npz").exists() and not (paused / "collected" / "0.npz").exists()
     rewarded.clear()
+    ahead = paused / "collected" / "3.ahead.npz"
+    sound = ahead.read_bytes()
+    half = len(sound) // 2
+    for damaged in (sound[:-40], sound[:half], sound[:half] + bytes([sound[half] ^ 1]) + sound[half + 1 :]):
+        ahead.write_bytes(damaged)
+        with pytest.raises(UserError, match="3.ahead.npz is damaged .*; delete it"):
+            main(config(started, paused, policy))
+    ahead.write_bytes(sound)
     main(config(started, paused, policy))
     # Nothing is drawn for the step at which it goes on: its completions lay there.
     records = [json.loads(line) for line in (paused / "collected" / "log.jsonl").read_text().splitlines()]

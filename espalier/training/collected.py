@@ -17,6 +17,8 @@ not get there was never seen by anybody, and is collected anew.
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,7 @@ class Collector:
         if ahead is not None:
             there = [_number(path) for path in folder.glob("*.ahead.npz")] if jax.process_index() == 0 else []
             for number in from_first("batches drawn ahead", there):
-                with np.load(self._path_ahead(number)) as file:
-                    self._carried[number] = dict(file)
+                self._carried[number] = _arrays(self._path_ahead(number))
 
     def __call__(self, state: TrainState, batch: dict, step: int) -> tuple[dict, Added]:
         """(the batch with what is added, what of it has yet to be written). step: the number of the batch."""
@@ -158,6 +159,17 @@ class Collector:
 
 def _key(state: TrainState, number: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), number), COLLECTING)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Of a file whose sum stands nowhere but in itself: that of a zip archive."""
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:
+            return dict(file)
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it, and its batch is drawn by the parameters of its own step"
+        ) from None
 
 
 def _number(path: Path) -> int:
