@@ -367,7 +367,8 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 def _unraisable(unraisable: Any) -> None:
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        # Raised within a callback of the interpreter; the command is cut off soon (signals.py).
+        # Of signals.py, which imports this.
+        getattr(unraisable.exc_value, "swallowed", lambda: None)()
         return
     if has_part(unraisable.exc_traceback):
         sys.__unraisablehook__(unraisable)

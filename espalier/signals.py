@@ -34,6 +34,11 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(words(number))
         self.number = number
 
+    def swallowed(self) -> None:
+        """It was raised in a callback of the interpreter, which lets no exception out: nothing else ends the command."""
+        if _pipe is not None:
+            _cut_off(self.number)
+
 
 Saver = Callable[[int], bool]
 """Number of a signal → whether there is something to save, which is then begun; called once, by any thread."""

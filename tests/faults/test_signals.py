@@ -82,6 +82,32 @@ def test_a_command_that_ended_in_time_is_not_cut_off_later(tmp_path):
     assert (ran.stdout, ran.stderr, ran.returncode) == ("went on\n", "", 0)
 
 
+def test_an_interrupt_that_a_callback_swallows_ends_the_command_all_the_same(tmp_path):
+    """Else a short run would go on to its end, with exit code 0, and a long one for the seconds of grace."""
+    program = """
+        import signal
+        from espalier import library_log, signals
+
+        class Callback:
+            def __del__(self):
+                signal.raise_signal(signal.SIGTERM)
+                print("not reached")
+
+        signals.begin()
+        library_log.begin()
+        Callback()
+        print("went on")
+    """
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ESPALIER_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("", "interrupted by SIGTERM\n", 128 + signal.SIGTERM)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_gigabyte_is_saved_in_time(tmp_path):
