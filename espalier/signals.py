@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
     def swallowed(self) -> None:
-        """It was raised in a callback of the interpreter, which lets no exception out: nothing else ends the command."""
+        """It was raised in a callback of the interpreter, which lets no exception out: nothing else would end it."""
         if _pipe is not None:
             _cut_off(self.number)
 
