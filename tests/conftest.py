@@ -55,6 +55,15 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_gone_through_again():
+    """Nor what a file of tests imported and compiled: after a thousand tests, a collection took longer than the
+    training that asked for it."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> Iterator[pathlib.Path]:
     """ESPALIER_CACHE for the whole session, so that no test sees or leaves anything in the user's own."""

@@ -94,7 +94,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "qwen3": dict(model_type="qwen3", **DECODER, tie_word_embeddings=True, rope_parameters=YARN_ROPE),
     "gemma3": dict(
         model_type="gemma3_text",
-        **DECODER | dict(num_hidden_layers=13),
+        **DECODER | dict(num_hidden_layers=7),
         sliding_window=6,
         query_pre_attn_scalar=20,
         rope_parameters=dict(

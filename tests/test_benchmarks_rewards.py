@@ -87,7 +87,7 @@ def commands(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent.parent))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_reinforcement_and_preferences_on_sums_stand_side_by_side(commands, tmp_path, monkeypatch, capsys):
     """One step of each; pairs are a right and a wrong answer to the same sum."""
     monkeypatch.setattr(reinforce, "DRAWN", 64)
@@ -125,7 +125,7 @@ def test_clicks_are_those_of_the_model_of_looking():
     assert clicks.short_first(with_short) == pytest.approx((1 + 1 / math.log2(3)) / 2)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_rankers_of_clicks_run_whole(commands, there, tmp_path, monkeypatch, capsys):
     words = [str(there / "sst.tsv"), str(there / "sst.tsv"), str(tmp_path), "--lists", "8", "--pretrain", "1"]
     monkeypatch.setattr(sys, "argv", ["clicks", *words, "--steps", "1", "--variants", "ips", "supervised"])

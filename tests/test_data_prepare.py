@@ -250,7 +250,8 @@ def test_tokenizing_is_as_fast_as_the_library(shared_data, tmp_path):
     assert min(raw) / min(ours) >= 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_memory_does_not_grow_with_the_text(shared_data, tmp_path):
     """Seven times the text, in fresh processes: less than a tenth of what was added stays in memory.
 

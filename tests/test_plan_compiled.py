@@ -21,12 +21,18 @@ FITS = {
 }
 
 
+OFTEN = ("gpt2", "llama-8b")
+"""Those that .ci/run compiles; the compiler takes minutes for all of them."""
+
+
 def compiled(name: str, **changes):
     config = dataclasses.replace(PRESETS[name](), **changes)
     return make_plan(config, PlanSettings(topology=FITS[name], search=False))
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.soak) for name in FITS]
+)
 def test_preset_fits_its_slice(name):
     plan = compiled(name)
     program = plan.asked.compiled
@@ -50,6 +56,7 @@ def test_preset_fits_its_slice(name):
     assert plan.asked.memory.total == pytest.approx(plan.asked.peak, rel=0.25)
 
 
+@pytest.mark.soak
 def test_over_the_whole_of_a_3d_torus_weights_are_gathered_by_reducing_as_the_plan_says():
     model = dataclasses.replace(PRESETS["llama-1b"]().model, num_hidden_layers=2)
     whole, half = (

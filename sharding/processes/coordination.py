@@ -28,8 +28,11 @@ WAIT = 600.0
 """Time-out in seconds of a barrier before which no process does long work."""
 LONG_WAIT = 24 * 3600.0
 """The same where one process may prepare text, hash or export for hours; the watchdog sees that it is alive."""
-HEARTBEAT = 100
-"""Seconds without a heartbeat after which JAX gives up on a process, should `watchdog.py` have missed its end."""
+HEARTBEAT = 200
+"""Seconds without a heartbeat after which JAX gives up on a process, should `watchdog.py` have missed its end. It sends
+one every half of that, so that one which is stopped may count as silent after the other half: later than there."""
+SHUTDOWN = 100
+"""Seconds that JAX waits for all to leave together."""
 
 R = TypeVar("R")
 
@@ -194,7 +197,7 @@ def _initialize(place: Place, timeout: float) -> None:
         # All processes are connected: only JAX itself is awaited now.
         "initialization_timeout": max(60, round(timeout)),
         "heartbeat_timeout_seconds": HEARTBEAT,
-        "shutdown_timeout_seconds": HEARTBEAT,
+        "shutdown_timeout_seconds": SHUTDOWN,
     }
     # The last option is newer than JAX 0.7.
     known = inspect.signature(jax.distributed.initialize).parameters

@@ -24,7 +24,8 @@ def pretrain(run_cli, entry, run_dir, *flags, **options):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_paused_run_goes_on_bitwise(request, tmp_path, entry):
-    run_cli = request.getfixturevalue({"mlm": "run_cli", "clm": "call_cli"}[entry])
+    call_cli = request.getfixturevalue("call_cli")
+    run_cli = request.getfixturevalue("run_cli") if entry == "mlm" else call_cli
     whole = last_json(pretrain(run_cli, entry, tmp_path / "whole", "--steps", 4))
     assert last_json(pretrain(run_cli, entry, tmp_path / "parts", "--steps", 4, "--stop-at", 2))["step"] == 2
     parts = last_json(pretrain(run_cli, entry, tmp_path / "parts", "--steps", 4))
@@ -47,11 +48,11 @@ def test_a_paused_run_goes_on_bitwise(request, tmp_path, entry):
     expected = {"mlm": {"loss", "perplexity", "accuracy"}, "clm": {"loss", "perplexity", "bits_per_byte"}}
     assert expected[entry] <= whole["eval"].keys()
 
-    other = pretrain(run_cli, entry, tmp_path / "whole", "--steps", 6, code=2)
+    other = pretrain(call_cli, entry, tmp_path / "whole", "--steps", 6, code=2)
     assert "steps was 4, now 6" in other.stderr and "--run-dir" in other.stderr
 
     fork = pretrain(
-        run_cli, entry, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer",
+        call_cli, entry, tmp_path / "fork", "--steps", 2, "--init-from", tmp_path / "whole", "--init-optimizer",
         "--seed", 1,
     )  # fmt: skip
     assert "from the weights of" in fork.stdout

@@ -24,15 +24,18 @@ ALONE = (
     ("evaluation", signal.SIGKILL),
     ("save", signal.SIGKILL),
     ("commit", signal.SIGKILL),
+    ("compile", signal.SIGINT),
+    ("step", signal.SIGKILL),
+    ("clearing", signal.SIGKILL),
     ("end", signal.SIGKILL),
 )
-THE_SECOND_OF_TWO = tuple((place, signal.SIGKILL) for place in ("compile", "step", "save", "clearing", "commit"))
+THE_SECOND_OF_TWO = ("step", signal.SIGKILL), ("save", signal.SIGKILL)
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "count, places",
-    [(1, ALONE[:8]), (1, ALONE[8:]), (2, THE_SECOND_OF_TWO)],
+    [(1, ALONE[:9]), (1, ALONE[9:]), (2, THE_SECOND_OF_TWO)],
     ids=["alone", "alone, later", "the second of two"],
 )
 def test_killed_and_interrupted_at_each_place(tmp_path, count, places):

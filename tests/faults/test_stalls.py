@@ -113,7 +113,7 @@ def all_end(started, victim: int, fault) -> float:
 
 
 FAULTS = [(2, signal.SIGSTOP), (0, signal.SIGSTOP), (3, signal.SIGKILL)]
-OFTEN = {(2, signal.SIGSTOP, "evaluation"), (0, signal.SIGSTOP, "save"), (3, signal.SIGKILL, "save")}
+OFTEN = {(0, signal.SIGSTOP, "save"), (3, signal.SIGKILL, "save")}
 """Those that .ci/run tries; each takes about a minute."""
 
 

@@ -91,6 +91,7 @@ def test_pretraining_with_a_cache_on_each_host(run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.soak
 def test_finetuning(run, tmp_path):
     base = write_run(tmp_path / "base", dataclasses.replace(ENCODER, classifier_pooling="cls"), TEXTS)
     train, validation = (write_jsonl(tmp_path / f"{n}.jsonl", sentences(n)) for n in (32, 13))
