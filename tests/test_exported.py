@@ -290,6 +290,7 @@ def test_import_then_every_entry_point(published_bert, corpus, tmp_path):
         mlm.pretrain.main(dataclasses.replace(config, run_dir=str(tmp_path / "fork"), init_optimizer=True, seed=1))
 
 
+@pytest.mark.soak
 def test_a_decoder_and_its_classifier_go_on_from_published_weights_and_back(published_llama, corpus, tmp_path, capsys):
     """What the files say beside the weights is handed on from run to run; the classifier's scores are alike outside,
     for the exported tokenizer puts special tokens around its texts."""

@@ -42,6 +42,7 @@ def by_training(model, batch) -> np.ndarray:
     return np.asarray(scored(model.params, batch))
 
 
+@pytest.mark.soak
 def test_the_reference_of_adapters_is_their_base(started, tmp_path):  # noqa: F811
     """Log-probabilities of the model that was loaded, whatever the adapters have learnt; there is no second copy."""
     policy = PolicyGradient(samples=3, max_new_tokens=4, beta=0.2, cut="scored")
