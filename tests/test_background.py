@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import threading
 from pathlib import Path
 
@@ -32,7 +31,6 @@ def test_what_is_held_is_a_copy_laid_out_alike_and_its_source_can_be_donated(axe
     np.testing.assert_array_equal(held, before)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs hardware that runs Linux: priorities of threads")
 def test_the_threads_that_write_give_way_and_no_others_do_unless_the_run_waits_for_them(tmp_path, monkeypatch):
     def levels(names: str | None = None) -> dict[int, int]:
         found = {}

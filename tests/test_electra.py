@@ -200,7 +200,6 @@ def run(text, tmp_path_factory):
     return folder / "run", summary, folder / "out"
 
 
-@pytest.mark.soak
 def test_a_run_goes_on_bit_for_bit(run, text, tmp_path):
     settings = config(text, tmp_path / "run")
     mlm.pretrain.main(dataclasses.replace(settings, stop_at=2))

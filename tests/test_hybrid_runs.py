@@ -94,7 +94,6 @@ def test_it_says_what_it_learnt(hybrid):
     assert "Hybrid of causal and masked language model" in page and "Masked words" in page
 
 
-@pytest.mark.soak
 def test_a_resumed_run_ends_alike(hybrid, text, tmp_path):
     run, _, summary = hybrid
     config = small(mlm.presets.hybrid(), text, tmp_path / "parts", causal_share=0.25)

@@ -143,6 +143,7 @@ def test_one_of_four_is_killed_or_stopped(tmp_path, victim, number, place):
 @pytest.fixture
 def namespaces() -> Iterator[tuple[str, str]]:
     """Two network namespaces with a cable between them, (here, there): what another machine is to a process."""
+    assert os.getuid() == 0 and shutil.which("ip"), "network namespaces need root and iproute2"
     here, there = (f"{name}-{os.getpid()}" for name in ("here", "there"))
     ends = {here: "10.77.0.1", there: "10.77.0.2"}
 
@@ -169,7 +170,6 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
 @pytest.mark.parametrize(
     "place", [pytest.param("start", marks=pytest.mark.soak), pytest.param("step", marks=pytest.mark.slow)]
 )
