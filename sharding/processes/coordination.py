@@ -28,9 +28,8 @@ WAIT = 600.0
 """Time-out in seconds of a barrier before which no process does long work."""
 LONG_WAIT = 24 * 3600.0
 """The same where one process may prepare text, hash or export for hours; the watchdog sees that it is alive."""
-HEARTBEAT = 200
-"""Seconds without a heartbeat after which JAX gives up on a process, should `watchdog.py` have missed its end. It sends
-one every half of that, so that one which is stopped may count as silent after the other half: later than there."""
+HEARTBEAT = 100
+"""Seconds without a heartbeat after which JAX gives up on a process, should `watchdog.py` have missed its end."""
 SHUTDOWN = 100
 """Seconds that JAX waits for all to leave together."""
 
